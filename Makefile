@@ -1,0 +1,37 @@
+# Two commands: `make repro` builds everything from a bare checkout, `make test` tests it.
+# PYTHON chooses the interpreter (3.11 to 3.13); TORCH=cpu takes PyTorch's small CPU build on Linux.
+PYTHON ?= python3
+TORCH ?= default
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+export PATH := $(BIN):$(PATH)
+PORT ?= 5000
+
+.PHONY: repro test ui lint clean
+repro: $(STAMP)
+	dvc repro
+
+test: $(STAMP)
+	python -m pytest
+
+ui: $(STAMP)
+	python -m pipeline.tracking ui $(PORT)
+
+lint: $(STAMP)
+	ruff check . && ruff format --check .
+
+$(STAMP): requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(TORCH),cpu)
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 \
+	    --index-url https://download.pytorch.org/whl/cpu
+endif
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	touch $(STAMP)
+
+# Gives the disk back: the environment, scratch, the MLflow store and DVC's cache. `dvc gc -w`
+# is the gentler way: it drops only what neither the workspace nor an experiment needs.
+clean:
+	rm -rf $(VENV) .runs mlflow.db mlartifacts .dvc/cache .dvc/tmp data/tokens artifacts \
+	    metrics plots records dvc_plots .pytest_cache .ruff_cache

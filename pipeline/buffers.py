@@ -1,0 +1,36 @@
+"""Memory that is used again: large buffers whose contents nobody needs between two calls."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+from torch import Tensor
+
+# One set of buffers a thread: a buffer is filled and used up within one call, so calls of one
+# thread can share it, and threads never meet in it. It goes with its thread.
+_kept = threading.local()
+
+
+def reused(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A contiguous tensor of `shape` with arbitrary contents, valid until the next call by `name`.
+
+    On the CPU the memory is kept and only grows: the system would map and clear every page of a
+    fresh 200 MB tensor again. Other devices have caching allocators, which also know streams.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    buffers = _kept.__dict__
+    size, key = math.prod(shape), (name, dtype)
+    if key not in buffers or buffers[key].numel() < size:
+        buffers.pop(key, None)  # before the larger one comes, so that both never exist
+        # A tensor made in inference mode could not be written by a later training step.
+        with torch.inference_mode(False):
+            buffers[key] = torch.empty(size, dtype=dtype)
+    return buffers[key][:size].view(shape)
+
+
+def release() -> None:
+    """Give this thread's buffers back to the allocator."""
+    _kept.__dict__.clear()

@@ -1,0 +1,282 @@
+"""params.yaml as strict dataclasses: the whole schema, its checks, and nothing else."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.errors import ConfigError
+
+UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
+
+
+def setting(
+    doc: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A required field: `low`/`high` are inclusive bounds, `above` an exclusive lower one."""
+    accepted = {"doc": doc, "choices": choices, "low": low, "above": above, "high": high}
+    return field(metadata=accepted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    source: str = setting(
+        "where text comes from", choices=("python-docs", "text", "jsonl", "parquet")
+    )
+    path: str = setting("a file or folder, for every source but python-docs; DVC watches it")
+    pattern: str = setting("which files to take when `path` is a folder, as a glob")
+    field: str = setting("the field or column that holds the text, for jsonl and parquet")
+    val_fraction: float = setting("share of documents for validation", above=0, high=0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    n_layer: int = setting("transformer blocks", low=1)
+    n_head: int = setting("attention heads a block; divides n_embd", low=1)
+    n_embd: int = setting("channels of the residual stream", low=1)
+    block_size: int = setting("longest sequence: rows of the position embedding", low=1)
+    vocab_rows: int = setting(
+        "rows of the embedding inside; 50304 is 50257 padded to a multiple of 64", low=50257
+    )
+    dropout: float = setting("dropout while training", low=0, high=0.9)
+    attention: str = setting("fused kernels or the formula", choices=("sdpa", "naive"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    source: str = setting("fresh weights or published ones", choices=("random", "hf"))
+    hf_model: str = setting("for `hf`: a hub id or a local folder")
+    hf_watch: str = setting("the local folder once more, so that DVC notices an edit in it")
+    std: float = setting("standard deviation of fresh weights", above=0, high=10)
+    residual_scale: bool = setting("scale both residual projections by (2 n_layer)^-0.5")
+    seed: int = setting("of the fresh weights", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    seed: int = setting("of the data order and dropout", low=0)
+    steps: int = setting("optimizer steps", low=1)
+    batch_size: int = setting("sequences a micro-batch", low=1)
+    sequence_length: int = setting("tokens a sequence, at most model.block_size", low=2)
+    accumulate: int = setting("micro-batches an optimizer step", low=1)
+    lr: float = setting("peak learning rate", above=0, high=10)
+    min_lr: float = setting("learning rate of the last step", low=0, high=10)
+    warmup_steps: int = setting("steps of linear warm-up", low=0)
+    weight_decay: float = setting("of tensors with two or more dimensions", low=0, high=10)
+    beta1: float = setting("AdamW's first-moment decay", low=0, high=0.9999)
+    beta2: float = setting("AdamW's second-moment decay", low=0, high=0.999999)
+    grad_clip: float = setting("largest gradient norm; 0 never clips", low=0)
+    compile: bool = setting("torch.compile the training step where a compiler is at hand")
+    val_every: int = setting("steps between validations", low=1)
+    val_tokens: int = setting("validation tokens used while training, always the same", low=1)
+    max_skipped: int = setting("fp16 steps skipped in a row before the run stops", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    precision: str = setting(
+        "one for all experiments, so that only training differs",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+    )
+    batch_size: int = setting("sequences a forward pass", low=1)
+    choice_items: int = setting("multiple-choice items made from validation; 0 for none", low=0)
+    hellaswag: str = setting("a HellaSwag .jsonl file; DVC watches it")
+    seed: int = setting("of the multiple-choice items", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    prompts: tuple[str, ...] = setting("texts to continue")
+    samples: int = setting("continuations a prompt", low=1)
+    max_new_tokens: int = setting("tokens a continuation", low=1)
+    temperature: float = setting("0 is greedy", low=0, high=100)
+    top_k: int = setting("keep the k likeliest tokens; 0 keeps all", low=0)
+    top_p: float = setting(
+        "keep the likeliest tokens of this total mass; 1 keeps all", above=0, high=1
+    )
+    kv_cache: bool = setting("keep keys and values between tokens")
+    precision: str = setting("of sampling", choices=("fp32", "tf32", "bf16", "fp16"))
+    seed: int = setting("of sampling", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    experiment: str = setting("the MLflow experiment")
+    checkpoints: str = setting(
+        "which weights go to MLflow: copies, or models that point at DVC's files",
+        choices=("best", "all", "reference", "none"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    precision: str = setting("of training", choices=("fp32", "tf32", "bf16", "fp16"))
+    device: str = setting("where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    corpus: CorpusConfig
+    model: ModelConfig
+    init: InitConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    sample: SampleConfig
+    tracking: TrackingConfig
+
+
+def load(path: str | Path = "params.yaml") -> Config:
+    """Read and check a params file.
+
+    Raises ConfigError naming every problem found: setting, value and what is accepted.
+    """
+    try:
+        raw = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; run from the repository root") from None
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except Exception as error:  # PyYAML's own errors share no base with the others
+        if type(error).__module__.split(".")[0] != "yaml":
+            raise
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if isinstance(raw, ListConfig):
+        raise ConfigError(f"{path}: settings by name are expected, not a list")
+    return from_dict(OmegaConf.to_container(raw, resolve=False), str(path))
+
+
+def from_dict(raw: dict[str, Any], where: str = "params") -> Config:
+    """Build a checked Config from nested plain values; raises ConfigError as `load` does."""
+    problems: list[str] = []
+    config = _build(Config, raw, "", problems)
+    if not problems:
+        problems = _inconsistencies(config)
+    if problems:
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in problems))
+    return config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"train.lr": 0.002, ...}: every setting by its dotted name."""
+    flat: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[f"{prefix}{f.name}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def describe(kind: type = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted name, what is accepted, what it is) for every setting, in file order."""
+    rows = []
+    for f, hint in _typed_fields(kind):
+        if is_dataclass(hint):
+            rows += describe(hint, f"{prefix}{f.name}.")
+        else:
+            rows.append((f"{prefix}{f.name}", _accepted(hint, f.metadata), f.metadata["doc"]))
+    return rows
+
+
+def _typed_fields(kind: type) -> list[tuple[Any, Any]]:
+    hints = get_type_hints(kind)
+    return [(f, hints[f.name]) for f in fields(kind)]
+
+
+def _build(kind: type, raw: Any, prefix: str, problems: list[str]) -> Any:
+    if not isinstance(raw, dict):
+        problems.append(
+            f"{prefix.rstrip('.') or 'the file'}: settings by name are expected, got {raw!r}"
+        )
+        return None
+    names = [f.name for f in fields(kind)]
+    for key in raw:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(names)}"
+            problems.append(f"{prefix}{key}: unknown setting{hint}")
+    values = {}
+    for f, hint in _typed_fields(kind):
+        name = f"{prefix}{f.name}"
+        if f.name not in raw:
+            problems.append(f"{name}: missing")
+        elif is_dataclass(hint):
+            values[f.name] = _build(hint, raw[f.name], f"{name}.", problems)
+        else:
+            values[f.name] = _scalar(name, raw[f.name], hint, f.metadata, problems)
+    return None if problems else kind(**values)
+
+
+def _scalar(name: str, value: Any, hint: Any, accepted: Any, problems: list[str]) -> Any:
+    """`value` as its declared type, or a problem naming setting, value and choices."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint == tuple[str, ...]:
+        good = (
+            isinstance(value, list) and bool(value) and all(isinstance(v, str) and v for v in value)
+        )
+        value = tuple(value) if good else value
+    else:
+        good = type(value) is hint and value != ""
+    if good and hint in (int, float):
+        low, above, high = accepted["low"], accepted["above"], accepted["high"]
+        good = math.isfinite(value) and (low is None or value >= low)
+        good = good and (above is None or value > above) and (high is None or value <= high)
+    if good and accepted["choices"]:
+        good = value in accepted["choices"]
+    if not good:
+        problems.append(f"{name}={value}: expected {_accepted(hint, accepted)}")
+    return value
+
+
+def _accepted(hint: Any, accepted: Any) -> str:
+    if accepted["choices"]:
+        return "one of " + ", ".join(accepted["choices"])
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    bounds = [
+        f"{word} {accepted[key]:g}"
+        for key, word in (("low", "at least"), ("above", "above"), ("high", "at most"))
+        if accepted[key] is not None
+    ]
+    return " ".join([words.get(hint, "a list of texts"), " and ".join(bounds)]).strip()
+
+
+def _inconsistencies(config: Config) -> list[str]:
+    """Problems that no single setting shows."""
+    problems = []
+    model, train, corpus, init = config.model, config.train, config.corpus, config.init
+    if model.n_embd % model.n_head:
+        problems.append(
+            f"model.n_embd={model.n_embd}: expected a multiple of model.n_head={model.n_head}"
+        )
+    if train.sequence_length > model.block_size:
+        problems.append(
+            f"train.sequence_length={train.sequence_length}: expected at most "
+            f"model.block_size={model.block_size}"
+        )
+    if train.min_lr > train.lr:
+        problems.append(f"train.min_lr={train.min_lr}: expected at most train.lr={train.lr}")
+    if train.warmup_steps >= train.steps:
+        problems.append(
+            f"train.warmup_steps={train.warmup_steps}: expected less than train.steps={train.steps}"
+        )
+    if corpus.source != "python-docs" and corpus.path == UNSET_PATH:
+        problems.append(
+            f"corpus.path={corpus.path}: expected a file or folder, "
+            f"since corpus.source={corpus.source}"
+        )
+    local = init.source == "hf" and Path(init.hf_model).expanduser().is_dir()
+    if local and init.hf_watch != init.hf_model:
+        problems.append(
+            f"init.hf_watch={init.hf_watch}: expected {init.hf_model}, as in init.hf_model, "
+            "so that DVC notices an edit in that folder"
+        )
+    return problems

@@ -1,0 +1,227 @@
+"""The training loss, with the output layer's product inside it: one buffer, one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pipeline.buffers import reused
+from pipeline.emulation import LOW, emulated, exact_products, round_to
+
+if TYPE_CHECKING:
+    from pipeline.model import GPT
+    from pipeline.precision import Precision
+
+IGNORE = -100  # a target that counts for nothing, as in torch.nn.functional.cross_entropy
+MAX_LOGIT_BYTES = 1 << 30  # of the fp32 logits held at once; more tokens come in row chunks
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target], nats, in fp32: logits (..., V), targets (...) -> (...).
+
+    0 at targets that are IGNORE. The plain formula, which `linear_cross_entropy` equals.
+    """
+    flat = torch.nn.functional.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return flat.view(targets.shape)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    scale: float | Tensor = 1.0,
+) -> Tensor:
+    """scale * sum of -log softmax(hidden @ weight.T)[target], nats: a 0-dim fp32 tensor.
+
+    hidden (B, T, C) or (N, C), weight (rows, C), targets (B, T) or (N,) with IGNORE where nothing
+    is to be predicted. Rows of `weight` from `vocab_size` on are padding: outside the softmax,
+    gradient zero. `scale` (a number or 0-dim tensor) multiplies the fp32 gradient of the logits
+    before it is rounded to a low precision, so put fp16's loss scale and 1 / tokens here.
+
+    The gradients are made in the forward pass, in the buffer of the logits, so that these are
+    never held twice and never mapped afresh; the backward pass only hands them out. Without a
+    need for gradients only the loss is computed. Under autocast the products, the logits and
+    their gradient are low, as with `F.linear`, and softmax and loss fp32.
+    """
+    hidden, targets = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, scale)
+    return _Head(hidden, weight, targets, vocab_size, scale, gradients=False).loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, scale: Any
+    ) -> Tensor:
+        head = _Head(hidden, weight, targets, vocab_size, scale, gradients=True)
+        ctx.save_for_backward(head.grad_hidden, head.grad_weight)
+        return head.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grads = ctx.saved_tensors
+        # Asking a GPU whether the factor is one would stall it for longer than multiplying.
+        if grad_output.device.type != "cpu" or grad_output != 1:
+            grads = [grad * grad_output for grad in grads]
+        return *grads, None, None, None
+
+
+class _Head:
+    """The loss of one call and its gradients, products rounded as the mode in force has it.
+
+    `rounding` names an emulated format: tensors stay fp32 and are rounded in place. `low` is a
+    dtype that the device multiplies itself. At most one of them is set.
+    """
+
+    loss: Tensor  # 0-dim, fp32
+    grad_hidden: Tensor  # (N, C), hidden's dtype
+    grad_weight: Tensor  # (rows, C), weight's dtype
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        scale: float | Tensor,
+        gradients: bool,
+    ) -> None:
+        self.rounding, self.low = _formats(hidden)
+        self.vocab_size = vocab_size
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), exact_products():
+            self.scale = torch.as_tensor(scale, dtype=torch.float32, device=hidden.device)
+            self._run(hidden, weight, targets, gradients)
+
+    def _run(self, hidden: Tensor, weight: Tensor, targets: Tensor, gradients: bool) -> None:
+        h, w = self._operand("hidden", hidden), self._operand("weight", weight)
+        total = torch.zeros((), device=hidden.device)
+        grad_hidden = torch.empty_like(h)
+        grad_weight = torch.empty_like(weight, dtype=torch.float32)
+        step = max(1, MAX_LOGIT_BYTES // (4 * weight.size(0)))
+        for start in range(0, len(h), step):
+            rows = slice(start, start + step)
+            logits = self._logits(h[rows], w)  # (n, rows)
+            valid = targets[rows] != IGNORE
+            indices = targets[rows].where(valid, 0).unsqueeze(1)  # (n, 1)
+            total += self._losses(logits, indices).where(valid, 0).sum()
+            if gradients:
+                p = logits.gather(1, indices)
+                logits.scatter_(1, indices, p - 1)
+                grad_hidden[rows] = self._gradients(logits, valid, h[rows], w, grad_weight, start)
+        self.loss = total.mul_(self.scale)
+        if gradients:
+            self._finish(grad_hidden, grad_weight, hidden, weight)
+
+    def _operand(self, name: str, x: Tensor) -> Tensor:
+        if self.rounding:
+            kept = reused(name, tuple(x.shape), torch.float32, x.device)
+            return round_to(x.detach().float(), self.rounding, out=kept)
+        return x.detach().to(self.low or torch.float32)
+
+    def _logits(self, h: Tensor, w: Tensor) -> Tensor:
+        """(n, rows) in fp32, with the values that the format has."""
+        logits = reused("logits", (len(h), len(w)), torch.float32, h.device)
+        if self.low:
+            logits.copy_(h @ w.t())
+        else:
+            torch.mm(h, w.t(), out=logits)
+        if self.rounding in LOW:
+            round_to(logits, self.rounding, out=logits)
+        logits[:, self.vocab_size :] = -torch.inf
+        return logits
+
+    def _losses(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """(n,) losses; turns the logits into probabilities."""
+        target, top = logits.gather(1, indices).squeeze(1), logits.amax(1)
+        torch.softmax(logits, 1, out=logits)
+        # softmax keeps the sum of exponentials to itself: it is one over the top probability.
+        return top - target - logits.amax(1).log()
+
+    def _gradients(
+        self, logits: Tensor, valid: Tensor, h: Tensor, w: Tensor, grad_weight: Tensor, start: int
+    ) -> Tensor:
+        """Adds these rows' part to grad_weight (overwrites it at start 0); returns grad_hidden."""
+        factor = valid.unsqueeze(1).float()  # (n, 1)
+        if self.rounding in LOW or self.low:
+            logits.mul_(factor * self.scale)
+        else:
+            h = h * factor  # zero rows, found in the small operand; the scale follows at the end
+        if self.rounding:
+            round_to(logits, self.rounding, out=logits)
+        if self.low:
+            low = logits.to(self.low)
+            part = low.t() @ h
+            grad_weight.add_(part) if start else grad_weight.copy_(part)
+            return low @ w
+        # beta 0 does not read what it is to overwrite.
+        torch.addmm(grad_weight, logits.t(), h, beta=min(start, 1), out=grad_weight)
+        return (logits @ w).mul_(factor)
+
+    def _finish(self, grad_hidden: Tensor, grad_weight: Tensor, hidden: Tensor, weight: Tensor):
+        if self.rounding in LOW:
+            round_to(grad_hidden, self.rounding, out=grad_hidden)
+            round_to(grad_weight, self.rounding, out=grad_weight)
+        elif not self.low:
+            grad_hidden.mul_(self.scale)
+            grad_weight.mul_(self.scale)
+        self.grad_hidden = grad_hidden.to(hidden.dtype)
+        self.grad_weight = grad_weight.to(weight.dtype)
+
+
+def _formats(hidden: Tensor) -> tuple[str | None, torch.dtype | None]:
+    """(format to round to in emulation, dtype to compute in): both None for plain fp32."""
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    name = next((name for name, low in LOW.items() if low is dtype), None)
+    if emulated() == "tf32":
+        return (None, dtype) if name else ("tf32", None)
+    if name and emulated():
+        return name, None
+    return None, dtype if name else None
+
+
+def mean_loss(
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    precision: Precision,
+    device: torch.device,
+) -> float:
+    """Mean nats a target over all batches of inputs and targets (B, T): the validation loss.
+
+    Sums are added in double precision on the host, so that the batch size leaves no trace beyond
+    fp32's rounding. No gradient, no dropout, no use of chance. NaN where there is no target.
+    """
+    total, count = 0.0, 0
+    with evaluating(model), precision.products():
+        for x, y in batches:
+            count += int((y != IGNORE).sum())
+            x, y = x.to(device), y.to(device)
+            with precision.autocast():
+                hidden, weight = model.hidden(x), model.transformer.wte.weight
+                nats = linear_cross_entropy(hidden, weight, y, vocab_size=model.config.vocab_size)
+            total += nats.item()
+    return total / count if count else float("nan")
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, no gradients and no dropout; the training flag is as before afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,227 @@
+"""GPT-2, whole: config, attention, MLP, block, GPT and the cache for keys and values.
+
+Read it from top to bottom. Shapes: B batch, T tokens of this call, S tokens seen so far
+(the cached ones and these T), C channels, H heads, D = C / H, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What shapes the network; nothing about its training.
+
+    The embedding holds `vocab_rows` rows of which the first `vocab_size` are tokens. The rest
+    is padding: 50304 is a multiple of 64 and its matrix product is faster than 50257's.
+    """
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int = 50257
+    vocab_rows: int = 50304
+    dropout: float = 0.0
+    attention: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd}: not a multiple of n_head={self.n_head}")
+        if self.vocab_rows < self.vocab_size:
+            raise ValueError(f"vocab_rows={self.vocab_rows}: below vocab_size={self.vocab_size}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention={self.attention}: one of {', '.join(ATTENTION)}")
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, no query seeing a later key (Vaswani et al. 2017, eq. 1).
+
+    q (B, H, T, D), k and v (B, H, S, D) with T <= S, the queries being the last T of the S
+    positions. Returns (B, H, T, D).
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    scores = scores.masked_fill(~visible(q, k), -math.inf)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+    return weights @ v.to(weights.dtype)  # (B, H, T, D)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """The same formula in one fused kernel, which never stores the (T, S) scores."""
+    queries, keys = q.size(-2), k.size(-2)
+    # is_causal counts positions from 0 on both sides, which is right only without a past:
+    # a lone query behind a cache would see key 0 and nothing else.
+    mask = visible(q, k) if 1 < queries < keys else None
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=1 < queries == keys
+    )
+
+
+def visible(q: Tensor, k: Tensor) -> Tensor:
+    """(T, S) booleans: may this query see this key? Query t stands at position S - T + t."""
+    queries, keys = q.size(-2), k.size(-2)
+    return torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+
+
+ATTENTION = {"sdpa": sdpa_attention, "naive": naive_attention}
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H heads; queries, keys and values come from one product."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.attend = ATTENTION[config.attention]
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+        """(B, T, C) -> (B, T, C); reads and extends this layer's part of the cache."""
+        batch, tokens, channels = x.shape
+        q, k, v = (
+            part.view(batch, tokens, self.n_head, channels // self.n_head).transpose(1, 2)
+            for part in self.c_attn(x).split(channels, dim=2)
+        )  # each (B, H, T, D)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, H, S, D)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(batch, tokens, channels)  # (B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Two linear maps with four times the channels between them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        # The published weights were trained with GELU's tanh form, so it is part of the model.
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then MLP: each reads a normalised copy of the residual stream and adds to it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        x = x + self.attn(self.ln_1(x), layer, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019). Weights are whatever torch gives: see `init.initialize`."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_rows, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS),
+            }
+        )
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) int64 -> (B, T, C) after the last norm, behind what the cache holds.
+
+        Raises ValueError where the positions run beyond `block_size`.
+        """
+        tokens, past = idx.size(1), cache.length if cache is not None else 0
+        if past + tokens > self.config.block_size:
+            raise ValueError(
+                f"{tokens} tokens behind {past} cached ones: "
+                f"expected at most block_size={self.config.block_size} together"
+            )
+        positions = torch.arange(past, past + tokens, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, layer, cache)
+        if cache is not None:
+            cache.length += tokens
+        return self.transformer.ln_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V): the head is the token embedding itself, so nothing can untie it.
+
+        The product takes the padded rows along for speed; nobody outside sees them.
+        """
+        return F.linear(hidden, self.transformer.wte.weight)[..., : self.config.vocab_size]
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) int64 -> logits (B, T, V); raises ValueError as `hidden` does."""
+        return self.logits(self.hidden(idx, cache))
+
+    def parameter_count(self) -> int:
+        """Every parameter, the tied embedding once, padded rows included."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Floating-point operations of training on one token: 6 N + 12 L H D T.
+
+        Forward and backward, matrix products only; N leaves out the position embedding, which
+        multiplies nothing (Chowdhery et al. 2022, PaLM, appendix B).
+        """
+        c = self.config
+        n = self.parameter_count() - self.transformer.wpe.weight.numel()
+        return 6 * n + 12 * c.n_layer * c.n_embd * sequence_length
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in buffers of `block_size` made once.
+
+    Memory: 2 L B C block_size numbers. `length` is the number of tokens held; a forward pass
+    advances it. For inference under `torch.no_grad()`: the buffers are written in place.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_size)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def reset(self) -> None:
+        """Forget every token and keep the memory; what lies beyond `length` is never read."""
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, H, T, D) behind the cached ones; return all of them (B, H, S, D)."""
+        assert k.size(0) == self.keys.size(1), "a cache serves the batch size it was made for"
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end].to(k.dtype), self.values[layer, :, :, :end].to(v.dtype)

@@ -1,0 +1,44 @@
+"""Every on-disk location, and the repository root."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Relative to the workspace: DVC runs stages there, and a queued experiment has its own.
+ARTIFACTS = Path("artifacts")
+TOKENS = Path("data/tokens")
+INIT = Path("artifacts/init")
+MODEL = Path("artifacts/model")
+LAST = Path("artifacts/last")
+SAMPLES_JSONL = Path("artifacts/samples.jsonl")
+SAMPLES_MD = Path("artifacts/samples.md")
+METRICS = Path("metrics")
+PLOTS = Path("plots")
+RECORDS = Path("records")
+PARAMS = Path("params.yaml")
+
+_TEMPORARY_WORKSPACES = "/.dvc/tmp/exps/"
+
+
+def root() -> Path:
+    """The main repository root, from a queued or temporary experiment too.
+
+    DVC sets DVC_ROOT in every mode; without it, walk up to `.dvc` and leave DVC's temporary
+    clones, whose git directory does not lead home.
+    """
+    if os.environ.get("DVC_ROOT"):
+        here = Path(os.environ["DVC_ROOT"])
+    else:
+        cwd = Path.cwd()
+        here = next((p for p in (cwd, *cwd.parents) if (p / ".dvc").is_dir()), cwd)
+    return Path(here.as_posix().split(_TEMPORARY_WORKSPACES)[0])
+
+
+def record(stage: str) -> Path:
+    return RECORDS / f"{stage}.jsonl"
+
+
+def runs() -> Path:
+    """Scratch of runs in progress, shared by every workspace of this repository."""
+    return root() / ".runs"

@@ -1,0 +1,134 @@
+"""fp32 | tf32 | bf16 | fp16: what was asked, what is effective on this device, and why.
+
+| precision | exponent, mantissa bits | operands of products | results, and all the rest |
+|-----------|-------------------------|----------------------|---------------------------|
+| fp32      | 8, 23                   | as they are          | fp32                      |
+| tf32      | 8, 10                   | rounded to tf32      | fp32                      |
+| bf16      | 8, 7                    | rounded to bf16      | bf16 by autocast's table  |
+| fp16      | 5, 10                   | rounded to fp16      | fp16 by autocast's table  |
+
+Products accumulate in fp32 in every mode; parameters, their gradients and the loss are fp32.
+
+tf32 has two interfaces in torch, and once both have spoken torch's getters raise or lie. Only
+`torch.set_float32_matmul_precision` is used here, "high" for tf32 and "highest" for the rest: it
+is the one that readers know and that torch.compile asks. The newer
+`torch.backends.cuda.matmul.fp32_precision` calls the same two "tf32" and "ieee".
+
+A CPU without instructions for a format computes it in torch's reference kernels, some 20 times
+slower than fp32. There the mode is emulated: see `emulation.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.emulation import EmulatedProducts
+from pipeline.errors import ConfigError
+
+PRECISIONS = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+# Instructions that multiply the format, as torch.cpu.get_capabilities() names them.
+CPU_INSTRUCTIONS = {
+    "bf16": ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"),
+    "fp16": ("avx512_fp16", "amx_fp16", "avx10_2", "fp16_arith"),
+    "tf32": (),
+}
+AMPERE = (8, 0)  # the first compute capability whose tensor cores take tf32 and bf16
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How products are computed. `reason` is empty where asked and effective need no word."""
+
+    asked: str
+    effective: str
+    reason: str
+    emulated: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> AbstractContextManager:
+        """Around the forward pass and the loss, never around the backward pass."""
+        if self.dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def products(self) -> AbstractContextManager:
+        """Around the forward and the backward pass; leaves torch's settings as they were."""
+        if self.emulated:
+            return EmulatedProducts(self.effective)
+        if self.device.type == "cuda":
+            return _cuda_products("high" if self.effective == "tf32" else "highest")
+        return nullcontext()
+
+    def make_scaler(self) -> torch.amp.GradScaler:
+        """A loss scaler, working in fp16 only: bf16 has fp32's exponents."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.effective == "fp16")
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """What `name` comes to on `device`. Raises ConfigError for an unknown name."""
+    if name not in PRECISIONS:
+        raise ConfigError(f"precision={name}: expected one of {', '.join(PRECISIONS)}")
+    effective, reason, emulated = DEVICES.get(device.type, _elsewhere)(name, device)
+    return Precision(name, effective, reason, emulated, device, PRECISIONS[effective])
+
+
+def _on_cpu(name: str, device: torch.device) -> tuple[str, str, bool]:
+    if name == "fp32" or _cpu_has(CPU_INSTRUCTIONS[name]):
+        return name, "", False
+    result = "are fp32" if name == "tf32" else f"are rounded to {name}"
+    reason = (
+        f"this CPU has no {name} instructions: operands are rounded to {name}, "
+        f"products accumulate in fp32, results {result} (emulated)"
+    )
+    return name, reason, True
+
+
+def _cpu_has(instructions: tuple[str, ...]) -> bool:
+    return any(_cpu_capabilities().get(name, False) for name in instructions)
+
+
+def _cpu_capabilities() -> dict[str, bool]:
+    """Instruction sets of this CPU by name; torch 2.11 knows fewer of them, and privately."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return dict(torch.cpu.get_capabilities())
+    known = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_fp16": "_is_amx_fp16_supported"}
+    return {name: getattr(torch.cpu, test, bool)() for name, test in known.items()}
+
+
+def _on_cuda(name: str, device: torch.device) -> tuple[str, str, bool]:
+    capability = torch.cuda.get_device_capability(device)
+    if name in ("tf32", "bf16") and capability < AMPERE:
+        major, minor = capability
+        needs = f"{name} needs compute capability 8.0, this GPU has {major}.{minor}"
+        return "fp32", f"{needs}: fp32 instead", False
+    return name, "", False
+
+
+def _elsewhere(name: str, device: torch.device) -> tuple[str, str, bool]:
+    if name == "tf32":
+        return "fp32", f"{device.type} devices have no tf32: fp32 instead", False
+    return name, "", False
+
+
+DEVICES = {"cpu": _on_cpu, "cuda": _on_cuda}
+
+
+@contextmanager
+def _cuda_products(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

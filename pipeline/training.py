@@ -1,0 +1,191 @@
+"""The training step and the loop around it, as a generator of step reports."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import NumericsError
+from pipeline.loss import IGNORE, linear_cross_entropy, token_losses
+from pipeline.optimizer import build_optimizer, learning_rate
+from pipeline.throughput import Stopwatch
+
+if TYPE_CHECKING:
+    from pipeline.config import TrainConfig
+    from pipeline.model import GPT
+    from pipeline.precision import Precision
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step, in plain numbers."""
+
+    step: int
+    loss: float  # mean nats a target token over every micro-batch
+    grad_norm: float  # before clipping
+    learning_rate: float
+    loss_scale: float
+    skipped: bool  # fp16 found an inf or NaN gradient: the parameters stay as they were
+    seconds: float
+    tokens: int
+
+
+@dataclass
+class TrainState:
+    """What a step changes: parameters, moments, scale, and counts."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    precision: Precision
+    loss_function: LossFunction
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = field(default=0, repr=False)
+
+
+def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        model=model,
+        optimizer=build_optimizer(model, config),
+        scaler=precision.make_scaler(),
+        precision=precision,
+        loss_function=_loss_function(model, config, precision),
+    )
+
+
+def fit(
+    state: TrainState,
+    config: TrainConfig,
+    micro_batches: Callable[[int], list[Batch]],
+) -> Iterator[StepReport]:
+    """One optimizer step and one report at a time, from `state.step` to `config.steps`.
+
+    micro_batches(step) gives the step's batches. Raises NumericsError before an update that
+    would spoil the parameters.
+    """
+    device = state.precision.device
+    watch: Stopwatch | None = None
+    while state.step < config.steps:
+        batches = micro_batches(state.step)
+        tokens = sum(x.numel() for x, _ in batches)
+        watch = watch or Stopwatch(device, tokens)
+        state.model.train()
+        watch.start()
+        rate = learning_rate(state.step, config)
+        loss, norm, scale, skipped = train_step(state, batches, rate, config.grad_clip)
+        seconds = watch.stop()
+        _count(state, skipped, config.max_skipped)
+        report = StepReport(state.step, loss, norm, rate, scale, skipped, seconds, tokens)
+        state.step += 1
+        yield report
+
+
+def train_step(
+    state: TrainState, micro_batches: list[Batch], rate: float, grad_clip: float
+) -> tuple[float, float, float, bool]:
+    """Accumulate, unscale once, clip, step, update: mean loss, gradient norm, scale, skipped.
+
+    The loss is the sum over all tokens by the number of valid ones in all micro-batches, so that
+    N micro-batches of one equal one of N, ragged masks included. A skipped step uses up its batch
+    and its place in the schedule.
+    """
+    model, scaler, optimizer = state.model, state.scaler, state.optimizer
+    device = state.precision.device
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    valid = sum(int((y != IGNORE).sum()) for _, y in micro_batches)
+    if valid == 0:
+        raise NumericsError(f"step {state.step}: every target is ignored, so there is no loss")
+    # Known before the products, so that low-precision gradients are made at their scaled size.
+    factor = scaler.scale(torch.ones((), device=device)) / valid
+    total = torch.zeros((), device=device)
+    with state.precision.products():
+        for x, y in micro_batches:
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            with state.precision.autocast():
+                loss = state.loss_function(x, y, factor)
+            loss.backward()
+            total += loss.detach()
+    mean = (total / scaler.scale(torch.ones((), device=device))).item()
+    scaler.unscale_(optimizer)
+    limit = grad_clip or math.inf
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+    _check(state, mean, norm)
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return mean, norm, scale, scaler.get_scale() < scale  # it falls only after an inf gradient
+
+
+def _check(state: TrainState, loss: float, norm: float) -> None:
+    """Stop before the update; an inf gradient passes with a scaler alone, which then halves."""
+    if not math.isfinite(loss):
+        raise NumericsError(f"step {state.step}: the loss is {loss}; no update was made")
+    if not math.isfinite(norm) and not state.scaler.is_enabled():
+        raise NumericsError(f"step {state.step}: the gradient norm is {norm}; no update was made")
+
+
+def _count(state: TrainState, skipped: bool, limit: int) -> None:
+    state.skipped += skipped
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+    if state.skipped_in_a_row >= limit:
+        raise NumericsError(
+            f"step {state.step}: {limit} steps skipped in a row (train.max_skipped), the loss "
+            f"scale is down to {state.scaler.get_scale():g}; try precision=bf16 or a lower train.lr"
+        )
+
+
+def _loss_function(model: GPT, config: TrainConfig, precision: Precision) -> LossFunction:
+    """(x, y, factor) -> factor * sum of token losses; compiled where asked and possible."""
+
+    def fused(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            model.hidden(x),
+            model.transformer.wte.weight,
+            y,
+            vocab_size=model.config.vocab_size,
+            scale=factor,
+        )
+
+    def plain(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+        return token_losses(model(x), y).sum() * factor
+
+    if not config.compile:
+        return fused
+    reason = why_not_compile(precision)
+    if reason:
+        warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
+        return fused
+    return torch.compile(plain)  # the compiler fuses the loss by itself
+
+
+def why_not_compile(precision: Precision) -> str:
+    """Why torch.compile cannot work here, or ""."""
+    if precision.emulated:
+        return f"{precision.asked} is emulated on this device, by a mode that no compiler sees"
+    if precision.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if precision.device.type == "mps":
+        return "it is not supported on MPS"
+    if precision.device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "no C++ compiler was found"
+    return ""

@@ -1,0 +1,88 @@
+"""Folders of weights from anywhere, read as JSON and safetensors: nothing in them can run code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.errors import InputError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises InputError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder: `model.safetensors`, or the shards its index names.
+
+    Raises InputError for a missing, damaged or ambiguous file, and for a folder of pickles,
+    which are never opened.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return _read_file(single)
+    if not index.is_file():
+        raise InputError(
+            f"{folder}: expected model.safetensors or model.safetensors.index.json "
+            "(safetensors only: .bin, .pt and .ckpt files can run code and are never opened)"
+        )
+    return _read_shards(folder, index)
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InputError(f"{index}: expected a weight_map from tensor to file")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted({str(place) for place in places.values()}):
+        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", name)
+        if not plain or not (folder / name).is_file():
+            raise InputError(f"{index}: expected a file of this folder, got {name!r}")
+        shard = _read_file(folder / name)
+        listed = {tensor for tensor, place in places.items() if place == name}
+        if shard.keys() != listed:
+            odd = ", ".join(sorted(shard.keys() ^ listed)[:4])
+            raise InputError(f"{folder / name}: differs from {index.name} in {odd}")
+        tensors |= shard
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        _refuse_duplicates(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except InputError:
+        raise
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def _refuse_duplicates(path: Path) -> None:
+    """safetensors keeps the last of two entries of the same name; which one was meant?"""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        held: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in held:
+                raise InputError(f"{path}: {name}: twice in the header")
+            held[name] = value
+        return held
+
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size <= path.stat().st_size - 8:  # else safetensors itself says what is wrong
+            json.loads(file.read(size), object_pairs_hook=unique)

@@ -1,0 +1,54 @@
+"""The five stages: thin files that load, build, loop and save."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from pipeline import config as configuration
+from pipeline.config import Config
+from pipeline.errors import UserError
+
+
+def run(main: Callable[[Config], None]) -> None:
+    """A stage as a process: checked settings in, an exit code out.
+
+    A mistake that the user can mend ends in one message; a bug keeps its traceback.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.captureWarnings(True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed
+    try:
+        main(configuration.load())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def write_json(path: Path, values: dict[str, float]) -> None:
+    """Metrics for DVC, grouped by the part before the slash."""
+    groups: dict[str, dict[str, float]] = {}
+    for name, value in values.items():
+        group, _, key = name.partition("/")
+        groups.setdefault(group, {})[key] = float(f"{value:.6g}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # DVC may have linked it to its cache
+    path.write_text(json.dumps(groups, indent=2) + "\n", "utf-8")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
+    """A curve for DVC's plots."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([f"{value:.6g}" for value in row] for row in rows)

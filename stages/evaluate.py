@@ -1,0 +1,76 @@
+"""evaluate: the initial and the trained model, on the validation split and on multiple choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline import data, paths, runtime, tracking
+from pipeline import evaluation as tasks
+from pipeline.checkpoint import load_model
+from pipeline.config import UNSET_PATH, Config
+from pipeline.precision import choose_precision
+from stages import run, write_json
+
+MODELS = {"init_val": paths.INIT, "val": paths.MODEL}  # the baseline beside the trained model
+ITEMS = paths.ARTIFACTS / "choice_items.jsonl"
+
+
+def main(config: Config) -> None:
+    with tracking.record("evaluate", config) as record:
+        tokens = {split: data.open_tokens(paths.TOKENS, split) for split in data.SPLITS}
+        material = materials(config, tokens["val"])
+        device = runtime.choose_device(config.device)
+        context = tasks.Context(
+            device=device,
+            precision=choose_precision(config.evaluate.precision, device),
+            batch_size=config.evaluate.batch_size,
+            sequence_length=config.train.sequence_length,
+        )
+        results = {"val/unigram_loss": tasks.unigram_loss(tokens["train"], tokens["val"])}
+        for group, folder in MODELS.items():
+            model = load_model(
+                folder,
+                vocab_rows=config.model.vocab_rows,
+                dropout=0.0,
+                attention=config.model.attention,
+                device=device,
+            )
+            found = tasks.evaluate(model, material, context)
+            results |= {metric_name(group, key): value for key, value in found.items()}
+        record.metrics(results, config.train.steps)
+        record.dataset("tokens", tokens["val"].sha256, str(tokens["val"].path), "val")
+        record.artifact(ITEMS, "evaluate")
+        write_json(paths.METRICS / "evaluate.json", results)
+    show(results)
+
+
+def materials(config: Config, val: data.Tokens) -> dict[str, Any]:
+    """What each task works on; the made items are kept in HellaSwag's own file format."""
+    items = tasks.choice_items(val, config.evaluate.choice_items, config.evaluate.seed)
+    ITEMS.parent.mkdir(parents=True, exist_ok=True)
+    ITEMS.unlink(missing_ok=True)  # DVC may have linked it to its cache
+    tasks.write_hellaswag(items, ITEMS)
+    found: dict[str, Any] = {"validation": val, "choice": items}
+    if config.evaluate.hellaswag != UNSET_PATH:
+        found["hellaswag"] = tasks.hellaswag_items(Path(config.evaluate.hellaswag).expanduser())
+    return found
+
+
+def metric_name(group: str, key: str) -> str:
+    """ "validation/loss" -> "val/loss", "choice/acc" -> "val/choice_acc"."""
+    task, _, name = key.partition("/")
+    return f"{group}/{name}" if task == "validation" else f"{group}/{task}_{name}"
+
+
+def show(results: dict[str, float]) -> None:
+    """Before and after, side by side."""
+    print(f"{'':<24}{'initial':>12}{'trained':>12}")
+    for key in (key for key in results if key.startswith("val/")):
+        before = results.get(f"init_{key}")
+        shown = f"{before:>12.4g}" if before is not None else " " * 12
+        print(f"{key.removeprefix('val/'):<24}{shown}{results[key]:>12.4g}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,105 @@
+"""import_hf_weights: fresh or published weights in, a checked model directory out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from pipeline import paths, runtime, tracking
+from pipeline.checkpoint import build_model, recover, save_model
+from pipeline.config import Config
+from pipeline.errors import ConfigError, InputError
+from pipeline.hf_weights import PARITY_BOUND, import_pretrained, parameter_table, parity
+from pipeline.init import initialize
+from pipeline.model import GPT, GPTConfig
+from stages import run
+
+PROBE_SHAPE = (2, 32)
+
+
+def main(config: Config) -> None:
+    with tracking.record("import_hf_weights", config) as record:
+        model = build(config)
+        recover(paths.INIT)
+        save_model(model, paths.INIT)
+        table = parameter_table(model)
+        show(table, model)
+        found = parity(model, paths.INIT, probe(model, config.init.seed))
+        print(
+            "import_hf_weights: against transformers.GPT2LMHeadModel the logits differ by "
+            f"{found['relative_logit_difference']:.1e}, greedy tokens "
+            + ("equal" if found["greedy_equal"] else "DIFFER")
+        )
+        for name, content in (("parameters", table), ("parity", found)):
+            report = paths.INIT / f"{name}.json"
+            report.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+            record.artifact(report, "init")
+        record.metrics({"init/parity_difference": found["relative_logit_difference"]})
+        record.tags({"parameters": f"{model.parameter_count():,}", "init.from": origin(config)})
+        if not found["greedy_equal"] or found["relative_logit_difference"] > PARITY_BOUND:
+            raise InputError(
+                f"{paths.INIT}: not the function that transformers computes: relative logit "
+                f"difference {found['relative_logit_difference']:.1e}, accepted {PARITY_BOUND:.0e}"
+            )
+
+
+def build(config: Config) -> GPT:
+    """The initial model on the CPU in fp32."""
+    c, init = config.model, config.init
+    shape = GPTConfig(
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        n_embd=c.n_embd,
+        block_size=c.block_size,
+        vocab_rows=c.vocab_rows,
+        dropout=c.dropout,
+        attention=c.attention,
+    )
+    if init.source == "random":
+        model = GPT(shape)
+        initialize(model, init, runtime.generator(init.seed, "init"))
+        return model
+    found, state = import_pretrained(
+        init.hf_model, vocab_rows=c.vocab_rows, dropout=c.dropout, attention=c.attention
+    )
+    names = ("n_layer", "n_head", "n_embd", "block_size")
+    wrong = [
+        f"model.{name}={getattr(c, name)}: expected {getattr(found, name)}, as {init.hf_model} has"
+        for name in names
+        if getattr(c, name) != getattr(found, name)
+    ]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return build_model(found, state)
+
+
+def origin(config: Config) -> str:
+    init = config.init
+    return init.hf_model if init.source == "hf" else f"random, seed {init.seed}, std {init.std}"
+
+
+def probe(model: GPT, seed: int) -> torch.Tensor:
+    """Token ids (B, T) for the parity check."""
+    batch, tokens = PROBE_SHAPE
+    shape = (batch, min(tokens, model.config.block_size))
+    return torch.randint(
+        model.config.vocab_size, shape, generator=runtime.generator(seed, "parity")
+    )
+
+
+def show(table: list[dict[str, Any]], model: GPT) -> None:
+    """The parameter table for a person; the file beside the model has all its columns."""
+    print(f"{'name':<36}{'HF shape':>16}{'our shape':>16}  transposed      std")
+    for row in table:
+        shapes = ["x".join(map(str, row[key])) for key in ("hf_shape", "our_shape")]
+        flipped = "yes" if row["transposed"] else "-"
+        print(f"{row['name']:<36}{shapes[0]:>16}{shapes[1]:>16}{flipped:>12}{row['std']:>9.4f}")
+    padding = (model.config.vocab_rows - model.config.vocab_size) * model.config.n_embd
+    total = model.parameter_count()
+    print(f"{total:,} parameters, {total - padding:,} without the padded vocabulary rows")
+
+
+if __name__ == "__main__":
+    run(main)

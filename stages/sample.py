@@ -1,0 +1,115 @@
+"""sample: texts from the initial and the trained model; with `--prompt`, one to the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import paths, runtime, tokenizer, tracking
+from pipeline.checkpoint import load_model
+from pipeline.config import Config
+from pipeline.generation import generate, stream_text, until_eot
+from pipeline.model import GPT
+from pipeline.precision import choose_precision
+from stages import run
+
+MODELS = {"before": paths.INIT, "after": paths.MODEL}
+
+
+def main(config: Config) -> None:
+    with tracking.record("sample", config) as record:
+        samples = [
+            {"when": when, **sample}
+            for when, folder in MODELS.items()
+            for sample in continuations(load(folder, config), config)
+        ]
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        write(paths.SAMPLES_JSONL, "".join(lines))
+        write(paths.SAMPLES_MD, readable(samples, config))
+        for path in (paths.SAMPLES_JSONL, paths.SAMPLES_MD):
+            record.artifact(path, "samples")
+        record.metrics({"sample/count": len(samples)})
+    last = samples[-config.sample.samples * len(config.sample.prompts)]
+    print(f"sample: {len(samples)} texts in {paths.SAMPLES_MD}, the first one after training:")
+    print(f"  {last['prompt']}{last['text']}".replace("\n", "\n  "))
+
+
+def load(folder: Path, config: Config) -> GPT:
+    return load_model(
+        folder,
+        vocab_rows=config.model.vocab_rows,
+        dropout=0.0,
+        attention=config.model.attention,
+        device=runtime.choose_device(config.device),
+    )
+
+
+def continuations(model: GPT, config: Config) -> Iterator[dict[str, Any]]:
+    """`samples` continuations of every prompt, the same draws for every model."""
+    device = next(model.parameters()).device
+    precision = choose_precision(config.sample.precision, device)
+    for number, prompt in enumerate(config.sample.prompts):
+        ids = tokenizer.gpt2().encode_ordinary(prompt)
+        idx = torch.tensor([ids] * config.sample.samples, device=device)  # (B, T)
+        generator = runtime.generator(config.sample.seed, f"sample {number}", device)
+        with precision.products(), precision.autocast():
+            tokens = generate(model, idx, config.sample, generator)
+        for row in tokens.tolist():
+            new = until_eot(row[len(ids) :])
+            yield {"prompt": prompt, "text": tokenizer.gpt2().decode(new), "tokens": new}
+
+
+def readable(samples: list[dict[str, Any]], config: Config) -> str:
+    """Markdown: each prompt, what the model made of it before training, and after."""
+    c = config.sample
+    parts = [
+        "# Samples\n\n"
+        f"temperature {c.temperature:g}, top-k {c.top_k}, top-p {c.top_p:g}, seed {c.seed}\n"
+    ]
+    for prompt in c.prompts:
+        parts.append(f"\n## {prompt}\n")
+        for when in MODELS:
+            parts.append(f"\n### {when} training\n")
+            for sample in samples:
+                if (sample["when"], sample["prompt"]) == (when, prompt):
+                    quoted = (prompt + sample["text"]).replace("\n", "\n> ")
+                    parts.append(f"\n> {quoted}\n")
+    return "".join(parts)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # DVC may have linked it to its cache
+    path.write_text(text, "utf-8")
+
+
+def to_terminal(words: list[str], config: Config) -> None:
+    """Stream one text of a finished model; no record, no row."""
+    parser = argparse.ArgumentParser(prog="python -m stages.sample", description=__doc__)
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--model", type=Path, default=paths.MODEL, help="a model directory")
+    parser.add_argument("--tokens", type=int, default=config.sample.max_new_tokens)
+    parser.add_argument("--temperature", type=float, default=config.sample.temperature)
+    parser.add_argument("--seed", type=int, default=config.sample.seed)
+    asked = parser.parse_args(words)
+    sampling = replace(config.sample, max_new_tokens=asked.tokens, temperature=asked.temperature)
+    model = load(asked.model, config)
+    device = next(model.parameters()).device
+    precision = choose_precision(config.sample.precision, device)
+    generator = runtime.generator(asked.seed, "sample 0", device)
+    print(asked.prompt, end="", flush=True)
+    with precision.products(), precision.autocast():
+        for piece in stream_text(model, tokenizer.gpt2(), asked.prompt, sampling, generator):
+            print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    run(lambda config: to_terminal(sys.argv[1:], config) if sys.argv[1:] else main(config))

@@ -1,0 +1,38 @@
+"""tokenize: a corpus in, token files of its two splits out."""
+
+from __future__ import annotations
+
+import time
+
+from tqdm import tqdm
+
+from pipeline import corpus, data, paths, tracking
+from pipeline.config import Config
+from stages import run
+
+
+def main(config: Config) -> None:
+    with tracking.record("tokenize", config) as record:
+        started = time.perf_counter()
+        with tqdm(unit="B", unit_scale=True, desc="tokenize", mininterval=0.5) as bar:
+            documents = corpus.documents(config.corpus)
+            meta = data.write_tokens(
+                documents, paths.TOKENS, progress=bar.update, source=corpus.describe(config.corpus)
+            )
+        seconds = time.perf_counter() - started
+        for split in data.SPLITS:
+            facts = meta["splits"][split]
+            record.metrics(
+                {f"data/{split}_{name}": facts[name] for name in ("tokens", "documents", "bytes")}
+            )
+            record.dataset("tokens", facts["sha256"], config.corpus.source, split)
+            print(
+                f"tokenize: {split} {facts['documents']:,} documents, {facts['bytes']:,} bytes, "
+                f"{facts['tokens']:,} tokens"
+            )
+        text_bytes = sum(meta["splits"][split]["bytes"] for split in data.SPLITS)
+        record.metrics({"perf/tokenize_mb_per_second": text_bytes / 1e6 / seconds})
+
+
+if __name__ == "__main__":
+    run(main)

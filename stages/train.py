@@ -1,0 +1,210 @@
+"""train: tokens and an initial model in, the best and the last model out."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+
+import torch
+from tqdm import tqdm
+
+from pipeline import data, paths, records, runtime, throughput, tracking, training
+from pipeline.checkpoint import load_model, recover, save_model
+from pipeline.config import Config, flatten
+from pipeline.loss import mean_loss
+from pipeline.model import GPT
+from pipeline.precision import Precision, choose_precision
+from pipeline.records import Record
+from pipeline.runs import claim
+from stages import run, write_csv, write_json
+
+OUTPUTS = [
+    paths.MODEL,
+    paths.LAST,
+    paths.METRICS / "train.json",
+    paths.PLOTS / "train.csv",
+    paths.PLOTS / "validation.csv",
+    paths.record("train"),
+]
+
+
+def main(config: Config) -> None:
+    tokens = data.open_tokens(paths.TOKENS, "train")
+    held_out = data.open_tokens(paths.TOKENS, "val")
+    data.check_length(tokens, config.train.sequence_length)
+    inputs = {
+        "train": tokens.sha256,
+        "val": held_out.sha256,
+        "init": records.tree_digest(paths.INIT),
+    }
+    with claim(fingerprint(config, inputs)) as held:
+        if held.adopt():
+            print("train: another process has just trained this very configuration; adopted")
+            return
+        for folder in (paths.MODEL, paths.LAST):
+            recover(folder)
+        with tracking.record("train", config) as record:
+            record.dataset("tokens", tokens.sha256, str(tokens.path), "train")
+            record.tags({f"digest.{name}": digest for name, digest in inputs.items()})
+            train(config, record, tokens, held_out)
+        held.share(OUTPUTS)
+
+
+def fingerprint(config: Config, inputs: dict[str, str]) -> str:
+    """One string for all that decides the trained weights."""
+    ours = ("precision", "device", "model.", "train.")
+    params = {k: v for k, v in flatten(config).items() if k.startswith(ours)}
+    return records.digest_of({"params": params, "inputs": inputs, "code": records.code_digest()})
+
+
+def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.Tokens) -> None:
+    device = runtime.choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    announce(precision, record)
+    torch.manual_seed(runtime.derived_seed(config.train.seed, "dropout"))
+    model = load_model(
+        paths.INIT,
+        vocab_rows=config.model.vocab_rows,
+        dropout=config.model.dropout,
+        attention=config.model.attention,
+        device=device,
+    )
+    state = training.start(model, config.train, precision)
+    best, curve, validations = math.inf, [], []
+    for report in progress(training.fit(state, config.train, batches(config, tokens)), config):
+        curve.append(report)
+        record.metrics(step_metrics(report), report.step)
+        done = report.step + 1
+        if done % config.train.val_every == 0 or done == config.train.steps:
+            loss = validate(model, held_out, config, precision)
+            validations.append((done, loss))
+            record.metrics({"train/val_loss": loss}, report.step)
+            if loss < best:
+                best = loss
+                save_model(model, paths.MODEL)
+                best_step = done
+    save_model(model, paths.LAST)
+    record.checkpoint("best", paths.MODEL, best_step)
+    record.checkpoint("last", paths.LAST, config.train.steps)
+    write_results(config, record, model, precision, curve, validations)
+
+
+def announce(precision: Precision, record: Record) -> None:
+    """What was asked for, what is in effect, and why they differ: aloud and in the row."""
+    line = f"train: device {runtime.device_name(precision.device)}, precision {precision.effective}"
+    print(line + (f" ({precision.reason})" if precision.reason else ""), flush=True)
+    record.tags(
+        {
+            "precision.asked": precision.asked,
+            "precision.effective": precision.effective,
+            "precision.reason": precision.reason,
+            "precision.emulated": precision.emulated,
+            "device.name": runtime.device_name(precision.device),
+        }
+    )
+
+
+def batches(config: Config, tokens: data.Tokens):
+    """step -> its micro-batches, a pure function of the settings."""
+    c = config.train
+
+    def at(step: int) -> list[training.Batch]:
+        return [
+            data.batch_at(
+                tokens,
+                step,
+                micro_step,
+                batch_size=c.batch_size,
+                sequence_length=c.sequence_length,
+                accumulate=c.accumulate,
+                seed=runtime.derived_seed(c.seed, "data"),
+            )
+            for micro_step in range(c.accumulate)
+        ]
+
+    return at
+
+
+def validate(model: GPT, held_out: data.Tokens, config: Config, precision: Precision) -> float:
+    """Mean loss over the same first tokens of the validation split at every call."""
+    windows = data.validation_windows(
+        held_out,
+        batch_size=config.train.batch_size,
+        sequence_length=config.train.sequence_length,
+        limit=config.train.val_tokens,
+    )
+    return mean_loss(model, windows, precision, precision.device)
+
+
+def progress(
+    reports: Iterator[training.StepReport], config: Config
+) -> Iterator[training.StepReport]:
+    """A bar with loss, tokens/s and time left; rarely redrawn where it goes to a file."""
+    every = 0.5 if sys.stderr.isatty() else 20.0
+    with tqdm(total=config.train.steps, desc="train", unit="step", mininterval=every) as bar:
+        for report in reports:
+            rate = report.tokens / report.seconds
+            bar.set_postfix_str(f"loss {report.loss:.3f}, {rate:,.0f} tok/s", refresh=False)
+            bar.update()
+            yield report
+
+
+def step_metrics(report: training.StepReport) -> dict[str, float]:
+    return {
+        "train/loss": report.loss,
+        "train/learning_rate": report.learning_rate,
+        "train/grad_norm": report.grad_norm,
+        "train/loss_scale": report.loss_scale,
+        "train/skipped": float(report.skipped),
+        "perf/step_seconds": report.seconds,
+        "perf/step_tokens_per_second": report.tokens / report.seconds,
+    }
+
+
+def write_results(
+    config: Config,
+    record: Record,
+    model: GPT,
+    precision: Precision,
+    curve: list[training.StepReport],
+    validations: list[tuple[int, float]],
+) -> None:
+    """The summary for `dvc metrics`, the curves for `dvc plots`, both in the record as well."""
+    watch = throughput.Stopwatch(precision.device, curve[0].tokens)
+    watch.seconds = [report.seconds for report in curve]
+    rate = watch.tokens_per_second()
+    summary = {
+        "train/final_loss": curve[-1].loss,
+        "train/best_val_loss": min(loss for _, loss in validations),
+        "train/steps": float(len(curve)),
+        "train/tokens": float(sum(report.tokens for report in curve)),
+        "train/skipped_steps": float(sum(report.skipped for report in curve)),
+        "health/grad_norm_max": max(report.grad_norm for report in curve),
+        "model/parameters": float(model.parameter_count()),
+        "perf/tokens_per_second": rate,
+        "perf/peak_memory_mib": throughput.peak_memory_mib(precision.device),
+    }
+    peak = throughput.peak_flops(runtime.device_name(precision.device), precision.effective)
+    flops = model.flops_per_token(config.train.sequence_length)
+    mfu = throughput.utilisation(rate, flops, peak)
+    if mfu is not None:
+        summary["perf/mfu"] = mfu
+    record.metrics(summary, config.train.steps)
+    write_json(paths.METRICS / "train.json", summary)
+    columns = ["step", "loss", "learning_rate", "grad_norm", "loss_scale", "tokens_per_second"]
+    rows = [
+        (r.step, r.loss, r.learning_rate, r.grad_norm, r.loss_scale, round(r.tokens / r.seconds))
+        for r in curve
+    ]
+    write_csv(paths.PLOTS / "train.csv", columns, rows)
+    write_csv(paths.PLOTS / "validation.csv", ["step", "loss"], validations)
+    print(
+        f"train: loss {curve[0].loss:.3f} -> {curve[-1].loss:.3f}, best validation loss "
+        f"{summary['train/best_val_loss']:.3f}, {rate:,.0f} tokens/s, "
+        f"{summary['perf/peak_memory_mib']:,.0f} MiB"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,134 @@
+"""Shared pieces of the tests: settings to vary, and a tiny pipeline in a checkout of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from pipeline import config as configuration
+from pipeline.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+
+
+def params(**changes: Any) -> dict[str, Any]:
+    """The default recipe as nested values, with dotted settings changed (a__b=1 for a.b)."""
+    raw = OmegaConf.load(ROOT / "params.yaml")
+    for name, value in changes.items():
+        OmegaConf.update(raw, name.replace("__", "."), value, force_add=True)
+    return OmegaConf.to_container(raw)  # type: ignore[return-value]
+
+
+@pytest.fixture
+def make_config() -> Callable[..., Config]:
+    """make_config(train__lr=1e-3) -> a checked Config."""
+    return lambda **changes: configuration.from_dict(params(**changes))
+
+
+class Checkout:
+    """A copy of this repository's files as a git and DVC repository of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_"))}
+        self.env |= {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "HF_HUB_OFFLINE": "1",
+            "DVC_NO_ANALYTICS": "1",
+            "OMP_NUM_THREADS": "1",  # two experiments at a time on two cores
+            **{
+                f"GIT_{who}_{what}": f"test{'@example.org' if what == 'EMAIL' else ''}"
+                for who in ("AUTHOR", "COMMITTER")
+                for what in ("NAME", "EMAIL")
+            },
+        }
+
+    def run(self, *words: str, expect: int | None = 0, **env: str) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            words,
+            cwd=self.folder,
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+        if expect is not None:
+            assert done.returncode == expect, f"{words}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def dvc(self, *words: str, expect: int | None = 0) -> str:
+        done = self.run(sys.executable, "-m", "dvc", *words, expect=expect)
+        return done.stdout + done.stderr
+
+
+def checkout(folder: Path) -> Checkout:
+    """Tracked and new files, so that a test sees the working tree as it is."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file() and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    made = Checkout(folder)
+    made.run("git", "init", "--quiet", "--initial-branch=main")
+    return made
+
+
+TINY = {
+    "corpus.source": "text",
+    "corpus.path": "data/text",
+    "corpus.val_fraction": 0.3,
+    "model.n_layer": 2,
+    "model.n_head": 2,
+    "model.n_embd": 16,
+    "model.block_size": 32,
+    "train.steps": 6,
+    "train.batch_size": 2,
+    "train.sequence_length": 32,
+    "train.warmup_steps": 2,
+    "train.val_every": 3,
+    "train.val_tokens": 200,
+    "evaluate.choice_items": 4,
+    "sample.samples": 1,
+    "sample.max_new_tokens": 8,
+}
+
+
+def tiny_pipeline(folder: Path) -> Checkout:
+    """A checkout whose recipe takes seconds: a few small documents and a model of 16 channels."""
+    made = checkout(folder)
+    text = folder / "data" / "text"
+    text.mkdir(parents=True)
+    text_words = "the model reads a window of tokens and learns what comes next in the text"
+    words = text_words.split()
+    for number in range(12):
+        lines = [
+            " ".join(words[(number * 5 + i * j) % len(words)] for j in range(1, 40)) + "."
+            for i in range(1, 9)
+        ]
+        (text / f"{number:02}.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    raw = OmegaConf.load(folder / "params.yaml")
+    for name, value in TINY.items():
+        OmegaConf.update(raw, name, value)
+    OmegaConf.save(raw, folder / "params.yaml")
+    made.run("git", "add", "--all")
+    made.run("git", "commit", "--quiet", "--message", "tiny recipe")
+    return made

@@ -1,0 +1,214 @@
+"""Claims about rows and records, seen from outside: dvc commands in, MLflow's client out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from pipeline import records
+from tests.conftest import Checkout, tiny_pipeline
+
+# MLflow's client and its libraries warn of their own deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+STAGES = tuple(records.UPSTREAM)
+
+
+class Story:
+    """One tiny pipeline and what each command left behind, in the order they were given."""
+
+    def __init__(self, repo: Checkout):
+        self.repo = repo
+        self.said: dict[str, str] = {}
+        self.rows: dict[str, list[str]] = {}  # ids of the rows that a command added
+        self.records: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        self._known: set[str] = set()
+
+    def tell(self, name: str, *commands: tuple[str, ...]) -> None:
+        self.said[name] = "".join(self.repo.dvc(*command) for command in commands)
+        new = [run.info.run_id for run in self.runs() if run.info.run_id not in self._known]
+        self.rows[name] = new
+        self._known |= set(new)
+        self.records[name] = {
+            s: records.read(self.repo.folder / "records" / f"{s}.jsonl") for s in STAGES
+        }
+
+    def client(self) -> Any:
+        from mlflow import MlflowClient
+
+        return MlflowClient(f"sqlite:///{self.repo.folder.as_posix()}/mlflow.db")
+
+    def runs(self) -> list[Any]:
+        client = self.client()
+        experiment = client.get_experiment_by_name("gpt2")
+        return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
+
+    def points(self, run_id: str) -> Counter[str]:
+        client = self.client()
+        keys = client.get_run(run_id).data.metrics
+        return Counter({key: len(client.get_metric_history(run_id, key)) for key in keys})
+
+
+def expected_points(chain: dict[str, list[dict[str, Any]]]) -> Counter[str]:
+    return Counter(
+        key
+        for record in chain.values()
+        for event in record
+        if event["kind"] == "metrics"
+        for key in event["values"]
+    )
+
+
+def experiment_records(repo: Checkout, name: str) -> dict[str, list[dict[str, Any]]]:
+    """A DVC experiment's records, by its own dvc.lock, out of the cache."""
+    refs = repo.run("git", "for-each-ref", "--format=%(refname)", "refs/exps").stdout.split()
+    ref = next(ref for ref in refs if ref.endswith(f"/{name}"))
+    lock = OmegaConf.create(repo.run("git", "show", f"{ref}:dvc.lock").stdout)
+    found = {}
+    for stage in STAGES:
+        outs = {out.path: out.md5 for out in lock.stages[stage].outs}
+        md5 = outs[f"records/{stage}.jsonl"]
+        cached = repo.folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+        found[stage] = records.read(cached)
+    return found
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    told = Story(tiny_pipeline(tmp_path_factory.mktemp("story")))
+    told.tell("repro", ("repro",))
+    told.tell("again", ("repro",))
+    told.tell("cached train", ("exp", "run", "-n", "cached", "-S", "sample.seed=2"))
+    told.tell("temp", ("exp", "run", "--temp", "-n", "aside", "-S", "sample.seed=3"))
+    told.tell(
+        "queue",
+        ("exp", "run", "--queue", "-n", "four", "-S", "train.lr=0.001", "-S", "sample.seed=4"),
+        ("exp", "run", "--queue", "-n", "five", "-S", "train.lr=0.001", "-S", "sample.seed=5"),
+        ("queue", "start", "-j", "2"),
+        ("queue", "logs", "four", "--follow"),
+        ("queue", "logs", "five", "--follow"),
+    )
+    told.tell("forced", ("repro", "-f"))
+    return told
+
+
+def test_every_command_adds_its_rows_and_no_other(story: Story) -> None:
+    added = {name: len(rows) for name, rows in story.rows.items()}
+    assert added == {
+        "repro": 1,
+        "again": 0,
+        "cached train": 1,
+        "temp": 1,
+        "queue": 2,
+        "forced": 1,
+    }, story.said
+
+
+def test_every_row_is_finished(story: Story) -> None:
+    assert [run.info.status for run in story.runs()] == ["FINISHED"] * 6
+
+
+@pytest.mark.parametrize("name", ["repro", "cached train", "forced"])
+def test_points_equal_the_records_of_the_workspace(story: Story, name: str) -> None:
+    (row,) = story.rows[name]
+    assert story.points(row) == expected_points(story.records[name])
+
+
+@pytest.mark.parametrize("name", ["aside", "four", "five"])
+def test_points_equal_the_records_of_the_experiment(story: Story, name: str) -> None:
+    (row,) = [run.info.run_id for run in story.runs() if run.info.run_name == name]
+    assert story.points(row) == expected_points(experiment_records(story.repo, name))
+
+
+def test_two_queued_experiments_share_one_training(story: Story) -> None:
+    four, five = (experiment_records(story.repo, name) for name in ("four", "five"))
+    assert four["train"][0]["id"] == five["train"][0]["id"]
+    assert four["sample"][0]["id"] != five["sample"][0]["id"]
+
+
+def test_a_cached_train_leaves_its_curve_in_the_new_row(story: Story) -> None:
+    (row,) = story.rows["cached train"]
+    assert story.points(row)["train/loss"] == 6
+    before, after = story.records["repro"], story.records["cached train"]
+    assert before["train"][0]["id"] == after["train"][0]["id"]
+
+
+def test_forcing_the_chain_opens_a_new_row_and_marks_the_old_one(story: Story) -> None:
+    (old,), (new,) = story.rows["cached train"], story.rows["forced"]
+    runs = {run.info.run_id: run.data.tags for run in story.runs()}
+    assert runs[old]["superseded"] == new
+    assert [id_ for id_, tags in runs.items() if "superseded" in tags] == [old]
+
+
+def test_a_second_repro_says_that_everything_is_up_to_date(story: Story) -> None:
+    assert "up to date" in story.said["again"]
+
+
+def test_a_row_tells_params_inputs_environment_and_where_its_files_are(story: Story) -> None:
+    (row,) = [run for run in story.runs() if run.info.run_name == "four"]
+    assert row.data.params["train.lr"] == "0.001"
+    assert row.data.tags["dvc.exp_name"] == "four"
+    assert len(row.data.tags["mlflow.source.git.commit"]) == 40
+    assert row.data.tags["precision.effective"] == "fp32"
+    assert {d.dataset.name for d in row.inputs.dataset_inputs} == {"tokens"}
+    names = {f.path for f in story.client().list_artifacts(row.info.run_id)}
+    assert {"checkpoints", "samples", "init"} <= names
+
+
+def test_the_copied_checkpoint_opens_in_transformers(story: Story, tmp_path: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    (row,) = [run for run in story.runs() if run.info.run_name == "four"]
+    folder = story.client().download_artifacts(row.info.run_id, "checkpoints/best", str(tmp_path))
+    assert GPT2LMHeadModel.from_pretrained(folder).config.n_embd == 16
+
+
+def test_git_stays_clean_after_a_repro_that_changed_nothing(story: Story) -> None:
+    story.repo.run("git", "add", "--all")
+    story.repo.run("git", "commit", "--quiet", "--message", "results")
+    story.repo.dvc("repro")
+    assert story.repo.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_editing_generation_runs_sample_alone(story: Story) -> None:
+    path = story.repo.folder / "pipeline" / "generation.py"
+    path.write_text(path.read_text("utf-8") + "# touched\n", "utf-8")
+    said = story.repo.dvc("repro")
+    assert [s for s in STAGES if f"Running stage '{s}'" in said] == ["sample"], said
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("precision=fp8", "precision=fp8: expected one of fp32, tf32, bf16, fp16"),
+        ("train.lr=abc", "train.lr=abc: expected a number above 0"),
+        ("+train.lrr=1", "train.lrr: unknown setting; did you mean train.lr?"),
+    ],
+)
+def test_a_wrong_value_ends_in_one_line_before_any_work(
+    story: Story, change: str, problem: str
+) -> None:
+    said = story.repo.dvc("exp", "run", "--temp", "-S", change, expect=255)
+    assert problem in said
+    assert "Traceback" not in said
+
+
+def test_a_deleted_store_is_filled_again_from_the_records(story: Story) -> None:
+    repo = story.repo
+    (repo.folder / "mlflow.db").unlink()
+    shutil.rmtree(repo.folder / "mlartifacts")
+    repo.run("python", "-m", "pipeline.tracking", "sync")
+    chain = {s: records.read(repo.folder / "records" / f"{s}.jsonl") for s in STAGES}
+    (row,) = [
+        run.info.run_id
+        for run in story.runs()
+        if run.data.tags["record.sample"] == chain["sample"][0]["id"]
+    ]
+    assert story.points(row) == expected_points(chain)
+    assert json.dumps(chain)  # the records themselves are as they were

@@ -1,0 +1,51 @@
+"""Who decays, and the learning rate as a table of values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.model import GPT, GPTConfig
+from pipeline.optimizer import build_optimizer, learning_rate, parameter_groups
+
+
+def test_matrices_decay_and_the_tied_weight_once_at_124m() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024))
+    decayed, rest = parameter_groups(model, 0.1)
+    assert (len(decayed["params"]), len(rest["params"])) == (50, 98)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert sum(p is model.transformer.wte.weight for p in decayed["params"]) == 1
+
+
+def test_a_tensor_without_gradient_signal_shrinks_only_where_it_decays(make_config) -> None:
+    config = make_config().train
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=8, vocab_rows=8))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    build_optimizer(model, config).step()
+    for name, p in model.named_parameters():
+        factor = 1 - config.lr * config.weight_decay if p.dim() >= 2 else 1.0
+        torch.testing.assert_close(p, before[name] * factor, rtol=1e-6, atol=0)
+
+
+def test_the_schedule_equals_its_golden_table(make_config) -> None:
+    config = make_config(train__steps=11, train__warmup_steps=2, train__lr=1.0, train__min_lr=0.1)
+    found = [learning_rate(step, config.train) for step in range(11)]
+    # Warm-up 1/2, 2/2; then 0.1 + 0.45 (1 + cos(pi k / 8)) for k = 0 .. 8.
+    table = [0.5, 1.0, 1.0, 0.965746, 0.868198, 0.722208, 0.55, 0.377792, 0.231802, 0.134254, 0.1]
+    assert found == pytest.approx(table, abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 200])
+@pytest.mark.parametrize("warmup", [0, 1, 199])
+def test_the_first_rate_is_not_zero_and_the_last_is_exactly_the_minimum(
+    make_config, steps: int, warmup: int
+) -> None:
+    if warmup >= steps:
+        pytest.skip("refused by the schema")
+    config = make_config(train__steps=steps, train__warmup_steps=warmup).train
+    assert learning_rate(0, config) > 0
+    assert learning_rate(steps - 1, config) == config.min_lr
+    assert max(learning_rate(step, config) for step in range(steps)) <= config.lr

@@ -1,0 +1,109 @@
+"""Records: complete, rounded, partial until they end; keys that tell experiments apart."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from pipeline import paths, records
+from pipeline.records import Record
+
+
+@pytest.fixture(autouse=True)
+def _workspace(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+
+
+def test_a_record_carries_its_final_name_only_after_success(make_config) -> None:
+    record = Record("tokenize", make_config())
+    assert not paths.record("tokenize").exists()
+    record.close("FAILED")
+    assert not paths.record("tokenize").exists()
+    Record("tokenize", make_config()).close("FINISHED")
+    kinds = [event["kind"] for event in records.read(paths.record("tokenize"))]
+    assert kinds == ["start", "metrics", "end"]
+
+
+def test_values_are_rounded_to_six_digits_and_nan_survives(make_config) -> None:
+    shipped: list[records.Event] = []
+    record = Record("train", make_config(), shipped.append)
+    record.metrics({"a": 1 / 3, "b": math.nan, "c": 123456789.0}, step=7)
+    record.close("FINISHED")
+    (read,) = [
+        e for e in records.read(paths.record("train")) if e["step" if "step" in e else "kind"] == 7
+    ]
+    assert read["values"]["a"] == 0.333333
+    assert math.isnan(read["values"]["b"])
+    assert read["values"]["c"] == 123457000.0
+    assert [e["kind"] for e in shipped] == ["start", "metrics", "metrics", "end"]
+
+
+def test_the_key_follows_params_and_code_but_not_tracking(make_config, monkeypatch) -> None:
+    def key(**changes) -> str:
+        return records.start_event("tokenize", make_config(**changes))["key"]
+
+    assert key() == key(tracking__checkpoints="none") == key(tracking__experiment="other")
+    assert key() != key(sample__seed=1)
+    before = key()
+    monkeypatch.setattr(records, "code_digest", lambda: "other code")
+    assert key() != before
+
+
+def test_the_code_digest_sees_what_changes_results_and_ignores_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    model, tracking = tmp_path / "pipeline/model.py", tmp_path / "pipeline/tracking.py"
+    model.write_text("a = 1\n")
+    tracking.write_text("b = 1\n")
+    before = records.code_digest(tmp_path)
+    tracking.write_text("b = 2\n")
+    assert records.code_digest(tmp_path) == before
+    model.write_bytes(b"a = 1\r\n")
+    assert records.code_digest(tmp_path) == before
+    model.write_text("a = 2\n")
+    assert records.code_digest(tmp_path) != before
+
+
+def test_stages_of_one_command_share_the_code_digest_taken_first(make_config, monkeypatch) -> None:
+    monkeypatch.setattr(records, "_invocation", lambda: "one dvc repro")
+    Record("tokenize", make_config()).close("FINISHED")
+    monkeypatch.setattr(records, "code_digest", lambda: "edited while the chain runs")
+    tokenize = records.read(paths.record("tokenize"))[0]
+    assert records.start_event("train", make_config())["key"] == tokenize["key"]
+    monkeypatch.setattr(records, "_invocation", lambda: "the next one")
+    assert records.start_event("train", make_config())["key"] != tokenize["key"]
+
+
+def test_no_environment_value_reaches_a_record(make_config, monkeypatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "canary-value")
+    Record("tokenize", make_config()).close("FINISHED")
+    assert "canary-value" not in paths.record("tokenize").read_text("utf-8")
+
+
+def test_digest_notices_names_contents_and_boundaries(tmp_path: Path) -> None:
+    seen = set()
+    for number, files in enumerate(
+        [{"a": "xy", "b": ""}, {"a": "x", "b": "y"}, {"a": "xy", "c": ""}, {"a": "xy"}]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        seen.add(records.tree_digest(folder))
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("temporary", ["/.dvc/tmp/exps/tmpabc", "/.dvc/tmp/exps/standalone/x", ""])
+def test_the_main_root_is_found_from_every_workspace(
+    tmp_path: Path, monkeypatch, temporary
+) -> None:
+    workspace = Path(f"{tmp_path}{temporary}")
+    (workspace / ".dvc").mkdir(parents=True)
+    (tmp_path / ".dvc").mkdir(exist_ok=True)
+    monkeypatch.chdir(workspace)
+    assert paths.root() == tmp_path
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert paths.root() == tmp_path

@@ -1,0 +1,58 @@
+"""Rates leave out what is not training, and never borrow another card's peak."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from pipeline import throughput
+from pipeline.model import GPT, GPTConfig
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
+        ("NVIDIA H100 PCIe", "bf16", 756),
+        ("NVIDIA H200", "tf32", 494.7),
+        ("NVIDIA A100-SXM4-40GB", "bf16", 312),
+        ("Tesla T4", "fp16", 65),
+        ("Tesla T4", "bf16", None),
+        ("NVIDIA T400 4GB", "fp16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
+        ("cpu (2 threads)", "fp32", None),
+    ],
+)
+def test_the_peak_is_of_the_very_device_and_precision(name, precision, tflops) -> None:
+    expected = tflops * 1e12 if tflops else None
+    assert throughput.peak_flops(name, precision) == expected
+
+
+def test_an_unknown_peak_gives_no_utilisation() -> None:
+    assert throughput.utilisation(1000.0, 10**9, None) is None
+    assert throughput.utilisation(1000.0, 10**9, 1e13) == pytest.approx(0.1)
+
+
+def test_flops_per_token_are_the_published_figure_at_124m() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024))
+    assert model.flops_per_token(1024) / 1e6 == pytest.approx(855.4, abs=0.1)
+
+
+def test_the_rate_leaves_out_warm_up_and_what_lies_between_steps() -> None:
+    watch = throughput.Stopwatch(torch.device("cpu"), tokens_per_step=1000)
+    for _ in range(2):
+        watch.start()
+        watch.stop()
+        time.sleep(0.2)  # an evaluation, say
+    assert sum(watch.seconds) < 0.1
+    watch.seconds = [9.0, 9.0, 9.0, 0.5, 0.5, 0.5, 7.0]
+    assert watch.tokens_per_second() == 2000
+
+
+def test_peak_memory_grows_with_what_is_held() -> None:
+    before = throughput.peak_memory_mib(torch.device("cpu"))
+    held = torch.ones(300 * 2**18)  # 300 MiB, every page of it touched
+    assert throughput.peak_memory_mib(torch.device("cpu")) > max(before, held.nbytes / 2**20)

@@ -1,0 +1,243 @@
+"""The step: accumulation, clipping, scaling, skipping, stopping; the loop: reports and order."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from pipeline import training
+from pipeline.errors import NumericsError
+from pipeline.init import initialize
+from pipeline.loss import IGNORE
+from pipeline.model import GPT, GPTConfig
+from pipeline.precision import choose_precision
+
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=97, vocab_rows=128)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model(make_config) -> GPT:
+    made = GPT(SHAPE)
+    initialize(made, make_config().init, torch.Generator().manual_seed(0))
+    return made
+
+
+@pytest.fixture
+def train_config(make_config):
+    return make_config(train__steps=4, train__warmup_steps=1).train
+
+
+def batch(rows: int, seed: int = 0, ignored: int = 0) -> training.Batch:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(97, (rows, 16), generator=generator)
+    y = torch.randint(97, (rows, 16), generator=generator)
+    y.view(-1)[:ignored] = IGNORE
+    return x, y
+
+
+def start(model: GPT, config, name: str = "fp32") -> training.TrainState:
+    return training.start(copy.deepcopy(model), config, choose_precision(name, CPU))
+
+
+def weights(state: training.TrainState) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in state.model.parameters()])
+
+
+def test_ragged_micro_batches_of_one_equal_one_batch(model, train_config) -> None:
+    x, y = batch(4, ignored=23)
+    whole, parts = start(model, train_config), start(model, train_config)
+    one = training.train_step(whole, [(x, y)], 1e-3, 1.0)
+    four = training.train_step(parts, [(x[i : i + 1], y[i : i + 1]) for i in range(4)], 1e-3, 1.0)
+    assert four[:2] == pytest.approx(one[:2], rel=1e-5)
+    # Adam's first step is lr * sign(gradient): where that is rounding noise signs may differ.
+    assert (weights(parts) - weights(whole)).abs().mean() < 1e-6
+
+
+def test_the_logged_loss_covers_every_micro_batch(model, train_config) -> None:
+    first, second = batch(2, seed=1), batch(2, seed=2)
+    losses = [
+        training.train_step(start(model, train_config), batches, 1e-3, 1.0)[0]
+        for batches in ([first], [second], [first, second])
+    ]
+    assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-6)
+    assert losses[0] != losses[1]
+
+
+def test_the_norm_is_reported_before_clipping_and_the_update_uses_the_clipped_one(
+    model, train_config
+) -> None:
+    # SGD, since Adam would hide the length of a gradient.
+    states = [start(model, train_config) for _ in range(2)]
+    for state in states:
+        state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
+    before = weights(states[0])
+    norm = training.train_step(states[0], [batch(2)], 1.0, 0.0)[1]
+    assert (weights(states[0]) - before).norm().item() == pytest.approx(norm, rel=1e-4)
+    assert training.train_step(states[1], [batch(2)], 1.0, norm / 4)[1] == pytest.approx(norm)
+    assert (weights(states[1]) - before).norm().item() == pytest.approx(norm / 4, rel=1e-4)
+
+
+def test_fp16_clips_the_same_gradient_at_scales_1_and_65536(model, train_config) -> None:
+    norms, moved = [], []
+    for scale in (1.0, 65536.0):
+        state = start(model, train_config, "fp16")
+        state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        before = weights(state)
+        norms.append(training.train_step(state, [batch(2)], 1.0, 0.1)[1])
+        moved.append(weights(state) - before)
+    assert norms[0] == pytest.approx(norms[1], rel=5e-3)
+    assert moved[0].norm().item() == pytest.approx(0.1, rel=1e-3)
+    assert (moved[0] - moved[1]).norm().item() < 5e-3 * moved[0].norm().item()
+
+
+def poison(state: training.TrainState, value: float) -> None:
+    """Make one gradient `value` in every backward pass from now on."""
+    state.model.transformer.ln_f.bias.register_hook(lambda g: torch.full_like(g, value))
+
+
+def test_an_inf_gradient_leaves_parameters_alone_and_halves_the_scale(model, train_config) -> None:
+    state = start(model, train_config, "fp16")
+    poison(state, math.inf)
+    before = weights(state)
+    _, norm, scale, skipped = training.train_step(state, [batch(2)], 1e-3, 1.0)
+    assert skipped and math.isinf(norm)
+    assert torch.equal(weights(state), before)
+    assert state.scaler.get_scale() == scale / 2
+
+
+def test_a_skipped_step_is_reported_and_uses_up_its_place_in_the_schedule(
+    model, make_config
+) -> None:
+    config = make_config(train__steps=3, train__warmup_steps=2, train__max_skipped=3).train
+    state = start(model, config, "fp16")
+    state.model.transformer.ln_f.bias.register_hook(
+        lambda g: torch.full_like(g, math.inf) if state.step == 0 else g
+    )
+    reports = list(training.fit(state, config, lambda step: [batch(2, seed=step)]))
+    assert [r.skipped for r in reports] == [True, False, False]
+    assert reports[1].learning_rate == config.lr
+    assert (reports[0].loss_scale, reports[1].loss_scale) == (65536.0, 32768.0)
+    assert state.skipped == 1
+
+
+def test_a_scale_that_collapses_stops_the_run(model, make_config) -> None:
+    config = make_config(train__steps=9, train__max_skipped=4, train__warmup_steps=1).train
+    state = start(model, config, "fp16")
+    poison(state, math.inf)
+    with pytest.raises(NumericsError, match=r"step 3: 4 steps skipped in a row .*precision=bf16"):
+        list(training.fit(state, config, lambda step: [batch(2)]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_a_nan_gradient_stops_before_the_update_and_names_the_step(
+    model, train_config, precision: str
+) -> None:
+    state = start(model, train_config, precision)
+    poison(state, math.nan)
+    before = weights(state)
+    with pytest.raises(NumericsError, match="step 0: the gradient norm is nan; no update"):
+        list(training.fit(state, train_config, lambda step: [batch(2)]))
+    assert torch.equal(weights(state), before)
+
+
+def test_a_nan_loss_stops_before_the_update(model, train_config) -> None:
+    state = start(model, train_config)
+    with torch.no_grad():
+        state.model.transformer.ln_f.weight[0] = math.nan
+    with pytest.raises(NumericsError, match="step 0: the loss is nan; no update"):
+        list(training.fit(state, train_config, lambda step: [batch(2)]))
+
+
+def test_a_step_without_any_target_is_refused(model, train_config) -> None:
+    with pytest.raises(NumericsError, match="every target is ignored"):
+        training.train_step(start(model, train_config), [batch(2, ignored=32)], 1e-3, 1.0)
+
+
+def test_the_reports_carry_the_schedule_and_every_step_once(model, train_config) -> None:
+    from pipeline.optimizer import learning_rate
+
+    asked: list[int] = []
+
+    def micro_batches(step: int) -> list[training.Batch]:
+        asked.append(step)
+        return [batch(2, seed=step)]
+
+    reports = list(training.fit(start(model, train_config), train_config, micro_batches))
+    assert [r.step for r in reports] == asked == [0, 1, 2, 3]
+    assert [r.learning_rate for r in reports] == [learning_rate(s, train_config) for s in range(4)]
+    assert all(r.tokens == 32 and r.seconds > 0 for r in reports)
+
+
+def test_training_learns_a_batch_by_heart(model, make_config) -> None:
+    config = make_config(train__steps=60, train__warmup_steps=5, train__lr=0.01).train
+    reports = list(training.fit(start(model, config), config, lambda step: [batch(2)]))
+    assert reports[0].loss == pytest.approx(math.log(97), abs=0.1)
+    assert reports[-1].loss < 0.5
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_five_steps_in_a_low_precision_end_near_fp32_and_not_on_it(
+    model, make_config, precision: str
+) -> None:
+    config = make_config(train__steps=5, train__warmup_steps=1).train
+    ends = []
+    for name in ("fp32", precision):
+        state = start(model, config, name)
+        list(training.fit(state, config, lambda step: [batch(4, seed=step)]))
+        ends.append(weights(state))
+    assert not torch.equal(*ends)
+    assert (ends[0] - ends[1]).norm() < 0.02 * ends[0].norm()
+
+
+def test_validation_between_steps_changes_no_weight(model, make_config) -> None:
+    from pipeline.loss import mean_loss
+
+    config = make_config(train__steps=4, train__warmup_steps=1).train
+    dropped = GPT(GPTConfig(**{**SHAPE.__dict__, "dropout": 0.2}))
+    dropped.load_state_dict(model.state_dict())
+    ends = []
+    for validate in (False, True):
+        torch.manual_seed(3)
+        state = start(dropped, config)
+        for _ in training.fit(state, config, lambda step: [batch(4, seed=step)]):
+            if validate:
+                mean_loss(state.model, [batch(2, seed=9)], state.precision, CPU)
+        ends.append(weights(state))
+    assert torch.equal(*ends)
+
+
+def test_compile_where_it_cannot_work_warns_and_trains_eagerly(model, make_config) -> None:
+    config = make_config(train__compile=True, train__steps=1, train__warmup_steps=0).train
+    precision = choose_precision("tf32", CPU)
+    assert precision.emulated
+    with pytest.warns(UserWarning, match="train.compile=true runs eagerly: tf32 is emulated"):
+        state = training.start(model, config, precision)
+    assert len(list(training.fit(state, config, lambda step: [batch(2)]))) == 1
+
+
+def test_a_missing_compiler_is_a_reason_not_an_error(monkeypatch) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def missing() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    assert training.why_not_compile(choose_precision("fp32", CPU)) == "no C++ compiler was found"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+def test_a_compiled_step_equals_an_eager_one_and_leaves_names_alone(model, make_config) -> None:
+    results = []
+    for compiled in (False, True):
+        config = make_config(train__compile=compiled, train__steps=3, train__warmup_steps=1).train
+        state = start(model, config)
+        reports = list(training.fit(state, config, lambda step: [batch(2, seed=step)]))
+        assert not [name for name in state.model.state_dict() if "_orig_mod" in name]
+        results.append([report.loss for report in reports])
+    assert results[1] == pytest.approx(results[0], rel=1e-4)

@@ -1,0 +1,119 @@
+"""Fills the README's marked blocks: outputs of real commands, the settings, the file tree.
+
+    python tools/readme.py            settings and tree, in a second
+    python tools/readme.py --run      the commands as well, in a fresh clone of the last commit
+
+A block stands between `<!-- KIND ARGUMENT -->` and `<!-- end -->`. Kinds: `run` (a command whose
+output is shown), `settings`, `tree`.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- (run|settings|tree)(?: (.*?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+LONGEST = 40  # lines of output shown; the middle of a longer one is left out
+
+OTHER_FILES = {
+    "params.yaml": "every setting",
+    "dvc.yaml": "the five stages: what they need, read and make",
+    "recipes/": "complete params files: GPT-2 124M to XL, and continued training",
+    "tests/": "one file a module, and the claims seen from outside",
+    "tests/NUMERICS.md": "details that reimplementations get wrong, and the test of each",
+    "benchmarks/": "measurements anyone can repeat, and their results",
+    "tools/readme.py": "fills this page's outputs, settings and tree",
+    "constraints.txt": "every version, for every platform",
+    "Makefile": "repro, test, ui, lint, clean",
+}
+READING_ORDER = (
+    "model init loss precision emulation training optimizer data corpus tokenizer hf_weights "
+    "weight_files checkpoint generation evaluation throughput runtime records tracking view runs "
+    "config paths errors buffers"
+).split()
+
+
+def settings() -> str:
+    sys.path.insert(0, str(ROOT))
+    from pipeline import config
+
+    defaults = config.flatten(config.load(ROOT / "params.yaml"))
+    lines = ["| setting | default | accepted | what it is |", "|---|---|---|---|"]
+    for name, accepted, doc in config.describe():
+        value = defaults[name]
+        shown = "; ".join(value) if isinstance(value, list) else str(value)
+        shown = shown.lower() if isinstance(value, bool) else shown
+        lines.append(f"| `{name}` | `{shown}` | {accepted} | {doc} |")
+    return "\n".join(lines)
+
+
+def tree() -> str:
+    modules = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__"}
+    assert modules == set(READING_ORDER), modules ^ set(READING_ORDER)
+    rows = [(f"pipeline/{name}.py", phrase(ROOT / f"pipeline/{name}.py")) for name in READING_ORDER]
+    stages = sorted((ROOT / "stages").glob("[a-z]*.py"))
+    rows += [(f"stages/{path.name}", phrase(path)) for path in stages]
+    rows += OTHER_FILES.items()
+    width = max(len(name) for name, _ in rows) + 2
+    return "```text\n" + "\n".join(f"{name:<{width}}{text}" for name, text in rows) + "\n```"
+
+
+def phrase(path: Path) -> str:
+    """The first line of a module's docstring, without its full stop."""
+    doc = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+    return doc.splitlines()[0].rstrip(".")
+
+
+def run(command: str, clone: Path) -> str:
+    began = time.perf_counter()
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=clone,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    seconds = time.perf_counter() - began
+    print(f"{command}: exit {done.returncode}, {seconds:.0f} s", file=sys.stderr)
+    lines = [line.rpartition("\r")[2].rstrip() for line in done.stdout.splitlines()]
+    lines = [line.replace(str(clone), ".") for line in lines]
+    if len(lines) > LONGEST:
+        left_out = len(lines) - LONGEST
+        half = LONGEST // 2
+        lines = [*lines[:half], f"[... {left_out} more lines ...]", *lines[-half:]]
+    shown = "\n".join(lines).strip("\n")
+    return f"```console\n$ {command}\n{shown}\n```\n\nIt took {seconds:.0f} s."
+
+
+def main() -> None:
+    commands = "--run" in sys.argv
+    with tempfile.TemporaryDirectory() as temporary:
+        clone = Path(temporary) / "gpt2"
+        if commands:
+            subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+            os.environ.pop("VIRTUAL_ENV", None)
+
+        def fill(match: re.Match[str]) -> str:
+            kind, argument, old = match[2], match[3], match[4]
+            if kind == "run":
+                new = run(argument, clone) if commands else old.strip("\n")
+            else:
+                new = settings() if kind == "settings" else tree()
+            return f"{match[1]}{new}\n{match[5]}"
+
+        README.write_text(BLOCK.sub(fill, README.read_text("utf-8")), "utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()
