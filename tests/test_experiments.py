@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,16 @@ def test_a_deleted_store_is_filled_again_from_the_records(story: Story) -> None:
     ]
     assert story.points(row) == expected_points(chain)
     assert json.dumps(chain)  # the records themselves are as they were
+
+
+def test_an_edited_text_and_an_edited_folder_of_weights_are_noticed(story: Story) -> None:
+    repo = story.repo
+    text = repo.folder / "data/text/03.txt"
+    text.write_text(text.read_text("utf-8") + "One more sentence.\n", "utf-8")
+    said = json.loads(repo.run(sys.executable, "-m", "dvc", "status", "--json").stdout)
+    assert {"changed deps": {"data/text": "modified"}} in said["tokenize"]
+    raw = OmegaConf.load(repo.folder / "params.yaml")
+    raw.init.hf_watch = "data/text"
+    OmegaConf.save(raw, repo.folder / "params.yaml")
+    said = json.loads(repo.run(sys.executable, "-m", "dvc", "status", "--json").stdout)
+    assert any("data/text" in str(change) for change in said["import_hf_weights"])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-BLOCK = re.compile(r"(<!-- (run|settings|tree)(?: (.*?))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (run|settings|tree)(?: ([^\n]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 LONGEST = 40  # lines of output shown; the middle of a longer one is left out
 
 OTHER_FILES = {
@@ -34,11 +34,12 @@ OTHER_FILES = {
     "constraints.txt": "every version, for every platform",
     "Makefile": "repro, test, ui, lint, clean",
 }
-READING_ORDER = (
-    "model init loss precision emulation training optimizer data corpus tokenizer hf_weights "
-    "weight_files checkpoint generation evaluation throughput runtime records tracking view runs "
-    "config paths errors buffers"
-).split()
+READING_ORDER = [
+    *("model", "init", "loss", "precision", "emulation", "training", "optimizer"),
+    *("data", "corpus", "tokenizer", "hf_weights", "weight_files", "checkpoint"),
+    *("generation", "evaluation", "throughput", "runtime"),
+    *("records", "tracking", "view", "runs", "config", "paths", "errors", "buffers"),
+]
 
 
 def settings() -> str:
@@ -57,7 +58,7 @@ def settings() -> str:
 
 def tree() -> str:
     modules = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__"}
-    assert modules == set(READING_ORDER), modules ^ set(READING_ORDER)
+    assert modules == set(READING_ORDER), modules.symmetric_difference(READING_ORDER)
     rows = [(f"pipeline/{name}.py", phrase(ROOT / f"pipeline/{name}.py")) for name in READING_ORDER]
     stages = sorted((ROOT / "stages").glob("[a-z]*.py"))
     rows += [(f"stages/{path.name}", phrase(path)) for path in stages]
