@@ -36,9 +36,9 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return None
 
 
-def utilisation(tokens_per_second: float, flops_per_token: int, peak: float | None) -> float | None:
-    """MFU (Chowdhery et al. 2022, appendix B): the model's FLOPs over the device's peak."""
-    return tokens_per_second * flops_per_token / peak if peak else None
+def utilisation(rate: float, flops_per_token: int, peak: float | None) -> float | None:
+    """MFU (Chowdhery et al. 2022, appendix B) at `rate` tokens a second; None without a peak."""
+    return rate * flops_per_token / peak if peak else None
 
 
 def synchronize(device: torch.device) -> None:
@@ -52,9 +52,8 @@ def synchronize(device: torch.device) -> None:
 class Stopwatch:
     """Times training steps alone: what happens between `stop` and `start` does not count."""
 
-    def __init__(self, device: torch.device, tokens_per_step: int):
-        self.device, self.tokens_per_step = device, tokens_per_step
-        self.seconds: list[float] = []
+    def __init__(self, device: torch.device):
+        self.device = device
 
     def start(self) -> None:
         synchronize(self.device)
@@ -63,13 +62,12 @@ class Stopwatch:
     def stop(self) -> float:
         """Seconds of the step that ends here."""
         synchronize(self.device)
-        self.seconds.append(time.perf_counter() - self._began)
-        return self.seconds[-1]
+        return time.perf_counter() - self._began
 
-    def tokens_per_second(self) -> float:
-        """From the median step after warm-up; from all steps where there are no more."""
-        steady = self.seconds[WARM_UP_STEPS:] or self.seconds
-        return self.tokens_per_step / statistics.median(steady)
+
+def tokens_per_second(step_seconds: list[float], tokens_per_step: int) -> float:
+    """From the median step after warm-up; from all steps where there are no more."""
+    return tokens_per_step / statistics.median(step_seconds[WARM_UP_STEPS:] or step_seconds)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pipeline.data import batch_at
 from pipeline.errors import NumericsError
 from pipeline.loss import IGNORE, linear_cross_entropy, token_losses
 from pipeline.optimizer import build_optimizer, learning_rate
+from pipeline.runtime import derived_seed
 from pipeline.throughput import Stopwatch
 
 if TYPE_CHECKING:
     from pipeline.config import TrainConfig
+    from pipeline.data import Tokens
     from pipeline.model import GPT
     from pipeline.precision import Precision
 
@@ -68,19 +71,17 @@ def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
 def fit(
     state: TrainState,
     config: TrainConfig,
-    micro_batches: Callable[[int], list[Batch]],
+    batches_of: Callable[[int], list[Batch]],
 ) -> Iterator[StepReport]:
     """One optimizer step and one report at a time, from `state.step` to `config.steps`.
 
-    micro_batches(step) gives the step's batches. Raises NumericsError before an update that
+    batches_of(step) gives the step's batches. Raises NumericsError before an update that
     would spoil the parameters.
     """
-    device = state.precision.device
-    watch: Stopwatch | None = None
+    watch = Stopwatch(state.precision.device)
     while state.step < config.steps:
-        batches = micro_batches(state.step)
+        batches = batches_of(state.step)
         tokens = sum(x.numel() for x, _ in batches)
-        watch = watch or Stopwatch(device, tokens)
         state.model.train()
         watch.start()
         rate = learning_rate(state.step, config)
@@ -92,8 +93,24 @@ def fit(
         yield report
 
 
+def micro_batches(tokens: Tokens, config: TrainConfig, step: int) -> list[Batch]:
+    """The batches of one step: a pure function of the settings, so that nothing is to be kept."""
+    return [
+        batch_at(
+            tokens,
+            step,
+            micro_step,
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            accumulate=config.accumulate,
+            seed=derived_seed(config.seed, "data"),
+        )
+        for micro_step in range(config.accumulate)
+    ]
+
+
 def train_step(
-    state: TrainState, micro_batches: list[Batch], rate: float, grad_clip: float
+    state: TrainState, batches: list[Batch], rate: float, grad_clip: float
 ) -> tuple[float, float, float, bool]:
     """Accumulate, unscale once, clip, step, update: mean loss, gradient norm, scale, skipped.
 
@@ -105,14 +122,14 @@ def train_step(
     device = state.precision.device
     for group in optimizer.param_groups:
         group["lr"] = rate
-    valid = sum(int((y != IGNORE).sum()) for _, y in micro_batches)
+    valid = sum(int((y != IGNORE).sum()) for _, y in batches)
     if valid == 0:
         raise NumericsError(f"step {state.step}: every target is ignored, so there is no loss")
     # Known before the products, so that low-precision gradients are made at their scaled size.
     factor = scaler.scale(torch.ones((), device=device)) / valid
     total = torch.zeros((), device=device)
     with state.precision.products():
-        for x, y in micro_batches:
+        for x, y in batches:
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             with state.precision.autocast():
                 loss = state.loss_function(x, y, factor)
@@ -169,7 +186,26 @@ def _loss_function(model: GPT, config: TrainConfig, precision: Precision) -> Los
     if reason:
         warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
         return fused
-    return torch.compile(plain)  # the compiler fuses the loss by itself
+    return _compiled_or(fused, torch.compile(plain))  # the compiler fuses the loss by itself
+
+
+def _compiled_or(eager: LossFunction, compiled: LossFunction) -> LossFunction:
+    """`compiled`, until the compiler fails at it: what is missing shows on the first call only."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    function = compiled
+
+    def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+        nonlocal function
+        try:
+            return function(x, y, factor)
+        except TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
+            function = eager
+            return eager(x, y, factor)
+
+    return loss
 
 
 def why_not_compile(precision: Precision) -> str:

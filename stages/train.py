@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from pipeline import data, paths, records, runtime, throughput, tracking, training
 from pipeline.checkpoint import load_model, recover, save_model
 from pipeline.config import Config, flatten
+from pipeline.errors import NumericsError
 from pipeline.loss import mean_loss
 from pipeline.model import GPT
 from pipeline.precision import Precision, choose_precision
@@ -71,8 +73,9 @@ def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.To
         device=device,
     )
     state = training.start(model, config.train, precision)
+    batches = functools.partial(training.micro_batches, tokens, config.train)
     best, curve, validations = math.inf, [], []
-    for report in progress(training.fit(state, config.train, batches(config, tokens)), config):
+    for report in progress(training.fit(state, config.train, batches), config):
         curve.append(report)
         record.metrics(step_metrics(report), report.step)
         done = report.step + 1
@@ -105,27 +108,6 @@ def announce(precision: Precision, record: Record) -> None:
     )
 
 
-def batches(config: Config, tokens: data.Tokens):
-    """step -> its micro-batches, a pure function of the settings."""
-    c = config.train
-
-    def at(step: int) -> list[training.Batch]:
-        return [
-            data.batch_at(
-                tokens,
-                step,
-                micro_step,
-                batch_size=c.batch_size,
-                sequence_length=c.sequence_length,
-                accumulate=c.accumulate,
-                seed=runtime.derived_seed(c.seed, "data"),
-            )
-            for micro_step in range(c.accumulate)
-        ]
-
-    return at
-
-
 def validate(model: GPT, held_out: data.Tokens, config: Config, precision: Precision) -> float:
     """Mean loss over the same first tokens of the validation split at every call."""
     windows = data.validation_windows(
@@ -134,7 +116,10 @@ def validate(model: GPT, held_out: data.Tokens, config: Config, precision: Preci
         sequence_length=config.train.sequence_length,
         limit=config.train.val_tokens,
     )
-    return mean_loss(model, windows, precision, precision.device)
+    loss = mean_loss(model, windows, precision, precision.device)
+    if not math.isfinite(loss):
+        raise NumericsError(f"the validation loss is {loss}; the best model is in {paths.MODEL}")
+    return loss
 
 
 def progress(
@@ -171,9 +156,7 @@ def write_results(
     validations: list[tuple[int, float]],
 ) -> None:
     """The summary for `dvc metrics`, the curves for `dvc plots`, both in the record as well."""
-    watch = throughput.Stopwatch(precision.device, curve[0].tokens)
-    watch.seconds = [report.seconds for report in curve]
-    rate = watch.tokens_per_second()
+    rate = throughput.tokens_per_second([r.seconds for r in curve], curve[0].tokens)
     summary = {
         "train/final_loss": curve[-1].loss,
         "train/best_val_loss": min(loss for _, loss in validations),

@@ -230,6 +230,23 @@ def test_a_missing_compiler_is_a_reason_not_an_error(monkeypatch) -> None:
     assert training.why_not_compile(choose_precision("fp32", CPU)) == "no C++ compiler was found"
 
 
+def test_a_compiler_that_fails_on_the_first_step_is_left_for_eager(
+    model, make_config, monkeypatch
+) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    def broken(*_: object) -> torch.Tensor:
+        raise TorchDynamoException("no Python.h\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda function: broken)
+    monkeypatch.setattr(training, "why_not_compile", lambda precision: "")
+    config = make_config(train__compile=True, train__steps=2, train__warmup_steps=0).train
+    state = start(model, config)
+    with pytest.warns(UserWarning, match="runs eagerly: no Python.h$"):
+        reports = list(training.fit(state, config, lambda step: [batch(2)]))
+    assert len(reports) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 def test_a_compiled_step_equals_an_eager_one_and_leaves_names_alone(model, make_config) -> None:
