@@ -323,6 +323,8 @@ class Shipper:
                 return
 
     def _warn(self, problem: str) -> None:
+        if self.problem:  # a store that did not answer in time may well fail later, too
+            return
         self.problem = problem
         log.warning(
             "MLflow at %s: %s. Nothing is lost: the record keeps it all, and "

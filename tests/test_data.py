@@ -532,7 +532,10 @@ def generated(folder, source, size):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    text = "\n\n".join(d.text for d in some_documents(50))
+    # Parquet's reader decodes a page at a time and its writers put 1024 rows into one, so rows
+    # here are as long as a web page, and all stand in a single row group.
+    documents = some_documents(1, 5000) if source == "parquet" else some_documents(50)
+    text = "\n\n".join(d.text for d in documents)
     count = size // len(text.encode()) + 1
     path = folder / f"big.{source}"
     if source == "parquet":

@@ -184,20 +184,18 @@ def test_editing_generation_runs_sample_alone(story: Story) -> None:
     assert [s for s in STAGES if f"Running stage '{s}'" in said] == ["sample"], said
 
 
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ("precision=fp8", "precision=fp8: expected one of fp32, tf32, bf16, fp16"),
-        ("train.lr=abc", "train.lr=abc: expected a number above 0"),
-        ("+train.lrr=1", "train.lrr: unknown setting; did you mean train.lr?"),
-    ],
-)
-def test_a_wrong_value_ends_in_one_line_before_any_work(
-    story: Story, change: str, problem: str
-) -> None:
-    said = story.repo.dvc("exp", "run", "--temp", "-S", change, expect=255)
-    assert problem in said
+def test_wrong_values_end_in_a_line_each_before_any_work(story: Story) -> None:
+    changes = ("precision=fp8", "train.lr=abc", "+train.lrr=1")
+    words = [word for change in changes for word in ("-S", change)]
+    said = story.repo.dvc("exp", "run", "--temp", *words, expect=255)
+    for problem in (
+        "precision=fp8: expected one of fp32, tf32, bf16, fp16",
+        "train.lr=abc: expected a number above 0",
+        "train.lrr: unknown setting; did you mean train.lr?",
+    ):
+        assert problem in said
     assert "Traceback" not in said
+    assert len(story.runs()) == 7  # those of the story and of the edited generation.py
 
 
 def test_a_deleted_store_is_filled_again_from_the_records(story: Story) -> None:
