@@ -5,26 +5,30 @@ TORCH ?= default
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
+# DVC runs the stages with the `python` that it finds first.
 export PATH := $(BIN):$(PATH)
 PORT ?= 5000
 
-.PHONY: repro test ui lint clean
+.PHONY: repro test test-slow ui lint clean
 repro: $(STAMP)
-	dvc repro
+	$(BIN)/dvc repro
 
 test: $(STAMP)
-	python -m pytest
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 ui: $(STAMP)
-	python -m pipeline.tracking ui $(PORT)
+	$(BIN)/python -m pipeline.tracking ui $(PORT)
 
 lint: $(STAMP)
-	ruff check . && ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 $(STAMP): requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),cpu)
-	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0 \
+	$(BIN)/python -m pip install --no-deps torch==2.13.0 \
 	    --index-url https://download.pytorch.org/whl/cpu
 endif
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,6 +22,7 @@ from pipeline import runtime, training
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import PRECISIONS, choose_precision
+from pipeline.throughput import Stopwatch
 
 STEPS = 5
 
@@ -32,7 +32,7 @@ def flat(tensors) -> torch.Tensor:
 
 
 def main(rounds: int) -> None:
-    config = configuration.load(Path(__file__).resolve().parent.parent / "params.yaml")
+    config = configuration.load(Path(__file__).resolve().parent.parent / "recipes/nano.yaml")
     device = runtime.choose_device(config.device)
     c, t = config.model, config.train
     model = GPT(GPTConfig(c.n_layer, c.n_head, c.n_embd, c.block_size, attention=c.attention))
@@ -49,13 +49,14 @@ def main(rounds: int) -> None:
         for ids in batches:
             training.train_step(state, [(ids[:, :-1], ids[:, 1:])], t.lr, t.grad_clip)
         states[name], ends[name] = state, flat(state.model.parameters())
+    watch = Stopwatch(device)
     seconds = {name: [] for name in PRECISIONS}
     for turn in range(rounds):
         for name, state in states.items():
             ids = batches[turn % STEPS]
-            began = time.perf_counter()
+            watch.start()
             training.train_step(state, [(ids[:, :-1], ids[:, 1:])], t.lr, t.grad_clip)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(watch.stop())
 
     tokens = t.batch_size * t.sequence_length
     base = statistics.median(seconds["fp32"])

@@ -15,6 +15,8 @@ from pipeline.errors import ConfigError
 
 UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
 
+CHOICE_ENDING = 16  # tokens of an ending in evaluate's multiple choice
+
 
 def setting(
     doc: str,
@@ -262,6 +264,13 @@ def _inconsistencies(config: Config) -> list[str]:
             f"train.sequence_length={train.sequence_length}: expected at most "
             f"model.block_size={model.block_size}"
         )
+    if config.evaluate.choice_items and train.sequence_length < CHOICE_ENDING:
+        problems.append(
+            f"train.sequence_length={train.sequence_length}: expected at least {CHOICE_ENDING}, "
+            "the length of an ending, or evaluate.choice_items=0"
+        )
+    if Path(corpus.pattern).is_absolute():
+        problems.append(f"corpus.pattern={corpus.pattern}: expected a glob inside corpus.path")
     if train.min_lr > train.lr:
         problems.append(f"train.min_lr={train.min_lr}: expected at most train.lr={train.lr}")
     if train.warmup_steps >= train.steps:

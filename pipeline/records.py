@@ -32,8 +32,9 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "sample": ("tokenize", "import_hf_weights", "train", "evaluate"),
 }
 
-# Modules whose edit changes no result: left out of the code digest, and of the deps in dvc.yaml.
-NO_RESULTS = ("config", "errors", "paths", "records", "runs", "tracking", "view")
+# Modules whose edit changes no result: left out of the code digest and of the deps in dvc.yaml,
+# as is stages/__init__.py, which only writes down what the stages found.
+NO_RESULTS = ("config", "errors", "paths", "records", "rows", "runs", "tracking", "view")
 
 Event = dict[str, Any]
 
@@ -66,10 +67,7 @@ class Record:
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """A small file or folder that the row keeps a copy of, under `folder`."""
-        sha256 = tree_digest(path)
-        self._write(
-            {"kind": "artifact", "path": path.as_posix(), "folder": folder, "sha256": sha256}
-        )
+        self._write({"kind": "artifact", "folder": folder, **_place(path)})
 
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
         self._write(
@@ -84,8 +82,7 @@ class Record:
 
     def checkpoint(self, name: str, path: Path, step: int) -> None:
         """A model directory; tracking.checkpoints decides what the row makes of it."""
-        place = {"path": path.as_posix(), "sha256": tree_digest(path)}
-        self._write({"kind": "checkpoint", "name": name, "step": step, **place})
+        self._write({"kind": "checkpoint", "name": name, "step": step, **_place(path)})
 
     def close(self, status: str) -> None:
         self.metrics({f"time/{self.stage}_seconds": time.time() - self._started})
@@ -112,6 +109,15 @@ def upstream(stage: str) -> Iterator[list[Event]]:
     for name in UPSTREAM[stage]:
         if paths.record(name).exists():
             yield read(paths.record(name))
+
+
+def beside(head: Event) -> Iterator[list[Event]]:
+    """The other records of this workspace that the same command has made so far."""
+    for name in UPSTREAM:
+        if name != head["stage"] and paths.record(name).exists():
+            record = read(paths.record(name))
+            if record[0]["invocation"] == head["invocation"]:
+                yield record
 
 
 def start_event(stage: str, config: Config) -> Event:
@@ -206,6 +212,12 @@ def _git_state() -> dict[str, str]:
         }
     except FileNotFoundError:  # no git on this machine: the row goes without
         return {"commit": "", "branch": "", "dirty": ""}
+
+
+def _place(path: Path) -> dict[str, Any]:
+    """Where a file or folder lies, and how to tell that it is still the same."""
+    size = sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
+    return {"path": path.as_posix(), "sha256": tree_digest(path), "bytes": size}
 
 
 def _now() -> int:

@@ -28,15 +28,17 @@ def is_alive(process: str) -> bool:
     """Whether the process that `this_process` named still runs on this machine."""
     pid, _, created = process.partition("-")
     with contextlib.suppress(psutil.Error, ValueError):
-        return f"{psutil.Process(int(pid)).create_time():.2f}" == created
+        # Two processes may see the same start some seconds apart after the clock was set.
+        return abs(psutil.Process(int(pid)).create_time() - float(created)) < 5
     return False
 
 
 class Claim:
-    """The folder of one fingerprint, held under its lock."""
+    """A fingerprint held under its lock. `folder` exists only while a result is handed over."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, waited: bool):
         self.folder = folder
+        self.waited = waited
 
     def adopt(self) -> bool:
         """Take over what another process made of this very fingerprint while this one waited.
@@ -44,10 +46,10 @@ class Claim:
         Every output is checked against its SHA-256 before it replaces anything here.
         """
         manifest = self.folder / "result.json"
-        if not manifest.exists():
+        if not self.waited or not manifest.exists():
             return False
         digests: dict[str, str] = json.loads(manifest.read_text("utf-8"))
-        shared = {name: self.folder / "result" / name for name in digests}
+        shared = {name: self.folder / name for name in digests}
         if any(not p.exists() or tree_digest(p) != digests[name] for name, p in shared.items()):
             return False
         for name, path in shared.items():
@@ -59,45 +61,59 @@ class Claim:
         if not self.awaited():
             return
         for output in outputs:
-            copy(output, self.folder / "result" / output)
+            copy(output, self.folder / output)
         digests = {output.as_posix(): tree_digest(output) for output in outputs}
         part = self.folder / "result.json.part"
         part.write_text(json.dumps(digests), "utf-8")
         os.replace(part, self.folder / "result.json")
 
     def awaited(self) -> bool:
-        """Whether another living process waits for this folder."""
-        marks = self.folder.glob("waiting-*")
-        return any(is_alive(mark.name.removeprefix("waiting-")) for mark in marks)
+        """Whether another living process waits for this fingerprint."""
+        marks = self.folder.parent.glob(f"{self.folder.name}.waiting-*")
+        return any(is_alive(mark.name.partition(".waiting-")[2]) for mark in marks)
 
 
 @contextlib.contextmanager
 def claim(fingerprint: str) -> Iterator[Claim]:
-    """Hold the fingerprint's folder; a second process with the same one waits here for its turn.
+    """Hold a fingerprint; a second process with the same one waits here for its turn.
 
-    The folder goes when the work succeeds and nobody waits for what it holds.
+    A result that was handed over goes once nobody waits for it any more.
     """
     folder = paths.runs() / fingerprint[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    holder, mark = folder / "holder", folder / f"waiting-{this_process()}"
-    lock = FileLock(folder.with_suffix(".lock"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    holder = folder.with_name(f"{folder.name}.holder")
+    waited = _acquire(lock, holder, folder.with_name(f"{folder.name}.waiting-{this_process()}"))
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        mark.touch()
-        who = holder.read_text("utf-8") if holder.exists() else "another one"
-        log.warning("process %s trains this very configuration: waiting for its result", who)
-        lock.acquire()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.unlink(missing_ok=True)
         holder.write_text(str(os.getpid()), "utf-8")
-        held = Claim(folder)
+        if not waited:  # what a crash may have left is nobody's
+            shutil.rmtree(folder, ignore_errors=True)
+        held = Claim(folder, waited)
         yield held
         if not held.awaited():
             shutil.rmtree(folder, ignore_errors=True)
     finally:
+        holder.unlink(missing_ok=True)
         lock.release()
+
+
+def _acquire(lock: FileLock, holder: Path, mark: Path) -> bool:
+    """Take the lock; True if it had to be waited for, under a mark that others can see."""
+    try:
+        lock.acquire(timeout=0)
+        return False
+    except Timeout:
+        pass
+    mark.touch()
+    try:
+        who = "another process"
+        with contextlib.suppress(OSError):
+            who = f"process {holder.read_text('utf-8')}"
+        log.warning("%s trains this very configuration: waiting for its result", who)
+        lock.acquire()
+    finally:
+        mark.unlink(missing_ok=True)
+    return True
 
 
 def copy(source: Path, target: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import psutil
 import torch
@@ -25,12 +28,14 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "T4": {"fp32": 8.1, "fp16": 65},
 }
 
+OTHER_CARDS = ("Laptop", "Ti", "D", "NVL", "MIG", "Max", "SUPER")  # the name, another peak
+
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """The device's stated peak in FLOP/s for products in `precision`; None where unknown."""
     words = f" {device_name.replace('-', ' ')} "
     for part, peaks in PEAK_TFLOPS.items():
-        if f" {part} " in words and "Laptop" not in words:
+        if f" {part} " in words and not any(f" {other} " in words for other in OTHER_CARDS):
             tflops = peaks.get(precision)
             return tflops * 1e12 if tflops else None
     return None
@@ -74,11 +79,13 @@ def peak_memory_mib(device: torch.device) -> float:
     """Most memory held so far: the allocator's on CUDA, else this process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "linux":
+        # getrusage would count what the parent held when it started this process.
+        status = Path("/proc/self/status").read_text("ascii", errors="replace")
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
     usage = psutil.Process().memory_info()
     if hasattr(usage, "peak_wset"):  # Windows
         return usage.peak_wset / 2**20
     import resource
-    import sys
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS

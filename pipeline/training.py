@@ -80,10 +80,10 @@ def fit(
     """
     watch = Stopwatch(state.precision.device)
     while state.step < config.steps:
+        watch.start()
         batches = batches_of(state.step)
         tokens = sum(x.numel() for x, _ in batches)
         state.model.train()
-        watch.start()
         rate = learning_rate(state.step, config)
         loss, norm, scale, skipped = train_step(state, batches, rate, config.grad_clip)
         seconds = watch.stop()

@@ -51,9 +51,9 @@ def state() -> str:
     return json.dumps(shown)
 
 
-def link(port: int, experiment_id: str) -> str:
-    """The page on this machine that shows the view."""
+def link(server: str, experiment_id: str) -> str:
+    """The page of an MLflow server that shows the view."""
     return (
-        f"http://127.0.0.1:{port}/#/experiments/{experiment_id}/runs"
+        f"{server}/#/experiments/{experiment_id}/runs"
         f"?workflowType=machine_learning&viewStateShareKey={_KEY}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from pipeline import config as configuration
 from pipeline.config import Config
-from pipeline.errors import UserError
+from pipeline.errors import StorageError, UserError
 
 
 def run(main: Callable[[Config], None]) -> None:
@@ -22,6 +23,8 @@ def run(main: Callable[[Config], None]) -> None:
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
+    for stream in (sys.stdout, sys.stderr):  # a sample may hold what a pipe's encoding does not
+        stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed
     try:
         main(configuration.load())
@@ -31,6 +34,22 @@ def run(main: Callable[[Config], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory ({str(error).partition('. ')[0]}); halve train.batch_size and "
+            "double train.accumulate, or lower evaluate.batch_size",
+            file=sys.stderr,
+        )
+        sys.exit(StorageError.exit_code)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on the host or on a GPU (told without importing torch)."""
+    words = str(error).lower()
+    known = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(part in words for part in known)
 
 
 def write_json(path: Path, values: dict[str, float]) -> None:
@@ -51,4 +70,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[float]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows([f"{value:.6g}" for value in row] for row in rows)
+        # An empty field is a gap in the curve: a skipped step has no gradient norm.
+        writer.writerows(
+            [f"{value:.6g}" if math.isfinite(value) else "" for value in row] for row in rows
+        )

@@ -99,6 +99,8 @@ def to_terminal(words: list[str], config: Config) -> None:
     parser.add_argument("--temperature", type=float, default=config.sample.temperature)
     parser.add_argument("--seed", type=int, default=config.sample.seed)
     asked = parser.parse_args(words)
+    if asked.tokens < 1 or not 0 <= asked.temperature <= 100 or asked.seed < 0:
+        parser.error("expected --tokens at least 1, --temperature 0 to 100, --seed at least 0")
     sampling = replace(config.sample, max_new_tokens=asked.tokens, temperature=asked.temperature)
     model = load(asked.model, config)
     device = next(model.parameters()).device

@@ -118,7 +118,7 @@ def validate(model: GPT, held_out: data.Tokens, config: Config, precision: Preci
     )
     loss = mean_loss(model, windows, precision, precision.device)
     if not math.isfinite(loss):
-        raise NumericsError(f"the validation loss is {loss}; the best model is in {paths.MODEL}")
+        raise NumericsError(f"the validation loss is {loss}: this model is not kept")
     return loss
 
 
@@ -136,10 +136,10 @@ def progress(
 
 
 def step_metrics(report: training.StepReport) -> dict[str, float]:
-    return {
+    norm = {} if report.skipped else {"train/grad_norm": report.grad_norm}
+    return norm | {
         "train/loss": report.loss,
         "train/learning_rate": report.learning_rate,
-        "train/grad_norm": report.grad_norm,
         "train/loss_scale": report.loss_scale,
         "train/skipped": float(report.skipped),
         "perf/step_seconds": report.seconds,
@@ -163,7 +163,7 @@ def write_results(
         "train/steps": float(len(curve)),
         "train/tokens": float(sum(report.tokens for report in curve)),
         "train/skipped_steps": float(sum(report.skipped for report in curve)),
-        "health/grad_norm_max": max(report.grad_norm for report in curve),
+        "health/grad_norm_max": max((r.grad_norm for r in curve if not r.skipped), default=0.0),
         "model/parameters": float(model.parameter_count()),
         "perf/tokens_per_second": rate,
         "perf/peak_memory_mib": throughput.peak_memory_mib(precision.device),

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import config as configuration
 from pipeline.errors import ConfigError
-from tests.conftest import ROOT, params
+from tests.conftest import NANO, params
 
 
 def problems(**changes) -> str:
@@ -18,7 +18,7 @@ def problems(**changes) -> str:
 
 
 def test_the_default_recipe_is_complete_and_valid() -> None:
-    config = configuration.load(ROOT / "params.yaml")
+    config = configuration.load(NANO)
     assert config.precision == "fp32"
     assert set(configuration.flatten(config)) == {name for name, _, _ in configuration.describe()}
 
@@ -40,6 +40,8 @@ def test_the_default_recipe_is_complete_and_valid() -> None:
         ({"train__sequence_length": 129}, "train.sequence_length=129: expected at most"),
         ({"train__min_lr": 1.0}, "train.min_lr=1.0: expected at most train.lr=0.002"),
         ({"train__warmup_steps": 200}, "train.warmup_steps=200: expected less than"),
+        ({"train__sequence_length": 8}, "train.sequence_length=8: expected at least 16"),
+        ({"corpus__pattern": "/a/*"}, "corpus.pattern=/a/*: expected a glob inside corpus.path"),
         ({"corpus__source": "text"}, "corpus.path=data/unset: expected a file or folder"),
         ({"train": 3}, "train: settings by name are expected, got 3"),
     ],
@@ -82,7 +84,7 @@ def test_a_broken_file_is_one_error(tmp_path: Path, text: str, message: str) -> 
 
 def test_numbers_that_dvc_rewrites_are_read_as_numbers(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    text = (ROOT / "params.yaml").read_text("utf-8").replace("lr: 0.002 ", "lr: 0.002")
+    text = NANO.read_text("utf-8").replace("lr: 0.002 ", "lr: 0.002")
     path.write_text(text.replace("  lr: 0.002", "  lr: 2e-03"), "utf-8")
     assert configuration.load(path).train.lr == 0.002
 
@@ -95,6 +97,6 @@ def test_a_local_folder_of_weights_has_to_be_watched(tmp_path: Path) -> None:
 def test_the_environment_cannot_reach_params(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SECRET", "42")
     path = tmp_path / "params.yaml"
-    text = (ROOT / "params.yaml").read_text("utf-8")
+    text = NANO.read_text("utf-8")
     path.write_text(text.replace("experiment: gpt2", "experiment: ${oc.env:SECRET}"), "utf-8")
     assert "42" not in configuration.load(path).tracking.experiment

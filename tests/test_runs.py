@@ -57,7 +57,7 @@ def test_the_second_waits_and_adopts_what_the_first_made(caplog) -> None:
     thread.join(20)
     assert done == {"adopted": True, "content": "trained once"}
     assert f"process {os.getpid()} trains this very configuration" in caplog.text
-    assert not (runs.paths.runs() / ("f" * 16)).exists()
+    assert [p.name for p in runs.paths.runs().iterdir()] == ["f" * 16 + ".lock"]
 
 
 def test_a_damaged_result_is_not_adopted() -> None:
@@ -67,7 +67,7 @@ def test_a_damaged_result_is_not_adopted() -> None:
         wait_until_awaited(held)
         produce("trained once")
         held.share([OUTPUT])
-        (held.folder / "result" / OUTPUT / "weights").write_text("trained 0nce")
+        (held.folder / OUTPUT / "weights").write_text("trained 0nce")
     thread.join(20)
     assert done["adopted"] is False
 
@@ -76,15 +76,26 @@ def test_nothing_is_kept_where_nobody_waits() -> None:
     with runs.claim("f" * 64) as held:
         produce("trained once")
         held.share([OUTPUT])
-        assert not (held.folder / "result").exists()
+        assert not held.folder.exists()
     with runs.claim("f" * 64) as held:
         assert not held.adopt()
 
 
 def test_a_dead_waiter_does_not_count() -> None:
     with runs.claim("f" * 64) as held:
-        (held.folder / "waiting-999999-1.00").touch()
+        held.folder.with_name(held.folder.name + ".waiting-999999-1.00").touch()
         assert not held.awaited()
+
+
+def test_a_result_that_nobody_came_for_is_not_adopted_later(monkeypatch) -> None:
+    with runs.claim("f" * 64) as held:
+        monkeypatch.setattr(held, "awaited", lambda: True)  # it dies before its turn comes
+        produce("trained long ago")
+        held.share([OUTPUT])
+    assert (held.folder / "result.json").exists()
+    with runs.claim("f" * 64) as held:
+        assert not held.adopt()
+        assert not held.folder.exists()
 
 
 def test_a_failed_training_lets_the_next_one_train() -> None:

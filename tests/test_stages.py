@@ -37,7 +37,7 @@ def test_a_user_error_is_one_message_and_its_exit_code(capsys, monkeypatch) -> N
     assert capsys.readouterr().err == "error: data/tokens: no such folder\n"
 
 
-def test_wrong_settings_end_a_stage_with_2_before_it_imports_torch(tmp_path: Path) -> None:
+def test_wrong_settings_end_a_stage_with_2_and_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("precision: fp8\n", "utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "stages.tokenize_corpus"],

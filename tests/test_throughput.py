@@ -25,6 +25,10 @@ from tests.conftest import ROOT
         ("Tesla T4", "bf16", None),
         ("NVIDIA T400 4GB", "fp16", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
+        ("NVIDIA GeForce RTX 4090 D", "bf16", None),
+        ("NVIDIA GeForce RTX 3090 Ti", "bf16", None),
+        ("NVIDIA H100 NVL", "bf16", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", None),
         ("cpu (2 threads)", "fp32", None),
     ],
 )

@@ -26,7 +26,7 @@ LONGEST = 40  # lines of output shown; the middle of a longer one is left out
 OTHER_FILES = {
     "params.yaml": "every setting",
     "dvc.yaml": "the five stages: what they need, read and make",
-    "recipes/": "complete params files: GPT-2 124M to XL, and continued training",
+    "recipes/": "complete params files: the default, GPT-2 124M to XL, continued training",
     "tests/": "one file a module, and the claims seen from outside",
     "tests/NUMERICS.md": "details that reimplementations get wrong, and the test of each",
     "benchmarks/": "measurements anyone can repeat, and their results",
@@ -38,7 +38,7 @@ READING_ORDER = [
     *("model", "init", "loss", "precision", "emulation", "training", "optimizer"),
     *("data", "corpus", "tokenizer", "hf_weights", "weight_files", "checkpoint"),
     *("generation", "evaluation", "throughput", "runtime"),
-    *("records", "tracking", "view", "runs", "config", "paths", "errors", "buffers"),
+    *("records", "tracking", "rows", "view", "runs", "config", "paths", "errors", "buffers"),
 ]
 
 
@@ -46,7 +46,7 @@ def settings() -> str:
     sys.path.insert(0, str(ROOT))
     from pipeline import config
 
-    defaults = config.flatten(config.load(ROOT / "params.yaml"))
+    defaults = config.flatten(config.load(ROOT / "recipes/nano.yaml"))
     lines = ["| setting | default | accepted | what it is |", "|---|---|---|---|"]
     for name, accepted, doc in config.describe():
         value = defaults[name]
@@ -75,8 +75,10 @@ def phrase(path: Path) -> str:
 
 def run(command: str, clone: Path) -> str:
     began = time.perf_counter()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", command],
+        env=os.environ | {"PATH": path},
         cwd=clone,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -86,6 +88,8 @@ def run(command: str, clone: Path) -> str:
         stdin=subprocess.DEVNULL,
     )
     seconds = time.perf_counter() - began
+    if done.returncode:
+        sys.exit(f"{command}: exit {done.returncode}\n{done.stdout}")
     print(f"{command}: exit {done.returncode}, {seconds:.0f} s", file=sys.stderr)
     lines = [line.rpartition("\r")[2].rstrip() for line in done.stdout.splitlines()]
     lines = [line.replace(str(clone), ".") for line in lines]
@@ -99,21 +103,20 @@ def run(command: str, clone: Path) -> str:
 
 def main() -> None:
     commands = "--run" in sys.argv
-    with tempfile.TemporaryDirectory() as temporary:
-        clone = Path(temporary) / "gpt2"
-        if commands:
-            subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-            os.environ.pop("VIRTUAL_ENV", None)
+    clone = Path(tempfile.mkdtemp()) / "gpt2"
+    if commands:
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        print(f"the clone stays at {clone}", file=sys.stderr)
 
-        def fill(match: re.Match[str]) -> str:
-            kind, argument, old = match[2], match[3], match[4]
-            if kind == "run":
-                new = run(argument, clone) if commands else old.strip("\n")
-            else:
-                new = settings() if kind == "settings" else tree()
-            return f"{match[1]}{new}\n{match[5]}"
+    def fill(match: re.Match[str]) -> str:
+        kind, argument, old = match[2], match[3], match[4]
+        if kind == "run":
+            new = run(argument, clone) if commands else old.strip("\n")
+        else:
+            new = settings() if kind == "settings" else tree()
+        return f"{match[1]}{new}\n{match[5]}"
 
-        README.write_text(BLOCK.sub(fill, README.read_text("utf-8")), "utf-8", newline="\n")
+    README.write_text(BLOCK.sub(fill, README.read_text("utf-8")), "utf-8", newline="\n")
 
 
 if __name__ == "__main__":

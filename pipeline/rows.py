@@ -1,0 +1,268 @@
+"""MLflow: the store, and one flat row an experiment, filled from the events of records."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from pipeline import paths, records, view
+from pipeline.records import Event
+from pipeline.runs import is_alive, this_process
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+BATCH = 1000  # MLflow's limit of metrics a request
+LOCK_SECONDS = 30.0
+
+Fetch = Callable[[str, str], Path | None]  # (path, sha256) -> where those very bytes lie, or None
+
+
+def store_uri() -> str:
+    """MLFLOW_TRACKING_URI, else one sqlite file at the main repository root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.root().as_posix()}/mlflow.db"
+
+
+def connect() -> MlflowClient:
+    """A client for the store, which is created under a lock if it does not exist.
+
+    Import and limits come first: MLflow reads its environment when it is imported, and its
+    defaults wait minutes for a server that is gone.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = store_uri()
+    if uri.startswith("sqlite:///"):
+        with _lock():
+            _create_sqlite(Path(uri.removeprefix("sqlite:///")))
+    return MlflowClient(tracking_uri=uri)
+
+
+def _create_sqlite(path: Path) -> None:
+    """Build the schema in a temporary file and rename it: a reader never meets half a database."""
+    if path.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    store = SqlAlchemyStore(f"sqlite:///{temporary.as_posix()}", _artifact_root())
+    store.engine.dispose()
+    os.replace(temporary, path)
+
+
+def _artifact_root() -> str:
+    return (paths.root() / "mlartifacts").as_uri()
+
+
+def _lock() -> FileLock:
+    paths.runs().mkdir(parents=True, exist_ok=True)
+    return FileLock(paths.runs() / "tracking.lock", timeout=LOCK_SECONDS)
+
+
+class Row:
+    """One MLflow run: what an experiment's records look like there."""
+
+    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str):
+        self.client, self.id, self.experiment_id = client, run_id, experiment_id
+
+    def write(self, events: Iterable[Event], checkpoints: str, fetch: Fetch) -> None:
+        """Ship events; writing the same events again changes nothing."""
+        from mlflow.entities import Metric
+
+        points = []
+        for event in events:
+            if event["kind"] == "metrics":
+                points += [
+                    Metric(key, value, event["time"], event["step"])
+                    for key, value in event["values"].items()
+                ]
+            elif event["kind"] in _SHIP:
+                _SHIP[event["kind"]](self, event, checkpoints, fetch)
+        for start in range(0, len(points), BATCH):
+            self.client.log_batch(self.id, metrics=points[start : start + BATCH])
+
+    def replay(self, record: list[Event], checkpoints: str, fetch: Fetch) -> None:
+        """Write a stage's whole record, unless all of it has arrived before."""
+        if self.client.get_run(self.id).data.tags.get(shipped_tag(record[0])) != record[0]["id"]:
+            self.write(record, checkpoints, fetch)
+            self.tag({shipped_tag(record[0]): record[0]["id"]})
+
+    def enter(self, head: Event) -> None:
+        """A stage starts: this process is at work on the row."""
+        self.tag({"pipeline.process": this_process(), "pipeline.host": head["environment"]["host"]})
+        self.client.update_run(self.id, status="RUNNING")
+
+    def leave(self, head: Event, status: str) -> None:
+        """The stage is over and all of its record has arrived."""
+        self.tag({shipped_tag(head): head["id"]})
+        self.client.set_terminated(self.id, status)
+
+    def tag(self, values: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(key, str(value)[:5000]) for key, value in values.items() if value != ""]
+        self.client.log_batch(self.id, tags=tags)
+
+    def _start(self, event: Event, *_: Any) -> None:
+        tags = {f"record.{event['stage']}": event["id"], "code": event["code"][:12]}
+        tags |= {f"env.{key}": value for key, value in event["environment"].items()}
+        self.tag(tags)
+
+    def _tagged(self, event: Event, *_: Any) -> None:
+        self.tag(event["values"])
+
+    def _dataset(self, event: Event, *_: Any) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = json.dumps({"uri": event["source"]})
+        dataset = Dataset(event["name"], event["digest"][:36], "local", source)
+        context = InputTag("mlflow.data.context", event["context"])
+        self.client.log_inputs(self.id, [DatasetInput(dataset, [context])])
+        self.tag({f"digest.{event['name']}.{event['context']}": event["digest"]})
+
+    def _artifact(self, event: Event, _: str, fetch: Fetch) -> None:
+        if path := fetch(event["path"], event["sha256"]):
+            self._copy(path, event["folder"])
+
+    def _checkpoint(self, event: Event, checkpoints: str, fetch: Fetch) -> None:
+        name = event["name"]
+        place = {key: str(event[key]) for key in ("path", "sha256", "step")}
+        self.tag({f"checkpoint.{name}.{key}": value for key, value in place.items()})
+        if checkpoints == "reference":
+            self._refer(name, place)
+        elif checkpoints in ("all", name) and (path := fetch(event["path"], event["sha256"])):
+            self._copy(path, f"checkpoints/{name}")
+
+    def _copy(self, path: Path, folder: str) -> None:
+        if path.is_dir():
+            self.client.log_artifacts(self.id, str(path), folder)
+        else:
+            self.client.log_artifact(self.id, str(path), folder or None)
+
+    def _refer(self, name: str, place: dict[str, str]) -> None:
+        """A model on the Models tab that points at DVC's files instead of copying them."""
+        import mlflow
+        from mlflow.entities import LoggedModelOutput
+
+        known = self.client.get_run(self.id).outputs
+        if known and any(
+            self.client.get_logged_model(m.model_id).tags.get("sha256") == place["sha256"]
+            for m in known.model_outputs
+        ):
+            return
+        mlflow.set_tracking_uri(store_uri())
+        model = mlflow.create_external_model(
+            name=f"{name}-{place['sha256'][:8]}",
+            source_run_id=self.id,
+            tags=place,
+            experiment_id=self.experiment_id,
+        )
+        output = LoggedModelOutput(model.model_id, int(place["step"]))
+        self.client.log_outputs(self.id, [output])
+
+
+def shipped_tag(head: Event) -> str:
+    """The tag that says that the whole record has arrived."""
+    return f"shipped.{head['stage']}"
+
+
+_SHIP: dict[str, Callable[..., None]] = {
+    "start": Row._start,
+    "tags": Row._tagged,
+    "dataset": Row._dataset,
+    "artifact": Row._artifact,
+    "checkpoint": Row._checkpoint,
+}
+
+
+def from_workspace(path: str, sha256: str) -> Path | None:
+    """The file or folder in this workspace, if it still holds what the record saw."""
+    here = Path(path)
+    return here if here.exists() and records.tree_digest(here) == sha256 else None
+
+
+def open_row(client: MlflowClient, head: Event, others: list[list[Event]]) -> Row:
+    """The row that a stage writes into.
+
+    The newest row of the stage's key that has no part of this stage yet and, of the stages in
+    `others` (those upstream, those of the same command), no other part than theirs; else a new
+    one, and the newest old one is tagged as superseded. So forcing a stage to run again, an
+    edited input under the same params, or two equal experiments at a time never double points.
+    """
+    parts = {f"record.{r[0]['stage']}": r[0]["id"] for r in others}
+    with _lock():
+        experiment_id = _experiment(client, head["experiment"])
+        _sweep(client, experiment_id)
+        rows = client.search_runs(
+            [experiment_id],
+            f"tags.`pipeline.key` = '{head['key']}'",
+            order_by=["attributes.start_time DESC"],
+        )
+        parts[f"record.{head['stage']}"] = head["id"]
+        fitting = [
+            run.info.run_id
+            for run in rows
+            if all(run.data.tags.get(part, id_) == id_ for part, id_ in parts.items())
+        ]
+        if fitting:
+            row = Row(client, fitting[0], experiment_id)
+        else:
+            row = _new_row(client, experiment_id, head)
+            if rows:
+                Row(client, rows[0].info.run_id, experiment_id).tag({"superseded": row.id})
+        row.tag({f"record.{head['stage']}": head["id"]})
+    return row
+
+
+def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
+    from mlflow.entities import Param
+
+    tags = {
+        "pipeline.key": head["key"],
+        "dvc.exp_name": head["name"],
+        "mlflow.source.type": "PROJECT",
+        "mlflow.source.name": "gpt2-pipeline",
+        "mlflow.source.git.commit": head["git"]["commit"],
+        "mlflow.source.git.branch": head["git"]["branch"],
+        "git.dirty": head["git"]["dirty"],
+    }
+    name = head["name"] or f"repro-{head['key'][:6]}"
+    tags = {key: value for key, value in tags.items() if value != ""}
+    run = client.create_run(experiment_id, start_time=head["time"], run_name=name, tags=tags)
+    params = [Param(key, str(value)[:6000]) for key, value in head["params"].items()]
+    client.log_batch(run.info.run_id, params=params[:100])
+    return Row(client, run.info.run_id, experiment_id)
+
+
+def _sweep(client: MlflowClient, experiment_id: str) -> None:
+    """Rows whose process died without a word would say RUNNING for ever."""
+    running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
+    here = records.environment()["host"]
+    for run in running:
+        tags = run.data.tags
+        if tags.get("pipeline.host") == here and not is_alive(tags.get("pipeline.process", "")):
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found:
+        if found.tags.get(view.TAG) != view.state():
+            client.set_experiment_tag(found.experiment_id, view.TAG, view.state())
+        return found.experiment_id
+    local = store_uri().startswith("sqlite:///")
+    location = f"{_artifact_root()}/{name}" if local else None
+    experiment_id = client.create_experiment(name, artifact_location=location)
+    client.set_experiment_tag(experiment_id, view.TAG, view.state())
+    return experiment_id
