@@ -141,3 +141,24 @@ def test_a_written_metric_file_never_writes_into_a_linked_one(tmp_path: Path) ->
     write_json(target, {"train/loss": 1 / 3})
     assert cache.read_text() == "kept"
     assert '"loss": 0.333333' in target.read_text()
+
+
+def test_a_hellaswag_file_becomes_a_task_beside_the_made_items(
+    make_config, tmp_path: Path, monkeypatch
+) -> None:
+    from pipeline import data, evaluation
+    from pipeline.corpus import Document
+
+    monkeypatch.chdir(tmp_path)
+    words = " ".join(f"word{n}" for n in range(400))
+    documents = [Document(f"d{n}", split, words) for n, split in enumerate(["train", "val", "val"])]
+    data.write_tokens(documents, paths.TOKENS)
+    val = data.open_tokens(paths.TOKENS, "val")
+    items = evaluation.choice_items(val, 3, seed=0)
+    evaluation.write_hellaswag(items, "hellaswag.jsonl")
+    given = make_config(evaluate__choice_items=2, evaluate__hellaswag="hellaswag.jsonl")
+    found = evaluate.materials(given, val)
+    assert list(found) == ["validation", "choice", "hellaswag"]
+    assert found["hellaswag"] == items and len(found["choice"]) == 2
+    assert len(paths.ARTIFACTS.joinpath("choice_items.jsonl").read_text().splitlines()) == 2
+    assert list(evaluate.materials(make_config(), val)) == ["validation", "choice"]
