@@ -29,9 +29,3 @@ class StorageError(UserError):
     """The disk or the memory does not suffice."""
 
     exit_code = 5
-
-
-class BusyError(UserError):
-    """Another process holds what this one needs and waiting was not wanted."""
-
-    exit_code = 6

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- (run|settings|tree)(?: ([^\n]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-LONGEST = 80  # lines of output shown; the middle of a longer one is left out
+LONGEST = 100  # lines of output shown; the middle of a longer one is left out
 PROGRESS = re.compile(r"\w+: .*(\d+%\||B/s\])")  # a bar on its way, one line a redrawing
 TENSOR = re.compile(r"transformer\.h\.[1-9]")  # the parameter table after its first block
 
@@ -95,6 +95,7 @@ def run(command: str, clone: Path) -> str:
     print(f"{command}: exit {done.returncode}, {seconds:.0f} s", file=sys.stderr)
     lines = [line.rpartition("\r")[2].rstrip() for line in done.stdout.splitlines()]
     lines = [line.replace(str(clone), ".") for line in lines if not PROGRESS.match(line)]
+    lines = [line for line, last in zip(lines, ["", *lines], strict=False) if line or last]
     tensors = [line for line in lines if TENSOR.match(line)]
     if tensors:
         at = lines.index(tensors[0])
