@@ -50,6 +50,12 @@ def test_a_wrong_value_is_named_with_what_is_accepted(changes: dict, message: st
     assert message in problems(**changes)
 
 
+def test_the_shortest_sequence_is_the_ending_that_evaluate_makes() -> None:
+    from pipeline.evaluation import ENDING_TOKENS
+
+    assert configuration.CHOICE_ENDING == ENDING_TOKENS
+
+
 def test_an_unknown_key_is_named_with_the_nearest_one() -> None:
     assert "train.lrr: unknown setting; did you mean train.lr?" in problems(train__lrr=1)
 

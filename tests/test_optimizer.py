@@ -38,13 +38,13 @@ def test_the_schedule_equals_its_golden_table(make_config) -> None:
     assert found == pytest.approx(table, abs=1e-6)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 200])
-@pytest.mark.parametrize("warmup", [0, 1, 199])
+@pytest.mark.parametrize(
+    ("steps", "warmup"),
+    [(s, w) for s in (1, 2, 3, 200) for w in (0, 1, 199) if w < s],  # the schema refuses the rest
+)
 def test_the_first_rate_is_not_zero_and_the_last_is_exactly_the_minimum(
     make_config, steps: int, warmup: int
 ) -> None:
-    if warmup >= steps:
-        pytest.skip("refused by the schema")
     config = make_config(train__steps=steps, train__warmup_steps=warmup).train
     assert learning_rate(0, config) > 0
     assert learning_rate(steps - 1, config) == config.min_lr

@@ -111,8 +111,9 @@ def run(command: str, clone: Path) -> str:
 
 def main() -> None:
     commands = "--run" in sys.argv
-    clone = Path(tempfile.mkdtemp()) / "gpt2"
+    clone = Path()
     if commands:
+        clone = Path(tempfile.mkdtemp()) / "gpt2"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         print(f"the clone stays at {clone}", file=sys.stderr)
 
