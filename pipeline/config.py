@@ -113,6 +113,13 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    interact_at_step: int = setting(
+        "open an interpreter inside this training step, counted from 0; -1 never", low=-1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     experiment: str = setting("the MLflow experiment")
     checkpoints: str = setting(
@@ -131,6 +138,7 @@ class Config:
     train: TrainConfig
     evaluate: EvaluateConfig
     sample: SampleConfig
+    debug: DebugConfig
     tracking: TrackingConfig
 
 

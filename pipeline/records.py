@@ -33,8 +33,12 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 }
 
 # Modules whose edit changes no result: left out of the code digest and of the deps in dvc.yaml,
-# as is stages/__init__.py, which only writes down what the stages found.
-NO_RESULTS = ("config", "errors", "paths", "records", "rows", "runs", "tracking", "view")
+# as is stages/__init__.py, which only writes down what the stages found. A figure is a view of
+# numbers that stand beside it: another colour must not train for days again.
+NO_RESULTS = (
+    *("config", "errors", "paths", "records", "rows", "runs", "tracking", "view"),
+    *("figures",),
+)
 
 Event = dict[str, Any]
 

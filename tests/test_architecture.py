@@ -16,6 +16,7 @@ OWNERS = {
     "omegaconf": {"config"},
     "transformers": {"hf_weights"},
     "tiktoken": {"tokenizer"},
+    "matplotlib": {"figures"},
 }
 
 
