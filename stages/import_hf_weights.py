@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from pipeline import paths, runtime, tracking
-from pipeline.checkpoint import build_model, recover, save_model
+from pipeline.checkpoint import build_model, save_model
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
+from pipeline.folders import recover
 from pipeline.hf_weights import PARITY_BOUND, import_pretrained, parameter_table, parity
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig

@@ -11,9 +11,10 @@ import torch
 from tqdm import tqdm
 
 from pipeline import data, paths, records, runtime, throughput, tracking, training
-from pipeline.checkpoint import load_model, recover, save_model
+from pipeline.checkpoint import load_model, save_model
 from pipeline.config import Config, flatten
 from pipeline.errors import NumericsError
+from pipeline.folders import recover
 from pipeline.loss import mean_loss
 from pipeline.model import GPT
 from pipeline.precision import Precision, choose_precision

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import checkpoint
-from pipeline.checkpoint import build_model, load_model, recover, save_model
+from pipeline import checkpoint, folders
+from pipeline.checkpoint import build_model, load_model, save_model
 from pipeline.errors import InputError, StorageError
+from pipeline.folders import recover
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig
 from pipeline.records import tree_digest
@@ -282,8 +283,8 @@ def test_a_save_killed_at_any_file_operation_leaves_a_whole_directory(
         patch.setattr(checkpoint, "_write_json", die_at(checkpoint._write_json))
         patch.setattr(checkpoint, "_write_weights", die_at(checkpoint._write_weights))
         for name in ("replace", "fsync", "open"):
-            patch.setattr(checkpoint.os, name, die_at(getattr(os, name)))
-        patch.setattr(checkpoint, "_remove", die_at(checkpoint._remove))
+            patch.setattr(folders.os, name, die_at(getattr(os, name)))
+        patch.setattr(folders, "remove", die_at(folders.remove))
         try:
             save_model(fresh(1), target)
             killed = False

@@ -40,7 +40,8 @@ READING_ORDER = [
     *("model", "init", "loss", "precision", "emulation", "training", "optimizer"),
     *("data", "corpus", "tokenizer", "hf_weights", "weight_files", "checkpoint"),
     *("generation", "evaluation", "throughput", "runtime"),
-    *("records", "tracking", "rows", "view", "runs", "config", "paths", "errors", "buffers", "figures"),
+    *("records", "tracking", "rows", "view", "runs", "config", "paths", "folders", "errors"),
+    *("buffers", "figures"),
 ]
 
 
