@@ -285,6 +285,11 @@ def _inconsistencies(config: Config) -> list[str]:
         problems.append(
             f"train.warmup_steps={train.warmup_steps}: expected less than train.steps={train.steps}"
         )
+    if config.debug.interact_at_step >= train.steps:
+        problems.append(
+            f"debug.interact_at_step={config.debug.interact_at_step}: expected less than "
+            f"train.steps={train.steps}, or -1 for never"
+        )
     if corpus.source != "python-docs" and corpus.path == UNSET_PATH:
         problems.append(
             f"corpus.path={corpus.path}: expected a file or folder, "

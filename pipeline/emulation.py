@@ -103,6 +103,21 @@ def exact_products() -> Iterator[None]:
         _stack().pop()
 
 
+def rounding() -> bool:
+    """Whether what runs in this thread now only rounds numbers, which hardware does unseen."""
+    return getattr(_running, "rounding", False)
+
+
+@contextmanager
+def _rounding() -> Iterator[None]:
+    before, _running.rounding = rounding(), True
+    try:
+        yield
+    finally:
+        _running.rounding = before
+
+
+@_rounding()
 def round_tf32(x: Tensor, out: Tensor | None = None) -> Tensor:
     """fp32 `x` to the nearest number with 10 mantissa bits, ties away from zero; `out` may be `x`.
 
@@ -118,6 +133,7 @@ def round_tf32(x: Tensor, out: Tensor | None = None) -> Tensor:
     return out if odd is None else out.masked_fill_(odd, torch.nan)
 
 
+@_rounding()
 def round_to(x: Tensor, name: str, out: Tensor | None = None) -> Tensor:
     """fp32 `x` rounded to the format `name` and kept in fp32; contiguous `out` may be `x`."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
@@ -151,11 +167,14 @@ def _low_product(mode: EmulatedProducts, func: Any, positions: Any, args: Any, k
     if low not in LOW.values():
         return func(*args, **kwargs)
     mode.count += 1
-    args = [_widened(a) for a in args]
-    result = func(*args, **{key: _widened(a) for key, a in kwargs.items()})
-    if func is FLASH:
-        return result[0].to(low), result[1]  # the second is the softmax's logarithm, for backward
-    return tuple(r.to(low) for r in result) if isinstance(result, tuple) else result.to(low)
+    with _rounding():
+        args = [_widened(a) for a in args]
+        kwargs = {key: _widened(a) for key, a in kwargs.items()}
+    result = func(*args, **kwargs)
+    with _rounding():
+        if func is FLASH:
+            return result[0].to(low), result[1]  # the softmax's logarithm, which backward takes
+        return tuple(r.to(low) for r in result) if isinstance(result, tuple) else result.to(low)
 
 
 def _widened(a: Any) -> Any:

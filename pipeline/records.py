@@ -23,13 +23,15 @@ import psutil
 from pipeline import paths
 from pipeline.config import Config, flatten
 
-# Every stage with the stages whose results it builds on, in the order of the chain.
+# Every stage with those whose records it waits for, in the order of the chain. `numerics` stands
+# beside the chain: it measures the machine, and its record joins the row with the last stage.
 UPSTREAM: dict[str, tuple[str, ...]] = {
     "tokenize": (),
     "import_hf_weights": (),
     "train": ("tokenize", "import_hf_weights"),
     "evaluate": ("tokenize", "import_hf_weights", "train"),
-    "sample": ("tokenize", "import_hf_weights", "train", "evaluate"),
+    "numerics": (),
+    "sample": ("tokenize", "import_hf_weights", "train", "evaluate", "numerics"),
 }
 
 # Modules whose edit changes no result: left out of the code digest and of the deps in dvc.yaml,
@@ -37,7 +39,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 # numbers that stand beside it: another colour must not train for days again.
 NO_RESULTS = (
     *("config", "errors", "paths", "records", "rows", "runs", "tracking", "view"),
-    *("figures",),
+    *("comparison", "debugging", "experiments", "figures", "snapshot"),
 )
 
 Event = dict[str, Any]

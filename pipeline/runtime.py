@@ -39,3 +39,22 @@ def derived_seed(seed: int, purpose: str) -> int:
     """63 bits from SHA-256 of purpose and seed: nearby seeds share nothing."""
     digest = hashlib.sha256(f"{purpose}:{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """torch's global generators that a step on `device` may draw from, by device type."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_rng_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put the generators back to where `rng_state` found them."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif "mps" in states and device.type == "mps":
+        torch.mps.set_rng_state(states["mps"])

@@ -6,6 +6,8 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -68,6 +70,16 @@ class Stopwatch:
         """Seconds of the step that ends here."""
         synchronize(self.device)
         return time.perf_counter() - self._began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        so_far = self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+            self._began -= so_far
 
 
 def tokens_per_second(step_seconds: list[float], tokens_per_step: int) -> float:

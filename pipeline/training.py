@@ -16,7 +16,7 @@ from pipeline.data import batch_at
 from pipeline.errors import NumericsError
 from pipeline.loss import IGNORE, linear_cross_entropy, token_losses
 from pipeline.optimizer import build_optimizer, learning_rate
-from pipeline.runtime import derived_seed
+from pipeline.runtime import derived_seed, rng_state
 from pipeline.throughput import Stopwatch
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+Look = Callable[["TrainState"], None]
 
 
 @dataclass(frozen=True)
@@ -45,26 +46,34 @@ class StepReport:
 
 @dataclass
 class TrainState:
-    """What a step changes: parameters, moments, scale, and counts."""
+    """What a step changes: parameters, moments, scale, counts; and the step at work itself."""
 
     model: GPT
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     precision: Precision
     loss_function: LossFunction
+    eager_loss: (
+        LossFunction  # the same without the compiler, for those who look at single operations
+    )
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = field(default=0, repr=False)
+    batches: list[Batch] = field(default_factory=list, repr=False)  # of the step at work
+    rng: dict[str, Tensor] = field(default_factory=dict, repr=False)  # as that step began
+    loss: float = math.nan  # of its gradients: mean nats a target
 
 
 def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
     """The state before the first step."""
+    eager = _fused_loss(model)
     return TrainState(
         model=model,
         optimizer=build_optimizer(model, config),
         scaler=precision.make_scaler(),
         precision=precision,
-        loss_function=_loss_function(model, config, precision),
+        loss_function=_compiled_loss(model, precision, eager) if config.compile else eager,
+        eager_loss=eager,
     )
 
 
@@ -72,20 +81,29 @@ def fit(
     state: TrainState,
     config: TrainConfig,
     batches_of: Callable[[int], list[Batch]],
+    look: Look | None = None,
+    look_at: int = -1,
 ) -> Iterator[StepReport]:
     """One optimizer step and one report at a time, from `state.step` to `config.steps`.
 
-    batches_of(step) gives the step's batches. Raises NumericsError before an update that
-    would spoil the parameters.
+    batches_of(step) gives the step's batches. In step `look_at`, `look` is called between the
+    gradients and the update; its time is not the step's. Raises NumericsError before an update
+    that would spoil the parameters.
     """
     watch = Stopwatch(state.precision.device)
+
+    def aside(state: TrainState) -> None:
+        with watch.paused():
+            look(state)
+
     while state.step < config.steps:
         watch.start()
-        batches = batches_of(state.step)
-        tokens = sum(x.numel() for x, _ in batches)
-        state.model.train()
+        state.rng = rng_state(state.precision.device)
+        state.batches = batches_of(state.step)
+        tokens = sum(x.numel() for x, _ in state.batches)
         rate = learning_rate(state.step, config)
-        loss, norm, scale, skipped = train_step(state, batches, rate, config.grad_clip)
+        now = aside if look and state.step == look_at else None
+        loss, norm, scale, skipped = train_step(state, state.batches, rate, config.grad_clip, now)
         seconds = watch.stop()
         _count(state, skipped, config.max_skipped)
         report = StepReport(state.step, loss, norm, rate, scale, skipped, seconds, tokens)
@@ -110,24 +128,46 @@ def micro_batches(tokens: Tokens, config: TrainConfig, step: int) -> list[Batch]
 
 
 def train_step(
-    state: TrainState, batches: list[Batch], rate: float, grad_clip: float
+    state: TrainState,
+    batches: list[Batch],
+    rate: float,
+    grad_clip: float,
+    look: Look | None = None,
 ) -> tuple[float, float, float, bool]:
-    """Accumulate, unscale once, clip, step, update: mean loss, gradient norm, scale, skipped.
+    """Gradients, clip, step, update: mean loss, gradient norm, scale, skipped.
 
-    The loss is the sum over all tokens by the number of valid ones in all micro-batches, so that
-    N micro-batches of one equal one of N, ragged masks included. A skipped step uses up its batch
-    and its place in the schedule.
+    A skipped step uses up its batch and its place in the schedule.
     """
-    model, scaler, optimizer = state.model, state.scaler, state.optimizer
-    device = state.precision.device
+    scaler, optimizer = state.scaler, state.optimizer
     for group in optimizer.param_groups:
         group["lr"] = rate
+    mean = state.loss = gradients(state, batches)
+    if look:
+        look(state)
+    limit = grad_clip or math.inf
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit).item()
+    _check(state, mean, norm)
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return mean, norm, scale, scaler.get_scale() < scale  # it falls only after an inf gradient
+
+
+def gradients(state: TrainState, batches: list[Batch]) -> float:
+    """Accumulate every micro-batch's gradient and unscale once; returns the mean loss in nats.
+
+    The loss is the sum over all tokens by the number of valid ones in all micro-batches, so that
+    N micro-batches of one equal one of N, ragged masks included.
+    """
+    scaler, device = state.scaler, state.precision.device
     valid = sum(int((y != IGNORE).sum()) for _, y in batches)
     if valid == 0:
         raise NumericsError(f"step {state.step}: every target is ignored, so there is no loss")
     # Known before the products, so that low-precision gradients are made at their scaled size.
     factor = scaler.scale(torch.ones((), device=device)) / valid
     total = torch.zeros((), device=device)
+    state.model.train()
     with state.precision.products():
         for x, y in batches:
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -135,16 +175,8 @@ def train_step(
                 loss = state.loss_function(x, y, factor)
             loss.backward()
             total += loss.detach()
-    mean = (total / scaler.scale(torch.ones((), device=device))).item()
-    scaler.unscale_(optimizer)
-    limit = grad_clip or math.inf
-    norm = nn.utils.clip_grad_norm_(model.parameters(), limit).item()
-    _check(state, mean, norm)
-    scale = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return mean, norm, scale, scaler.get_scale() < scale  # it falls only after an inf gradient
+    scaler.unscale_(state.optimizer)
+    return (total / scaler.scale(torch.ones((), device=device))).item()
 
 
 def _check(state: TrainState, loss: float, norm: float) -> None:
@@ -165,10 +197,10 @@ def _count(state: TrainState, skipped: bool, limit: int) -> None:
         )
 
 
-def _loss_function(model: GPT, config: TrainConfig, precision: Precision) -> LossFunction:
-    """(x, y, factor) -> factor * sum of token losses; compiled where asked and possible."""
+def _fused_loss(model: GPT) -> LossFunction:
+    """(x, y, factor) -> factor * sum of token losses."""
 
-    def fused(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+    def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
         return linear_cross_entropy(
             model.hidden(x),
             model.transformer.wte.weight,
@@ -177,16 +209,20 @@ def _loss_function(model: GPT, config: TrainConfig, precision: Precision) -> Los
             scale=factor,
         )
 
+    return loss
+
+
+def _compiled_loss(model: GPT, precision: Precision, eager: LossFunction) -> LossFunction:
+    """The plain formula, whose parts the compiler fuses by itself; `eager` where it cannot."""
+
     def plain(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
         return token_losses(model(x), y).sum() * factor
 
-    if not config.compile:
-        return fused
     reason = why_not_compile(precision)
     if reason:
         warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
-        return fused
-    return _compiled_or(fused, torch.compile(plain))  # the compiler fuses the loss by itself
+        return eager
+    return _compiled_or(eager, torch.compile(plain))
 
 
 def _compiled_or(eager: LossFunction, compiled: LossFunction) -> LossFunction:

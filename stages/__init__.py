@@ -1,4 +1,4 @@
-"""The five stages: thin files that load, build, loop and save."""
+"""The six stages: thin files that load, build, loop and save."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline import config as configuration
 from pipeline.config import Config
 from pipeline.errors import StorageError, UserError
+
+if TYPE_CHECKING:
+    from pipeline.precision import Precision
+    from pipeline.records import Record
+
+log = logging.getLogger(__name__)
 
 
 def run(main: Callable[[Config], None]) -> None:
@@ -52,6 +59,31 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(part in words for part in known)
 
 
+def announce(stage: str, precision: Precision, record: Record) -> None:
+    """What was asked for, what is in effect, and why: aloud, in the row, and as a warning if less.
+
+    The tags of `train` are the row's own, those of another stage carry its name.
+    """
+    from pipeline.runtime import device_name  # torch: the stages that compute nothing go without
+
+    device = device_name(precision.device)
+    line = f"{stage}: device {device}, precision {precision.effective}"
+    print(line + (f" ({precision.reason})" if precision.reason else ""), flush=True)
+    if precision.effective != precision.asked:
+        log.warning(
+            "%s: precision=%s is not in effect: %s", stage, precision.asked, precision.reason
+        )
+    prefix = "" if stage == "train" else f"{stage}."
+    facts = {
+        "precision.asked": precision.asked,
+        "precision.effective": precision.effective,
+        "precision.reason": precision.reason,
+        "precision.emulated": precision.emulated,
+        "device.name": device,
+    }
+    record.tags({prefix + name: value for name, value in facts.items()})
+
+
 def write_json(path: Path, values: dict[str, float]) -> None:
     """Metrics for DVC, grouped by the part before the slash."""
     groups: dict[str, dict[str, float]] = {}
@@ -63,7 +95,7 @@ def write_json(path: Path, values: dict[str, float]) -> None:
     path.write_text(json.dumps(groups, indent=2) + "\n", "utf-8")
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[float | str]]) -> None:
     """A curve for DVC's plots."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
@@ -71,6 +103,10 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[float]
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         # An empty field is a gap in the curve: a skipped step has no gradient norm.
-        writer.writerows(
-            [f"{value:.6g}" if math.isfinite(value) else "" for value in row] for row in rows
-        )
+        writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def _cell(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.6g}" if math.isfinite(value) else ""

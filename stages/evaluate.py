@@ -10,7 +10,7 @@ from pipeline import evaluation as tasks
 from pipeline.checkpoint import load_model
 from pipeline.config import UNSET_PATH, Config
 from pipeline.precision import choose_precision
-from stages import run, write_json
+from stages import announce, run, write_json
 
 MODELS = {"init_val": paths.INIT, "val": paths.MODEL}  # the baseline beside the trained model
 ITEMS = paths.ARTIFACTS / "choice_items.jsonl"
@@ -21,9 +21,11 @@ def main(config: Config) -> None:
         tokens = {split: data.open_tokens(paths.TOKENS, split) for split in data.SPLITS}
         material = materials(config, tokens["val"])
         device = runtime.choose_device(config.device)
+        precision = choose_precision(config.evaluate.precision, device)
+        announce("evaluate", precision, record)
         context = tasks.Context(
             device=device,
-            precision=choose_precision(config.evaluate.precision, device),
+            precision=precision,
             batch_size=config.evaluate.batch_size,
             sequence_length=config.train.sequence_length,
         )

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from pipeline import paths, runtime, tracking
+from pipeline import figures, init_study, paths, runtime, tracking
 from pipeline.checkpoint import build_model, save_model
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
-from pipeline.folders import recover
+from pipeline.folders import recover, remove
 from pipeline.hf_weights import PARITY_BOUND, import_pretrained, parameter_table, parity
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig
-from stages import run
+from pipeline.records import Record
+from stages import run, write_csv
 
 PROBE_SHAPE = (2, 32)
 
@@ -44,6 +45,40 @@ def main(config: Config) -> None:
                 f"{paths.INIT}: not the function that transformers computes: relative logit "
                 f"difference {found['relative_logit_difference']:.1e}, accepted {PARITY_BOUND:.0e}"
             )
+        write_study(init_study.study(model, config.init), record)
+
+
+def write_study(found: init_study.InitStudy, record: Record) -> None:
+    """Tables, figure and metrics of the initialisation study, apart from the model.
+
+    `train` depends on the model's folder, and must not start anew because a figure has changed.
+    """
+    folder = paths.INIT_STUDY
+    remove(folder)
+    adds = zip(found.adds.plain, found.adds.scaled, strict=True)
+    write_csv(
+        folder / "random_adds.csv",
+        ["adds", "std", "std_scaled"],
+        [(k, *both) for k, both in enumerate(adds, 1)],
+    )
+    columns = ["model", "block", "residual_std", "grad_norm"]
+    write_csv(folder / "blocks.csv", columns, init_study.stream_rows(found))
+    (folder / "init_study.md").write_text(init_study.page(found), "utf-8")
+    figures.save(figures.init_study(found), folder / "init_study.png")
+    record.artifact(folder, "init_study")
+    own = found.as_is
+    record.metrics(
+        {
+            "init/residual_std_first": own.stream_std[1],
+            "init/residual_std_last": own.stream_std[-1],
+            "init/grad_norm_first": own.grad_norm[1],
+            "init/grad_norm_last": own.grad_norm[-1],
+        }
+    )
+    print(
+        f"import_hf_weights: residual stream std {own.stream_std[1]:.4f} after block 1, "
+        f"{own.stream_std[-1]:.4f} after block {own.n_layer}; twins of other depths in {folder}"
+    )
 
 
 def build(config: Config) -> GPT:

@@ -18,13 +18,15 @@ from pipeline.config import Config
 from pipeline.generation import generate, stream_text, until_eot
 from pipeline.model import GPT
 from pipeline.precision import choose_precision
-from stages import run
+from stages import announce, run
 
 MODELS = {"before": paths.INIT, "after": paths.MODEL}
 
 
 def main(config: Config) -> None:
     with tracking.record("sample", config) as record:
+        device = runtime.choose_device(config.device)
+        announce("sample", choose_precision(config.sample.precision, device), record)
         samples = [
             {"when": when, **sample}
             for when, folder in MODELS.items()

@@ -10,21 +10,34 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
-from pipeline import data, paths, records, runtime, throughput, tracking, training
+from pipeline import (
+    data,
+    debugging,
+    dtypes,
+    figures,
+    paths,
+    records,
+    runtime,
+    scaling,
+    throughput,
+    tracking,
+    training,
+)
 from pipeline.checkpoint import load_model, save_model
 from pipeline.config import Config, flatten
 from pipeline.errors import NumericsError
-from pipeline.folders import recover
+from pipeline.folders import recover, remove
 from pipeline.loss import mean_loss
 from pipeline.model import GPT
 from pipeline.precision import Precision, choose_precision
 from pipeline.records import Record
 from pipeline.runs import claim
-from stages import run, write_csv, write_json
+from stages import announce, run, write_csv, write_json
 
 OUTPUTS = [
     paths.MODEL,
     paths.LAST,
+    paths.TRAIN_STUDY,
     paths.METRICS / "train.json",
     paths.PLOTS / "train.csv",
     paths.PLOTS / "validation.csv",
@@ -56,7 +69,7 @@ def main(config: Config) -> None:
 
 def fingerprint(config: Config, inputs: dict[str, str]) -> str:
     """One string for all that decides the trained weights."""
-    ours = ("precision", "device", "model.", "train.")
+    ours = ("precision", "device", "model.", "train.", "debug.")
     params = {k: v for k, v in flatten(config).items() if k.startswith(ours)}
     return records.digest_of({"params": params, "inputs": inputs, "code": records.code_digest()})
 
@@ -64,7 +77,7 @@ def fingerprint(config: Config, inputs: dict[str, str]) -> str:
 def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.Tokens) -> None:
     device = runtime.choose_device(config.device)
     precision = choose_precision(config.precision, device)
-    announce(precision, record)
+    announce("train", precision, record)
     torch.manual_seed(runtime.derived_seed(config.train.seed, "dropout"))
     model = load_model(
         paths.INIT,
@@ -74,39 +87,51 @@ def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.To
         device=device,
     )
     state = training.start(model, config.train, precision)
-    batches = functools.partial(training.micro_batches, tokens, config.train)
+    watch = dtypes.Watch(state)
+    reports = training.fit(
+        state,
+        config.train,
+        functools.partial(training.micro_batches, tokens, config.train),
+        look=functools.partial(stop_and_look, config, record),
+        look_at=config.debug.interact_at_step,
+    )
     best, curve, validations = math.inf, [], []
-    for report in progress(training.fit(state, config.train, batches), config):
-        curve.append(report)
-        record.metrics(step_metrics(report), report.step)
-        done = report.step + 1
-        if done % config.train.val_every == 0 or done == config.train.steps:
-            loss = validate(model, held_out, config, precision)
-            validations.append((done, loss))
-            record.metrics({"train/val_loss": loss}, report.step)
-            if loss < best:
-                best = loss
-                save_model(model, paths.MODEL)
-                best_step = done
+    try:
+        for report in progress(watch.first_of(reports), config):
+            curve.append(report)
+            record.metrics(step_metrics(report), report.step)
+            done = report.step + 1
+            if done % config.train.val_every == 0 or done == config.train.steps:
+                loss = validate(model, held_out, config, precision)
+                validations.append((done, loss))
+                record.metrics({"train/val_loss": loss}, report.step)
+                if loss < best:
+                    best = loss
+                    save_model(model, paths.MODEL)
+                    best_step = done
+    except NumericsError as error:
+        keep_for_a_look(state, config, record, str(error))
+        raise
     save_model(model, paths.LAST)
     record.checkpoint("best", paths.MODEL, best_step)
     record.checkpoint("last", paths.LAST, config.train.steps)
     write_results(config, record, model, precision, curve, validations)
+    write_study(record, watch, curve)
 
 
-def announce(precision: Precision, record: Record) -> None:
-    """What was asked for, what is in effect, and why they differ: aloud and in the row."""
-    line = f"train: device {runtime.device_name(precision.device)}, precision {precision.effective}"
-    print(line + (f" ({precision.reason})" if precision.reason else ""), flush=True)
-    record.tags(
-        {
-            "precision.asked": precision.asked,
-            "precision.effective": precision.effective,
-            "precision.reason": precision.reason,
-            "precision.emulated": precision.emulated,
-            "device.name": runtime.device_name(precision.device),
-        }
-    )
+def stop_and_look(config: Config, record: Record, state: training.TrainState) -> None:
+    """debug.interact_at_step: an interpreter where somebody sits, else the moment on disk."""
+    if debugging.has_terminal():
+        record.tags({"debug.interacted_at_step": state.step})
+        debugging.look(state)
+    else:
+        why = f"debug.interact_at_step={state.step}: no terminal here, so no interpreter"
+        keep_for_a_look(state, config, record, why)
+
+
+def keep_for_a_look(state: training.TrainState, config: Config, record: Record, why: str) -> None:
+    folder = debugging.write_bundle(state, config, why)
+    record.tags({"debug.why": why, "debug.bundle": folder or "not written"})
 
 
 def validate(model: GPT, held_out: data.Tokens, config: Config, precision: Precision) -> float:
@@ -137,11 +162,12 @@ def progress(
 
 
 def step_metrics(report: training.StepReport) -> dict[str, float]:
-    norm = {} if report.skipped else {"train/grad_norm": report.grad_norm}
+    norm = {"train/grad_norm": report.grad_norm} if math.isfinite(report.grad_norm) else {}
     return norm | {
         "train/loss": report.loss,
         "train/learning_rate": report.learning_rate,
         "train/loss_scale": report.loss_scale,
+        "train/found_inf": float(not math.isfinite(report.grad_norm)),
         "train/skipped": float(report.skipped),
         "perf/step_seconds": report.seconds,
         "perf/step_tokens_per_second": report.tokens / report.seconds,
@@ -176,18 +202,34 @@ def write_results(
         summary["perf/mfu"] = mfu
     record.metrics(summary, config.train.steps)
     write_json(paths.METRICS / "train.json", summary)
-    columns = ["step", "loss", "learning_rate", "grad_norm", "loss_scale", "tokens_per_second"]
-    rows = [
-        (r.step, r.loss, r.learning_rate, r.grad_norm, r.loss_scale, round(r.tokens / r.seconds))
-        for r in curve
-    ]
-    write_csv(paths.PLOTS / "train.csv", columns, rows)
+    rows = [{"step": r.step} | step_metrics(r) for r in curve]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    write_csv(
+        paths.PLOTS / "train.csv",
+        [name.rpartition("/")[2] for name in columns],
+        [[row.get(name, math.nan) for name in columns] for row in rows],
+    )
     write_csv(paths.PLOTS / "validation.csv", ["step", "loss"], validations)
     print(
         f"train: loss {curve[0].loss:.3f} -> {curve[-1].loss:.3f}, best validation loss "
         f"{summary['train/best_val_loss']:.3f}, {rate:,.0f} tokens/s, "
         f"{summary['perf/peak_memory_mib']:,.0f} MiB"
     )
+
+
+def write_study(record: Record, watch: dtypes.Watch, curve: list[training.StepReport]) -> None:
+    """Which operation ran in what, and the loss scale of this run and in a demonstration."""
+    folder = paths.TRAIN_STUDY
+    remove(folder)
+    write_csv(folder / "dtypes.csv", dtypes.COLUMNS, watch.cells())
+    (folder / "dtypes.md").write_text(watch.page(), "utf-8")
+    shown = scaling.demonstrate(watch.precision.device)
+    (folder / "loss_scale.md").write_text(shown.page(), "utf-8")
+    scales = [(r.step, r.loss_scale, not math.isfinite(r.grad_norm), r.skipped) for r in curve]
+    figures.save(
+        figures.loss_scale(scales, shown, watch.precision.effective), folder / "loss_scale.png"
+    )
+    record.artifact(folder, "train_study")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The README's settings and file tree are those of the code."""
+"""The pages' settings, file tree and blocks are those of the code and of a real run."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 
@@ -23,9 +24,19 @@ def test_the_readme_shows_what_the_code_says(tool, block: str) -> None:
     assert getattr(tool, block)() in page, "run `python tools/readme.py`"
 
 
-def test_every_command_block_has_been_filled(tool) -> None:
-    page = (ROOT / "README.md").read_text("utf-8")
-    blocks = [match for match in tool.BLOCK.finditer(page) if match[2] == "run"]
+@pytest.mark.parametrize("name", ["README.md", "docs/notes.md"])
+def test_every_block_has_been_filled_by_a_run(tool, name: str) -> None:
+    assert ROOT / name in tool.PAGES
+    blocks = list(tool.BLOCK.finditer((ROOT / name).read_text("utf-8")))
     assert blocks
     for match in blocks:
-        assert f"$ {match[3]}\n" in match[4], f"run `python tools/readme.py --run`: {match[3]}"
+        kind, argument, filled = match[2], match[3], match[4]
+        assert filled.strip(), f"run `python tools/readme.py --run`: {argument}"
+        if kind == "run":
+            assert f"$ {argument}\n" in filled, f"run `python tools/readme.py --run`: {argument}"
+
+
+def test_every_figure_of_a_page_is_there() -> None:
+    for page in (ROOT / "README.md", ROOT / "docs" / "notes.md"):
+        for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text("utf-8")):
+            assert (page.parent / name).is_file(), name

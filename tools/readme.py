@@ -1,10 +1,12 @@
-"""Fills the README's marked blocks: outputs of real commands, the settings, the file tree.
+"""Fills the marked blocks of the README and of docs/: what real runs printed, wrote and drew.
 
     python tools/readme.py            settings and tree, in a second
     python tools/readme.py --run      the commands as well, in a fresh clone of the last commit
 
 A block stands between `<!-- KIND ARGUMENT -->` and `<!-- end -->`. Kinds: `run` (a command whose
-output is shown), `settings`, `tree`.
+output is shown), `page` (a Markdown file that a command before it wrote, without its title),
+`figure` (a PNG likewise, copied to docs/figures; its alternative text follows a bar), `settings`,
+`tree`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,20 +22,24 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-BLOCK = re.compile(r"(<!-- (run|settings|tree)(?: ([^\n]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "docs" / "notes.md"]  # the second builds on what the first ran
+FIGURES = ROOT / "docs" / "figures"
+BLOCK = re.compile(
+    r"(<!-- (run|page|figure|settings|tree)(?: ([^\n]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL
+)
 LONGEST = 100  # lines of output shown; the middle of a longer one is left out
 PROGRESS = re.compile(r"\w+: .*(\d+%\||B/s\])")  # a bar on its way, one line a redrawing
 TENSOR = re.compile(r"transformer\.h\.[1-9]")  # the parameter table after its first block
 
 OTHER_FILES = {
     "params.yaml": "every setting",
-    "dvc.yaml": "the five stages: what they need, read and make",
+    "dvc.yaml": "the six stages: what they need, read and make",
     "recipes/": "complete params files: the default, GPT-2 124M to XL, continued training",
+    "docs/notes.md": "the notes behind this project, answered with figures from a run",
     "tests/": "one file a module, and the claims seen from outside",
     "tests/NUMERICS.md": "details that reimplementations get wrong, and the test of each",
     "benchmarks/": "measurements anyone can repeat, and their results",
-    "tools/readme.py": "fills this page's outputs, settings and tree",
+    "tools/readme.py": "fills the outputs, settings, tree and figures of this page and of docs/",
     "constraints.txt": "every version, for every platform",
     "Makefile": "repro, test, ui, lint, clean",
 }
@@ -40,8 +47,10 @@ READING_ORDER = [
     *("model", "init", "loss", "precision", "emulation", "training", "optimizer"),
     *("data", "corpus", "tokenizer", "hf_weights", "weight_files", "checkpoint"),
     *("generation", "evaluation", "throughput", "runtime"),
+    *("init_study", "formats", "sensitivity", "roofline", "dtypes", "scaling"),
+    *("debugging", "snapshot", "experiments", "comparison", "figures", "tables"),
     *("records", "tracking", "rows", "view", "runs", "config", "paths", "folders", "errors"),
-    *("buffers", "figures"),
+    *("buffers",),
 ]
 
 
@@ -110,6 +119,22 @@ def run(command: str, clone: Path) -> str:
     return f"```console\n$ {command}\n{shown}\n```\n\nIt took {seconds:.0f} s."
 
 
+def page(name: str, clone: Path) -> str:
+    """A Markdown file of the clone below this page's headings."""
+    text = (clone / name).read_text("utf-8").partition("\n")[2].strip("\n")
+    return re.sub(r"^#", "###", text, flags=re.MULTILINE)
+
+
+def figure(argument: str, clone: Path) -> str:
+    name, _, words = (part.strip() for part in argument.partition("|"))
+    FIGURES.mkdir(exist_ok=True)
+    shutil.copyfile(clone / name, FIGURES / Path(name).name)
+    return f"![{words}](figures/{Path(name).name})"
+
+
+FROM_A_RUN = {"run": run, "page": page, "figure": figure}
+
+
 def main() -> None:
     commands = "--run" in sys.argv
     clone = Path()
@@ -120,13 +145,14 @@ def main() -> None:
 
     def fill(match: re.Match[str]) -> str:
         kind, argument, old = match[2], match[3], match[4]
-        if kind == "run":
-            new = run(argument, clone) if commands else old.strip("\n")
+        if kind in FROM_A_RUN:
+            new = FROM_A_RUN[kind](argument, clone) if commands else old.strip("\n")
         else:
             new = settings() if kind == "settings" else tree()
         return f"{match[1]}{new}\n{match[5]}"
 
-    README.write_text(BLOCK.sub(fill, README.read_text("utf-8")), "utf-8", newline="\n")
+    for path in PAGES:
+        path.write_text(BLOCK.sub(fill, path.read_text("utf-8")), "utf-8", newline="\n")
 
 
 if __name__ == "__main__":

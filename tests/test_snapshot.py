@@ -1,0 +1,132 @@
+"""A training state on disk: what comes back is what was there, to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import runtime, snapshot, training
+from pipeline.errors import InputError
+from pipeline.init import initialize
+from pipeline.model import GPT, GPTConfig
+from pipeline.precision import choose_precision
+from pipeline.records import tree_digest
+
+CPU = torch.device("cpu")
+SHAPE = GPTConfig(
+    n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=97, vocab_rows=128, dropout=0.2
+)
+
+
+@pytest.fixture
+def config(make_config):
+    return make_config(train__steps=6, train__warmup_steps=1)
+
+
+def fresh(config, name: str, seed: int = 0) -> training.TrainState:
+    model = GPT(SHAPE)
+    initialize(model, config.init, torch.Generator().manual_seed(seed))
+    return training.start(model, config.train, choose_precision(name, CPU))
+
+
+def batches(step: int) -> list[training.Batch]:
+    ids = torch.randint(97, (3, 2, 17), generator=torch.Generator().manual_seed(step))
+    return [(part[:, :-1], part[:, 1:]) for part in ids]
+
+
+def weights(state: training.TrainState) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in state.model.parameters()])
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_a_restored_step_and_those_after_it_are_done_again_to_the_bit(
+    config, tmp_path: Path, name: str
+) -> None:
+    torch.manual_seed(5)
+    state = fresh(config, name)
+    if name == "fp16":  # a scale that moves: it grows after every second step
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    kept = tmp_path / "kept"
+    reports = training.fit(
+        state,
+        config.train,
+        batches,
+        look=lambda s: snapshot.save_snapshot(kept, s, {"why": "test"}),
+        look_at=3,
+    )
+    numbers = [(report.loss, report.grad_norm, report.loss_scale) for report in reports]
+    other = fresh(config, name, seed=9)
+    facts = snapshot.read_facts(kept)
+    assert facts["why"] == "test" and facts["step"] == 3
+    snapshot.restore(other, snapshot.load_tensors(kept), facts)
+    assert other.loss == numbers[3][0]
+    assert torch.equal(other.batches[2][1], batches(3)[2][1])
+    torch.manual_seed(6)  # dropout draws from the state that the snapshot holds, not from this
+    runtime.set_rng_state(other.rng, CPU)
+    again = list(training.fit(other, config.train, batches))
+    assert [(r.loss, r.grad_norm, r.loss_scale) for r in again] == numbers[3:]
+    assert torch.equal(weights(other), weights(state))
+
+
+@pytest.mark.parametrize("missing", ["rng.cpu", "exp_avg."])
+def test_without_chance_or_moments_the_run_would_differ(
+    config, tmp_path: Path, missing: str
+) -> None:
+    torch.manual_seed(5)
+    state = fresh(config, "fp32")
+    look = lambda s: snapshot.save_snapshot(tmp_path / "kept", s, {})  # noqa: E731
+    losses = [r.loss for r in training.fit(state, config.train, batches, look=look, look_at=3)]
+    tensors = snapshot.load_tensors(tmp_path / "kept")
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(missing)}
+    other = fresh(config, "fp32", seed=9)
+    snapshot.restore(other, tensors, snapshot.read_facts(tmp_path / "kept"))
+    torch.manual_seed(6)
+    if "cpu" in other.rng:
+        runtime.set_rng_state(other.rng, CPU)
+    again = [report.loss for report in training.fit(other, config.train, batches)]
+    assert again != losses[3:]
+
+
+def test_weights_that_are_not_finite_come_back_as_they_were(config, tmp_path: Path) -> None:
+    state = fresh(config, "fp32")
+    with torch.no_grad():
+        state.model.transformer.ln_f.weight[3] = torch.nan
+    state.batches = batches(0)
+    snapshot.save_snapshot(tmp_path / "kept", state, {})
+    other = fresh(config, "fp32")
+    snapshot.restore(
+        other, snapshot.load_tensors(tmp_path / "kept"), snapshot.read_facts(tmp_path / "kept")
+    )
+    assert other.model.transformer.ln_f.weight[3].isnan()
+    assert other.loss != other.loss  # no gradient was made yet
+
+
+def test_a_flipped_bit_is_refused_and_a_folder_without_facts_too(config, tmp_path: Path) -> None:
+    state = fresh(config, "fp32")
+    state.batches = batches(0)
+    kept = tmp_path / "kept"
+    snapshot.save_snapshot(kept, state, {})
+    raw = bytearray((kept / snapshot.TENSORS).read_bytes())
+    raw[-5] ^= 1
+    (kept / snapshot.TENSORS).write_bytes(raw)
+    with pytest.raises(InputError, match=r"state\.safetensors: damaged: SHA-256"):
+        snapshot.load_tensors(kept)
+    with pytest.raises(InputError, match="not a snapshot of a training step"):
+        snapshot.read_facts(tmp_path)
+
+
+def test_a_snapshot_changes_nothing_in_the_state(config, tmp_path: Path) -> None:
+    ends = []
+    for keep in (False, True):
+        torch.manual_seed(5)
+        state = fresh(config, "fp32")
+        look = lambda s: snapshot.save_snapshot(tmp_path / "kept", s, {})  # noqa: E731
+        list(training.fit(state, config.train, batches, look=look if keep else None, look_at=2))
+        ends.append(weights(state))
+    assert torch.equal(*ends)
+    facts = json.loads((tmp_path / "kept" / snapshot.FACTS).read_text("utf-8"))
+    assert facts["sha256"] == tree_digest(tmp_path / "kept" / snapshot.TENSORS)
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
