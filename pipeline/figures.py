@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
+    from pipeline.formats import Format
     from pipeline.init_study import InitStudy
+    from pipeline.roofline import Roofline
     from pipeline.scaling import Demonstration
 
 # Okabe and Ito's palette, which people with any kind of colour vision can tell apart. A format
@@ -118,3 +120,103 @@ def init_study(found: InitStudy) -> Figure:
     stream.legend(fontsize=8)
     gradient.legend(fontsize=8)
     return figure
+
+
+def bit_layout(found: Sequence[Format]) -> Figure:
+    """One row a format, one square a bit: sign, exponent, mantissa."""
+    from matplotlib.patches import Rectangle
+
+    figure, (axis,) = sheet(1, width=11, height=3.4)
+    parts = (("sign", "#999999"), ("exponent", COLOURS["tf32"]), ("mantissa", COLOURS["fp8_e5m2"]))
+    for row, f in enumerate(found):
+        colours = [parts[0][1]] + [parts[1][1]] * f.exponent_bits + [parts[2][1]] * f.mantissa_bits
+        # Exponents end, and mantissas begin, at the same place in every row.
+        start = 8 - f.exponent_bits
+        for place, colour in enumerate(colours):
+            square = Rectangle((start + place, -row), 0.9, 0.8, facecolor=colour)
+            axis.add_patch(square)
+        axis.text(-0.4, 0.4 - row, f.name, ha="right", va="center", fontweight="bold")
+        words = (
+            f"1 + {f.exponent_bits} + {f.mantissa_bits}   to {f.largest:.3g}, eps {f.epsilon:.3g}"
+        )
+        axis.text(33, 0.4 - row, words, va="center", fontsize=9)
+    for name, colour in parts:
+        axis.add_patch(Rectangle((0, 99), 1, 1, facecolor=colour, label=name))
+    axis.set(xlim=(-3.5, 44), ylim=(0.1 - len(found), 1.1))
+    axis.set_axis_off()
+    axis.legend(loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.45, 1.12))
+    return figure
+
+
+def error_and_speed(found: Roofline) -> Figure:
+    """Every product of the model in every mode: relative error against speed."""
+    figure, (axis,) = sheet(1, width=8)
+    base = {p.shape: p.seconds for p in found.products if p.precision.asked == "fp32"}
+    for mode, (speed, error) in found.speed_and_error().items():
+        points = [p for p in found.products if p.precision.asked == mode]
+        emulated = " (emulated)" if points[0].precision.emulated else ""
+        axis.plot(
+            [base[p.shape] / p.seconds for p in points],
+            [p.error for p in points],
+            "o",
+            color=COLOURS[mode],
+            alpha=0.35,
+        )
+        label = f"{mode}{emulated}: {speed:.2f} of fp32's speed, error {error:.1e}"
+        axis.plot([speed], [error], "D", color=COLOURS[mode], markersize=9, label=label)
+    axis.set_yscale("log")
+    axis.set(xlabel="speed of fp32's", ylabel="relative error against float64")
+    axis.set_title(f"the model's products, {found.device}; diamonds are medians")
+    axis.legend(fontsize=9)
+    return figure
+
+
+def roofline(found: Roofline) -> Figure:
+    """Roofs from the measured bandwidth and rates, with every product and operation under them."""
+    figure, (axis,) = sheet(1, width=10, height=5.6)
+    drawn = [f for f in (*found.operations, *found.products) if f.flops]
+    low = min(f.intensity for f in drawn) / 2
+    high = max(*(f.intensity for f in drawn), *(found.ridge(mode) for mode in found.rates)) * 2
+    for mode, rate in found.rates.items():
+        xs = [low, found.ridge(mode), high]
+        label = f"{mode}: {rate / 1e9:,.0f} GFLOP/s"
+        axis.plot(xs, [found.roof(x, mode) for x in xs], color=COLOURS[mode], lw=1.2, label=label)
+    names: dict[str, list[Any]] = {}
+    for f in drawn:
+        names.setdefault(f.name, []).append(f)
+        colour = COLOURS[f.precision.asked] if hasattr(f, "precision") else "#777777"
+        axis.plot([f.intensity], [f.rate], "o", color=colour, markersize=5)
+    _number(axis, names)
+    axis.set(xscale="log", yscale="log", xlim=(low, high))
+    axis.set(xlabel="arithmetic intensity, FLOP a byte", ylabel="FLOP/s")
+    axis.set_title(f"{found.device}, measured bandwidth {found.bandwidth / 1e9:.1f} GB/s")
+    roofs = axis.legend(loc="lower right", fontsize=8, title="roofs and products")
+    axis.add_artist(roofs)
+    return figure
+
+
+def _number(axis: Any, names: dict[str, list[Any]]) -> None:
+    """A number over each column of points and a list of names beside the axes: no text collides."""
+    numbered = sorted(names.items(), key=lambda item: item[1][0].intensity)
+    lines, columns = [], []
+    for number, (name, points) in enumerate(numbered, 1):
+        lines.append(f"{number:>2}  {name}")
+        x, y = points[0].intensity, max(p.rate for p in points)
+        close = [c for c in columns if x / c[0] < 1.3 and 0.4 < y / c[1] < 2.5]
+        if close:
+            columns.remove(close[0])
+            columns.append((close[0][0], max(y, close[0][1]), f"{close[0][2]},{number}"))
+        else:
+            columns.append((x, y, str(number)))
+    for x, y, text in columns:
+        style = {"ha": "center", "fontsize": 9, "bbox": {"color": "white", "alpha": 0.7, "pad": 1}}
+        axis.annotate(text, (x, y), xytext=(0, 7), textcoords="offset points", **style)
+    axis.text(
+        1.02,
+        0.98,
+        "\n".join(lines),
+        transform=axis.transAxes,
+        va="top",
+        fontsize=9,
+        family="monospace",
+    )

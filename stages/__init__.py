@@ -95,18 +95,20 @@ def write_json(path: Path, values: dict[str, float]) -> None:
     path.write_text(json.dumps(groups, indent=2) + "\n", "utf-8")
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[float | str]]) -> None:
-    """A curve for DVC's plots."""
+def write_csv(
+    path: Path, columns: Sequence[str], rows: Iterable[Iterable[float | str | None]]
+) -> None:
+    """A table or a curve, for DVC's plots and other programs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        # An empty field is a gap in the curve: a skipped step has no gradient norm.
+        # An empty field is a gap: a skipped step has no gradient norm.
         writer.writerows([_cell(value) for value in row] for row in rows)
 
 
-def _cell(value: float | str) -> str:
-    if isinstance(value, str):
-        return value
+def _cell(value: float | str | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
     return f"{value:.6g}" if math.isfinite(value) else ""

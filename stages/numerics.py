@@ -1,0 +1,85 @@
+"""numerics: what the number formats are, and what they cost and bring on this very machine."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline import figures, formats, paths, roofline, runtime, sensitivity, tracking
+from pipeline.config import Config
+from pipeline.folders import remove
+from stages import run, write_csv, write_json
+
+
+def main(config: Config) -> None:
+    with tracking.record("numerics", config) as record:
+        device = runtime.choose_device(config.device)
+        record.tags({"numerics.device": runtime.device_name(device), "torch": torch.__version__})
+        remove(paths.NUMERICS)
+        known = formats.formats()
+        suffered = sensitivity.sensitivities(device)
+        shapes = roofline.shapes(
+            config.model.n_embd,
+            config.model.n_head,
+            config.model.vocab_rows,
+            config.train.batch_size,
+            config.train.sequence_length,
+        )
+        measured = roofline.measure(shapes, device, runtime.device_name(device))
+        write(known, suffered, measured)
+        record.artifact(paths.NUMERICS, "numerics")
+        metrics = summary(measured)
+        record.metrics(metrics)
+        write_json(paths.METRICS / "numerics.json", metrics)
+    show(measured, suffered)
+
+
+def write(
+    known: list[formats.Format],
+    suffered: list[sensitivity.Sensitivity],
+    measured: roofline.Roofline,
+) -> None:
+    """Tables to read, tables to compute with, and figures."""
+    folder = paths.NUMERICS
+    for name, rows in (("formats", known), ("sensitivity", suffered)):
+        write_csv(folder / f"{name}.csv", list(vars(rows[0])), [vars(r).values() for r in rows])
+    write_csv(folder / "products.csv", roofline.PRODUCT_COLUMNS, measured.product_rows())
+    write_csv(folder / "operations.csv", roofline.OPERATION_COLUMNS, measured.operation_rows())
+    pages = {
+        "formats": formats.page(known),
+        "sensitivity": sensitivity.page(suffered),
+        "products": measured.products_page(),
+        "operations": measured.operations_page(),
+    }
+    for name, text in pages.items():
+        (folder / f"{name}.md").write_text(text, "utf-8")
+    figures.save(figures.bit_layout(known), folder / "formats.png")
+    figures.save(figures.error_and_speed(measured), folder / "error_and_speed.png")
+    figures.save(figures.roofline(measured), folder / "roofline.png")
+
+
+def summary(measured: roofline.Roofline) -> dict[str, float]:
+    found = {"numerics/bandwidth_gb_per_second": measured.bandwidth / 1e9}
+    for mode, (speed, error) in measured.speed_and_error().items():
+        found |= {
+            f"numerics/{mode}_gflops": measured.rates[mode] / 1e9,
+            f"numerics/{mode}_speed": speed,
+            f"numerics/{mode}_error": error,
+        }
+    return found
+
+
+def show(measured: roofline.Roofline, suffered: list[sensitivity.Sensitivity]) -> None:
+    """The figures that people ask for; the pages have the rest."""
+    print(f"numerics: {measured.device}, {measured.bandwidth / 1e9:.1f} GB/s")
+    print(f"{'':<8}{'matrix rate':>16}{'speed of fp32':>15}{'error':>10}")
+    for mode, (speed, error) in measured.speed_and_error().items():
+        rate = f"{measured.rates[mode] / 1e9:,.0f} GFLOP/s"
+        print(f"{mode:<8}{rate:>16}{speed:>15.2f}{error:>10.1e}")
+    amplified = ", ".join(
+        f"{op} {value:.2f}" for op, value in sensitivity.amplifications(suffered).items()
+    )
+    print(f"rounding of operands, amplified: {amplified}")
+
+
+if __name__ == "__main__":
+    run(main)

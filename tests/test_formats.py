@@ -1,0 +1,67 @@
+"""The table of number formats, against what the standards say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline import emulation, figures, formats
+from pipeline.formats import Format, round_to_format
+
+# IEEE 754 (fp32, fp16), bfloat16 as in Wang & Kanwar 2019, tf32 as NVIDIA describes it, and the
+# two fp8 formats of Micikevicius et al. 2022.
+KNOWN = {
+    "fp32": (8, 23, (2 - 2**-23) * 2.0**127, 2.0**-126, 2.0**-149, 2.0**-23),
+    "tf32": (8, 10, (2 - 2**-10) * 2.0**127, 2.0**-126, 2.0**-136, 2.0**-10),
+    "bf16": (8, 7, (2 - 2**-7) * 2.0**127, 2.0**-126, 2.0**-133, 2.0**-7),
+    "fp16": (5, 10, 65504.0, 2.0**-14, 2.0**-24, 2.0**-10),
+    "fp8_e4m3": (4, 3, 448.0, 2.0**-6, 2.0**-9, 2.0**-3),
+    "fp8_e5m2": (5, 2, 57344.0, 2.0**-14, 2.0**-16, 2.0**-2),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_format_has_the_bits_and_bounds_of_its_standard(name: str) -> None:
+    found = next(f for f in formats.formats() if f.name == name)
+    assert found == Format(name, *KNOWN[name])
+    assert formats.unit_roundoff(name) == KNOWN[name][-1] / 2
+
+
+def test_the_table_has_every_format_and_no_other() -> None:
+    assert [f.name for f in formats.formats()] == list(KNOWN) == list(formats.DTYPES)
+
+
+def test_tf32_is_probed_and_not_written_down(monkeypatch) -> None:
+    def eleven_bits(x: torch.Tensor) -> torch.Tensor:
+        bits = x.contiguous().view(torch.int32) + (1 << 11)
+        return (bits & (-1 << 12)).view(torch.float32)
+
+    assert emulation.round_tf32 is formats.round_tf32
+    monkeypatch.setattr(formats, "round_tf32", eleven_bits)
+    found = next(f for f in formats.formats() if f.name == "tf32")
+    assert (found.mantissa_bits, found.epsilon, found.bits) == (11, 2.0**-11, 20)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_rounding_keeps_the_formats_own_numbers_and_the_nearest_of_others(name: str) -> None:
+    _, mantissa, largest, normal, subnormal, epsilon = KNOWN[name]
+    own = torch.tensor([0.0, 1.0, 1 + epsilon, -largest, normal, subnormal], dtype=torch.float64)
+    assert torch.equal(round_to_format(own, name), own)
+    between = torch.tensor([1 + 0.49 * epsilon, 1 + 0.51 * epsilon], dtype=torch.float64)
+    if mantissa < 23:
+        assert round_to_format(between, name).tolist() == [1.0, 1 + epsilon]
+    assert not round_to_format(torch.tensor([largest * 1.1], dtype=torch.float64), name).isfinite()
+
+
+def test_the_page_says_what_tf32_shares() -> None:
+    page = formats.page(formats.formats())
+    assert "range, of fp32 and bf16" in page and "precision, of fp16" in page
+    assert page.count("\n|") == len(KNOWN) + 2
+
+
+def test_the_figure_has_one_square_a_bit() -> None:
+    (axis,) = figures.bit_layout(formats.formats()).axes
+    squares = [p for p in axis.patches if p.get_y() < 99]
+    assert len(squares) == sum(f.bits for f in formats.formats())
+    mantissas = {round(p.get_x()) for p in squares if p.get_y() == -1}
+    assert mantissas == set(range(19)), "tf32: 1 + 8 + 10 squares in a row"
