@@ -38,4 +38,4 @@ endif
 # is the gentler way: it drops only what neither the workspace nor an experiment needs.
 clean:
 	rm -rf $(VENV) .runs mlflow.db mlartifacts .dvc/cache .dvc/tmp data/tokens artifacts \
-	    metrics plots records dvc_plots .pytest_cache .ruff_cache
+	    metrics plots records comparisons dvc_plots .pytest_cache .ruff_cache

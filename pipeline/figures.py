@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
+    from pipeline.comparison import Comparison
     from pipeline.formats import Format
     from pipeline.init_study import InitStudy
     from pipeline.roofline import Roofline
@@ -220,3 +222,36 @@ def _number(axis: Any, names: dict[str, list[Any]]) -> None:
         fontsize=9,
         family="monospace",
     )
+
+
+def comparison(found: Comparison) -> Figure:
+    """Training losses over one another; differences from the base beside the noise of seeds."""
+    figure, (curves, differences) = sheet(2, width=6.8)
+    others = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+    named = {v: COLOURS.get(v, others[n % len(others)]) for n, v in enumerate(found.runs)}
+    base = [run.losses for run in found.runs[found.base]]
+    for losses in base[1:]:
+        curves.plot(losses, color="#bbbbbb", lw=0.8)
+    if len(base) > 1:
+        curves.plot([], [], color="#bbbbbb", lw=0.8, label=f"{found.base}, other seeds")
+        steps = range(min(map(len, base)))
+        spread = [statistics.stdev(losses[step] for losses in base) for step in steps]
+        label = f"two std over {len(base)} seeds of {found.base}"
+        above, below = [2 * s for s in spread], [-2 * s for s in spread]
+        differences.fill_between(steps, below, above, color="#dddddd", label=label)
+    # Curves may coincide: later ones are thinner, so that the earlier ones show beneath.
+    for n, value in enumerate(found.runs):
+        run, colour = found.main(value), named[value]
+        width = 3.2 - 2.2 * n / max(1, len(found.runs) - 1)
+        curves.plot(run.losses, color=colour, lw=width, label=f"{found.setting}={value}")
+        partner = found.partner(run)
+        if partner is not None and value != found.base:
+            gap = [a - b for a, b in zip(run.losses, partner.losses, strict=False)]
+            differences.plot(gap, color=colour, lw=1.2, label=str(value))
+    curves.set(xlabel="step", ylabel="training loss, nats a token", title="training loss")
+    differences.set(xlabel="step", ylabel="nats a token")
+    differences.set_title(f"difference from {found.setting}={found.base}, same seed")
+    differences.axhline(0, color="black", lw=0.6)
+    curves.legend(fontsize=8)
+    differences.legend(fontsize=8)
+    return figure

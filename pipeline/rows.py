@@ -18,6 +18,8 @@ from pipeline.runs import is_alive, this_process
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+log = logging.getLogger(__name__)
+
 BATCH = 1000  # MLflow's limit of metrics a request
 LOCK_SECONDS = 30.0
 
@@ -223,6 +225,21 @@ def open_row(client: MlflowClient, head: Event, others: list[list[Event]]) -> Ro
                 Row(client, rows[0].info.run_id, experiment_id).tag({"superseded": row.id})
         row.tag({f"record.{head['stage']}": head["id"]})
     return row
+
+
+def attach(training_records: Iterable[str], folder: Path, name: str) -> None:
+    """Copy a folder under `name` into every row that holds one of these training records.
+
+    A store that cannot be had is one warning: the files are in `folder` all the same.
+    """
+    try:
+        client = connect()
+        everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+        for record in training_records:
+            for run in client.search_runs(everywhere, f"tags.`record.train` = '{record}'"):
+                client.log_artifacts(run.info.run_id, str(folder), name)
+    except Exception as error:  # a store's errors are of every kind
+        log.warning("MLflow did not take %s: %s: %s", folder, type(error).__name__, error)
 
 
 def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:

@@ -17,6 +17,7 @@ OWNERS = {
     "transformers": {"hf_weights"},
     "tiktoken": {"tokenizer"},
     "matplotlib": {"figures"},
+    "dvc": {"experiments"},
 }
 
 

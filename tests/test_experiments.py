@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import sys
@@ -72,12 +73,16 @@ def expected_points(chain: dict[str, list[dict[str, Any]]]) -> Counter[str]:
     )
 
 
-def experiment_records(repo: Checkout, name: str) -> dict[str, list[dict[str, Any]]]:
-    """A DVC experiment's records, by its own dvc.lock, out of the cache."""
+def experiment_lock(repo: Checkout, name: str) -> Any:
+    """The dvc.lock of a DVC experiment."""
     refs = repo.run("git", "for-each-ref", "--format=%(refname)", "refs/exps").stdout.split()
     ref = next(ref for ref in refs if ref.endswith(f"/{name}"))
-    lock = OmegaConf.create(repo.run("git", "show", f"{ref}:dvc.lock").stdout)
-    found = {}
+    return OmegaConf.create(repo.run("git", "show", f"{ref}:dvc.lock").stdout)
+
+
+def experiment_records(repo: Checkout, name: str) -> dict[str, list[dict[str, Any]]]:
+    """A DVC experiment's records, by its own dvc.lock, out of the cache."""
+    lock, found = experiment_lock(repo, name), {}
     for stage in STAGES:
         outs = {out.path: out.md5 for out in lock.stages[stage].outs}
         md5 = outs[f"records/{stage}.jsonl"]
@@ -201,6 +206,71 @@ def test_wrong_values_end_in_a_line_each_before_any_work(story: Story) -> None:
         assert problem in said
     assert "Traceback" not in said
     assert len(story.runs()) == 7  # those of the story and of the edited generation.py
+
+
+def test_every_study_is_linked_from_every_row(story: Story) -> None:
+    linked = {
+        "numerics": {"roofline.png", "error_and_speed.png", "formats.md", "sensitivity.md"},
+        "init_study": {"init_study.png", "init_study.md"},
+        "train_study": {"dtypes.md", "loss_scale.png"},
+    }
+    for row in story.runs():
+        for folder, expected in linked.items():
+            listed = story.client().list_artifacts(row.info.run_id, folder)
+            assert expected <= {Path(f.path).name for f in listed}, row.info.run_name
+        assert {"init/residual_std_last", "numerics/bf16_error"} <= row.data.metrics.keys()
+
+
+def test_two_learning_rates_are_compared_and_linked_from_their_rows(story: Story) -> None:
+    repo = story.repo
+    said = repo.run(sys.executable, "-m", "pipeline.comparison", "train.lr").stderr
+    folder = repo.folder / "comparisons" / "train.lr"
+    assert (folder / "comparison.md").read_text("utf-8") in said
+    with open(folder / "comparison.csv", newline="", encoding="utf-8") as file:
+        found = {row["value"]: row for row in csv.DictReader(file)}
+    assert found.keys() == {"0.002", "0.001"}
+    losses = {
+        row.data.params["train.lr"]: row.data.metrics["val/loss"]
+        for row in story.runs()
+        if row.info.run_name == "four" or row.info.run_id in story.rows["forced"]
+    }
+    assert {value: float(row["val loss"]) for value, row in found.items()} == losses
+    difference = losses["0.001"] - losses["0.002"]
+    assert float(found["0.001"]["difference"]) == pytest.approx(difference)
+    assert "train.lr=0.002 ran with one seed only" in said
+    held = {
+        row.info.run_name
+        for row in story.runs()
+        if story.client().list_artifacts(row.info.run_id, "comparison/train.lr")
+    }
+    (forced,) = [r.info.run_name for r in story.runs() if r.info.run_id in story.rows["forced"]]
+    assert {"four", "five", forced} <= held
+
+
+def test_a_comparison_that_nobody_ran_ends_in_one_message(story: Story) -> None:
+    done = story.repo.run(sys.executable, "-m", "pipeline.comparison", "init.std", expect=3)
+    assert "error: no two runs differ in init.std alone" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_record_that_is_in_no_cache_any_more_is_left_out_by_name(story: Story) -> None:
+    repo = story.repo
+    code = (
+        "import logging; logging.basicConfig(format='%(message)s')\n"
+        "from pipeline.experiments import experiments\n"
+        "print(*sorted(f'{e.name}:{len(e.records)}' for e in experiments(('sample',))))"
+    )
+    whole = repo.run(sys.executable, "-c", code).stdout.split()
+    assert whole == ["aside:1", "cached:1", "five:1", "four:1", "workspace:1"]
+    lock = experiment_lock(repo, "five")
+    md5 = next(o.md5 for o in lock.stages["sample"].outs if o.path == "records/sample.jsonl")
+    cached = repo.folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    kept = cached.read_bytes()
+    cached.unlink()
+    done = repo.run(sys.executable, "-c", code)
+    cached.write_bytes(kept)
+    assert "five:0" in done.stdout
+    assert "experiment five: records/sample.jsonl is in no cache any more" in done.stderr
 
 
 def test_a_deleted_store_is_filled_again_from_the_records(story: Story) -> None:

@@ -1,0 +1,297 @@
+"""Experiments that differ in one setting, side by side: curves, differences, the noise of seeds.
+
+python -m pipeline.comparison precision
+python -m pipeline.comparison init.std --steps 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import logging
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import config as configuration
+from pipeline import figures, paths
+from pipeline.errors import ConfigError, InputError, UserError
+from pipeline.experiments import Experiment, experiments
+from pipeline.records import Event, digest_of
+from pipeline.rows import attach
+from pipeline.tables import markdown
+
+log = logging.getLogger(__name__)
+
+# What training does not read: two runs that differ in these trained the same.
+ASIDE = ("evaluate.", "sample.", "tracking.", "debug.")
+SEED = "train.seed"
+TAIL = 0.05  # share of steps whose mean is the final training loss
+APART = 0.01  # relative difference of two losses from which on curves count as apart
+COLUMNS = (
+    *("value", "runs", "train loss", "val loss", "difference", "in noise std"),
+    *("largest gap", "apart from step", "tokens/s", "of base", "peak MiB", "skipped"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, from its records."""
+
+    name: str
+    record: str  # the training record's id
+    time: int
+    params: dict[str, Any]
+    losses: list[float]  # nats a token, by step
+    validation: list[float]  # while training, in order
+    final: float | None  # nats a token over the whole validation split, by `evaluate`
+    tokens_per_second: float
+    peak_memory_mib: float
+    skipped: int
+
+    @property
+    def seed(self) -> int:
+        return self.params[SEED]
+
+    def train_loss(self) -> float:
+        """Mean of the last steps."""
+        return statistics.fmean(self.losses[-max(1, round(TAIL * len(self.losses))) :])
+
+    def outcome(self) -> float:
+        """What runs are judged by: `evaluate`'s loss, else the last one seen while training."""
+        if self.final is not None:
+            return self.final
+        return self.validation[-1] if self.validation else self.train_loss()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs that are equal but for one setting, and for seeds."""
+
+    setting: str
+    base: Any  # the value that the others are held against
+    runs: dict[Any, list[Run]]  # by value, the base first; by seed within
+
+    def main(self, value: Any) -> Run:
+        """The run of a value with the seed that most values share."""
+        seeds = [run.seed for runs in self.runs.values() for run in runs]
+        common = max(set(seeds), key=lambda seed: (seeds.count(seed), -seed))
+        runs = self.runs[value]
+        return next((run for run in runs if run.seed == common), runs[0])
+
+    def partner(self, run: Run) -> Run | None:
+        """The base's run with the same seed."""
+        return next((b for b in self.runs[self.base] if b.seed == run.seed), None)
+
+    def difference(self, run: Run) -> float | None:
+        """Of the outcome, from the base's at the same seed; None where there is no such run."""
+        partner = self.partner(run)
+        return None if partner is None else run.outcome() - partner.outcome()
+
+    def noise(self) -> float | None:
+        """Standard deviation of the base's outcome over its seeds; None for a single one."""
+        outcomes = [run.outcome() for run in self.runs[self.base]]
+        return statistics.stdev(outcomes) if len(outcomes) > 1 else None
+
+    def row(self, value: Any) -> tuple[Any, ...]:
+        """One tuple of COLUMNS."""
+        run, base = self.main(value), self.main(self.base)
+        difference, noise = self.difference(run), self.noise()
+        partner = self.partner(run)
+        return (
+            str(value),
+            len(self.runs[value]),
+            run.train_loss(),
+            run.outcome(),
+            difference,
+            None if difference is None or not noise else abs(difference) / noise,
+            None if partner is None else largest_gap(run.losses, partner.losses),
+            None if partner is None else first_apart(run.losses, partner.losses),
+            run.tokens_per_second,
+            run.tokens_per_second / base.tokens_per_second,
+            run.peak_memory_mib,
+            run.skipped,
+        )
+
+    def verdict(self) -> str:
+        """One sentence a value: is it further from the base than seeds are from one another?"""
+        noise, seeds = self.noise(), len(self.runs[self.base])
+        if noise is None:
+            return (
+                f"The noise of seeds is unknown, since {self.setting}={self.base} ran with one "
+                f"seed only; queue others: `dvc exp run --queue -S {SEED}=1,2`."
+            )
+        parts = [f"Over {seeds} seeds the outcome of {self.base} has a std of {noise:.4f} nats."]
+        for value in self.runs:
+            difference = self.difference(self.main(value))
+            if value == self.base:
+                continue
+            if difference is None:
+                parts.append(f"{value}: no run of {self.base} has its seed.")
+                continue
+            where = "inside" if abs(difference) <= 2 * noise else "beyond"
+            parts.append(f"{value}: {difference:+.4f}, {where} two std of that noise.")
+        return " ".join(parts)
+
+    def page(self) -> str:
+        """Markdown: the verdict and the table."""
+        same = self.main(self.base)
+        head = (
+            f"# {self.setting}\n\n{len(same.losses)} steps, seed {same.seed}, against "
+            f"{self.setting}={self.base}. Losses are nats a token; the difference is of the "
+            "validation loss at the same seed.\n\n"
+        )
+        rows = [self.row(value) for value in self.runs]
+        return f"{head}{self.verdict()}\n\n{markdown(COLUMNS, rows)}"
+
+
+def largest_gap(losses: list[float], others: list[float]) -> float:
+    """Largest distance of two training curves at one step, nats."""
+    return max(abs(a - b) for a, b in zip(losses, others, strict=False))
+
+
+def first_apart(losses: list[float], others: list[float]) -> int | None:
+    """The first step at which two training losses differ by more than one percent, if any."""
+    pairs = enumerate(zip(losses, others, strict=False))
+    return next((step for step, (a, b) in pairs if abs(a - b) > APART * abs(b)), None)
+
+
+def runs_of(found: Iterable[Experiment]) -> list[Run]:
+    """Every training once: experiments may share one, and the workspace holds the last again."""
+    runs: dict[str, Run] = {}
+    for experiment in found:
+        training = experiment.records.get("train")
+        if training and training[0]["id"] not in runs:
+            evaluation = experiment.records.get("evaluate", [])
+            runs[training[0]["id"]] = _run(experiment.name, training, evaluation)
+    return list(runs.values())
+
+
+def _run(name: str, training: list[Event], evaluation: list[Event]) -> Run:
+    points: dict[str, list[float]] = {}
+    for event in (*training, *evaluation):
+        if event["kind"] == "metrics":
+            for key, value in event["values"].items():
+                points.setdefault(key, []).append(value)
+    return Run(
+        name,
+        training[0]["id"],
+        training[0]["time"],
+        training[0]["params"],
+        points["train/loss"],
+        points.get("train/val_loss", []),
+        points["val/loss"][-1] if "val/loss" in points else None,
+        points["perf/tokens_per_second"][-1],
+        points["perf/peak_memory_mib"][-1],
+        int(points["train/skipped_steps"][-1]),
+    )
+
+
+def cut(run: Run, steps: int) -> Run:
+    """The first steps of a run alone, judged by their training loss."""
+    return Run(
+        **{**vars(run), "losses": run.losses[:steps], "validation": [], "final": None},
+    )
+
+
+def groups(runs: Iterable[Run], setting: str) -> list[dict[Any, list[Run]]]:
+    """Runs that differ in `setting` and seed alone, by value; the group of the newest run first.
+
+    Of runs that are equal in everything the newest stays. A group has two values or more.
+    """
+    found: dict[str, dict[tuple[Any, int], Run]] = {}
+    for run in sorted(runs, key=lambda run: run.time):
+        if setting in run.params:
+            rest = {k: v for k, v in run.params.items() if k not in (setting, SEED)}
+            rest = {k: v for k, v in rest.items() if not k.startswith(ASIDE)}
+            found.setdefault(digest_of(rest), {})[run.params[setting], run.seed] = run
+    several = []
+    for members in found.values():
+        by_value: dict[Any, list[Run]] = {}
+        for (value, _), run in sorted(members.items(), key=lambda item: item[0][1]):
+            by_value.setdefault(value, []).append(run)
+        if len(by_value) > 1:
+            several.append(by_value)
+    newest = lambda group: max(run.time for runs in group.values() for run in runs)  # noqa: E731
+    return sorted(several, key=newest, reverse=True)
+
+
+def compare(runs: Iterable[Run], setting: str, usual: Any, steps: int = 0) -> Comparison:
+    """The newest set of runs that differ in `setting`; `usual` is the base where it ran.
+
+    Raises InputError where there is no such set.
+    """
+    kept = [cut(run, steps) if steps else run for run in runs]
+    found = groups(kept, setting)
+    if not found:
+        raise InputError(
+            f"no two runs differ in {setting} alone (seeds aside); queue some: "
+            f"`dvc exp run --queue -S {setting}=A,B` and `dvc queue start`"
+        )
+    if len(found) > 1:
+        log.info("%d sets of runs differ in %s; this is the newest one", len(found), setting)
+    group = found[0]
+    values = sorted(group, key=lambda value: (isinstance(value, str), value))
+    base = usual if usual in group else values[0]
+    ordered = [base, *(value for value in values if value != base)]
+    return Comparison(setting, base, {value: group[value] for value in ordered})
+
+
+def write(found: Comparison, folder: Path) -> None:
+    """comparison.md, .csv and .png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.md").write_text(found.page(), "utf-8")
+    with open(folder / "comparison.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(
+            [COLUMNS, *(found.row(value) for value in found.runs)]
+        )
+    figures.save(figures.comparison(found), folder / "comparison.png")
+
+
+def check_setting(name: str) -> None:
+    """Raises ConfigError for a name that is no setting, or one that cannot be compared."""
+    known = [known for known, *_ in configuration.describe()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{name}: unknown setting{hint}")
+    if name == SEED or name.startswith(ASIDE):
+        raise ConfigError(
+            f"{name}: seeds are the noise that other settings are held against, and "
+            f"{', '.join(a.rstrip('.') for a in ASIDE)} do not change the training"
+        )
+
+
+def main(words: list[str]) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.comparison", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("setting", help="such as precision or init.std")
+    parser.add_argument("--steps", type=int, default=0, help="the first steps only")
+    parser.add_argument("--out", type=Path, help="a folder; default: comparisons/SETTING")
+    asked = parser.parse_args(words)
+    try:
+        check_setting(asked.setting)
+        usual = configuration.flatten(configuration.load(paths.root() / "params.yaml"))
+        base = "fp32" if asked.setting == "precision" else usual[asked.setting]
+        found = compare(
+            runs_of(experiments(("train", "evaluate"))), asked.setting, base, max(0, asked.steps)
+        )
+    except UserError as error:
+        log.error("error: %s", error)
+        sys.exit(error.exit_code)
+    folder = asked.out or paths.root() / "comparisons" / asked.setting
+    write(found, folder)
+    log.info("%s", found.page())
+    log.info("figure: %s", folder / "comparison.png")
+    ids = [run.record for runs in found.runs.values() for run in runs]
+    attach(ids, folder, f"comparison/{asked.setting}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
