@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ OPERATION_COLUMNS = ("operation", "FLOP/byte", "bound by", "GFLOP/s", "GB/s", "o
 ROUNDS = 5  # modes take turns, so that a machine that slows down slows all of them
 REFERENCE_ROWS = 64  # of a product are made again in float64
 CPU_FLOPS = 3e9  # most of one product on a CPU; its rows are cut, and the table says how many
+RESULT_BYTES = 1 << 29  # of one product's fp32 result, on any device: a small GPU is to do it, too
 SQUARE = {"cuda": 8192, "mps": 4096, "cpu": 1536}  # side of the product that gives the peak rate
 STREAM_BYTES = {"cuda": 1 << 30, "mps": 1 << 28, "cpu": 1 << 28}  # of each of two arrays
 
@@ -215,14 +216,15 @@ def shapes(n_embd: int, n_head: int, vocab_rows: int, sequences: int, tokens: in
 
 
 def fitted(shape: Shape, device: torch.device) -> Shape:
-    """The shape, on a CPU with so few rows that it takes a moment only."""
-    if device.type != "cpu" or shape.flops <= CPU_FLOPS:
+    """The shape, with fewer rows where a CPU would take long or the result be very large."""
+    share = RESULT_BYTES / (4 * shape.batch * shape.rows * shape.columns)
+    if device.type == "cpu":
+        share = min(share, CPU_FLOPS / shape.flops)
+    if share >= 1:
         return shape
     if shape.batch > 1:
-        batch = max(1, int(shape.batch * CPU_FLOPS / shape.flops))
-        return Shape(shape.name, shape.rows, shape.inner, shape.columns, batch)
-    rows = max(REFERENCE_ROWS, int(shape.rows * CPU_FLOPS / shape.flops))
-    return Shape(shape.name, rows, shape.inner, shape.columns)
+        return replace(shape, batch=max(2, int(shape.batch * share)))
+    return replace(shape, rows=max(REFERENCE_ROWS, int(shape.rows * share)))
 
 
 def measure(model_shapes: list[Shape], device: torch.device, device_name: str) -> Roofline:

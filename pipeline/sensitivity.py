@@ -150,7 +150,7 @@ def _kernel(case: Case, name: str, device: torch.device) -> Tensor | None:
             *(round_to_format(x, name).to(dtype).to(device) for x in changed),
             *(x.to(device) for x in kept),
         )
-    except (RuntimeError, NotImplementedError):  # how torch says that there is no such kernel
+    except (RuntimeError, TypeError):  # how torch says that there is no such kernel or dtype
         return None
     return result.cpu().double()
 

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
+from pipeline import config as configuration
 from pipeline import paths, records, roofline
 from stages import numerics
+from tests.conftest import params
 from tests.test_stages import SMALL, _NoShipper
 
 
-@pytest.fixture
-def ran(make_config, tmp_path: Path, monkeypatch, capsys) -> str:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setattr(numerics.tracking, "Shipper", _NoShipper)
-    monkeypatch.setattr(roofline, "SQUARE", {"cpu": 64})
-    monkeypatch.setattr(roofline, "STREAM_BYTES", {"cpu": 1 << 16})
-    numerics.main(make_config(**SMALL, train__batch_size=1))
-    return capsys.readouterr().out
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """What the stage says; inside, the working directory is the one that it ran in."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("numerics")
+        patch.chdir(folder)
+        patch.delenv("DVC_ROOT", raising=False)
+        patch.setattr(numerics.tracking, "Shipper", _NoShipper)
+        patch.setattr(roofline, "SQUARE", {"cpu": 64})
+        patch.setattr(roofline, "STREAM_BYTES", {"cpu": 1 << 16})
+        (folder / paths.NUMERICS).mkdir(parents=True)
+        stale = folder / paths.NUMERICS / "stale.txt"
+        stale.write_text("of an earlier run")
+        stale.chmod(0o444)
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            config = configuration.from_dict(params(**SMALL, train__batch_size=1))
+            numerics.main(config)
+        yield said.getvalue()
 
 
 def test_every_table_stands_beside_its_figure_and_all_go_to_the_row(ran: str) -> None:
@@ -43,9 +57,5 @@ def test_metrics_compare_every_mode(ran: str) -> None:
     assert "bandwidth_gb_per_second" in found
 
 
-def test_a_second_run_replaces_the_folder(ran: str, make_config) -> None:
-    stale = paths.NUMERICS / "stale.txt"
-    stale.write_text("of an earlier run")
-    stale.chmod(0o444)
-    numerics.main(make_config(**SMALL, train__batch_size=1))
-    assert not stale.exists()
+def test_what_an_earlier_run_left_is_gone(ran: str) -> None:
+    assert not (paths.NUMERICS / "stale.txt").exists()

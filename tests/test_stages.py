@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from pipeline import paths
 from pipeline.checkpoint import save_model
 from pipeline.errors import ConfigError, InputError
 from pipeline.hf_weights import parameter_table
-from stages import evaluate, import_hf_weights, run, sample, write_json
+from pipeline.precision import Precision
+from stages import announce, evaluate, import_hf_weights, run, sample, write_json
 from tests.conftest import ROOT
 
 SMALL = {
@@ -120,6 +122,25 @@ def test_one_prompt_streams_to_the_terminal(make_config, tmp_path: Path, capsys)
     assert capsys.readouterr().out == first
     sample.to_terminal([*words, "--seed", "5"], config)
     assert capsys.readouterr().out != first
+
+
+@pytest.mark.parametrize("effective", ["tf32", "fp32"])
+def test_a_precision_that_is_not_in_effect_is_one_warning_and_in_the_row(
+    capsys, caplog, effective: str
+) -> None:
+    tags: dict[str, object] = {}
+    record = SimpleNamespace(tags=tags.update)
+    reason = "tf32 needs compute capability 8.0, this GPU has 7.5: fp32 instead"
+    given = Precision("tf32", effective, reason, False, torch.device("cpu"), torch.float32)
+    announce("train", given, record)
+    assert f"precision {effective} ({reason})" in capsys.readouterr().out
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    less = effective != "tf32"
+    assert warned == [f"train: precision=tf32 is not in effect: {reason}"] * less
+    assert (tags["precision.asked"], tags["precision.effective"]) == ("tf32", effective)
+    assert tags["precision.reason"] == reason
+    announce("evaluate", given, record)
+    assert tags["evaluate.precision.effective"] == effective
 
 
 @pytest.mark.parametrize(
