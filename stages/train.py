@@ -102,7 +102,7 @@ def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.To
             record.metrics(step_metrics(report), report.step)
             done = report.step + 1
             if done % config.train.val_every == 0 or done == config.train.steps:
-                loss = validate(model, held_out, config, precision)
+                loss = validate(state, held_out, config)
                 validations.append((done, loss))
                 record.metrics({"train/val_loss": loss}, report.step)
                 if loss < best:
@@ -134,16 +134,21 @@ def keep_for_a_look(state: training.TrainState, config: Config, record: Record, 
     record.tags({"debug.why": why, "debug.bundle": folder or "not written"})
 
 
-def validate(model: GPT, held_out: data.Tokens, config: Config, precision: Precision) -> float:
+def validate(state: training.TrainState, held_out: data.Tokens, config: Config) -> float:
     """Mean loss over the same first tokens of the validation split at every call."""
-    windows = data.validation_windows(
+    windows = functools.partial(
+        data.validation_windows,
         held_out,
         batch_size=config.train.batch_size,
         sequence_length=config.train.sequence_length,
         limit=config.train.val_tokens,
     )
-    loss = mean_loss(model, windows, precision, precision.device)
+    device = state.precision.device
+    loss = mean_loss(state.model, windows(), state.precision, device)
     if not math.isfinite(loss):
+        # What there is to look at is no training step: the weights, on the first of these windows.
+        state.batches, state.loss = [next(iter(windows()))], loss
+        state.rng = runtime.rng_state(device)
         raise NumericsError(f"the validation loss is {loss}: this model is not kept")
     return loss
 

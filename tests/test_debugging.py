@@ -231,3 +231,22 @@ def test_a_look_beyond_the_last_step_is_refused(make_config) -> None:
 
     with pytest.raises(ConfigError, match="debug.interact_at_step=6: expected less than"):
         make_config(train__steps=6, train__warmup_steps=1, debug__interact_at_step=6)
+
+
+def test_a_validation_loss_that_is_not_finite_leaves_its_own_first_window_to_look_at(
+    make_config, monkeypatch
+) -> None:
+    from pipeline.errors import NumericsError
+    from stages import train
+
+    config = make_config(train__batch_size=1, train__sequence_length=16)
+    windows = [batches(7)[0], batches(8)[0]]
+    monkeypatch.setattr(train.data, "validation_windows", lambda *_, **__: iter(windows))
+    model = GPT(SHAPE)
+    state = training.start(model, config.train, choose_precision("fp32", CPU))
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = torch.nan
+    with pytest.raises(NumericsError, match="the validation loss is nan"):
+        train.validate(state, None, config)
+    assert torch.equal(state.batches[0][0], windows[0][0]) and len(state.batches) == 1
+    assert state.loss != state.loss and "cpu" in state.rng

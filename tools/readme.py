@@ -4,9 +4,9 @@
     python tools/readme.py --run      the commands as well, in a fresh clone of the last commit
 
 A block stands between `<!-- KIND ARGUMENT -->` and `<!-- end -->`. Kinds: `run` (a command whose
-output is shown), `page` (a Markdown file that a command before it wrote, without its title),
-`figure` (a PNG likewise, copied to docs/figures; its alternative text follows a bar), `settings`,
-`tree`.
+output is shown), `do` (one whose output is not), `page` (a Markdown file that a command before it
+wrote, without its title), `figure` (a PNG likewise, copied to docs/figures; its alternative text
+follows a bar), `settings`, `tree`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "notes.md"]  # the second builds on what the first ran
 FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(
-    r"(<!-- (run|page|figure|settings|tree)(?: ([^\n]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL
+    r"(<!-- (run|do|page|figure|settings|tree)(?: ([^\n]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL
 )
 LONGEST = 100  # lines of output shown; the middle of a longer one is left out
 PROGRESS = re.compile(r"\w+: .*(\d+%\||B/s\])")  # a bar on its way, one line a redrawing
@@ -119,6 +119,13 @@ def run(command: str, clone: Path) -> str:
     return f"```console\n$ {command}\n{shown}\n```\n\nIt took {seconds:.0f} s."
 
 
+def do(command: str, clone: Path) -> str:
+    """The command alone, and how long it took; its parts stand on lines of their own."""
+    took = run(command, clone).rpartition("\n\n")[2]
+    parts = "\n".join(f"$ {part}" for part in command.split(" && "))
+    return f"```console\n{parts}\n```\n\n{took}"
+
+
 def page(name: str, clone: Path) -> str:
     """A Markdown file of the clone below this page's headings."""
     text = (clone / name).read_text("utf-8").partition("\n")[2].strip("\n")
@@ -132,7 +139,7 @@ def figure(argument: str, clone: Path) -> str:
     return f"![{words}](figures/{Path(name).name})"
 
 
-FROM_A_RUN = {"run": run, "page": page, "figure": figure}
+FROM_A_RUN = {"run": run, "do": do, "page": page, "figure": figure}
 
 
 def main() -> None:
