@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import logging
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -59,7 +60,8 @@ def write_bundle(state: TrainState, config: Config, why: str) -> Path | None:
 
     None, and a warning, where the disk does not take it: the run has its own way to end.
     """
-    folder = paths.runs() / "debug" / f"{time.strftime('%Y%m%d-%H%M%S')}-step-{state.step}"
+    moment = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-step-{state.step}"
+    folder = paths.runs() / "debug" / moment
     facts = {
         "why": why,
         "params": _nested(config),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,7 @@ class Watch(TorchDispatchMode):
         self.tensors: dict[str, Counter[str]] = {}
         self._places: list[str] = []
         self._in_optimizer = False
+        self._blind = False
         self._kept: tuple[str, Tensor] | None = None
         self._hooks = ExitStack()
 
@@ -92,6 +93,15 @@ class Watch(TorchDispatchMode):
         self._look_at_the_state()
         yield first
         yield from reports
+
+    @contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """What somebody computes inside, in the middle of the step, is none of the step's work."""
+        self._blind = True
+        try:
+            yield
+        finally:
+            self._blind = False
 
     def __enter__(self) -> Watch:
         state = self.state
@@ -113,6 +123,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self._blind:
+            return result
         operands = _floats([args, kwargs])
         returned = _floats([result])
         views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
@@ -164,6 +176,8 @@ class Watch(TorchDispatchMode):
 
         def leave(_: nn.Module, __: Any, output: Tensor) -> None:
             self._places.pop()
+            if self._blind:
+                return
             if place == "ln_f":
                 self._places[-1] = "head and loss"
             self._note("module outputs", [output])

@@ -92,7 +92,7 @@ def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.To
         state,
         config.train,
         functools.partial(training.micro_batches, tokens, config.train),
-        look=functools.partial(stop_and_look, config, record),
+        look=functools.partial(stop_and_look, config, record, watch),
         look_at=config.debug.interact_at_step,
     )
     best, curve, validations = math.inf, [], []
@@ -119,11 +119,14 @@ def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.To
     write_study(record, watch, curve)
 
 
-def stop_and_look(config: Config, record: Record, state: training.TrainState) -> None:
+def stop_and_look(
+    config: Config, record: Record, watch: dtypes.Watch, state: training.TrainState
+) -> None:
     """debug.interact_at_step: an interpreter where somebody sits, else the moment on disk."""
     if debugging.has_terminal():
         record.tags({"debug.interacted_at_step": state.step})
-        debugging.look(state)
+        with watch.looking_away():
+            debugging.look(state)
     else:
         why = f"debug.interact_at_step={state.step}: no terminal here, so no interpreter"
         keep_for_a_look(state, config, record, why)

@@ -174,6 +174,19 @@ def test_the_eager_loss_is_watched_where_the_step_is_compiled(config) -> None:
     assert formats(watch, "forward", "addmm") == {"fp32 -> fp32"}
 
 
+def test_what_is_computed_in_the_middle_of_the_step_by_others_is_not_counted(config) -> None:
+    plain, looked_at = (start(config, "fp32") for _ in range(2))
+    expected = watched(plain, config)
+    watch = Watch(looked_at)
+
+    def look(state: training.TrainState) -> None:
+        with watch.looking_away():
+            state.model(batches(0)[0][0]).softmax(-1)
+
+    list(watch.first_of(training.fit(looked_at, config.train, batches, look=look, look_at=0)))
+    assert watch.rows == expected.rows and watch.tensors == expected.tensors
+
+
 def test_calls_are_counted(config) -> None:
     watch = watched(start(config, "fp32"), config)
     calls = {(r.phase, r.where, r.operation): n for r, n in watch.rows.items()}

@@ -53,6 +53,19 @@ def test_every_record_upstream_is_made_by_a_stage_that_this_one_depends_on(stage
     assert reached == set(UPSTREAM[stage])
 
 
+def test_numerics_runs_again_for_new_pins_another_device_and_other_shapes_alone() -> None:
+    source = (ROOT / "stages/numerics.py").read_text("utf-8")
+    read = set(re.findall(r"config\.([a-z_.]+)", source)) - {"config"}
+    read = {name for name in read if name.partition(".")[0] in SECTIONS}
+    assert set(STAGES["numerics"]["params"]) == read
+    assert read == {
+        "device",
+        *(f"model.{name}" for name in ("n_embd", "n_head", "vocab_rows")),
+        *(f"train.{name}" for name in ("batch_size", "sequence_length")),
+    }
+    assert "constraints.txt" in STAGES["numerics"]["deps"]
+
+
 def test_the_users_paths_are_templated_deps() -> None:
     deps = {dep for stage in STAGES.values() for dep in stage["deps"] if dep.startswith("$")}
     assert deps == {"${corpus.path}", "${init.hf_watch}", "${evaluate.hellaswag}"}
