@@ -13,7 +13,7 @@ import logging
 import statistics
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ SEED = "train.seed"
 TAIL = 0.05  # share of steps whose mean is the final training loss
 APART = 0.01  # relative difference of two losses from which on curves count as apart
 COLUMNS = (
-    *("value", "runs", "train loss", "val loss", "difference", "in noise std"),
+    *("value", "runs", "train loss", "outcome", "difference", "in noise std"),
     *("largest gap", "apart from step", "tokens/s", "of base", "peak MiB", "skipped"),
 )
 
@@ -62,10 +62,15 @@ class Run:
         return statistics.fmean(self.losses[-max(1, round(TAIL * len(self.losses))) :])
 
     def outcome(self) -> float:
-        """What runs are judged by: `evaluate`'s loss, else the last one seen while training."""
+        """What runs are judged by, nats a token; see `judged_by`."""
         if self.final is not None:
             return self.final
         return self.validation[-1] if self.validation else self.train_loss()
+
+    def judged_by(self) -> str:
+        if self.final is not None:
+            return "validation loss"
+        return "validation loss while training" if self.validation else "training loss"
 
 
 @dataclass(frozen=True)
@@ -142,8 +147,8 @@ class Comparison:
         same = self.main(self.base)
         head = (
             f"# {self.setting}\n\n{len(same.losses)} steps, seed {same.seed}, against "
-            f"{self.setting}={self.base}. Losses are nats a token; the difference is of the "
-            "validation loss at the same seed.\n\n"
+            f"{self.setting}={self.base}. Losses are nats a token; the outcome is the "
+            f"{same.judged_by()}, the difference that of the outcome at the same seed.\n\n"
         )
         rows = [self.row(value) for value in self.runs]
         return f"{head}{self.verdict()}\n\n{markdown(COLUMNS, rows)}"
@@ -193,9 +198,7 @@ def _run(name: str, training: list[Event], evaluation: list[Event]) -> Run:
 
 def cut(run: Run, steps: int) -> Run:
     """The first steps of a run alone, judged by their training loss."""
-    return Run(
-        **{**vars(run), "losses": run.losses[:steps], "validation": [], "final": None},
-    )
+    return replace(run, losses=run.losses[:steps], validation=[], final=None)
 
 
 def groups(runs: Iterable[Run], setting: str) -> list[dict[Any, list[Run]]]:
@@ -238,7 +241,18 @@ def compare(runs: Iterable[Run], setting: str, usual: Any, steps: int = 0) -> Co
     values = sorted(group, key=lambda value: (isinstance(value, str), value))
     base = usual if usual in group else values[0]
     ordered = [base, *(value for value in values if value != base)]
-    return Comparison(setting, base, {value: group[value] for value in ordered})
+    return Comparison(setting, base, evenly({value: group[value] for value in ordered}))
+
+
+def evenly(group: dict[Any, list[Run]]) -> dict[Any, list[Run]]:
+    """The runs, judged by what every one of them has: a run may have had no evaluation."""
+    everyone = [run for runs in group.values() for run in runs]
+    lacking: dict[str, Any] = {}
+    if any(run.final is None for run in everyone):
+        lacking["final"] = None
+    if any(not run.validation for run in everyone):
+        lacking["validation"] = []
+    return {value: [replace(run, **lacking) for run in runs] for value, runs in group.items()}
 
 
 def write(found: Comparison, folder: Path) -> None:

@@ -115,6 +115,16 @@ def test_the_outcome_is_evaluates_loss_else_the_last_validation_else_training() 
     assert cut(run(), 2).outcome() == 9.0 and cut(run(), 2).losses == [10.0, 9.0]
 
 
+def test_runs_are_judged_by_what_every_one_of_them_has() -> None:
+    found = compare([run(), run("bf16", final=None)], "precision", "fp32")
+    assert [found.main(v).outcome() for v in found.runs] == [7.5, 7.5]
+    assert found.difference(found.main("bf16")) == 0
+    assert "the outcome is the validation loss while training" in found.page()
+    found = compare([run(), run("bf16", validation=[])], "precision", "fp32", steps=3)
+    assert "the outcome is the training loss" in found.page()
+    assert found.main("bf16").outcome() == 8.0
+
+
 def test_a_base_that_did_not_run_is_replaced_by_the_first_value() -> None:
     runs = [run(params={"init.std": std}) for std in (0.2, 0.002)]
     found = compare(runs, "init.std", 0.02)

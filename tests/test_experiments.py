@@ -234,7 +234,7 @@ def test_two_learning_rates_are_compared_and_linked_from_their_rows(story: Story
         for row in story.runs()
         if row.info.run_name == "four" or row.info.run_id in story.rows["forced"]
     }
-    assert {value: float(row["val loss"]) for value, row in found.items()} == losses
+    assert {value: float(row["outcome"]) for value, row in found.items()} == losses
     difference = losses["0.001"] - losses["0.002"]
     assert float(found["0.001"]["difference"]) == pytest.approx(difference)
     assert "train.lr=0.002 ran with one seed only" in said
