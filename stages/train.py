@@ -238,6 +238,7 @@ def write_study(record: Record, watch: dtypes.Watch, curve: list[training.StepRe
         figures.loss_scale(scales, shown, watch.precision.effective), folder / "loss_scale.png"
     )
     record.artifact(folder, "train_study")
+    print(f"train: which operation ran in what, and the loss scale: {folder}")
 
 
 if __name__ == "__main__":
