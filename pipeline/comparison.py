@@ -46,6 +46,8 @@ class Run:
     record: str  # the training record's id
     time: int
     params: dict[str, Any]
+    data: str  # digest of the training tokens
+    code: str  # digest of the sources
     losses: list[float]  # nats a token, by step
     validation: list[float]  # while training, in order
     final: float | None  # nats a token over the whole validation split, by `evaluate`
@@ -150,6 +152,9 @@ class Comparison:
             f"{self.setting}={self.base}. Losses are nats a token; the outcome is the "
             f"{same.judged_by()}, the difference that of the outcome at the same seed.\n\n"
         )
+        codes = {run.code for runs in self.runs.values() for run in runs}
+        if len(codes) > 1:
+            head += f"These runs come from {len(codes)} versions of the code.\n\n"
         rows = [self.row(value) for value in self.runs]
         return f"{head}{self.verdict()}\n\n{markdown(COLUMNS, rows)}"
 
@@ -178,15 +183,20 @@ def runs_of(found: Iterable[Experiment]) -> list[Run]:
 
 def _run(name: str, training: list[Event], evaluation: list[Event]) -> Run:
     points: dict[str, list[float]] = {}
+    tags: dict[str, str] = {}
     for event in (*training, *evaluation):
         if event["kind"] == "metrics":
             for key, value in event["values"].items():
                 points.setdefault(key, []).append(value)
+        elif event["kind"] == "tags":
+            tags |= event["values"]
     return Run(
         name,
         training[0]["id"],
         training[0]["time"],
         training[0]["params"],
+        tags.get("digest.train", ""),
+        training[0]["code"],
         points["train/loss"],
         points.get("train/val_loss", []),
         points["val/loss"][-1] if "val/loss" in points else None,
@@ -202,16 +212,17 @@ def cut(run: Run, steps: int) -> Run:
 
 
 def groups(runs: Iterable[Run], setting: str) -> list[dict[Any, list[Run]]]:
-    """Runs that differ in `setting` and seed alone, by value; the group of the newest run first.
+    """Runs on the same tokens that differ in `setting` and seed alone, by value.
 
-    Of runs that are equal in everything the newest stays. A group has two values or more.
+    The group of the newest run comes first; of runs that are equal in everything the newest
+    stays. A group has two values or more.
     """
     found: dict[str, dict[tuple[Any, int], Run]] = {}
     for run in sorted(runs, key=lambda run: run.time):
         if setting in run.params:
             rest = {k: v for k, v in run.params.items() if k not in (setting, SEED)}
             rest = {k: v for k, v in rest.items() if not k.startswith(ASIDE)}
-            found.setdefault(digest_of(rest), {})[run.params[setting], run.seed] = run
+            found.setdefault(digest_of([rest, run.data]), {})[run.params[setting], run.seed] = run
     several = []
     for members in found.values():
         by_value: dict[Any, list[Run]] = {}

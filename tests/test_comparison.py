@@ -21,6 +21,8 @@ def run(precision: str = "fp32", seed: int = 1, final: float = 5.0, **changes: A
         record=f"{precision}-{seed}-{final}",
         time=1,
         params=params,
+        data="tokens",
+        code="code",
         losses=[10.0, 9.0, 8.0, 7.0],
         validation=[8.0, 7.5],
         final=final,
@@ -59,6 +61,13 @@ def test_the_group_of_the_newest_run_comes_first_and_of_equal_runs_the_newest_st
     first, second = groups(runs, "precision")
     assert first["fp32"][0].params["train.lr"] == 0.2
     assert [r.final for r in second["fp32"]] == [2.0]
+
+
+def test_runs_on_other_tokens_are_no_group_and_other_code_is_said() -> None:
+    assert groups([run(), run("bf16", data="other")], "precision") == []
+    found = compare([run(), run("bf16", code="edited")], "precision", "fp32")
+    assert "These runs come from 2 versions of the code." in found.page()
+    assert "versions" not in compare([run(), run("bf16")], "precision", "fp32").page()
 
 
 def test_one_value_alone_is_an_error_that_names_the_command() -> None:
@@ -137,14 +146,16 @@ def event(step: int, **values: float) -> dict[str, Any]:
 
 
 def test_experiments_that_share_a_training_count_once() -> None:
-    head = {"kind": "start", "id": "r1", "time": 3, "params": {"precision": "fp32"}}
+    head = {"kind": "start", "id": "r1", "time": 3, "params": {"precision": "fp32"}, "code": "c"}
+    tags = {"kind": "tags", "values": {"digest.train": "d"}}
     summary = event(2, perf__tokens_per_second=9.0, perf__peak_memory_mib=1.0)
     summary["values"]["train/skipped_steps"] = 1.0
-    training = [head, event(0, train__loss=3.0), event(1, train__loss=2.0), summary]
+    training = [head, tags, event(0, train__loss=3.0), event(1, train__loss=2.0), summary]
     evaluation = [{"kind": "start", "id": "e1"}, event(2, val__loss=2.5)]
     both = {"train": training, "evaluate": evaluation}
     found = runs_of([Experiment("a", "x", both), Experiment("workspace", "", both)])
     assert [(r.name, r.losses, r.final, r.skipped) for r in found] == [("a", [3.0, 2.0], 2.5, 1)]
+    assert (found[0].data, found[0].code) == ("d", "c")
     assert runs_of([Experiment("untrained", "x", {})]) == []
 
 
