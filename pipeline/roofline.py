@@ -109,6 +109,7 @@ class Roofline:
     rates: dict[str, float]
     products: list[Product]
     operations: list[Operation]
+    notes: tuple[str, ...] = ()  # why a mode is emulated, or was not measured
 
     def roof(self, intensity: float, mode: str) -> float:
         """FLOP/s that memory and the mode's products allow at this intensity."""
@@ -178,13 +179,12 @@ class Roofline:
             f"{mode} {speed:.2f} times fp32's speed, relative error {error:.1e}"
             for mode, (speed, error) in self.speed_and_error().items()
         ]
-        notes = sorted({p.precision.reason for p in self.products if p.precision.reason})
         return (
             f"# Error against speed\n\n{self.device}. Medians over the model's products: "
             + "; ".join(words)
             + ". Error is against float64.\n"
-            + "".join(f"\n- {note}" for note in notes)
-            + ("\n" if notes else "")
+            + "".join(f"\n- {note}" for note in self.notes)
+            + ("\n" if self.notes else "")
             + f"\n{markdown(PRODUCT_COLUMNS, self.product_rows())}"
         )
 
@@ -230,14 +230,18 @@ def fitted(shape: Shape, device: torch.device) -> Shape:
 def measure(model_shapes: list[Shape], device: torch.device, device_name: str) -> Roofline:
     """Bandwidth, peak rates, the model's products in every mode, and its other operations."""
     side = SQUARE.get(device.type, 1024)
-    square = _timed_products(Shape("square", side, side, side), device)
+    modes = [choose_precision(name, device) for name in PRECISIONS]
+    # A mode that comes to another one here has no figures of its own.
+    own = [mode for mode in modes if mode.effective == mode.asked]
+    square = _timed_products(Shape("square", side, side, side), own)
     head = model_shapes[-1]
     return Roofline(
         device_name,
         bandwidth(device),
         {product.precision.asked: product.rate for product in square},
-        [p for shape in model_shapes for p in _timed_products(fitted(shape, device), device)],
+        [p for shape in model_shapes for p in _timed_products(fitted(shape, device), own)],
         list(_timed_operations(fitted(head, device).rows, head.inner, head.columns, device)),
+        tuple(f"{mode.asked}: {mode.reason}" for mode in modes if mode.reason),
     )
 
 
@@ -261,12 +265,12 @@ def relative_error(found: Tensor, a: Tensor, b: Tensor) -> float:
     return ((found - exact).norm() / exact.norm()).item()
 
 
-def _timed_products(shape: Shape, device: torch.device) -> list[Product]:
+def _timed_products(shape: Shape, precisions: list[Precision]) -> list[Product]:
+    device = precisions[0].device
     chance = generator(0, f"product {shape.name}")
     sizes = ((shape.rows, shape.inner), (shape.inner, shape.columns))
     lead = (shape.batch,) if shape.batch > 1 else ()
     a, b = (torch.randn(*lead, *size, generator=chance).to(device) for size in sizes)
-    precisions = [choose_precision(name, device) for name in PRECISIONS]
     # Operands have the mode's dtype already: autocast casts a weight once, not a product.
     calls = [_in_mode(p, a.to(p.dtype), b.to(p.dtype)) for p in precisions]
     errors = [relative_error(call(), a, b) for call in calls]

@@ -91,7 +91,7 @@ def test_a_mode_that_is_not_applied_would_show(monkeypatch) -> None:
     from contextlib import nullcontext
 
     monkeypatch.setattr(precision_module.Precision, "products", lambda self: nullcontext())
-    points = roofline._timed_products(Shape("p", 64, 64, 64), CPU)
+    points = roofline._timed_products(Shape("p", 64, 64, 64), [choose_precision("tf32", CPU)])
     tf32 = next(p for p in points if p.precision.asked == "tf32")
     assert tf32.error < 1e-6, "unrounded operands: the error is fp32's, and the test above fails"
 
@@ -104,7 +104,8 @@ def test_emulated_products_move_fp32_numbers(found) -> None:
 
 def test_native_low_precision_moves_half_the_bytes(monkeypatch) -> None:
     monkeypatch.setattr(precision_module, "_cpu_capabilities", lambda: {"avx512_bf16": True})
-    points = roofline._timed_products(Shape("p", 32, 32, 32), CPU)
+    both = [choose_precision(name, CPU) for name in ("fp32", "bf16")]
+    points = roofline._timed_products(Shape("p", 32, 32, 32), both)
     moved = {p.precision.asked: p.bytes_moved for p in points}
     assert moved["bf16"] == moved["fp32"] / 2
 
@@ -121,6 +122,18 @@ def test_rows_are_cut_until_a_cpu_takes_a_moment_and_a_small_gpu_has_the_memory(
     assert fitted(small, CPU) is small
     attention = fitted(Shape("qk", 1024, 64, 1024, batch=192), CPU)
     assert attention.rows == 1024 and attention.batch < 192
+
+
+def test_a_mode_that_is_not_in_effect_has_no_figures_but_a_reason(monkeypatch) -> None:
+    old = {"cpu": lambda name, device: ("fp32", "too old" if name == "tf32" else "", False)}
+    monkeypatch.setattr(precision_module, "DEVICES", old)
+    monkeypatch.setattr(roofline, "PRECISIONS", ("fp32", "tf32"))
+    monkeypatch.setattr(roofline, "SQUARE", {"cpu": 16})
+    monkeypatch.setattr(roofline, "STREAM_BYTES", {"cpu": 1 << 12})
+    old_gpu = roofline.measure(shapes(8, 1, 64, 1, 8), CPU, "an old one")
+    assert list(old_gpu.rates) == ["fp32"]
+    assert {p.precision.asked for p in old_gpu.products} == {"fp32"}
+    assert "- tf32: too old" in old_gpu.products_page()
 
 
 def test_every_product_and_operation_is_measured_in_every_mode(found) -> None:
