@@ -2,6 +2,7 @@
 
     python tools/readme.py            settings and tree, in a second
     python tools/readme.py --run      the commands as well, in a fresh clone of the last commit
+    python tools/readme.py --run README.md    those of one page only
 
 A block stands between `<!-- KIND ARGUMENT -->` and `<!-- end -->`. Kinds: `run` (a command whose
 output is shown), `do` (one whose output is not), `page` (a Markdown file that a command before it
@@ -158,7 +159,10 @@ def main() -> None:
             new = settings() if kind == "settings" else tree()
         return f"{match[1]}{new}\n{match[5]}"
 
+    asked = set(sys.argv[1:]) - {"--run"}
     for path in PAGES:
+        if asked and path.name not in asked:
+            continue
         path.write_text(BLOCK.sub(fill, path.read_text("utf-8")), "utf-8", newline="\n")
 
 
