@@ -78,6 +78,7 @@ def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.To
     device = runtime.choose_device(config.device)
     precision = choose_precision(config.precision, device)
     announce("train", precision, record)
+    shown = scaling.demonstrate(device)  # now: nothing is to fail once days of training are done
     torch.manual_seed(runtime.derived_seed(config.train.seed, "dropout"))
     model = load_model(
         paths.INIT,
@@ -116,7 +117,7 @@ def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.To
     record.checkpoint("best", paths.MODEL, best_step)
     record.checkpoint("last", paths.LAST, config.train.steps)
     write_results(config, record, model, precision, curve, validations)
-    write_study(record, watch, curve)
+    write_study(record, watch, shown, curve)
 
 
 def stop_and_look(
@@ -225,13 +226,17 @@ def write_results(
     )
 
 
-def write_study(record: Record, watch: dtypes.Watch, curve: list[training.StepReport]) -> None:
+def write_study(
+    record: Record,
+    watch: dtypes.Watch,
+    shown: scaling.Demonstration,
+    curve: list[training.StepReport],
+) -> None:
     """Which operation ran in what, and the loss scale of this run and in a demonstration."""
     folder = paths.TRAIN_STUDY
     remove(folder)
     write_csv(folder / "dtypes.csv", dtypes.COLUMNS, watch.cells())
     (folder / "dtypes.md").write_text(watch.page(), "utf-8")
-    shown = scaling.demonstrate(watch.precision.device)
     (folder / "loss_scale.md").write_text(shown.page(), "utf-8")
     scales = [(r.step, r.loss_scale, not math.isfinite(r.grad_norm), r.skipped) for r in curve]
     figures.save(
