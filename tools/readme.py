@@ -6,8 +6,8 @@
 
 A block stands between `<!-- KIND ARGUMENT -->` and `<!-- end -->`. Kinds: `run` (a command whose
 output is shown), `do` (one whose output is not), `page` (a Markdown file that a command before it
-wrote, without its title), `figure` (a PNG likewise, copied to docs/figures; its alternative text
-follows a bar), `settings`, `tree`.
+wrote, without its title), `figure` (a PNG likewise, copied below docs/figures; its alternative
+text follows a bar), `settings`, `tree`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLOCK = re.compile(
     r"(<!-- (run|do|page|figure|settings|tree)(?: ([^\n]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL
 )
 LONGEST = 100  # lines of output shown; the middle of a longer one is left out
-PROGRESS = re.compile(r"\w+: .*(\d+%\||B/s\])")  # a bar on its way, one line a redrawing
+BAR = re.compile(r"\w+: [^]\n]*\[\d+:\d\d[^]\n]*\]")  # one redrawing of a progress bar
 TENSOR = re.compile(r"transformer\.h\.[1-9]")  # the parameter table after its first block
 
 OTHER_FILES = {
@@ -104,8 +104,8 @@ def run(command: str, clone: Path) -> str:
     if done.returncode:
         sys.exit(f"{command}: exit {done.returncode}\n{done.stdout}")
     print(f"{command}: exit {done.returncode}, {seconds:.0f} s", file=sys.stderr)
-    lines = [line.rpartition("\r")[2].rstrip() for line in done.stdout.splitlines()]
-    lines = [line.replace(str(clone), ".") for line in lines if not PROGRESS.match(line)]
+    text = BAR.sub("", done.stdout.replace("\r", "\n")).replace(str(clone), ".")
+    lines = [line.rstrip() for line in text.splitlines()]
     lines = [line for line, last in zip(lines, ["", *lines], strict=False) if line or last]
     tensors = [line for line in lines if TENSOR.match(line)]
     if tensors:
@@ -135,9 +135,10 @@ def page(name: str, clone: Path) -> str:
 
 def figure(argument: str, clone: Path) -> str:
     name, _, words = (part.strip() for part in argument.partition("|"))
-    FIGURES.mkdir(exist_ok=True)
-    shutil.copyfile(clone / name, FIGURES / Path(name).name)
-    return f"![{words}](figures/{Path(name).name})"
+    copy = FIGURES.joinpath(*Path(name).parts[1:])
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(clone / name, copy)
+    return f"![{words}]({copy.relative_to(FIGURES.parent).as_posix()})"
 
 
 FROM_A_RUN = {"run": run, "do": do, "page": page, "figure": figure}
@@ -151,19 +152,23 @@ def main() -> None:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         print(f"the clone stays at {clone}", file=sys.stderr)
 
-    def fill(match: re.Match[str]) -> str:
-        kind, argument, old = match[2], match[3], match[4]
-        if kind in FROM_A_RUN:
-            new = FROM_A_RUN[kind](argument, clone) if commands else old.strip("\n")
-        else:
-            new = settings() if kind == "settings" else tree()
-        return f"{match[1]}{new}\n{match[5]}"
-
     asked = set(sys.argv[1:]) - {"--run"}
     for path in PAGES:
         if asked and path.name not in asked:
             continue
-        path.write_text(BLOCK.sub(fill, path.read_text("utf-8")), "utf-8", newline="\n")
+        text = path.read_text("utf-8")
+        at = 0
+        while match := BLOCK.search(text, at):
+            kind, argument, new = match[2], match[3], match[4].strip("\n")
+            if kind in FROM_A_RUN and commands:
+                new = FROM_A_RUN[kind](argument, clone)
+            elif kind not in FROM_A_RUN:
+                new = settings() if kind == "settings" else tree()
+            filled = f"{match[1]}{new}\n{match[5]}"
+            text = text[: match.start()] + filled + text[match.end() :]
+            at = match.start() + len(filled)
+            # At once: what has been measured is not lost to a command that fails later.
+            path.write_text(text, "utf-8", newline="\n")
 
 
 if __name__ == "__main__":
