@@ -39,7 +39,7 @@ def save_snapshot(folder: Path, state: TrainState, facts: dict[str, Any]) -> Non
             "skipped_in_a_row": state.skipped_in_a_row,
             "scaler": state.scaler.state_dict(),
             "micro_batches": len(state.batches),
-            "loss": repr(state.loss),  # JSON knows no NaN,
+            "loss": repr(state.loss),  # JSON knows no NaN
             "sha256": tree_digest(partial / TENSORS),
         }
         text = json.dumps({**facts, **own}, indent=1) + "\n"

@@ -53,9 +53,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     precision: Precision
     loss_function: LossFunction
-    eager_loss: (
-        LossFunction  # the same without the compiler, for those who look at single operations
-    )
+    eager_loss: LossFunction  # without the compiler, for those who look at single operations
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = field(default=0, repr=False)
