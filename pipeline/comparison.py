@@ -176,33 +176,24 @@ def runs_of(found: Iterable[Experiment]) -> list[Run]:
     for experiment in found:
         training = experiment.records.get("train")
         if training and training[0]["id"] not in runs:
-            evaluation = experiment.records.get("evaluate", [])
-            runs[training[0]["id"]] = _run(experiment.name, training, evaluation)
+            runs[training[0]["id"]] = _run(experiment, training[0])
     return list(runs.values())
 
 
-def _run(name: str, training: list[Event], evaluation: list[Event]) -> Run:
-    points: dict[str, list[float]] = {}
-    tags: dict[str, str] = {}
-    for event in (*training, *evaluation):
-        if event["kind"] == "metrics":
-            for key, value in event["values"].items():
-                points.setdefault(key, []).append(value)
-        elif event["kind"] == "tags":
-            tags |= event["values"]
+def _run(found: Experiment, training: Event) -> Run:
     return Run(
-        name,
-        training[0]["id"],
-        training[0]["time"],
-        training[0]["params"],
-        tags.get("digest.train", ""),
-        training[0]["code"],
-        points["train/loss"],
-        points.get("train/val_loss", []),
-        points["val/loss"][-1] if "val/loss" in points else None,
-        points["perf/tokens_per_second"][-1],
-        points["perf/peak_memory_mib"][-1],
-        int(points["train/skipped_steps"][-1]),
+        found.name,
+        training["id"],
+        training["time"],
+        training["params"],
+        found.tags.get("digest.train", ""),
+        training["code"],
+        found.values("train/loss"),
+        found.values("train/val_loss"),
+        found.last("val/loss"),
+        found.values("perf/tokens_per_second")[-1],
+        found.values("perf/peak_memory_mib")[-1],
+        int(found.values("train/skipped_steps")[-1]),
     )
 
 

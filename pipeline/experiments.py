@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline import paths, records
 from pipeline.records import UPSTREAM, Event
@@ -18,11 +20,47 @@ WORKSPACE = "workspace"
 
 @dataclass(frozen=True)
 class Experiment:
-    """The records of one experiment by stage, as far as they are there."""
+    """The records of one experiment by stage, as far as they are there, and what they say."""
 
     name: str
     rev: str  # of git; "" for the workspace
     records: dict[str, list[Event]]
+
+    @property
+    def head(self) -> Event:
+        """The start event of the stage that started last: the settings in force are its."""
+        return max((record[0] for record in self.records.values()), key=lambda e: e["time"])
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Every setting by its dotted name."""
+        return self.head["params"]
+
+    @functools.cached_property
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """(step, value) by metric, in the order of writing."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for event in self._events("metrics"):
+            for key, value in event["values"].items():
+                found.setdefault(key, []).append((event["step"], value))
+        return found
+
+    @functools.cached_property
+    def tags(self) -> dict[str, str]:
+        """Every tag; of one written twice, the last value."""
+        return {key: v for event in self._events("tags") for key, v in event["values"].items()}
+
+    def values(self, key: str) -> list[float]:
+        """The values of a metric, in the order of writing; none where there is no such metric."""
+        return [value for _, value in self.curves.get(key, [])]
+
+    def last(self, key: str) -> float | None:
+        """The newest value of a metric."""
+        return next(reversed(self.values(key)), None)
+
+    def _events(self, kind: str) -> Iterator[Event]:
+        order = [stage for stage in UPSTREAM if stage in self.records]
+        return (e for stage in order for e in self.records[stage] if e["kind"] == kind)
 
 
 def experiments(stages: tuple[str, ...] = tuple(UPSTREAM)) -> Iterator[Experiment]:

@@ -39,7 +39,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 # numbers that stand beside it: another colour must not train for days again.
 NO_RESULTS = (
     *("config", "errors", "paths", "records", "rows", "runs", "tracking", "view"),
-    *("comparison", "debugging", "experiments", "figures", "snapshot"),
+    *("comparison", "debugging", "doctor", "experiments", "figures", "snapshot"),
 )
 
 Event = dict[str, Any]
@@ -89,6 +89,10 @@ class Record:
     def checkpoint(self, name: str, path: Path, step: int) -> None:
         """A model directory; tracking.checkpoints decides what the row makes of it."""
         self._write({"kind": "checkpoint", "name": name, "step": step, **_place(path)})
+
+    def so_far(self) -> list[Event]:
+        """Every event written up to now."""
+        return read(self._part)
 
     def close(self, status: str) -> None:
         self.metrics({f"time/{self.stage}_seconds": time.time() - self._started})
