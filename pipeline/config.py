@@ -69,6 +69,9 @@ class InitConfig:
 class TrainConfig:
     seed: int = setting("of the data order and dropout", low=0)
     steps: int = setting("optimizer steps", low=1)
+    time_budget: float = setting(
+        "minutes of training, to which the schedule is fitted; 0 for none", low=0, high=1e6
+    )
     batch_size: int = setting("sequences a micro-batch", low=1)
     sequence_length: int = setting("tokens a sequence, at most model.block_size", low=2)
     accumulate: int = setting("micro-batches an optimizer step", low=1)

@@ -6,14 +6,39 @@ python -m pipeline.doctor NAME ...    finished DVC experiments
 
 from __future__ import annotations
 
+import argparse
+import logging
+import math
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipeline.experiments import Experiment
+from pipeline.errors import InputError, UserError
+from pipeline.experiments import WORKSPACE, Experiment, experiments
 
-GROWS = 10.0  # times the norm after warm-up: a norm that has left its place
+log = logging.getLogger(__name__)
+
+VOCABULARY = 50257
+WARMED = 10  # steps after warm-up whose median norm is the one to compare with
 TAIL = 0.1  # share of steps that speak for a run's end
+
+# Where a rule speaks up. Each has a run just below and one just above it in the tests.
+NORM_GROWS = 10.0  # times the norm after warm-up
+ALWAYS = 0.95  # share of the second half's steps ...
+CUT_TO = 3.0  # ... whose gradient is this many times its limit
+LEARNED_NOTHING = 0.3  # nats below ln V
+SCALER_SKIPS = 0.2  # share of steps
+SPIKE = 1.0  # nats above the median of the steps before ...
+SPIKE_NOISE = 8.0  # ... and this many of their standard deviations
+BEFORE_SPIKE = 20  # steps that say what is usual
+OVERFIT = 0.01  # of the best validation loss
+ROSE = 0.3  # nats that the smoothed training loss rose again
+STILL_FALLING = 0.5  # share of the whole fall that the second half of the run brought
+SMALL_UPDATE = 1e-3  # of the weight a step: with so small steps, still falling means too small ones
+OF_MATRIX_RATE = 0.15
+DATA_SHARE = 0.2  # of a step's time
+LEAK = 0.1  # share of validation passages
 
 
 @dataclass(frozen=True)
@@ -26,9 +51,12 @@ class Finding:
     advice: str  # the setting to change
 
 
-def examine(found: Experiment) -> list[Finding]:
+Rule = Callable[[Experiment], Finding | None]
+
+
+def examine(found: Experiment, rules: Sequence[Rule] | None = None) -> list[Finding]:
     """Every rule's finding on this run, in the order of RULES; none for a healthy run."""
-    return [finding for rule in RULES for finding in [rule(found)] if finding]
+    return [finding for rule in rules or RULES for finding in [rule(found)] if finding]
 
 
 def headline(findings: list[Finding]) -> str:
@@ -36,21 +64,320 @@ def headline(findings: list[Finding]) -> str:
     return ", ".join(finding.rule for finding in findings) or "healthy"
 
 
-def gradient_norm_grows(found: Experiment) -> Finding | None:
+def lines(findings: list[Finding]) -> list[str]:
+    """The whole verdict for a terminal."""
+    if not findings:
+        return [f"healthy: {len(RULES)} rules found nothing"]
+    return [f"{f.rule}: {f.verdict} ({f.evidence}) Try: {f.advice}." for f in findings]
+
+
+def page(findings: list[Finding]) -> str:
+    """The whole verdict as Markdown."""
+    parts = [
+        f"## {f.rule}\n\n{f.verdict}\n\nEvidence: {f.evidence}.\n\nTry: {f.advice}.\n"
+        for f in findings
+    ]
+    return "\n".join(["# Verdict\n", *(parts or [lines(findings)[0].capitalize() + ".\n"])])
+
+
+def health(found: Experiment) -> dict[str, float]:
+    """Numbers for the table of runs."""
+    norms, ratios = found.values("train/grad_norm"), found.values("train/update_ratio")
+    shown = {"health/findings": float(len(examine(found)))}
+    if norms:
+        shown["health/grad_norm_max"] = max(norms)
+        shown["health/grad_norm_last"] = statistics.median(tail(norms))
+    limit = found.params["train.grad_clip"]
+    if norms and limit:
+        shown["health/clipped_share"] = sum(norm > limit for norm in norms) / len(norms)
+    if ratios:
+        shown["health/update_ratio"] = statistics.median(ratios)
+    return shown
+
+
+def norm_words(found: Experiment) -> str:
+    """What became of the gradient norm, in the few words that a table's cell holds."""
+    growth, cut = growth_of_norm(found), cut_share(found)
+    if growth is not None and growth >= NORM_GROWS:
+        return f"grows {growth:,.0f}-fold"
+    return f"clipped in {cut:.0%}" if cut is not None and cut > ALWAYS else "fine"
+
+
+# --- what the rules look at
+
+
+def tail(values: list[float]) -> list[float]:
+    """The last tenth, five at least."""
+    return values[-max(5, round(TAIL * len(values))) :]
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Running means over a twentieth of the run, five steps at least."""
+    width = max(5, len(losses) // 20)
+    sums = [0.0]
+    for loss in losses:
+        sums.append(sums[-1] + loss)
+    return [(sums[i + width] - sums[i]) / width for i in range(len(losses) - width + 1)]
+
+
+def growth_of_norm(found: Experiment) -> float | None:
+    """The median norm at the end by that right after warm-up; None for a run too short."""
     norms = found.values("train/grad_norm")
-    warm = found.params["train.warmup_steps"]
-    if len(norms) < warm + 20:
+    after = norms[found.params["train.warmup_steps"] :]
+    if len(after) < 2 * WARMED:
         return None
-    tail = statistics.median(norms[-max(5, round(TAIL * len(norms))) :])
-    base = statistics.median(norms[warm : warm + 10])
-    if tail < GROWS * base:
+    base = statistics.median(after[:WARMED])
+    return statistics.median(tail(after)) / base if base else math.inf
+
+
+def cut_share(found: Experiment) -> float | None:
+    """Share of the second half's steps whose gradient is CUT_TO times its limit or more."""
+    norms, limit = found.values("train/grad_norm"), found.params["train.grad_clip"]
+    half = norms[len(norms) // 2 :]
+    if not limit or len(half) < WARMED:
         return None
+    return sum(norm >= CUT_TO * limit for norm in half) / len(half)
+
+
+# --- the rules
+
+
+def gradient_norm_grows(found: Experiment) -> Finding | None:
+    growth = growth_of_norm(found)
+    if growth is None or growth < NORM_GROWS:
+        return None
+    last = statistics.median(tail(found.values("train/grad_norm")))
     return Finding(
         "gradient norm grows",
-        f"The gradient norm grew {tail / base:,.0f}-fold after warm-up.",
-        f"median {base:,.3g} in the ten steps after warm-up, {tail:,.3g} at the end",
-        "lower train.lr, or raise train.warmup_steps",
+        f"The gradient norm has grown {growth:,.0f}-fold since warm-up: training is leaving its "
+        "course, however smooth the clipped steps look.",
+        f"median {last / growth:,.3g} in the {WARMED} steps after warm-up, {last:,.3g} at the end",
+        "a lower train.lr, or a longer train.warmup_steps",
     )
 
 
-RULES: tuple[Callable[[Experiment], Finding | None], ...] = (gradient_norm_grows,)
+def always_clipped(found: Experiment) -> Finding | None:
+    share = cut_share(found)
+    if share is None or share <= ALWAYS:
+        return None
+    norm = statistics.median(tail(found.values("train/grad_norm")))
+    limit = found.params["train.grad_clip"]
+    return Finding(
+        "always clipped",
+        "Nearly every gradient is cut to a fraction of its length: all steps are of one size, "
+        "whatever the loss says.",
+        f"{share:.0%} of the second half's gradients are {CUT_TO:g} times train.grad_clip="
+        f"{limit:g} or more, {norm:,.3g} at the end",
+        f"a lower train.lr, more tokens a step (train.accumulate), or train.grad_clip={norm:.1g} "
+        "if the loss falls well",
+    )
+
+
+def stuck(found: Experiment) -> Finding | None:
+    losses, nothing = found.values("train/loss"), math.log(VOCABULARY)
+    if len(losses) < max(20, found.params["train.warmup_steps"]):
+        return None
+    last = statistics.fmean(tail(losses))
+    if not nothing - LEARNED_NOTHING < last < nothing + LEARNED_NOTHING:
+        return None
+    return Finding(
+        "stuck at ln V",
+        f"The loss is still what guessing among {VOCABULARY:,} tokens costs: nothing was learnt.",
+        f"{last:.3f} nats at the end, ln {VOCABULARY} is {nothing:.3f}",
+        "a higher train.lr, init.std=0.02, and a look at the corpus",
+    )
+
+
+def dead_scaler(found: Experiment) -> Finding | None:
+    scales, skipped = found.values("train/loss_scale"), found.values("train/skipped")
+    if not scales or max(scales) <= 1:  # 1 throughout where no scaler works
+        return None
+    share = sum(skipped) / len(skipped)
+    if scales[-1] >= 1 and share < SCALER_SKIPS:
+        return None
+    return Finding(
+        "dead loss scaler",
+        "Gradients overflow in fp16 however small the loss scale gets.",
+        f"{share:.0%} of the steps were skipped, the scale fell from {max(scales):g} to "
+        f"{scales[-1]:g}",
+        "precision=bf16, or a lower train.lr",
+    )
+
+
+def spike(found: Experiment) -> Finding | None:
+    losses, worst = found.values("train/loss"), (0.0, 0, 0.0)
+    for step in range(max(BEFORE_SPIKE, found.params["train.warmup_steps"]), len(losses)):
+        before = losses[step - BEFORE_SPIKE : step]
+        usual = statistics.median(before)
+        above = losses[step] - usual
+        if above > max(SPIKE, SPIKE_NOISE * statistics.stdev(before), worst[0]):
+            worst = above, step, usual
+    above, step, usual = worst
+    if not above:
+        return None
+    later = losses[step + 1 :]
+    back = next((n for n, loss in enumerate(later, 1) if loss < usual + SPIKE / 2), None)
+    return Finding(
+        "loss spike",
+        f"The loss leapt up at step {step:,}"
+        + (f" and was back {back:,} steps later." if back else " and never came back."),
+        f"{losses[step]:.3f} nats after a median of {usual:.3f}",
+        "a lower train.lr, train.beta2=0.95, a longer train.warmup_steps or a smaller "
+        "train.grad_clip",
+    )
+
+
+def overfitting(found: Experiment) -> Finding | None:
+    validations, losses = found.curves.get("train/val_loss", []), found.values("train/loss")
+    if len(validations) < 3:
+        return None
+    (best_step, best), (_, last) = min(validations, key=lambda p: p[1]), validations[-1]
+    width = len(tail(losses))
+    then = statistics.fmean(losses[max(0, best_step + 1 - width) : best_step + 1])
+    now = statistics.fmean(losses[-width:])
+    if last < (1 + OVERFIT) * best or now > then:
+        return None
+    seen, corpus = found.last("train/tokens"), found.last("data/train_tokens")
+    epochs = f", {seen / corpus:,.1f} epochs" if seen and corpus else ""
+    return Finding(
+        "overfitting",
+        "The model learns its training text by heart: validation got worse while training got "
+        "better.",
+        f"validation {best:.3f} at step {best_step:,}, {last:.3f} at the end; training {then:.3f} "
+        f"and {now:.3f}{epochs}",
+        "fewer train.steps, more text, model.dropout or a smaller model",
+    )
+
+
+def rate_too_high(found: Experiment) -> Finding | None:
+    losses = smoothed(found.values("train/loss"))
+    warm = found.params["train.warmup_steps"]
+    if len(losses) <= warm + WARMED:
+        return None
+    low = min(range(len(losses)), key=lambda step: losses[step])
+    peak = max(range(low, len(losses)), key=lambda step: losses[step])
+    first = min(losses[: warm + 1])
+    rose = max(losses[warm:]) - first
+    high = losses[peak] - losses[low]
+    if max(high, rose) < ROSE:
+        return None
+    start, end = (low, peak) if high >= rose else (losses.index(first), warm)
+    return Finding(
+        "learning rate too high",
+        "The training loss rose again after it had fallen: the steps are too large for batches "
+        "of this size.",
+        f"smoothed loss {losses[start]:.3f} at step {start:,}, "
+        f"{losses[start] + max(high, rose):.3f} later{_update_words(found)}",
+        f"train.lr={found.params['train.lr'] / 3:.1g}, or more tokens a step (train.accumulate)",
+    )
+
+
+def rate_too_low(found: Experiment) -> Finding | None:
+    losses, ratios = smoothed(found.values("train/loss")), found.values("train/update_ratio")
+    warm = found.params["train.warmup_steps"]
+    if not ratios or len(losses) <= warm + 2 * WARMED:
+        return None
+    fall = losses[0] - losses[-1]
+    second = losses[len(losses) // 2] - losses[-1]
+    largest = statistics.median(sorted(ratios)[-max(5, len(ratios) // 4) :])
+    if fall <= 0 or second < STILL_FALLING * fall or largest >= SMALL_UPDATE:
+        return None
+    return Finding(
+        "learning rate too low",
+        "The loss falls as slowly at the end as at the beginning: the steps are too small.",
+        f"{second / fall:.0%} of the fall of {fall:.3f} nats came in the second half"
+        f"{_update_words(found)}",
+        f"train.lr={found.params['train.lr'] * 3:.1g}",
+    )
+
+
+def _update_words(found: Experiment) -> str:
+    ratios = found.values("train/update_ratio")
+    return f"; a step changes the weights by {statistics.median(ratios):.1e}" if ratios else ""
+
+
+def slow(found: Experiment) -> Finding | None:
+    share, rate = found.last("perf/of_matrix_rate"), found.last("perf/matrix_gflops")
+    if share is None or share >= OF_MATRIX_RATE:
+        return None
+    return Finding(
+        "slow for this machine",
+        f"Training reaches {share:.0%} of what this machine's matrix products reach.",
+        f"{found.last('perf/tokens_per_second'):,.0f} tokens/s; large products run at "
+        f"{rate:,.0f} GFLOP/s",
+        "a larger train.batch_size with a smaller train.accumulate, train.compile=true, "
+        "model.attention=sdpa; and see that nothing else uses the machine",
+    )
+
+
+def data_bound(found: Experiment) -> Finding | None:
+    pairs = list(
+        zip(found.values("perf/data_seconds"), found.values("perf/step_seconds"), strict=True)
+    )
+    if len(pairs) < WARMED:
+        return None
+    share = statistics.median(data / step for data, step in pairs if step)
+    if share < DATA_SHARE:
+        return None
+    return Finding(
+        "bound by data",
+        f"A step waits {share:.0%} of its time for its tokens.",
+        f"{statistics.median(d for d, _ in pairs) * 1e3:.3g} ms of "
+        f"{statistics.median(s for _, s in pairs) * 1e3:.3g} ms, medians",
+        "data/tokens on a local disk, or more memory for the system's file cache",
+    )
+
+
+def leak(found: Experiment) -> Finding | None:
+    share = found.last("data/val_overlap")
+    if share is None or share < LEAK:
+        return None
+    return Finding(
+        "validation leaks",
+        "Much of the validation text stands in the training text: its loss measures memory.",
+        f"{share:.0%} of the validation passages occur in the training tokens word for word",
+        "a corpus without duplicate documents, one document a file (corpus.path)",
+    )
+
+
+# Rules that speak while a run is under way, since waiting for its end would cost days.
+URGENT: tuple[Rule, ...] = (gradient_norm_grows, always_clipped, dead_scaler, spike)
+RULES: tuple[Rule, ...] = (
+    *URGENT,
+    stuck,
+    overfitting,
+    rate_too_high,
+    rate_too_low,
+    slow,
+    data_bound,
+    leak,
+)
+
+
+def main(words: list[str]) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.doctor", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("names", nargs="*", default=[WORKSPACE], help="default: the workspace")
+    try:
+        for found in asked(parser.parse_args(words).names):
+            log.info("%s\n  %s", found.name, "\n  ".join(lines(examine(found))))
+    except UserError as error:
+        log.error("error: %s", error)
+        sys.exit(error.exit_code)
+
+
+def asked(names: list[str]) -> list[Experiment]:
+    """The experiments of these names; raises InputError for one that is not there or not trained."""
+    known = {found.name: found for found in experiments()}
+    for name in names:
+        if name not in known:
+            raise InputError(f"{name}: no such experiment; known: {', '.join(known)}")
+        if "train" not in known[name].records:
+            raise InputError(f"{name}: has no record of a finished training")
+    return [known[name] for name in names]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -36,16 +36,36 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def update_ratio(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> float | None:
+    """Norm of AdamW's last step on `weight` by the norm of the weight; None before a first step.
+
+    Made again from the moments, decay included, so that no copy of the weights is kept.
+    """
+    state = optimizer.state.get(weight)
+    if not state:
+        return None
+    group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
+    beta1, beta2 = group["betas"]
+    count = float(state["step"])
+    mean = state["exp_avg"] / (1 - beta1**count)
+    scale = (state["exp_avg_sq"] / (1 - beta2**count)).sqrt_().add_(group["eps"])
+    step = mean.div_(scale).add_(weight.detach(), alpha=group["weight_decay"])
+    return (group["lr"] * step.norm() / weight.detach().norm()).item()
+
+
+def learning_rate(step: int, config: TrainConfig, steps: int | None = None) -> float:
     """Linear warm-up, then a cosine down to `min_lr` at the very last step.
 
     The first step's rate is lr / warmup_steps, never zero: a step at rate zero is a step lost.
-    The shape is GPT-3's (Brown et al. 2020, appendix B), the end is exact.
+    The shape is GPT-3's (Brown et al. 2020, appendix B), the end is exact. A run cut to `steps`
+    keeps the shape: its warm-up is the same share of it.
     """
-    if step >= config.steps - 1:
+    steps = config.steps if steps is None else steps
+    warmup = config.warmup_steps * steps // config.steps
+    if step >= steps - 1:
         return config.min_lr
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / (config.steps - 1 - config.warmup_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / (steps - 1 - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + cosine * (config.lr - config.min_lr)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pipeline.precision import PRECISIONS, Precision, choose_precision
 from pipeline.runtime import generator
 from pipeline.tables import markdown
-from pipeline.throughput import Stopwatch
+from pipeline.throughput import SQUARE, Stopwatch
 
 PRODUCT_COLUMNS = ("product", "shape", "mode", "in effect", "error", "ms", "GFLOP/s", "of fp32")
 OPERATION_COLUMNS = ("operation", "FLOP/byte", "bound by", "GFLOP/s", "GB/s", "of its roof", "ms")
@@ -28,7 +28,6 @@ ROUNDS = 5  # modes take turns, so that a machine that slows down slows all of t
 REFERENCE_ROWS = 64  # of a product are made again in float64
 CPU_FLOPS = 3e9  # most of one product on a CPU; its rows are cut, and the table says how many
 RESULT_BYTES = 1 << 29  # of one product's fp32 result, on any device: a small GPU is to do it, too
-SQUARE = {"cuda": 8192, "mps": 4096, "cpu": 1536}  # side of the product that gives the peak rate
 STREAM_BYTES = {"cuda": 1 << 30, "mps": 1 << 28, "cpu": 1 << 28}  # of each of two arrays
 
 

@@ -9,9 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
+
+if TYPE_CHECKING:
+    from pipeline.precision import Precision
 
 WARM_UP_STEPS = 3  # first steps pay for allocation, compilation and clocks that still rise
 
@@ -29,6 +33,9 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "V100": {"fp32": 15.7, "fp16": 125},
     "T4": {"fp32": 8.1, "fp16": 65},
 }
+
+SQUARE = {"cuda": 8192, "mps": 4096, "cpu": 1536}  # side of the product that gives the peak rate
+ROUNDS = 5
 
 OTHER_CARDS = ("Laptop", "Ti", "D", "NVL", "MIG", "Max", "SUPER")  # the name, another peak
 
@@ -66,10 +73,14 @@ class Stopwatch:
         synchronize(self.device)
         self._began = time.perf_counter()
 
+    def so_far(self) -> float:
+        """Seconds of the host since the start; the device may still be at work."""
+        return time.perf_counter() - self._began
+
     def stop(self) -> float:
         """Seconds of the step that ends here."""
         synchronize(self.device)
-        return time.perf_counter() - self._began
+        return self.so_far()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -80,6 +91,21 @@ class Stopwatch:
         finally:
             self.start()
             self._began -= so_far
+
+
+def matrix_rate(precision: Precision) -> float:
+    """FLOP/s of a large square product in this mode, here and now: the median of some."""
+    device = precision.device
+    side = SQUARE.get(device.type, 1024)
+    a, b = (torch.randn(side, side, device=device).to(precision.dtype) for _ in range(2))
+    watch = Stopwatch(device)
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        watch.start()
+        with precision.products():
+            a @ b
+        seconds.append(watch.stop())
+    return 2.0 * side**3 / statistics.median(seconds[1:])
 
 
 def tokens_per_second(step_seconds: list[float], tokens_per_step: int) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.data import batch_at
 from pipeline.errors import NumericsError
 from pipeline.loss import IGNORE, linear_cross_entropy, token_losses
-from pipeline.optimizer import build_optimizer, learning_rate
+from pipeline.optimizer import build_optimizer, learning_rate, update_ratio
 from pipeline.runtime import derived_seed, rng_state
 from pipeline.throughput import Stopwatch
 
@@ -40,8 +40,15 @@ class StepReport:
     learning_rate: float
     loss_scale: float
     skipped: bool  # fp16 found an inf or NaN gradient: the parameters stay as they were
-    seconds: float
+    seconds: float  # of the whole step
+    data_seconds: float  # of these, until the batches were there
     tokens: int
+    update_ratio: float | None  # of the middle block's c_fc, see `optimizer.update_ratio`
+    steps: int  # that the run has, as things stand
+
+    @property
+    def last(self) -> bool:
+        return self.step == self.steps - 1
 
 
 @dataclass
@@ -81,30 +88,48 @@ def fit(
     batches_of: Callable[[int], list[Batch]],
     look: Look | None = None,
     look_at: int = -1,
+    steps_at: Callable[[int], int] | None = None,
 ) -> Iterator[StepReport]:
     """One optimizer step and one report at a time, from `state.step` to `config.steps`.
 
     batches_of(step) gives the step's batches. In step `look_at`, `look` is called between the
-    gradients and the update; its time is not the step's. Raises NumericsError before an update
-    that would spoil the parameters.
+    gradients and the update; its time is not the step's. `steps_at(step)` is asked before each
+    step how many the run is to have, where that is not `config.steps`; the learning rate follows.
+    Raises NumericsError before an update that would spoil the parameters.
     """
     watch = Stopwatch(state.precision.device)
+    blocks = state.model.transformer.h
+    watched = blocks[len(blocks) // 2].mlp.c_fc.weight
 
     def aside(state: TrainState) -> None:
         with watch.paused():
             look(state)
 
-    while state.step < config.steps:
+    while state.step < (steps := steps_at(state.step) if steps_at else config.steps):
         watch.start()
         state.rng = rng_state(state.precision.device)
         state.batches = batches_of(state.step)
+        data_seconds = watch.so_far()
         tokens = sum(x.numel() for x, _ in state.batches)
-        rate = learning_rate(state.step, config)
+        rate = learning_rate(state.step, config, steps)
         now = aside if look and state.step == look_at else None
         loss, norm, scale, skipped = train_step(state, state.batches, rate, config.grad_clip, now)
         seconds = watch.stop()
         _count(state, skipped, config.max_skipped)
-        report = StepReport(state.step, loss, norm, rate, scale, skipped, seconds, tokens)
+        ratio = None if skipped else update_ratio(state.optimizer, watched)
+        report = StepReport(
+            step=state.step,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=rate,
+            loss_scale=scale,
+            skipped=skipped,
+            seconds=seconds,
+            data_seconds=data_seconds,
+            tokens=tokens,
+            update_ratio=ratio,
+            steps=steps,
+        )
         state.step += 1
         yield report
 

@@ -6,7 +6,7 @@ import time
 
 from tqdm import tqdm
 
-from pipeline import corpus, data, paths, tracking
+from pipeline import corpus, data, overlap, paths, tracking
 from pipeline.config import Config
 from stages import run
 
@@ -32,6 +32,13 @@ def main(config: Config) -> None:
             )
         text_bytes = sum(meta["splits"][split]["bytes"] for split in data.SPLITS)
         record.metrics({"perf/tokenize_mb_per_second": text_bytes / 1e6 / seconds})
+        splits = [data.open_tokens(paths.TOKENS, split, verify=False) for split in data.SPLITS]
+        shared = overlap.overlap(*splits)
+        record.metrics({"data/val_overlap": shared})
+        print(
+            f"tokenize: {shared:.1%} of the validation passages ({overlap.LENGTH} tokens) stand "
+            "in the training text, too"
+        )
 
 
 if __name__ == "__main__":
