@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 MEASURED_AT = 8  # steps done when the time is forecast: 5 of them measured
 MARGIN = 0.8  # of the free memory that a proposal uses; the rest is for what is not foreseen
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's limits, on Linux
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -69,6 +70,8 @@ class Needs:
         embedding = 4 * self.shape.vocab_rows * self.shape.n_embd
         earlier = self.weights if accumulate > 1 else 0  # gradients of the micro-batches before
         activations = self.kept + batch_size * self.kept_per_sequence + embedding
+        if self.precision.emulated:  # an operand and a result of the MLP in fp32, for a moment
+            activations += 2 * 4 * batch_size * self.length * 4 * self.shape.n_embd
         return Memory(
             weights=self.weights,
             moments=2 * self.weights,
@@ -129,7 +132,7 @@ def free_memory(device: torch.device) -> int:
 
 def _container_left() -> int:
     """What the control group leaves, which the host's figure does not know; else very much."""
-    folder = Path("/sys/fs/cgroup")
+    folder = CONTROL_GROUP
     with contextlib.suppress(OSError, ValueError):  # no such limit: "max", or no such file
         limit = int((folder / "memory.max").read_text("ascii"))
         used = int((folder / "memory.current").read_text("ascii"))
@@ -212,16 +215,16 @@ def table(config: Config, device: torch.device) -> str:
     return markdown(("micro-batch", *PRECISIONS), rows)
 
 
-def run_seconds(step_seconds: list[float], config: TrainConfig) -> tuple[float, float]:
-    """(seconds a step, seconds of the whole run) from the first steps, validations included."""
+def run_seconds(step_seconds: list[float], config: TrainConfig) -> float:
+    """Seconds of the whole training by its first steps, validations included."""
     step = statistics.median(step_seconds[WARM_UP_STEPS:] or step_seconds)
     validations = -(-config.steps // config.val_every)
-    return step, config.steps * step + validations * validation_seconds(step, config)
+    return config.steps * step + validations * validation_seconds(step, config)
 
 
 def time_words(step_seconds: list[float], config: TrainConfig) -> str:
     """ "5,000 steps need 9 h 10 min; in 1 h you reach step 545"."""
-    _, whole = run_seconds(step_seconds, config)
+    whole = run_seconds(step_seconds, config)
     words = f"{config.steps:,} steps need {duration(whole)}"
     for seconds in (86400, 3600, 600, 60):
         if seconds < whole:

@@ -39,7 +39,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 # numbers that stand beside it: another colour must not train for days again.
 NO_RESULTS = (
     *("config", "errors", "paths", "records", "rows", "runs", "tracking", "view"),
-    *("comparison", "debugging", "doctor", "experiments", "figures", "snapshot"),
+    *("comparison", "debugging", "doctor", "experiments", "figures", "forecast", "snapshot"),
 )
 
 Event = dict[str, Any]

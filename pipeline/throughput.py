@@ -113,6 +113,12 @@ def tokens_per_second(step_seconds: list[float], tokens_per_step: int) -> float:
     return tokens_per_step / statistics.median(step_seconds[WARM_UP_STEPS:] or step_seconds)
 
 
+def forget_peak(device: torch.device) -> None:
+    """Memory that was held so far shall not count, where the device can tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """Most memory held so far: the allocator's on CUDA, else this process's resident set."""
     if device.type == "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -84,15 +85,7 @@ def write_study(found: init_study.InitStudy, record: Record) -> None:
 def build(config: Config) -> GPT:
     """The initial model on the CPU in fp32."""
     c, init = config.model, config.init
-    shape = GPTConfig(
-        n_layer=c.n_layer,
-        n_head=c.n_head,
-        n_embd=c.n_embd,
-        block_size=c.block_size,
-        vocab_rows=c.vocab_rows,
-        dropout=c.dropout,
-        attention=c.attention,
-    )
+    shape = GPTConfig(**asdict(c))
     if init.source == "random":
         model = GPT(shape)
         initialize(model, init, runtime.generator(init.seed, "init"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from tqdm import tqdm
 from pipeline import (
     data,
     debugging,
+    doctor,
     dtypes,
     figures,
+    forecast,
     paths,
     records,
     runtime,
@@ -23,9 +26,11 @@ from pipeline import (
     tracking,
     training,
 )
+from pipeline.budget import Budget
 from pipeline.checkpoint import load_model, save_model
 from pipeline.config import Config, flatten
 from pipeline.errors import NumericsError
+from pipeline.experiments import Experiment
 from pipeline.folders import recover, remove
 from pipeline.loss import mean_loss
 from pipeline.model import GPT
@@ -33,6 +38,8 @@ from pipeline.precision import Precision, choose_precision
 from pipeline.records import Record
 from pipeline.runs import claim
 from stages import announce, run, write_csv, write_json
+
+log = logging.getLogger(__name__)
 
 OUTPUTS = [
     paths.MODEL,
@@ -78,7 +85,10 @@ def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.To
     device = runtime.choose_device(config.device)
     precision = choose_precision(config.precision, device)
     announce("train", precision, record)
+    foresee(config, precision, record, len(tokens))
     shown = scaling.demonstrate(device)  # now: nothing is to fail once days of training are done
+    matrix_rate = throughput.matrix_rate(precision)
+    throughput.forget_peak(device)
     torch.manual_seed(runtime.derived_seed(config.train.seed, "dropout"))
     model = load_model(
         paths.INIT,
@@ -95,14 +105,18 @@ def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.To
         functools.partial(training.micro_batches, tokens, config.train),
         look=functools.partial(stop_and_look, config, record, watch),
         look_at=config.debug.interact_at_step,
+        steps_at=Budget(config.train).steps,
     )
     best, curve, validations = math.inf, [], []
+    told: set[str] = set()
     try:
         for report in progress(watch.first_of(reports), config):
             curve.append(report)
             record.metrics(step_metrics(report), report.step)
             done = report.step + 1
-            if done % config.train.val_every == 0 or done == config.train.steps:
+            if done == forecast.MEASURED_AT:
+                foresee_time(config, record, curve)
+            if done % config.train.val_every == 0 or report.last:
                 loss = validate(state, held_out, config)
                 validations.append((done, loss))
                 record.metrics({"train/val_loss": loss}, report.step)
@@ -110,14 +124,40 @@ def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.To
                     best = loss
                     save_model(model, paths.MODEL)
                     best_step = done
+                speak_up(record, told)
     except NumericsError as error:
         keep_for_a_look(state, config, record, str(error))
         raise
     save_model(model, paths.LAST)
     record.checkpoint("best", paths.MODEL, best_step)
-    record.checkpoint("last", paths.LAST, config.train.steps)
-    write_results(config, record, model, precision, curve, validations)
+    record.checkpoint("last", paths.LAST, done)
+    write_results(config, record, model, precision, matrix_rate, curve, validations)
     write_study(record, watch, shown, curve)
+
+
+def foresee(config: Config, precision: Precision, record: Record, corpus_tokens: int) -> None:
+    """Before the first step: what this training needs, and a warning where that is not there."""
+    found = forecast.forecast(config, precision, corpus_tokens)
+    for line in found.lines():
+        print(f"train: {line}", flush=True)
+    record.metrics({"perf/forecast_memory_mib": found.needed.total / 2**20})
+    if problem := found.problem(config.train.accumulate):
+        log.warning("%s", problem)
+
+
+def foresee_time(config: Config, record: Record, curve: list[training.StepReport]) -> None:
+    """After the first measured steps: when this training ends."""
+    seconds = [report.seconds for report in curve]
+    record.metrics({"time/forecast_seconds": forecast.run_seconds(seconds, config.train)})
+    tqdm.write(f"train: {forecast.time_words(seconds, config.train)}", file=sys.stdout)
+
+
+def speak_up(record: Record, told: set[str]) -> None:
+    """While training goes on: what the doctor finds, once each."""
+    for finding in doctor.examine(Experiment("", "", {"train": record.so_far()}), doctor.URGENT):
+        if finding.rule not in told:
+            told.add(finding.rule)
+            log.warning("%s", doctor.line(finding))
 
 
 def stop_and_look(
@@ -164,6 +204,7 @@ def progress(
     every = 0.5 if sys.stderr.isatty() else 20.0
     with tqdm(total=config.train.steps, desc="train", unit="step", mininterval=every) as bar:
         for report in reports:
+            bar.total = report.steps
             rate = report.tokens / report.seconds
             bar.set_postfix_str(f"loss {report.loss:.3f}, {rate:,.0f} tok/s", refresh=False)
             bar.update()
@@ -171,14 +212,17 @@ def progress(
 
 
 def step_metrics(report: training.StepReport) -> dict[str, float]:
-    norm = {"train/grad_norm": report.grad_norm} if math.isfinite(report.grad_norm) else {}
-    return norm | {
+    known = {"train/grad_norm": report.grad_norm} if math.isfinite(report.grad_norm) else {}
+    if report.update_ratio is not None:
+        known["train/update_ratio"] = report.update_ratio
+    return known | {
         "train/loss": report.loss,
         "train/learning_rate": report.learning_rate,
         "train/loss_scale": report.loss_scale,
         "train/found_inf": float(not math.isfinite(report.grad_norm)),
         "train/skipped": float(report.skipped),
         "perf/step_seconds": report.seconds,
+        "perf/data_seconds": report.data_seconds,
         "perf/step_tokens_per_second": report.tokens / report.seconds,
     }
 
@@ -188,6 +232,7 @@ def write_results(
     record: Record,
     model: GPT,
     precision: Precision,
+    matrix_rate: float,
     curve: list[training.StepReport],
     validations: list[tuple[int, float]],
 ) -> None:
@@ -199,17 +244,19 @@ def write_results(
         "train/steps": float(len(curve)),
         "train/tokens": float(sum(report.tokens for report in curve)),
         "train/skipped_steps": float(sum(report.skipped for report in curve)),
-        "health/grad_norm_max": max((r.grad_norm for r in curve if not r.skipped), default=0.0),
         "model/parameters": float(model.parameter_count()),
         "perf/tokens_per_second": rate,
         "perf/peak_memory_mib": throughput.peak_memory_mib(precision.device),
+        "perf/matrix_gflops": matrix_rate / 1e9,
     }
     peak = throughput.peak_flops(runtime.device_name(precision.device), precision.effective)
     flops = model.flops_per_token(config.train.sequence_length)
     mfu = throughput.utilisation(rate, flops, peak)
     if mfu is not None:
         summary["perf/mfu"] = mfu
-    record.metrics(summary, config.train.steps)
+    summary["perf/of_matrix_rate"] = rate * flops / matrix_rate
+    record.metrics(summary, len(curve))
+    summary |= judge(record, len(curve))
     write_json(paths.METRICS / "train.json", summary)
     rows = [{"step": r.step} | step_metrics(r) for r in curve]
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -224,6 +271,24 @@ def write_results(
         f"{summary['train/best_val_loss']:.3f}, {rate:,.0f} tokens/s, "
         f"{summary['perf/peak_memory_mib']:,.0f} MiB"
     )
+
+
+def judge(record: Record, steps: int) -> dict[str, float]:
+    """The doctor's verdict, aloud, in the row and as a page; its numbers are returned."""
+    upstream = {events[0]["stage"]: events for events in records.upstream("train")}
+    found = Experiment("", "", upstream | {"train": record.so_far()})
+    findings = doctor.examine(found)
+    numbers = doctor.health(found)
+    record.metrics(numbers, steps)
+    record.tags(
+        {
+            "health.verdict": doctor.headline(findings),
+            "health.grad_norm": doctor.norm_words(found),
+        }
+    )
+    for line in doctor.lines(findings):
+        print(f"train: {line}")
+    return numbers
 
 
 def write_study(

@@ -46,10 +46,19 @@ OTHER_FILES = {
 }
 READING_ORDER = [
     *("model", "init", "loss", "precision", "emulation", "training", "optimizer"),
-    *("data", "corpus", "tokenizer", "hf_weights", "weight_files", "checkpoint"),
-    *("generation", "evaluation", "throughput", "runtime"),
+    *("data", "corpus", "overlap", "tokenizer", "hf_weights", "weight_files", "checkpoint"),
+    *("generation", "evaluation", "throughput", "runtime", "budget"),
     *("init_study", "formats", "sensitivity", "roofline", "dtypes", "scaling"),
-    *("debugging", "snapshot", "experiments", "comparison", "doctor", "figures", "tables"),
+    *(
+        "debugging",
+        "snapshot",
+        "experiments",
+        "comparison",
+        "doctor",
+        "forecast",
+        "figures",
+        "tables",
+    ),
     *("records", "tracking", "rows", "view", "runs", "config", "paths", "folders", "errors"),
     *("buffers",),
 ]
