@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.data import batch_at
 from pipeline.errors import NumericsError
 from pipeline.loss import IGNORE, linear_cross_entropy, token_losses
-from pipeline.optimizer import build_optimizer, learning_rate, update_ratio
+from pipeline.optimizer import build_optimizer, learning_rate
 from pipeline.runtime import derived_seed, rng_state
 from pipeline.throughput import Stopwatch
 
@@ -43,7 +43,6 @@ class StepReport:
     seconds: float  # of the whole step
     data_seconds: float  # of these, until the batches were there
     tokens: int
-    update_ratio: float | None  # of the middle block's c_fc, see `optimizer.update_ratio`
     steps: int  # that the run has, as things stand
 
     @property
@@ -98,8 +97,6 @@ def fit(
     Raises NumericsError before an update that would spoil the parameters.
     """
     watch = Stopwatch(state.precision.device)
-    blocks = state.model.transformer.h
-    watched = blocks[len(blocks) // 2].mlp.c_fc.weight
 
     def aside(state: TrainState) -> None:
         with watch.paused():
@@ -116,7 +113,6 @@ def fit(
         loss, norm, scale, skipped = train_step(state, state.batches, rate, config.grad_clip, now)
         seconds = watch.stop()
         _count(state, skipped, config.max_skipped)
-        ratio = None if skipped else update_ratio(state.optimizer, watched)
         report = StepReport(
             step=state.step,
             loss=loss,
@@ -127,7 +123,6 @@ def fit(
             seconds=seconds,
             data_seconds=data_seconds,
             tokens=tokens,
-            update_ratio=ratio,
             steps=steps,
         )
         state.step += 1

@@ -34,6 +34,7 @@ from pipeline.experiments import Experiment
 from pipeline.folders import recover, remove
 from pipeline.loss import mean_loss
 from pipeline.model import GPT
+from pipeline.optimizer import update_ratio
 from pipeline.precision import Precision, choose_precision
 from pipeline.records import Record
 from pipeline.runs import claim
@@ -112,7 +113,7 @@ def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.To
     try:
         for report in progress(watch.first_of(reports), config):
             curve.append(report)
-            record.metrics(step_metrics(report), report.step)
+            record.metrics(step_metrics(report) | update_metric(state, report), report.step)
             done = report.step + 1
             if done == forecast.MEASURED_AT:
                 foresee_time(config, record, curve)
@@ -212,10 +213,8 @@ def progress(
 
 
 def step_metrics(report: training.StepReport) -> dict[str, float]:
-    known = {"train/grad_norm": report.grad_norm} if math.isfinite(report.grad_norm) else {}
-    if report.update_ratio is not None:
-        known["train/update_ratio"] = report.update_ratio
-    return known | {
+    norm = {"train/grad_norm": report.grad_norm} if math.isfinite(report.grad_norm) else {}
+    return norm | {
         "train/loss": report.loss,
         "train/learning_rate": report.learning_rate,
         "train/loss_scale": report.loss_scale,
@@ -225,6 +224,13 @@ def step_metrics(report: training.StepReport) -> dict[str, float]:
         "perf/data_seconds": report.data_seconds,
         "perf/step_tokens_per_second": report.tokens / report.seconds,
     }
+
+
+def update_metric(state: training.TrainState, report: training.StepReport) -> dict[str, float]:
+    """By how much the step changed the weights; one matrix in the middle speaks for all."""
+    blocks = state.model.transformer.h
+    ratio = update_ratio(state.optimizer, blocks[len(blocks) // 2].mlp.c_fc.weight)
+    return {} if ratio is None or report.skipped else {"train/update_ratio": ratio}
 
 
 def write_results(
