@@ -42,7 +42,7 @@ OTHER_FILES = {
     "benchmarks/": "measurements anyone can repeat, and their results",
     "tools/readme.py": "fills the outputs, settings, tree and figures of this page and of docs/",
     "constraints.txt": "every version, for every platform",
-    "Makefile": "repro, test, ui, lint, clean",
+    "Makefile": "repro, test, ui, report, lint, clean",
 }
 READING_ORDER = [
     *("model", "init", "loss", "precision", "emulation", "training", "optimizer"),
@@ -50,6 +50,7 @@ READING_ORDER = [
     *("generation", "evaluation", "throughput", "runtime"),
     *("init_study", "formats", "sensitivity", "roofline", "dtypes", "scaling"),
     *("debugging", "snapshot", "experiments", "comparison", "doctor", "figures", "tables"),
+    *("report", "report_run", "report_figures", "contrast"),
     *("records", "tracking", "rows", "view", "runs", "config", "paths", "folders", "errors"),
     *("buffers",),
 ]
