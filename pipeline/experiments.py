@@ -76,7 +76,8 @@ def experiments(stages: tuple[str, ...] = tuple(UPSTREAM)) -> Iterator[Experimen
     with Repo(str(root)) as repo:
         listed = repo.experiments.ls(all_commits=True)
     for name, rev in (one for found in listed.values() for one in found):
-        yield Experiment(name, rev, dict(_of_revision(root, name, rev, stages)))
+        found = dict(_of_revision(root, name, rev, stages))
+        yield Experiment(name, rev, _of_one_chain(name, found))
     yield of_workspace(root, stages)
 
 
@@ -94,7 +95,47 @@ def of_workspace(root: Path, stages: tuple[str, ...] = tuple(UPSTREAM)) -> Exper
             events = _events(part.read_text("utf-8"))
             if events and events[0]["time"] >= newest:
                 here[stage] = events
-    return Experiment(WORKSPACE, "", here)
+    return Experiment(WORKSPACE, "", _of_one_chain(WORKSPACE, here))
+
+
+# The settings that the stages read on whose records others build; a test holds them to dvc.yaml.
+READS = {
+    "tokenize": ("corpus",),
+    "import_hf_weights": ("init", "model"),
+    "train": ("precision", "debug", "device", "model", "train"),
+    "evaluate": ("device", "model", "train.sequence_length", "evaluate"),
+    "numerics": (
+        *("device", "model.n_embd", "model.n_head", "model.vocab_rows"),
+        *("train.batch_size", "train.sequence_length"),
+    ),
+}
+
+
+def _of_one_chain(name: str, found: dict[str, list[Event]]) -> dict[str, list[Event]]:
+    """Without what a former run has left.
+
+    `dvc repro train`, or a training that fails, leaves the evaluation of the model before.
+    """
+    kept = {
+        stage: record
+        for stage, record in found.items()
+        if all(_builds_on(record, found[u]) for u in UPSTREAM[stage] if u in found)
+    }
+    for stage in found.keys() - kept.keys():
+        log.warning("%s: %s is of a former run; left out", name, paths.record(stage).as_posix())
+    return kept
+
+
+def _builds_on(record: list[Event], upstream: list[Event]) -> bool:
+    """Whether `upstream` came to its end, with the settings that `record` knows it by."""
+    head, here = upstream[0], record[0]["params"]
+    read = (
+        name
+        for name in head["params"]
+        if any(name == r or name.startswith(f"{r}.") for r in READS[head["stage"]])
+    )
+    finished = upstream[-1].get("status") == "FINISHED"
+    return finished and all(here.get(name) == head["params"][name] for name in read)
 
 
 def _of_revision(

@@ -179,12 +179,6 @@ def recipe(workspace: Path) -> dict[str, Any]:
     return configuration.flatten(configuration.load(path)) if path.exists() else {}
 
 
-def write(text: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # DVC may have linked it to its cache
-    path.write_text(text, "utf-8", newline="\n")
-
-
 def choose(everything: Sequence[Experiment], names: Sequence[str]) -> list[Experiment]:
     """Those of these names, in this order; of several of one name the newest.
 
@@ -234,7 +228,9 @@ def main(words: list[str]) -> None:
     try:
         text = report(asked.names, asked.all)
         try:
-            write(text, out)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.unlink(missing_ok=True)  # DVC may have linked it to its cache
+            out.write_text(text, "utf-8")
         except OSError as error:
             raise StorageError(f"--out {out}: {error.strerror}") from None
     except UserError as error:

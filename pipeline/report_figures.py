@@ -72,19 +72,23 @@ def curves_of(found: Experiment) -> list[Picture]:
     return [picture for draw in OF_A_RUN for picture in [draw(found)] if picture]
 
 
-def _panel(
-    title: str, alt: str, draw: Callable[[Any], None], unit: str, log: bool = False
-) -> Picture:
+def _panel(title: str, alt: str, draw: Callable[[Any], None], unit: str, base: int = 0) -> Picture:
+    """`base` is that of a logarithmic axis, 0 for a linear one."""
     figure, (axis,) = sheet(1, width=4.8, height=3.0)
     draw(axis)
-    axis.set(xlabel="step", ylabel=unit, yscale="log" if log else "linear")
+    axis.set(xlabel="step", ylabel=unit)
+    if base:
+        axis.set_yscale("log", base=base)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8)
     return Picture(title, alt, data_uri(svg(figure), "svg+xml"))
 
 
-def _xy(points: Points) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
+def _line(axis: Any, points: Points, most: int = MOST, **style: Any) -> None:
+    """Few points are marked: a single one makes no line."""
+    found = thin(points, most)
+    marks = {"marker": "o", "ms": 3} if len(found) < 20 else {}
+    axis.plot([x for x, _ in found], [y for _, y in found], **marks | style)
 
 
 def _each(points: Sequence[Any], most: int = MOST) -> str:
@@ -104,9 +108,9 @@ def _loss(found: Experiment) -> Picture | None:
     unigram = found.last("val/unigram_loss")
 
     def draw(axis: Any) -> None:
-        axis.plot(*_xy(thin(losses)), color=BLUE, lw=1.2, label=f"training{_each(losses)}")
+        _line(axis, losses, color=BLUE, lw=1.2, label=f"training{_each(losses)}")
         if held_out:
-            axis.plot(*_xy(held_out), "o-", color=ORANGE, ms=4, lw=1.2, label="validation")
+            _line(axis, held_out, marker="o", ms=4, color=ORANGE, lw=1.2, label="validation")
         if unigram is not None:
             axis.axhline(unigram, color=BLACK, ls=":", lw=1, label="unigram yardstick")
 
@@ -120,7 +124,7 @@ def _rate(found: Experiment) -> Picture | None:
     if not rates:
         return None
     alt = f"Learning rate: {_range(rates)}, at most {max(y for _, y in rates):.4g}."
-    draw = lambda axis: axis.plot(*_xy(thin(rates)), color=GREEN, lw=1.5)  # noqa: E731
+    draw = lambda axis: _line(axis, rates, color=GREEN, lw=1.5)  # noqa: E731
     return _panel("Learning rate", alt, draw, "learning rate")
 
 
@@ -131,13 +135,13 @@ def _gradient(found: Experiment) -> Picture | None:
     clip = found.params.get("train.grad_clip", 0)
 
     def draw(axis: Any) -> None:
-        axis.plot(*_xy(thin(norms)), color=BLUE, lw=1.2)
+        _line(axis, norms, color=BLUE, lw=1.2)
         if clip:
             axis.axhline(clip, color=ORANGE, ls="--", lw=1, label=f"clipped above {clip:g}")
 
     above = sum(y > clip for _, y in norms) if clip else 0
     alt = f"Gradient norm: {_range(norms)}; clipped in {above} of {len(norms)} steps."
-    return _panel("Gradient norm", alt, draw, "norm", log=True)
+    return _panel("Gradient norm", alt, draw, "norm", base=10)
 
 
 def _speed(found: Experiment) -> Picture | None:
@@ -146,7 +150,7 @@ def _speed(found: Experiment) -> Picture | None:
         return None
 
     def draw(axis: Any) -> None:
-        axis.plot(*_xy(thin(speeds)), color=GREEN, lw=1)
+        _line(axis, speeds, color=GREEN, lw=1)
         axis.set_ylim(bottom=0)
 
     middle = statistics.median(y for _, y in speeds)
@@ -160,13 +164,15 @@ def _scale(found: Experiment) -> Picture | None:
     skipped = {step for step, value in found.curves.get("train/skipped", []) if value}
 
     def draw(axis: Any) -> None:
-        axis.step(*_xy(scales), where="post", color=BLUE)
+        _line(axis, scales, len(scales), drawstyle="steps-post", color=BLUE)
         marks = [(step, scale) for step, scale in scales if step in skipped]
         if marks:
-            axis.plot(*_xy(marks), "x", color=ORANGE, label="step skipped")
+            _line(
+                axis, marks, len(marks), marker="x", ms=6, ls="", color=ORANGE, label="step skipped"
+            )
 
     alt = f"Loss scale: {_range(scales)}; {len(skipped)} steps skipped."
-    return _panel("Loss scale", alt, draw, "loss scale", log=True)
+    return _panel("Loss scale", alt, draw, "loss scale", base=2)
 
 
 OF_A_RUN: tuple[Callable[[Experiment], Picture | None], ...] = (
@@ -179,26 +185,26 @@ def overlaid(
 ) -> list[Picture]:
     """Curves of several runs over one another, and their distances from the base."""
     found = [_distances(held)] if len(held) > 1 else []
-    for title, key, unit, log, most in OF_SEVERAL:
-        drawn = [(thin(one.curves[key], most), style) for one, style in shown if key in one.curves]
+    for title, key, unit, base, most in OF_SEVERAL:
+        drawn = [(one.curves[key], style) for one, style in shown if key in one.curves]
         if not drawn:
             continue
 
-        def draw(axis: Any, drawn: list[tuple[Points, Style]] = drawn) -> None:
+        def draw(axis: Any, drawn: list[Any] = drawn, most: int = most) -> None:
             for points, style in drawn:
-                axis.plot(*_xy(points), **style.line)
+                _line(axis, points, most, **style.line)
 
-        each = _each(max((one.curves.get(key, []) for one, _ in shown), key=len), most)
-        found.append(_panel(title + each, f"{title} of {len(drawn)} runs.", draw, unit, log))
+        each = _each(max((points for points, _ in drawn), key=len), most)
+        found.append(_panel(title + each, f"{title} of {len(drawn)} runs.", draw, unit, base))
     return found
 
 
-# (title, metric, unit, on a logarithmic axis, most points a curve: noisy ones are smoothed)
+# (title, metric, unit, base of a logarithmic axis or 0, most points: noisy curves are smoothed)
 OF_SEVERAL = (
-    ("Training loss", "train/loss", "nats a token", False, MOST),
-    ("Validation loss while training", "train/val_loss", "nats a token", False, MOST),
-    ("Gradient norm", "train/grad_norm", "norm", True, 100),
-    ("Speed", "perf/step_tokens_per_second", "tokens/s", False, 50),
+    ("Training loss", "train/loss", "nats a token", 0, MOST),
+    ("Validation loss while training", "train/val_loss", "nats a token", 0, MOST),
+    ("Gradient norm", "train/grad_norm", "norm", 10, 100),
+    ("Speed", "perf/step_tokens_per_second", "tokens/s", 0, 50),
 )
 
 
@@ -213,4 +219,4 @@ def _distances(held: Sequence[tuple[Contrast, Style]]) -> Picture:
     draw = lambda axis: draw_distances(axis, lines, noise, label)  # noqa: E731
     title = f"Distance of training losses from {base.name}"
     alt = f"{title}, by step" + (f", beside {label}." if seeds else ".")
-    return _panel(title, alt, draw, "|difference|, nats a token", log=True)
+    return _panel(title, alt, draw, "|difference|, nats a token", base=10)

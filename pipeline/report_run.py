@@ -26,7 +26,7 @@ LACKING = {
     "tokenize": "what the data is",
     "import_hf_weights": "the initialisation study",
     "train": "curves, speed and memory",
-    "evaluate": "losses over the validation split and the accuracy on multiple choice",
+    "evaluate": "losses over the validation split and accuracy on multiple choice",
     "numerics": "the machine's numerics",
     "sample": "samples",
 }
@@ -151,11 +151,12 @@ BAD = ("FAILED", "KILLED")
 def missing(found: Experiment, statuses: dict[str, str], sampled: bool) -> Iterator[str]:
     for stage in UPSTREAM:
         if stage not in statuses:
-            yield f"{stage} has no record here: {LACKING[stage]}."
+            yield f"{stage} has no record of this run, so {LACKING[stage]} cannot be shown."
         elif statuses[stage] != "FINISHED" and statuses[stage] != "at work":
             words = {"FAILED": "failed", "KILLED": "was stopped"}
             ended = words.get(statuses[stage], "is at work, or was killed without a word")
-            yield f"{stage} {ended}: what it had recorded until then is below."
+            why = found.tags.get("debug.why") if stage == "train" else None
+            yield f"{stage} {ended}{f' ({why})' if why else ''}; shown is what it had recorded."
     if "sample" in found.records and not sampled:
         yield "The samples are neither in this workspace nor in DVC's cache any more."
 
@@ -172,7 +173,10 @@ def key_figures(found: Experiment) -> list[tuple[str, str, str]]:
     rate, memory = found.last("perf/tokens_per_second"), found.last("perf/peak_memory_mib")
     seconds = [found.last(f"time/{stage}_seconds") for stage in found.records]
     known = [value for value in seconds if value is not None]
+    losses = found.values("train/loss")
+    trained = f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else ""
     rows = (
+        ("Training loss", trained, "nats a token, first and last step"),
         ("Validation loss", change("loss", "{:.3f}".format), "nats a token"),
         ("Unigram yardstick", _number(unigram, ".3f"), "a model that knows frequencies only"),
         ("Bits per byte", change("bits_per_byte", "{:.3f}".format), "of the validation text"),
@@ -184,7 +188,11 @@ def key_figures(found: Experiment) -> list[tuple[str, str, str]]:
         ),
         ("Speed", _number(rate, ",.0f"), "tokens a second"),
         ("Peak memory", _number(memory, ",.0f"), "MiB"),
-        ("Duration", f"{sum(known):,.0f} s" if known else "", f"{_number(steps, ',.0f')} steps"),
+        (
+            "Duration",
+            f"{sum(known):,.0f} s" if known else "",
+            f"{steps:,.0f} steps" if steps else "",
+        ),
     )
     return [row for row in rows if row[1]]
 

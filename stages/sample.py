@@ -42,6 +42,7 @@ def main(config: Config) -> None:
         chain = [*records.upstream("sample"), record.so_far()]
         write(paths.REPORT, report.of_chain(chain))
         record.artifact(paths.REPORT, "report")
+    print(f"sample: the whole run on one page: {paths.REPORT}")
     last = samples[-config.sample.samples * len(config.sample.prompts)]
     print(f"sample: {len(samples)} texts in {paths.SAMPLES_MD}, the first one after training:")
     print(f"  {last['prompt']}{last['text']}".replace("\n", "\n  "))
@@ -93,7 +94,7 @@ def readable(samples: list[dict[str, Any]], config: Config) -> str:
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # DVC may have linked it to its cache
-    path.write_text(text, "utf-8", newline="\n")
+    path.write_text(text, "utf-8")
 
 
 def to_terminal(words: list[str], config: Config) -> None:
