@@ -109,7 +109,7 @@ def run_page(
         curves=curves_of(found),
         evaluation=evaluation(found),
         samples=samples,
-        studies=[study for study in studies(found, read) if study],
+        studies=list(studies(found, read)),
         settings=settings(found.params),
         changed=changed(found.params, recipe),
         data=data_sets(found),
@@ -204,8 +204,7 @@ def _number(value: float | None, digits: str) -> str:
 def evaluation(found: Experiment) -> list[tuple[Any, ...]]:
     """(metric, of the initial model, of the trained one)."""
     keys = [key for key in found.curves if key.startswith("val/")]
-    rows = [(key.removeprefix("val/"), found.last(f"init_{key}"), found.last(key)) for key in keys]
-    return rows
+    return [(key.removeprefix("val/"), found.last(f"init_{key}"), found.last(key)) for key in keys]
 
 
 def samples_of(read: Read) -> list[tuple[str, list[tuple[str, str]]]]:
