@@ -124,7 +124,7 @@ def side_by_side(
     verdicts = {run.name: run.verdict for run in runs}
     by_name = {one.name: one for one in found}
     ranked = sorted(held, key=lambda one: one.run.outcome())
-    drawn = [(by_name[name], style) for name, style in looks.items()]
+    drawn = [(by_name[name], style) for name, style in looks.items() if name in trained]
     return Side(
         base=held[0].base.name if held else "",
         settings=list(settings),
@@ -164,7 +164,7 @@ def cautions(found: Sequence[Experiment], trained: dict[str, Run]) -> Iterator[s
     """What makes runs less comparable than their settings say."""
     left_out = [one.name for one in found if one.name not in trained]
     if left_out:
-        yield f"Without a finished training, and so in no table here: {', '.join(left_out)}."
+        yield f"Without a finished training, and so not compared: {', '.join(left_out)}."
     for what, values in (
         ("versions of the code", {run.code for run in trained.values()}),
         ("sets of training tokens", {run.data for run in trained.values()}),

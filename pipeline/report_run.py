@@ -71,7 +71,7 @@ class RunPage:
     name: str
     verdict: str
     mood: str  # of the verdict: good | warn | bad | none
-    figures: list[tuple[str, str, str]]  # (what, value, beside it)
+    numbers: list[tuple[str, str, str]]  # (what, value, beside it)
     notes: list[str]  # what is missing
     findings: list[Finding]
     curves: list[Picture]
@@ -103,7 +103,7 @@ def run_page(
     return RunPage(
         name,
         *verdict(findings, statuses, trained),
-        figures=key_figures(found),
+        numbers=key_numbers(found),
         notes=list(missing(found, statuses, bool(samples))),
         findings=findings,
         curves=curves_of(found),
@@ -161,7 +161,7 @@ def missing(found: Experiment, statuses: dict[str, str], sampled: bool) -> Itera
         yield "The samples are neither in this workspace nor in DVC's cache any more."
 
 
-def key_figures(found: Experiment) -> list[tuple[str, str, str]]:
+def key_numbers(found: Experiment) -> list[tuple[str, str, str]]:
     """The few numbers that a run is judged by."""
 
     def change(key: str, shown: Callable[[float], str]) -> str:
@@ -226,13 +226,13 @@ def studies(found: Experiment, read: Read) -> Iterator[Study]:
     for title, folder, pictures, pages in STUDIES:
         if folder.as_posix() not in written:
             continue
-        images = [(name, alt, read(folder / name)) for name, alt in pictures.items()]
+        images = [(alt, read(folder / name)) for name, alt in pictures.items()]
         texts = [read(folder / name) for name in pages]
-        gone = any(content is None for content in [*texts, *(image for *_, image in images)])
+        gone = any(content is None for content in [*texts, *(image for _, image in images)])
         yield Study(
             title,
             f"Not all of {folder.as_posix()} is kept as this run wrote it." if gone else "",
-            [Picture("", alt, data_uri(image, "png")) for _, alt, image in images if image],
+            [Picture("", alt, data_uri(image, "png")) for alt, image in images if image],
             [render(text.decode("utf-8")) for text in texts if text],
         )
 

@@ -257,8 +257,7 @@ def test_a_comparison_that_nobody_ran_ends_in_one_message(story: Story) -> None:
 
 def test_experiments_are_reported_side_by_side_with_the_files_that_dvc_keeps(story: Story) -> None:
     repo = story.repo
-    command = (sys.executable, "-m", "pipeline.report")
-    repo.run(*command, "four", "five", "workspace", "--out", "page.html")
+    repo.run(sys.executable, "-m", "pipeline.report", "four", "five", "--out", "page.html")
     page = (repo.folder / "page.html").read_text("utf-8")
     together, _, apart = page.partition("Each run")
     assert "<b>five</b>: shares its training with four" in together

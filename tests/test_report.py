@@ -77,7 +77,11 @@ def training(steps: int = 60, shift: float = 0.0, grows: bool = False) -> list[E
         norm = 1.0 if not grows or step < steps - 10 else 500.0
         values = {"train/loss": 10 - step / 20 + shift, "train/grad_norm": norm}
         values |= {"train/learning_rate": 1e-3, "train/loss_scale": 1.0, "train/skipped": 0.0}
-        found.append(metrics(step, **values, perf__step_tokens_per_second=900.0 + step))
+        found.append(
+            metrics(
+                step, **values, perf__step_tokens_per_second=900.0 + step, perf__step_seconds=1.0
+            )
+        )
     found.append(metrics(steps - 1, train__val_loss=8.0 + shift))
     summary = {"train/steps": float(steps), "train/skipped_steps": 0.0}
     speed = {"perf/tokens_per_second": 950.0, "perf/peak_memory_mib": 512.0}
@@ -342,10 +346,11 @@ def test_a_run_without_a_finished_training_is_named_and_the_others_compared(
     runs = {"broken": broken, "a": chain(), "b": chain({"precision": "bf16"}, shift=0.1, at=9)}
     found = [Experiment(name, name, events) for name, events in runs.items()]
     text = Seen(report.of_several(found, found, Path())).text
-    assert "Without a finished training, and so in no table here: broken." in text
+    assert "Without a finished training, and so not compared: broken." in text
     assert "+0.1 nats from a" in text
     alone = [Experiment("x", "x", broken), Experiment("y", "y", broken)]
-    assert "Outcomes" not in Seen(report.of_several(alone, alone, Path())).text
+    text = Seen(report.of_several(alone, alone, Path())).text
+    assert "Outcomes" not in text and "Curves" not in text and "these runs have the same" in text
 
 
 def test_other_code_and_other_data_are_said(workspace: Path) -> None:
@@ -355,6 +360,15 @@ def test_other_code_and_other_data_are_said(workspace: Path) -> None:
     found = [Experiment("a", "a", chain()), Experiment("b", "b", edited)]
     text = Seen(report.of_several(found, found, Path())).text
     assert "2 versions of the code" in text and "2 sets of training tokens" in text
+
+
+def test_curves_of_a_run_are_those_that_it_recorded() -> None:
+    usual = chain()
+    titles = lambda found: [p.title for p in report_figures.curves_of(Experiment("a", "", found))]  # noqa: E731
+    assert titles(usual) == ["Loss", "Gradient norm", "Learning rate", "Speed"]
+    usual["train"].insert(2, tags(precision__effective="fp16"))
+    assert titles(usual)[-1] == "Loss scale"
+    assert titles({"tokenize": usual["tokenize"]}) == []
 
 
 def test_long_curves_are_means_and_keep_the_page_light(workspace: Path) -> None:
