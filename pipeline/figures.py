@@ -1,4 +1,4 @@
-"""Figures: what the studies measured, drawn with matplotlib and saved as PNG files."""
+"""Figures: what the studies measured, drawn with matplotlib, as PNG files or as SVG."""
 
 from __future__ import annotations
 

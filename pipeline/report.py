@@ -197,7 +197,7 @@ def all_of(everything: Sequence[Experiment]) -> list[str]:
     ids = {one.name: {r[0]["id"] for r in one.records.values()} for one in everything}
     here = ids.pop(WORKSPACE, set())
     twins = [name for name, theirs in ids.items() if theirs == here]
-    first = twins[:1] or [WORKSPACE] * bool(here)
+    first = (twins[:1] or [WORKSPACE]) if here else []
     by_age = sorted((one for one in everything if one.records), key=lambda one: one.head["time"])
     return list(dict.fromkeys([*first, *(one.name for one in by_age if one.name in ids)]))
 
@@ -209,7 +209,7 @@ def report(names: Sequence[str], everyone: bool) -> str:
         found = choose([of_workspace(root)], [WORKSPACE])
         return of_one(found[0], root)
     everything = list(experiments())
-    found = choose(everything, all_of(everything) if everyone else names)
+    found = choose(everything, (all_of(everything) or [WORKSPACE]) if everyone else names)
     return of_several(found, everything, root) if len(found) > 1 else of_one(found[0], root)
 
 

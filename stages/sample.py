@@ -1,4 +1,4 @@
-"""sample: texts from the initial and the trained model; with `--prompt`, one to the terminal."""
+"""sample: texts of the initial and the trained model, the report; `--prompt`: one text alone."""
 
 from __future__ import annotations
 

@@ -406,6 +406,7 @@ def test_all_is_the_workspace_first_and_not_twice() -> None:
         *("workspace", "b", "a"),
     ]
     assert report.all_of([a, b, Experiment("workspace", "", chain(at=50))]) == ["a", "b"]
+    assert report.all_of([lost, b, Experiment("workspace", "", {})]) == ["b"]
 
 
 def test_the_command_writes_the_workspaces_page(workspace: Path, caplog) -> None:
