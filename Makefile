@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 PORT ?= 5000
 
-.PHONY: repro test test-slow ui lint clean
+.PHONY: repro test test-slow ui report lint clean
 repro: $(STAMP)
 	$(BIN)/dvc repro
 
@@ -21,6 +21,10 @@ test-slow: $(STAMP)
 
 ui: $(STAMP)
 	$(BIN)/python -m pipeline.tracking ui $(PORT)
+
+# The workspace's run; RUNS="a b" puts DVC experiments side by side, RUNS=--all every one.
+report: $(STAMP)
+	$(BIN)/python -m pipeline.report $(RUNS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -38,4 +42,4 @@ endif
 # is the gentler way: it drops only what neither the workspace nor an experiment needs.
 clean:
 	rm -rf $(VENV) .runs mlflow.db mlartifacts .dvc/cache .dvc/tmp data/tokens artifacts \
-	    metrics plots records comparisons dvc_plots .pytest_cache .ruff_cache
+	    metrics plots records comparisons report.html dvc_plots .pytest_cache .ruff_cache

@@ -21,7 +21,7 @@ from pipeline import config as configuration
 from pipeline import figures, paths
 from pipeline.errors import ConfigError, InputError, UserError
 from pipeline.experiments import Experiment, experiments
-from pipeline.records import Event, digest_of
+from pipeline.records import digest_of
 from pipeline.rows import attach
 from pipeline.tables import markdown
 
@@ -173,14 +173,16 @@ def first_apart(losses: list[float], others: list[float]) -> int | None:
 def runs_of(found: Iterable[Experiment]) -> list[Run]:
     """Every training once: experiments may share one, and the workspace holds the last again."""
     runs: dict[str, Run] = {}
-    for experiment in found:
-        training = experiment.records.get("train")
-        if training and training[0]["id"] not in runs:
-            runs[training[0]["id"]] = _run(experiment, training[0])
+    for run in filter(None, map(run_of, found)):
+        runs.setdefault(run.record, run)
     return list(runs.values())
 
 
-def _run(found: Experiment, training: Event) -> Run:
+def run_of(found: Experiment) -> Run | None:
+    """The training of an experiment; None where it has none that came to its end."""
+    if "train" not in found.records or found.last("train/skipped_steps") is None:
+        return None
+    training = found.records["train"][0]
     return Run(
         found.name,
         training["id"],
@@ -202,6 +204,13 @@ def cut(run: Run, steps: int) -> Run:
     return replace(run, losses=run.losses[:steps], validation=[], final=None)
 
 
+def family(run: Run, *settings: str) -> str:
+    """The same for runs on the same tokens that differ in `settings` and the seed alone."""
+    rest = {k: v for k, v in run.params.items() if k not in (*settings, SEED)}
+    rest = {k: v for k, v in rest.items() if not k.startswith(ASIDE)}
+    return digest_of([rest, run.data])
+
+
 def groups(runs: Iterable[Run], setting: str) -> list[dict[Any, list[Run]]]:
     """Runs on the same tokens that differ in `setting` and seed alone, by value.
 
@@ -211,9 +220,8 @@ def groups(runs: Iterable[Run], setting: str) -> list[dict[Any, list[Run]]]:
     found: dict[str, dict[tuple[Any, int], Run]] = {}
     for run in sorted(runs, key=lambda run: run.time):
         if setting in run.params:
-            rest = {k: v for k, v in run.params.items() if k not in (setting, SEED)}
-            rest = {k: v for k, v in rest.items() if not k.startswith(ASIDE)}
-            found.setdefault(digest_of([rest, run.data]), {})[run.params[setting], run.seed] = run
+            relatives = found.setdefault(family(run, setting), {})
+            relatives[run.params[setting], run.seed] = run
     several = []
     for members in found.values():
         by_value: dict[Any, list[Run]] = {}

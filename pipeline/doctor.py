@@ -328,9 +328,8 @@ def slow(found: Experiment) -> Finding | None:
 
 
 def data_bound(found: Experiment) -> Finding | None:
-    pairs = list(
-        zip(found.values("perf/data_seconds"), found.values("perf/step_seconds"), strict=True)
-    )
+    waits, steps = found.values("perf/data_seconds"), found.values("perf/step_seconds")
+    pairs = list(zip(waits, steps, strict=False))  # older records know no waits
     if len(pairs) < FEW:
         return None
     share = statistics.median(data / step for data, step in pairs if step)

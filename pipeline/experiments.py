@@ -40,7 +40,7 @@ class Experiment:
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """(step, value) by metric, in the order of writing."""
         found: dict[str, list[tuple[int, float]]] = {}
-        for event in self._events("metrics"):
+        for event in self.events("metrics"):
             for key, value in event["values"].items():
                 found.setdefault(key, []).append((event["step"], value))
         return found
@@ -48,7 +48,7 @@ class Experiment:
     @functools.cached_property
     def tags(self) -> dict[str, str]:
         """Every tag; of one written twice, the last value."""
-        return {key: v for event in self._events("tags") for key, v in event["values"].items()}
+        return {key: v for event in self.events("tags") for key, v in event["values"].items()}
 
     def values(self, key: str) -> list[float]:
         """The values of a metric, in the order of writing; none where there is no such metric."""
@@ -58,7 +58,8 @@ class Experiment:
         """The newest value of a metric."""
         return next(reversed(self.values(key)), None)
 
-    def _events(self, kind: str) -> Iterator[Event]:
+    def events(self, kind: str) -> Iterator[Event]:
+        """Of one kind, in the order of the chain."""
         order = [stage for stage in UPSTREAM if stage in self.records]
         return (e for stage in order for e in self.records[stage] if e["kind"] == kind)
 
@@ -75,23 +76,102 @@ def experiments(stages: tuple[str, ...] = tuple(UPSTREAM)) -> Iterator[Experimen
     with Repo(str(root)) as repo:
         listed = repo.experiments.ls(all_commits=True)
     for name, rev in (one for found in listed.values() for one in found):
-        yield Experiment(name, rev, dict(_of_revision(root, name, rev, stages)))
+        found = dict(_of_revision(root, name, rev, stages))
+        yield Experiment(name, rev, _of_one_chain(name, found))
+    yield of_workspace(root, stages)
+
+
+def of_workspace(root: Path, stages: tuple[str, ...] = tuple(UPSTREAM)) -> Experiment:
+    """What the records under `root` say; of the stage that failed or is at work, as far as it came.
+
+    An unfinished record counts only where it is the newest: an older one is of another run.
+    """
     kept = {stage: root / paths.record(stage) for stage in stages}
     here = {stage: records.read(path) for stage, path in kept.items() if path.exists()}
-    yield Experiment(WORKSPACE, "", here)
+    newest = max((record[0]["time"] for record in here.values()), default=0)
+    for stage, path in kept.items():
+        part = path.with_suffix(".jsonl.part")
+        if stage not in here and part.exists():
+            events = _events(part.read_text("utf-8"))
+            if events and events[0]["time"] >= newest:
+                here[stage] = events
+    return Experiment(WORKSPACE, "", _of_one_chain(WORKSPACE, here))
+
+
+# The settings that the stages read on whose records others build; a test holds them to dvc.yaml.
+READS = {
+    "tokenize": ("corpus",),
+    "import_hf_weights": ("init", "model"),
+    "train": ("precision", "debug", "device", "model", "train"),
+    "evaluate": ("device", "model", "train.sequence_length", "evaluate"),
+    "numerics": (
+        *("device", "model.n_embd", "model.n_head", "model.vocab_rows"),
+        *("train.batch_size", "train.sequence_length"),
+    ),
+}
+
+
+def _of_one_chain(name: str, found: dict[str, list[Event]]) -> dict[str, list[Event]]:
+    """Without what a former run has left.
+
+    `dvc repro train`, or a training that fails, leaves the evaluation of the model before.
+    """
+    kept = {
+        stage: record
+        for stage, record in found.items()
+        if all(_builds_on(record, found[u]) for u in UPSTREAM[stage] if u in found)
+    }
+    for stage in found.keys() - kept.keys():
+        log.warning("%s: %s is of a former run; left out", name, paths.record(stage).as_posix())
+    return kept
+
+
+def _builds_on(record: list[Event], upstream: list[Event]) -> bool:
+    """Whether `upstream` came to its end, with the settings that `record` knows it by."""
+    head, here = upstream[0], record[0]["params"]
+    read = (
+        name
+        for name in head["params"]
+        if any(name == r or name.startswith(f"{r}.") for r in READS[head["stage"]])
+    )
+    finished = upstream[-1].get("status") == "FINISHED"
+    return finished and all(here.get(name) == head["params"][name] for name in read)
 
 
 def _of_revision(
     root: Path, name: str, rev: str, stages: tuple[str, ...]
 ) -> Iterator[tuple[str, list[Event]]]:
-    from dvc.api import DVCFileSystem
-
-    files = DVCFileSystem(str(root), rev=rev)
+    files = _files(root, rev)
     for stage in stages:
         path = paths.record(stage).as_posix()
         try:
-            lines = files.read_text(path, encoding="utf-8").splitlines()
+            text = files.read_text(path, encoding="utf-8")
         except FileNotFoundError:
             log.warning("experiment %s: %s is in no cache any more; left out", name, path)
             continue
-        yield stage, [json.loads(line) for line in lines]
+        yield stage, _events(text)
+
+
+def _events(text: str) -> list[Event]:
+    """Of a record's whole lines; the last one may be cut short. `splitlines` would part texts."""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def read_file(found: Experiment, path: Path, workspace: Path) -> bytes | None:
+    """A small file that a stage of this experiment wrote; None where nobody keeps it any more.
+
+    Of the workspace it is the file that lies there now, whatever wrote it.
+    """
+    try:
+        if found.rev:
+            return _files(paths.root(), found.rev).read_bytes(path.as_posix())
+        return (workspace / path).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+@functools.cache
+def _files(root: Path, rev: str) -> Any:
+    from dvc.api import DVCFileSystem
+
+    return DVCFileSystem(str(root), rev=rev)

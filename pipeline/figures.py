@@ -1,7 +1,9 @@
-"""Figures: what the studies measured, drawn with matplotlib and saved as PNG files."""
+"""Figures: what the studies measured, drawn with matplotlib, as PNG files or as SVG."""
 
 from __future__ import annotations
 
+import io
+import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,10 @@ COLOURS = {
     "fp8_e4m3": "#CC79A7",
     "fp8_e5m2": "#E69F00",
 }
+OTHERS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 DPI = 130
+
+Points = list[tuple[float, float]]  # (step, value)
 
 
 def sheet(panels: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Any]]:
@@ -50,6 +55,16 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # DVC may have linked it to its cache
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG, its letters as outlines; without date, with ids that never change."""
+    import matplotlib
+
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "pipeline", "svg.fonttype": "path"}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
 
 
 def loss_scale(
@@ -225,33 +240,65 @@ def _number(axis: Any, names: dict[str, list[Any]]) -> None:
 
 
 def comparison(found: Comparison) -> Figure:
-    """Training losses over one another; differences from the base beside the noise of seeds."""
-    figure, (curves, differences) = sheet(2, width=6.8)
-    others = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-    named = {v: COLOURS.get(v, others[n % len(others)]) for n, v in enumerate(found.runs)}
+    """Training losses over one another; their distances from the base beside the noise of seeds."""
+    figure, (curves, distances) = sheet(2, width=6.8)
+    named = {v: COLOURS.get(v, OTHERS[n % len(OTHERS)]) for n, v in enumerate(found.runs)}
     base = [run.losses for run in found.runs[found.base]]
     for losses in base[1:]:
         curves.plot(losses, color="#bbbbbb", lw=0.8)
     if len(base) > 1:
         curves.plot([], [], color="#bbbbbb", lw=0.8, label=f"{found.base}, other seeds")
-        steps = range(min(map(len, base)))
-        spread = [statistics.stdev(losses[step] for losses in base) for step in steps]
-        label = f"two std over {len(base)} seeds of {found.base}"
-        above, below = [2 * s for s in spread], [-2 * s for s in spread]
-        differences.fill_between(steps, below, above, color="#dddddd", label=label)
     # Curves may coincide: later ones are thinner, so that the earlier ones show beneath.
+    lines = []
     for n, value in enumerate(found.runs):
         run, colour = found.main(value), named[value]
         width = 3.2 - 2.2 * n / max(1, len(found.runs) - 1)
         curves.plot(run.losses, color=colour, lw=width, label=f"{found.setting}={value}")
         partner = found.partner(run)
         if partner is not None and value != found.base:
-            gap = [a - b for a, b in zip(run.losses, partner.losses, strict=False)]
-            differences.plot(gap, color=colour, lw=1.2, label=str(value))
+            style = {"color": colour, "lw": 1.2, "label": str(value)}
+            lines.append((distance(run.losses, partner.losses), style))
     curves.set(xlabel="step", ylabel="training loss, nats a token", title="training loss")
-    differences.set(xlabel="step", ylabel="nats a token")
-    differences.set_title(f"difference from {found.setting}={found.base}, same seed")
-    differences.axhline(0, color="black", lw=0.6)
     curves.legend(fontsize=8)
-    differences.legend(fontsize=8)
+    draw_distances(distances, lines, two_std(base), f"two std over {len(base)} seeds")
+    distances.set_title(f"distance from {found.setting}={found.base}, same seed")
+    if distances.get_legend_handles_labels()[0]:
+        distances.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def distance(losses: Sequence[float], others: Sequence[float]) -> Points:
+    """|difference| of two curves by step."""
+    return [(s, abs(a - b)) for s, (a, b) in enumerate(zip(losses, others, strict=False))]
+
+
+def two_std(curves: Sequence[Sequence[float]]) -> Points:
+    """Twice the standard deviation over the curves by step; nothing for a single one."""
+    steps = enumerate(zip(*curves, strict=False)) if len(curves) > 1 else ()
+    return [(step, 2 * statistics.stdev(losses)) for step, losses in steps]
+
+
+def draw_distances(
+    axis: Any, lines: Sequence[tuple[Points, dict[str, Any]]], noise: Points, label: str
+) -> None:
+    """Distances of curves by step, each with its line's style, over a grey area up to `noise`.
+
+    The axis is logarithmic: seeds may lie a nat apart where precisions differ by a thousandth.
+    A step at which two curves are equal leaves a gap.
+    """
+    axis.set(xlabel="step", ylabel="|difference|, nats a token")
+    seen = [
+        [y for _, y in points if 0 < y < math.inf] for points in (noise, *(p for p, _ in lines))
+    ]
+    seen = [ys for ys in seen if ys]
+    if not seen:
+        axis.text(0.5, 0.5, "no difference", ha="center", va="center", transform=axis.transAxes)
+        return
+    # A difference that changes its sign passes zero: such dips must not set the scale.
+    low, high = min(map(statistics.median, seen)) / 30, max(map(max, seen)) * 1.5
+    axis.set(yscale="log", ylim=(low, high))
+    if noise:
+        steps, level = zip(*noise, strict=True)
+        axis.fill_between(steps, low, level, color="#dddddd", label=label)
+    for points, style in lines:
+        axis.plot([s for s, _ in points], [y or math.nan for _, y in points], **style)

@@ -12,7 +12,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     None and NaN are shown as a dash: a value that was not measured.
     """
     rows = [tuple(row) for row in rows]
-    cells = [[_cell(value) for value in row] for row in rows]
+    cells = [[cell(value) for value in row] for row in rows]
     numeric = [
         any(_is_number(row[i]) for row in rows)
         and all(_is_number(row[i]) or row[i] is None for row in rows)
@@ -36,7 +36,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """A value as every table here shows it."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""sample: texts from the initial and the trained model; with `--prompt`, one to the terminal."""
+"""sample: texts of the initial and the trained model, the report; `--prompt`: one text alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline import paths, runtime, tokenizer, tracking
+from pipeline import paths, records, report, runtime, tokenizer, tracking
 from pipeline.checkpoint import load_model
 from pipeline.config import Config
 from pipeline.generation import generate, stream_text, until_eot
@@ -38,6 +38,11 @@ def main(config: Config) -> None:
         for path in (paths.SAMPLES_JSONL, paths.SAMPLES_MD):
             record.artifact(path, "samples")
         record.metrics({"sample/count": len(samples)})
+        # Last, as it shows all the others: the chain's records and the files that they name.
+        chain = [*records.upstream("sample"), record.so_far()]
+        write(paths.REPORT, report.of_chain(chain))
+        record.artifact(paths.REPORT, "report")
+    print(f"sample: the whole run on one page: {paths.REPORT}")
     last = samples[-config.sample.samples * len(config.sample.prompts)]
     print(f"sample: {len(samples)} texts in {paths.SAMPLES_MD}, the first one after training:")
     print(f"  {last['prompt']}{last['text']}".replace("\n", "\n  "))

@@ -18,6 +18,8 @@ OWNERS = {
     "tiktoken": {"tokenizer"},
     "matplotlib": {"figures"},
     "dvc": {"experiments"},
+    "jinja2": {"report"},
+    "markdown_it": {"report_run"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import replace
 from typing import Any
@@ -173,10 +174,30 @@ def test_a_setting_that_cannot_be_compared_is_refused(name: str, message: str) -
 
 
 def test_the_figure_draws_a_curve_a_value_and_the_noise_of_seeds(drift) -> None:
-    curves, differences = figures.comparison(drift).axes
+    curves, distances = figures.comparison(drift).axes
     labels = [line.get_label() for line in curves.lines]
     assert [f"precision={v}" in labels for v in drift.runs] == [True] * 4
-    assert len(differences.collections) == 1, "the band of the seeds"
-    drawn = {line.get_label(): list(line.get_ydata()) for line in differences.lines}
-    assert drawn["bf16"] == pytest.approx([0.0, 0.0, 0.2, 0.3])
+    drawn = {line.get_label(): list(line.get_ydata()) for line in distances.lines}
+    assert drawn["bf16"] == pytest.approx([math.nan, math.nan, 0.2, 0.3], nan_ok=True)
     assert "tf32" not in drawn
+
+
+def test_small_differences_and_the_noise_of_seeds_are_both_read_off_one_axis() -> None:
+    losses = [10.0, 9.0, 8.0, 7.0]
+    runs = [
+        run(seed=1),
+        run(seed=2, losses=[loss + 1.5 for loss in losses]),
+        run("bf16", seed=1, losses=[loss - 0.01 for loss in losses]),
+    ]
+    _, distances = figures.comparison(compare(runs, "precision", "fp32")).axes
+    (line,), (band,) = distances.lines, distances.collections
+    low, high = distances.get_ylim()
+    top = max(y for _, y in band.get_paths()[0].vertices)
+    assert top == pytest.approx(2 * statistics.stdev([0, 1.5]))
+    assert distances.get_yscale() == "log" and low < 0.01 < top < high
+    assert list(line.get_ydata()) == pytest.approx([0.01] * 4), "a distance has no sign"
+
+
+def test_runs_that_coincide_say_so_instead_of_an_empty_axis() -> None:
+    _, distances = figures.comparison(compare([run(), run("bf16")], "precision", "fp32")).axes
+    assert [text.get_text() for text in distances.texts] == ["no difference"]

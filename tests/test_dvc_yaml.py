@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import config as configuration
+from pipeline.experiments import READS
 from pipeline.records import NO_RESULTS, UPSTREAM
 from tests.imports import ROOT, closure, config_sections
 
@@ -51,6 +52,15 @@ def test_every_record_upstream_is_made_by_a_stage_that_this_one_depends_on(stage
         todo += parents - reached
         reached |= parents
     assert reached == set(UPSTREAM[stage])
+
+
+@pytest.mark.parametrize("stage", READS)
+def test_a_record_is_known_by_the_settings_that_its_stage_reads(stage: str) -> None:
+    assert list(READS[stage]) == STAGES[stage]["params"]
+
+
+def test_every_stage_that_others_build_on_is_known_by_its_settings() -> None:
+    assert set(READS) == {stage for before in UPSTREAM.values() for stage in before}
 
 
 def test_numerics_runs_again_for_new_pins_another_device_and_other_shapes_alone() -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 from omegaconf import OmegaConf
 
 from pipeline import records
+from pipeline.report import visible
 from tests.conftest import Checkout, tiny_pipeline
 
 # MLflow's client and its libraries warn of their own deprecations.
@@ -169,7 +171,7 @@ def test_a_row_tells_params_inputs_environment_and_where_its_files_are(story: St
     assert row.data.tags["precision.effective"] == "fp32"
     assert {d.dataset.name for d in row.inputs.dataset_inputs} == {"tokens"}
     names = {f.path for f in story.client().list_artifacts(row.info.run_id)}
-    assert {"checkpoints", "samples", "init"} <= names
+    assert {"checkpoints", "samples", "init", "report"} <= names
 
 
 def test_the_copied_checkpoint_opens_in_transformers(story: Story, tmp_path: Path) -> None:
@@ -250,6 +252,39 @@ def test_two_learning_rates_are_compared_and_linked_from_their_rows(story: Story
 def test_a_comparison_that_nobody_ran_ends_in_one_message(story: Story) -> None:
     done = story.repo.run(sys.executable, "-m", "pipeline.comparison", "init.std", expect=3)
     assert "error: no two runs differ in init.std alone" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_experiments_are_reported_side_by_side_with_the_files_that_dvc_keeps(story: Story) -> None:
+    repo = story.repo
+    repo.run(sys.executable, "-m", "pipeline.report", "four", "five", "--out", "page.html")
+    page = (repo.folder / "page.html").read_text("utf-8")
+    together, _, apart = page.partition("Each run")
+    assert "<b>five</b>: shares its training with four" in together
+    assert "sample.seed" in together and "train.steps" not in together
+    lock = experiment_lock(repo, "five")
+    md5 = next(o.md5 for o in lock.stages["sample"].outs if o.path == "artifacts/samples.jsonl")
+    cached = repo.folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    for line in cached.read_text("utf-8").split("\n")[:-1]:
+        sample = json.loads(line)
+        shown = [escape(visible(sample[part])) for part in ("prompt", "text")]
+        assert "<b>{}</b>{}</blockquote>".format(*shown) in apart
+    assert apart.count("data:image/png;base64,") == 5, "studies that runs share are shown once"
+
+
+def test_the_workspace_is_reported_as_its_last_stage_did(story: Story) -> None:
+    repo = story.repo
+    repo.run(sys.executable, "-m", "pipeline.report")
+    later = (repo.folder / "report.html").read_text("utf-8")
+    kept = (repo.folder / "artifacts/report.html").read_text("utf-8")
+    assert kept.count("data:image") == later.count("data:image") > 5
+    assert "no record of this run" not in kept and "at work" in kept and "at work" not in later
+
+
+def test_a_report_of_an_unknown_experiment_lists_those_that_there_are(story: Story) -> None:
+    done = story.repo.run(sys.executable, "-m", "pipeline.report", "four", "fore", expect=3)
+    assert "error: fore: no run of that name; there are: " in done.stderr
+    assert all(name in done.stderr for name in ("aside", "cached", "five", "workspace"))
     assert "Traceback" not in done.stderr
 
 

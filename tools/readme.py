@@ -42,23 +42,15 @@ OTHER_FILES = {
     "benchmarks/": "measurements anyone can repeat, and their results",
     "tools/readme.py": "fills the outputs, settings, tree and figures of this page and of docs/",
     "constraints.txt": "every version, for every platform",
-    "Makefile": "repro, test, ui, lint, clean",
+    "Makefile": "repro, test, ui, report, lint, clean",
 }
 READING_ORDER = [
     *("model", "init", "loss", "precision", "emulation", "training", "optimizer"),
     *("data", "corpus", "overlap", "tokenizer", "hf_weights", "weight_files", "checkpoint"),
     *("generation", "evaluation", "throughput", "runtime", "budget"),
     *("init_study", "formats", "sensitivity", "roofline", "dtypes", "scaling"),
-    *(
-        "debugging",
-        "snapshot",
-        "experiments",
-        "comparison",
-        "doctor",
-        "forecast",
-        "figures",
-        "tables",
-    ),
+    *("debugging", "snapshot", "experiments", "comparison", "doctor", "forecast"),
+    *("report", "report_run", "report_figures", "contrast", "figures", "tables"),
     *("records", "tracking", "rows", "view", "runs", "config", "paths", "folders", "errors"),
     *("buffers",),
 ]
