@@ -81,6 +81,42 @@ def experiments(stages: tuple[str, ...] = tuple(UPSTREAM)) -> Iterator[Experimen
     yield Experiment(WORKSPACE, "", here)
 
 
+@dataclass(frozen=True)
+class Task:
+    """An entry of DVC's queue."""
+
+    name: str
+    rev: str  # of git's stash: no two tasks share it, as they may a name
+    state: str  # queued | running | failed | success
+
+
+def names() -> set[str]:
+    """Of every experiment and of every task of the queue."""
+    from dvc.repo import Repo
+
+    with Repo(str(paths.root())) as repo:
+        listed = repo.experiments.ls(all_commits=True)
+    found = {name for on_commit in listed.values() for name, _ in on_commit}
+    return found | {task.name for task in queue()}
+
+
+def queue() -> list[Task]:
+    """DVC's queue, with what has ended in it."""
+    from dvc.repo import Repo
+
+    with Repo(str(paths.root())) as repo:
+        listed = repo.experiments.celery_queue.status()
+    return [Task(task["name"] or "", task["rev"], task["status"].lower()) for task in listed]
+
+
+def workers() -> int:
+    """How many workers of the queue answer; takes a second."""
+    from dvc.repo import Repo
+
+    with Repo(str(paths.root())) as repo:
+        return len(repo.experiments.celery_queue.worker_status())
+
+
 def _of_revision(
     root: Path, name: str, rev: str, stages: tuple[str, ...]
 ) -> Iterator[tuple[str, list[Event]]]:

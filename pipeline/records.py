@@ -39,7 +39,8 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 # numbers that stand beside it: another colour must not train for days again.
 NO_RESULTS = (
     *("config", "errors", "paths", "records", "rows", "runs", "tracking", "view"),
-    *("comparison", "debugging", "doctor", "experiments", "figures", "snapshot"),
+    *("comparison", "debugging", "doctor", "experiments", "figures", "plots"),
+    *("queueing", "snapshot", "sweep"),
 )
 
 Event = dict[str, Any]

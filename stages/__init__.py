@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import math
+import re
 import signal
 import sys
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import config as configuration
+from pipeline import plots
 from pipeline.config import Config
 from pipeline.errors import StorageError, UserError
 
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
     from pipeline.records import Record
 
 log = logging.getLogger(__name__)
+
+# `dvc exp show` gives every metric a column: what the settings fix, what all experiments share,
+# and error bars are in the record and in MLflow alone.
+BESIDE = re.compile(
+    r"train/(steps|tokens)|model/.*|init_val/.*|val/unigram_loss|.*(_count|_acc|_stderr)"
+)
 
 
 def run(main: Callable[[Config], None]) -> None:
@@ -39,6 +47,7 @@ def run(main: Callable[[Config], None]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed
     try:
         main(configuration.load())
+        plots.keep_script()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -89,11 +98,12 @@ def announce(stage: str, precision: Precision, record: Record) -> None:
 
 
 def write_json(path: Path, values: dict[str, float]) -> None:
-    """Metrics for DVC, grouped by the part before the slash."""
+    """Metrics for DVC, grouped by the part before the slash; BESIDE are left to the row."""
     groups: dict[str, dict[str, float]] = {}
     for name, value in values.items():
-        group, _, key = name.partition("/")
-        groups.setdefault(group, {})[key] = float(f"{value:.6g}")
+        if not BESIDE.fullmatch(name):
+            group, _, key = name.partition("/")
+            groups.setdefault(group, {})[key] = _plain(value)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # DVC may have linked it to its cache
     path.write_text(json.dumps(groups, indent=2) + "\n", "utf-8")
@@ -110,6 +120,12 @@ def write_csv(
         writer.writerow(columns)
         # An empty field is a gap: a skipped step has no gradient norm.
         writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def _plain(value: float) -> float:
+    """Six digits; a count without a fraction."""
+    value = float(f"{value:.6g}")
+    return int(value) if value.is_integer() else value
 
 
 def _cell(value: float | str | None) -> str:

@@ -18,6 +18,7 @@ OWNERS = {
     "tiktoken": {"tokenizer"},
     "matplotlib": {"figures"},
     "dvc": {"experiments"},
+    "vl_convert": {"plots"},
 }
 
 

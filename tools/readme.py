@@ -49,7 +49,8 @@ READING_ORDER = [
     *("data", "corpus", "tokenizer", "hf_weights", "weight_files", "checkpoint"),
     *("generation", "evaluation", "throughput", "runtime"),
     *("init_study", "formats", "sensitivity", "roofline", "dtypes", "scaling"),
-    *("debugging", "snapshot", "experiments", "comparison", "doctor", "figures", "tables"),
+    *("debugging", "snapshot", "experiments", "sweep", "queueing", "comparison"),
+    *("doctor", "figures", "plots", "tables"),
     *("records", "tracking", "rows", "view", "runs", "config", "paths", "folders", "errors"),
     *("buffers",),
 ]
