@@ -104,6 +104,7 @@ def queue() -> list[Task]:
     """DVC's queue, with what has ended in it."""
     from dvc.repo import Repo
 
+    logging.getLogger("kombu.connection").setLevel(logging.ERROR)  # a queue of files has no host
     with Repo(str(paths.root())) as repo:
         listed = repo.experiments.celery_queue.status()
     return [Task(task["name"] or "", task["rev"], task["status"].lower()) for task in listed]

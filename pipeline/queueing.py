@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline import experiments, paths
 from pipeline.errors import InputError
@@ -93,29 +92,37 @@ class Watch:
     jobs: int
     states: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
+    failures: dict[str, str] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
     failed_at: float = -HEAL_SECONDS
     alone_since: float | None = None
 
     def wait(self) -> None:
         """Until no member is open, or none will ever be run; other tasks are nobody's business."""
-        with logging_redirect_tqdm(), tqdm(total=0, bar_format="{desc}", disable=None) as line:
-            while self.look() and not self.is_alone():
+        with tqdm(total=0, bar_format="{desc}", disable=None, leave=False) as line:
+            while True:
+                if news := self.look():
+                    line.clear()
+                    log.info("%s", news)
+                if not self.named(*OPEN) or self.is_alone():
+                    return
                 line.set_description_str(self.summary())
                 time.sleep(POLL_SECONDS)
 
-    def look(self) -> bool:
-        """Take the states down and tell of changes; whether a member is open."""
+    def look(self) -> str:
+        """Take the states down; a line for each that is new."""
         found = {task.rev: task.state for task in experiments.queue() if task.rev in self.names}
+        news = []
         for rev, name in self.names.items():
             gone = "removed" if rev in self.absent else self.states.get(rev, "queued")
-            state = found.get(rev, gone)  # gone twice: on its way to a worker it is so once
+            state = found.get(rev, gone)  # on its way to a worker it is in no list, but once
             if state != self.states.get(rev):
-                log.info("%s  %s %s", self.clock(), name, state)
-                self.failed_at = time.monotonic() if state == "failed" else self.failed_at
-            self.states[rev] = state
+                self.states[rev] = state
+                if state == "failed":
+                    self.failures[rev], self.failed_at = why(name, rev), time.monotonic()
+                news.append(f"{self.clock()}  {name}: {self.failures.get(rev, state)}")
         self.absent = self.names.keys() - found.keys()
-        return any(state in OPEN for state in self.states.values())
+        return "\n".join(news)
 
     def is_alone(self) -> bool:
         """Whether workers have been missing for long; those lost to a kill are replaced."""
@@ -125,6 +132,18 @@ class Watch:
             dvc("queue", "start", "--jobs", str(self.jobs))
         self.alone_since = None if workers else self.alone_since or now
         return bool(self.alone_since) and now - self.alone_since > ALONE_SECONDS
+
+    def problems(self) -> list[str]:
+        """A line for each member that has no result."""
+        reasons = {
+            "removed": "taken out of the queue",
+            **dict.fromkeys(OPEN, "waits, and no worker is left: `dvc queue start` goes on"),
+        }
+        return [
+            f"{self.names[rev]}: {self.failures.get(rev) or reasons[state]}"
+            for rev, state in self.states.items()
+            if state != "success"
+        ]
 
     def named(self, *states: str) -> list[str]:
         return [self.names[rev] for rev, state in self.states.items() if state in states]
@@ -140,22 +159,16 @@ class Watch:
         return f"{seconds // 60:>3}:{seconds % 60:02}"
 
 
-def why(name: str, rev: str, state: str) -> str:
-    """Why a member has no result; "" for one that has."""
-    if state == "success":
-        return ""
-    if state in OPEN:
-        return f"{name}: {state}, but no worker is left; `dvc queue start` goes on"
-    if state == "removed":
-        return f"{name}: taken out of the queue"
+def why(name: str, rev: str) -> str:
+    """Why a task failed, by its log, and where that is."""
     try:
         lines = [line for line in dvc("queue", "logs", rev, "-e", "utf-8").splitlines() if line]
     except InputError as error:  # it failed before there was a log
-        return f"{name}: failed, {error}"
+        return f"failed, {error}"
     if any(re.match("(ERROR: )?interrupted", line) for line in lines):
         reason = "killed"
     else:
-        said = [line for line in lines if not line.startswith("ERROR: ")]
+        said = [line for line in lines if not line.startswith("ERROR: ")] or ["without a word"]
         errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
         reason = f"failed, {[*said, *errors][-1]}"
-    return f"{name}: {reason}; its log: dvc queue logs {name}"
+    return f"{reason} (dvc queue logs {name})"

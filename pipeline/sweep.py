@@ -18,7 +18,7 @@ from pipeline import comparison, experiments, paths
 from pipeline.comparison import SEED
 from pipeline.config import Config, flatten, load
 from pipeline.errors import ConfigError, InputError, UserError
-from pipeline.queueing import Watch, enqueue, why
+from pipeline.queueing import Watch, enqueue
 
 log = logging.getLogger(__name__)
 
@@ -60,40 +60,40 @@ class Sweep:
 
 
 def plan(
-    words: Iterable[str], seeds: Iterable[int] = (), prefix: str = "", taken: Iterable[str] = ()
+    asked: Iterable[str], seeds: Iterable[int] = (), prefix: str = "", taken: Iterable[str] = ()
 ) -> Sweep:
     """The sweep that "SETTING=A,B" and "OTHER=VALUE" ask for; names in `taken` are not used.
 
     `seeds` are more seeds of the base, for the noise. Raises ConfigError naming every problem
     of every member.
     """
-    asked = split(words)
-    setting = varied(asked)
+    texts = split(asked)
+    setting = varied(texts)
     comparison.check_setting(setting)
-    fixed = [f"{name}={texts[0]}" for name, texts in asked.items() if name != setting]
-    choices = [[*fixed, f"{setting}={text}"] for text in asked[setting]]
+    fixed = {name: found[0] for name, found in texts.items()}
+    choices = [fixed | {setting: text} for text in texts[setting]]
     configs = checked(choices)
     values = [flatten(config)[setting] for config in configs]
     usual = flatten(load(paths.root() / paths.PARAMS))
     base = comparison.base_of(values, comparison.usual_value(setting, usual))
-    seeded = [[*choices[values.index(base)], f"{SEED}={seed}"] for seed in seeds]
+    seeded = [choices[values.index(base)] | {SEED: str(seed)} for seed in seeds]
     configs += checked(seeded)
-    check_different([*choices, *seeded], configs)
+    choices += seeded
+    check_different(choices, configs)
     stem, used, members = prefix or setting.rpartition(".")[2], set(taken), []
-    for texts, config in zip([*choices, *seeded], configs, strict=True):
-        settings = flatten(config)
-        changes = {name: settings[name] for name in (text.partition("=")[0] for text in texts)}
-        seed = f"-seed-{config.train.seed}" if texts in seeded else ""
-        wanted = dvc_name(f"{stem}-{_plain(settings[setting])}{seed}")
-        members.append(Member(new_name(wanted, used), changes, config))
+    for choice, config in zip(choices, configs, strict=True):
+        changes = {name: flatten(config)[name] for name in choice}
+        seed = f"-seed-{config.train.seed}" if choice in seeded else ""
+        name = new_name(dvc_name(f"{stem}-{choice[setting]}{seed}"), used)
+        members.append(Member(name, changes, config))
     return Sweep(setting, base, members)
 
 
-def split(words: Iterable[str]) -> dict[str, list[str]]:
+def split(given: Iterable[str]) -> dict[str, list[str]]:
     """{"train.lr": ["0.1", "0.2"]} of "train.lr=0.1,0.2"; raises ConfigError."""
     asked: dict[str, list[str]] = {}
     problems = []
-    for word in words:
+    for word in given:
         name, equals, text = word.partition("=")
         texts = text.split(",")
         if not equals or not all(texts):
@@ -117,13 +117,13 @@ def varied(asked: dict[str, list[str]]) -> str:
     return several[0]
 
 
-def checked(choices: Sequence[Sequence[str]]) -> list[Config]:
-    """A Config for each list of changes; raises one ConfigError with every problem."""
+def checked(choices: Sequence[dict[str, str]]) -> list[Config]:
+    """A Config for each set of changes; raises one ConfigError with every problem."""
     params = paths.root() / paths.PARAMS
     configs, problems = [], []
-    for texts in choices:
+    for choice in choices:
         try:
-            configs.append(load(params, texts))
+            configs.append(load(params, overrides(choice)))
             problems += machine_problems(configs[-1])
         except ConfigError as error:
             problems += [line.removeprefix(f"{params}: ") for line in str(error).splitlines()]
@@ -149,14 +149,18 @@ def machine_problems(config: Config) -> list[str]:
     return problems
 
 
-def check_different(choices: Sequence[Sequence[str]], configs: Sequence[Config]) -> None:
+def check_different(choices: Sequence[dict[str, str]], configs: Sequence[Config]) -> None:
     """Raises ConfigError where two members would be one experiment."""
     first: dict[Config, str] = {}
-    for texts, config in zip(choices, configs, strict=True):
-        shown = " ".join(texts)
+    for choice, config in zip(choices, configs, strict=True):
+        shown = " ".join(overrides(choice))
         if config in first:
             raise ConfigError(f"{first[config]} and {shown} are the same experiment")
         first[config] = shown
+
+
+def overrides(choice: dict[str, str]) -> list[str]:
+    return [f"{name}={text}" for name, text in choice.items()]
 
 
 def new_name(wanted: str, taken: set[str]) -> str:
@@ -186,8 +190,7 @@ def _quoted(value: Any) -> str:
 
 def conclude(sweep: Sweep, watch: Watch) -> None:
     """The comparison of what has run. Raises InputError naming every member that has not."""
-    problems = [why(name, rev, watch.states[rev]) for rev, name in watch.names.items()]
-    problems = [problem for problem in problems if problem]
+    problems = watch.problems()
     try:
         comparison.conclude(sweep.setting, like=flatten(sweep.members[0].config))
     except InputError as error:
@@ -208,6 +211,8 @@ def main(words: list[str]) -> None:
         log.info("%s", sweep.page())
         if asked.dry_run:
             return
+        if asked.jobs > 1:
+            log.info("%d at a time share this machine: compare losses, not speeds", asked.jobs)
         jobs = min(asked.jobs, len(sweep.members))
         changes = {member.name: member.words() for member in sweep.members}
         watch = Watch(enqueue(changes, jobs), jobs)

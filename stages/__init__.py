@@ -32,6 +32,9 @@ BESIDE = re.compile(
 )
 
 
+CURVE_POINTS = 2000  # DVC's page holds the table of a curve once for every chart
+
+
 def run(main: Callable[[Config], None]) -> None:
     """A stage as a process: checked settings in, an exit code out.
 
@@ -120,6 +123,14 @@ def write_csv(
         writer.writerow(columns)
         # An empty field is a gap: a skipped step has no gradient norm.
         writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def write_curve(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
+    """A curve for DVC's plots: of a long one every n-th point and the last. The record has all."""
+    every = -(-len(rows) // CURVE_POINTS)
+    last = len(rows) - 1
+    kept = (row for number, row in enumerate(rows) if number % every == 0 or number == last)
+    write_csv(path, columns, kept)
 
 
 def _plain(value: float) -> float:

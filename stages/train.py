@@ -32,7 +32,7 @@ from pipeline.model import GPT
 from pipeline.precision import Precision, choose_precision
 from pipeline.records import Record
 from pipeline.runs import claim
-from stages import announce, run, write_csv, write_json
+from stages import announce, run, write_csv, write_curve, write_json
 
 OUTPUTS = [
     paths.MODEL,
@@ -213,7 +213,7 @@ def write_results(
     write_json(paths.METRICS / "train.json", summary)
     rows = [{"step": r.step} | step_metrics(r) for r in curve]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    write_csv(
+    write_curve(
         paths.PLOTS / "train.csv",
         [name.rpartition("/")[2] for name in columns],
         [[row.get(name, math.nan) for name in columns] for row in rows],

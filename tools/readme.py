@@ -35,6 +35,7 @@ TENSOR = re.compile(r"transformer\.h\.[1-9]")  # the parameter table after its f
 OTHER_FILES = {
     "params.yaml": "every setting",
     "dvc.yaml": "the six stages: what they need, read and make",
+    ".dvc/plots/": "the page of `dvc plots` and its two kinds of charts",
     "recipes/": "complete params files: the default, GPT-2 124M to XL, continued training",
     "docs/notes.md": "the notes behind this project, answered with figures from a run",
     "tests/": "one file a module, and the claims seen from outside",
