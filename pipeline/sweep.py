@@ -22,7 +22,9 @@ from pipeline.queueing import Watch, enqueue
 
 log = logging.getLogger(__name__)
 
-TABLE = r"dvc exp show --only-changed --drop 'Created|^(data|artifacts|records)|\.py$'"
+TABLE = (
+    r"dvc exp show --only-changed --drop 'Created|State|Executor|^(data|artifacts|records)|\.py$'"
+)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 BESIDE = re.compile(
     r"train/(steps|tokens)|model/.*|init_val/.*|val/unigram_loss|.*(_count|_acc|_stderr)"
 )
-
-
 CURVE_POINTS = 2000  # DVC's page holds the table of a curve once for every chart
 
 
@@ -100,13 +98,17 @@ def announce(stage: str, precision: Precision, record: Record) -> None:
     record.tags({prefix + name: value for name, value in facts.items()})
 
 
+def write_metrics(path: Path, values: dict[str, float]) -> None:
+    """The metrics of DVC: what people compare first, without BESIDE."""
+    write_json(path, {key: value for key, value in values.items() if not BESIDE.fullmatch(key)})
+
+
 def write_json(path: Path, values: dict[str, float]) -> None:
-    """Metrics for DVC, grouped by the part before the slash; BESIDE are left to the row."""
+    """Numbers grouped by the part of their names before the slash."""
     groups: dict[str, dict[str, float]] = {}
     for name, value in values.items():
-        if not BESIDE.fullmatch(name):
-            group, _, key = name.partition("/")
-            groups.setdefault(group, {})[key] = _plain(value)
+        group, _, key = name.partition("/")
+        groups.setdefault(group, {})[key] = _plain(value)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # DVC may have linked it to its cache
     path.write_text(json.dumps(groups, indent=2) + "\n", "utf-8")

@@ -32,7 +32,7 @@ from pipeline.model import GPT
 from pipeline.precision import Precision, choose_precision
 from pipeline.records import Record
 from pipeline.runs import claim
-from stages import announce, run, write_csv, write_curve, write_json
+from stages import announce, run, write_csv, write_curve, write_metrics
 
 OUTPUTS = [
     paths.MODEL,
@@ -210,7 +210,7 @@ def write_results(
     if mfu is not None:
         summary["perf/mfu"] = mfu
     record.metrics(summary, config.train.steps)
-    write_json(paths.METRICS / "train.json", summary)
+    write_metrics(paths.METRICS / "train.json", summary)
     rows = [{"step": r.step} | step_metrics(r) for r in curve]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     write_curve(

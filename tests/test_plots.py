@@ -57,6 +57,14 @@ def test_every_curve_is_a_column_and_has_a_title_and_labels() -> None:
     assert asked <= drawn
 
 
+def test_the_first_columns_are_evaluates_metrics() -> None:
+    assert DVC_YAML["metrics"] == ["metrics/evaluate.json", "metrics/train.json"]
+    outs = {out for stage in DVC_YAML["stages"].values() for out in stage["outs"]}
+    assert set(DVC_YAML["metrics"]) <= outs
+    # Those of a stage would come first.
+    assert not [name for name, stage in DVC_YAML["stages"].items() if "metrics" in stage]
+
+
 def test_the_two_kinds_of_charts_differ_in_their_scale_alone() -> None:
     linear, log2 = (
         json.loads((ROOT / f".dvc/plots/{name}.json").read_text("utf-8"))
@@ -80,7 +88,7 @@ def test_metrics_for_dvc_are_few_and_counts_have_no_fraction(tmp_path: Path) -> 
         "val/unigram_loss": 6.6,
         "init_val/loss": 10.7,
     }
-    stages.write_json(tmp_path / "metrics.json", found)
+    stages.write_metrics(tmp_path / "metrics.json", found)
     text = (tmp_path / "metrics.json").read_text("utf-8")
     assert json.loads(text) == {
         "train": {"final_loss": 5.421, "skipped_steps": 3},

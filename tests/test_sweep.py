@@ -296,6 +296,65 @@ def test_ctrl_c_while_waiting_says_how_to_go_on(monkeypatch, compared, caplog) -
     assert "python -m pipeline.comparison train.lr" in caplog.text and compared == []
 
 
+STAGE = """
+import time
+from pathlib import Path
+number = int(Path("params.yaml").read_text().split()[1])
+if number == 2:
+    raise SystemExit("error: two is too many")
+if number == 3:
+    try:
+        time.sleep(300)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
+Path("out.txt").write_text(str(number))
+"""
+
+
+@pytest.fixture
+def small_repo(tmp_path: Path, monkeypatch) -> Checkout:
+    """A pipeline of one stage that takes no time, to meet the real queue."""
+    repo = Checkout(tmp_path)
+    for name in ("PATH", *(name for name in repo.env if name.startswith("GIT_"))):
+        monkeypatch.setenv(name, repo.env[name])
+    repo.run("git", "init", "--quiet", "--initial-branch=main")
+    shutil.copyfile(ROOT / ".dvc/.gitignore", tmp_path / ".dvc/.gitignore")
+    shutil.copyfile(ROOT / ".dvc/config", tmp_path / ".dvc/config")
+    (tmp_path / "stage.py").write_text(STAGE, "utf-8")
+    (tmp_path / "params.yaml").write_text("number: 0\n", "utf-8")
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n  one: {cmd: python stage.py, params: [number], outs: [out.txt]}\n", "utf-8"
+    )
+    repo.run("git", "add", "--all")
+    repo.run("git", "commit", "--quiet", "--message", "start")
+    return repo
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals to a group of processes")
+def test_the_real_queue_goes_on_after_a_kill_and_a_crash(small_repo, monkeypatch, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    names = ["killed", "crashed", "fine"]
+    members = {name: [f"number={number}"] for name, number in zip(names, (3, 2, 1), strict=True)}
+    found = Watch(queueing.enqueue(members, 1), 1)
+    assert sorted(found.names.values()) == sorted(names) and experiments.names() == set(names)
+    sleep = time.sleep
+
+    def kill_the_first(seconds: float) -> None:
+        if found.named("running") == ["killed"]:
+            small_repo.dvc("queue", "kill", "killed", expect=None)  # it may just be starting
+        sleep(seconds)
+
+    monkeypatch.setattr(queueing.time, "sleep", kill_the_first)
+    found.wait()
+    assert found.named("success") == ["fine"], caplog.text
+    assert sorted(found.problems()) == [
+        "crashed: failed, two is too many (dvc queue logs crashed)",
+        "killed: killed (dvc queue logs killed)",
+    ]
+    with pytest.raises(InputError, match="dvc queue kill nobody: exit 255"):
+        queueing.dvc("queue", "kill", "nobody")
+
+
 # One sweep as people live through it: a member is killed, one crashes, and Ctrl-C ends the wait.
 
 
