@@ -28,7 +28,7 @@ ALONE_SECONDS = 30.0  # without a worker: what is queued waits for `dvc queue st
 OPEN = ("queued", "running")
 
 
-def enqueue(members: dict[str, list[str]], jobs: int) -> dict[str, str]:
+def enqueue(members: dict[str, list[str]]) -> dict[str, str]:
     """{stash revision: name} of the members in DVC's queue; all of them or none.
 
     `members` are the changes of each by its name, in Hydra's grammar. Raises InputError with
@@ -41,7 +41,6 @@ def enqueue(members: dict[str, list[str]], jobs: int) -> dict[str, str]:
             words = [word for change in changes for word in ("-S", change)]
             dvc("exp", "run", "--queue", "--name", name, *words)
             queued.append(name)
-        dvc("queue", "start", "--jobs", str(jobs))
     except BaseException:
         if queued:
             dvc("queue", "remove", *queued)
@@ -97,6 +96,10 @@ class Watch:
     failed_at: float = -HEAL_SECONDS
     alone_since: float | None = None
 
+    def start(self) -> None:
+        """The workers that are missing."""
+        dvc("queue", "start", "--jobs", str(self.jobs))
+
     def wait(self) -> None:
         """Until no member is open, or none will ever be run; other tasks are nobody's business."""
         with tqdm(total=0, bar_format="{desc}", disable=None, leave=False) as line:
@@ -129,7 +132,7 @@ class Watch:
         now, workers = time.monotonic(), experiments.workers()
         lost = workers < self.jobs and now - self.failed_at < HEAL_SECONDS
         if lost and "queued" in self.states.values():
-            dvc("queue", "start", "--jobs", str(self.jobs))
+            self.start()
         self.alone_since = None if workers else self.alone_since or now
         return bool(self.alone_since) and now - self.alone_since > ALONE_SECONDS
 

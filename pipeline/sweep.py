@@ -215,9 +215,9 @@ def main(words: list[str]) -> None:
             return
         if asked.jobs > 1:
             log.info("%d at a time share this machine: compare losses, not speeds", asked.jobs)
-        jobs = min(asked.jobs, len(sweep.members))
-        changes = {member.name: member.words() for member in sweep.members}
-        watch = Watch(enqueue(changes, jobs), jobs)
+        queued = enqueue({member.name: member.words() for member in sweep.members})
+        watch = Watch(queued, min(asked.jobs, len(queued)))
+        watch.start()
         watch.wait()
         conclude(sweep, watch)
     except UserError as error:

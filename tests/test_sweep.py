@@ -247,7 +247,7 @@ def test_members_that_dvc_refuses_leave_no_half_a_sweep_in_the_queue(monkeypatch
 
     monkeypatch.setattr(queueing, "dvc", refuse)
     with pytest.raises(InputError, match="dvc exp run: no"):
-        queueing.enqueue({"a": ["train.lr=1"], "b": ["train.lr=2"]}, 1)
+        queueing.enqueue({"a": ["train.lr=1"], "b": ["train.lr=2"]})
     assert queue.said == ["exp run --queue --name a -S train.lr=1", "queue remove a"]
 
 
@@ -290,8 +290,7 @@ def test_a_dry_run_queues_nothing(monkeypatch, compared, caplog) -> None:
 def test_ctrl_c_while_waiting_says_how_to_go_on(monkeypatch, compared, caplog) -> None:
     Queue(monkeypatch, {})
     monkeypatch.setattr(queueing.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setattr(queueing, "enqueue", lambda changes, jobs: {"rev-a": "a"})
-    monkeypatch.setattr(sweep, "enqueue", lambda changes, jobs: {"rev-a": "a"})
+    monkeypatch.setattr(sweep, "enqueue", lambda changes: {"rev-a": "a"})
     assert run_main("train.lr=0.001,0.002") == 130
     assert "python -m pipeline.comparison train.lr" in caplog.text and compared == []
 
@@ -335,7 +334,8 @@ def test_the_real_queue_goes_on_after_a_kill_and_a_crash(small_repo, monkeypatch
     caplog.set_level(logging.INFO)
     names = ["killed", "crashed", "fine"]
     members = {name: [f"number={number}"] for name, number in zip(names, (3, 2, 1), strict=True)}
-    found = Watch(queueing.enqueue(members, 1), 1)
+    found = Watch(queueing.enqueue(members), 1)
+    found.start()
     assert sorted(found.names.values()) == sorted(names) and experiments.names() == set(names)
     sleep = time.sleep
 
