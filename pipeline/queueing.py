@@ -132,7 +132,10 @@ class Watch:
         now, workers = time.monotonic(), experiments.workers()
         lost = workers < self.jobs and now - self.failed_at < HEAL_SECONDS
         if lost and "queued" in self.states.values():
-            self.start()
+            try:
+                self.start()
+            except InputError as error:  # at the next look once more
+                log.warning("%s", error)
         self.alone_since = None if workers else self.alone_since or now
         return bool(self.alone_since) and now - self.alone_since > ALONE_SECONDS
 

@@ -295,6 +295,29 @@ def test_ctrl_c_while_waiting_says_how_to_go_on(monkeypatch, compared, caplog) -
     assert "python -m pipeline.comparison train.lr" in caplog.text and compared == []
 
 
+def test_a_queue_that_changes_under_the_readers_eyes_is_looked_at_again(
+    tmp_path, monkeypatch
+) -> None:
+    from dvc.repo.experiments.queue.celery import LocalCeleryQueue
+
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    looks: list[int] = []
+
+    def status(_queue: Any) -> list[dict[str, str]]:
+        looks.append(1)
+        if len(looks) < 3:
+            raise FileNotFoundError("moved away")
+        return [{"name": "a", "rev": "abc", "status": "Running"}]
+
+    monkeypatch.setattr(experiments.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(LocalCeleryQueue, "status", status)
+    assert experiments.queue() == [Task("a", "abc", "running")]
+    looks.clear()
+    monkeypatch.setattr(LocalCeleryQueue, "status", lambda _queue: looks[0])
+    with pytest.raises(IndexError):
+        experiments.queue()
+
+
 STAGE = """
 import time
 from pathlib import Path
