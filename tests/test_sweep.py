@@ -21,6 +21,7 @@ from pipeline.experiments import Task
 from pipeline.queueing import Watch
 from pipeline.sweep import plan
 from tests.conftest import NANO, ROOT, Checkout, tiny_pipeline
+from tests.test_comparison import run
 
 # MLflow's client and DVC's libraries warn of their own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -278,6 +279,30 @@ def test_the_members_that_ran_are_compared_and_the_others_named(
     assert run_main("train.lr=0.001,0.002,5") == InputError.exit_code
     assert compared == ["train.lr"]
     assert "lr-5: failed" in caplog.text and "dvc plots diff lr-0.001 lr-0.002\n" in caplog.text
+
+
+def test_a_sweep_of_which_one_member_ran_says_that_there_is_nothing_to_compare(
+    monkeypatch, compared, caplog
+) -> None:
+    def refuse(setting: str, like: dict[str, Any]) -> None:
+        raise InputError(f"no two runs differ in {setting}")
+
+    monkeypatch.setattr(comparison, "conclude", refuse)
+    ended = {"lr-0.001": "success", "lr-0.002": "success"}
+    queued = dict.fromkeys(ended, "queued")
+    Queue(monkeypatch, {}, queued, queued, ended)
+    assert run_main("train.lr=0.001,0.002") == InputError.exit_code
+    assert "error: no two runs differ in train.lr" in caplog.text
+
+
+def test_the_comparison_is_of_the_sweeps_own_set_though_another_is_newer() -> None:
+    other = {"train.lr": 0.2}
+    runs = [
+        *(run(name, time=1) for name in ("fp32", "bf16")),
+        *(run(name, time=9, params=other) for name in ("fp32", "bf16")),
+    ]
+    found = comparison.compare(runs, "precision", "fp32", like=run("fp16").params)
+    assert {r.params["train.lr"] for values in found.runs.values() for r in values} == {0.1}
 
 
 def test_a_dry_run_queues_nothing(monkeypatch, compared, caplog) -> None:
