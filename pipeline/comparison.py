@@ -206,9 +206,7 @@ def cut(run: Run, steps: int) -> Run:
 
 def family(run: Run, *settings: str) -> str:
     """The same for runs on the same tokens that differ in `settings` and the seed alone."""
-    rest = {k: v for k, v in run.params.items() if k not in (*settings, SEED)}
-    rest = {k: v for k, v in rest.items() if not k.startswith(ASIDE)}
-    return digest_of([rest, run.data])
+    return digest_of([settings_beside(run.params, *settings), run.data])
 
 
 def groups(runs: Iterable[Run], setting: str) -> list[dict[Any, list[Run]]]:
@@ -233,12 +231,34 @@ def groups(runs: Iterable[Run], setting: str) -> list[dict[Any, list[Run]]]:
     return sorted(several, key=newest, reverse=True)
 
 
-def compare(runs: Iterable[Run], setting: str, usual: Any, steps: int = 0) -> Comparison:
+def settings_beside(params: dict[str, Any], *settings: str) -> dict[str, Any]:
+    """What two runs must share for a comparison of `settings`."""
+    rest = {k: v for k, v in params.items() if k not in (*settings, SEED)}
+    return {k: v for k, v in rest.items() if not k.startswith(ASIDE)}
+
+
+def base_of(values: Iterable[Any], usual: Any) -> Any:
+    """The value that the others are held against: the usual one where it is among them."""
+    ordered = sorted(values, key=lambda value: (isinstance(value, str), value))
+    return usual if usual in ordered else ordered[0]
+
+
+def compare(
+    runs: Iterable[Run],
+    setting: str,
+    usual: Any,
+    steps: int = 0,
+    like: dict[str, Any] | None = None,
+) -> Comparison:
     """The newest set of runs that differ in `setting`; `usual` is the base where it ran.
 
-    Raises InputError where there is no such set.
+    With `like`, of the runs that have these settings beside. Raises InputError where there is
+    no such set.
     """
     kept = [cut(run, steps) if steps else run for run in runs]
+    if like is not None:
+        beside = settings_beside(like, setting)
+        kept = [run for run in kept if settings_beside(run.params, setting) == beside]
     found = groups(kept, setting)
     if not found:
         raise InputError(
@@ -248,8 +268,8 @@ def compare(runs: Iterable[Run], setting: str, usual: Any, steps: int = 0) -> Co
     if len(found) > 1:
         log.info("%d sets of runs differ in %s; this is the newest one", len(found), setting)
     group = found[0]
+    base = base_of(group, usual)
     values = sorted(group, key=lambda value: (isinstance(value, str), value))
-    base = usual if usual in group else values[0]
     ordered = [base, *(value for value in values if value != base)]
     return Comparison(setting, base, evenly({value: group[value] for value in ordered}))
 
@@ -290,6 +310,30 @@ def check_setting(name: str) -> None:
         )
 
 
+def conclude(
+    setting: str,
+    *,
+    steps: int = 0,
+    out: Path | None = None,
+    like: dict[str, Any] | None = None,
+) -> None:
+    """Compare what has run: to the log, to a folder, and to the rows; see `compare`."""
+    usual = configuration.flatten(configuration.load(paths.root() / "params.yaml"))
+    runs = runs_of(experiments(("train", "evaluate")))
+    found = compare(runs, setting, usual_value(setting, usual), steps, like)
+    folder = out or paths.root() / "comparisons" / setting
+    write(found, folder)
+    log.info("%s", found.page())
+    log.info("figure: %s", folder / "comparison.png")
+    ids = [run.record for runs in found.runs.values() for run in runs]
+    attach(ids, folder, f"comparison/{setting}")
+
+
+def usual_value(setting: str, params: dict[str, Any]) -> Any:
+    """What a setting's other values are held against: fp32, else the one in params.yaml."""
+    return "fp32" if setting == "precision" else params[setting]
+
+
 def main(words: list[str]) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(
@@ -301,20 +345,10 @@ def main(words: list[str]) -> None:
     asked = parser.parse_args(words)
     try:
         check_setting(asked.setting)
-        usual = configuration.flatten(configuration.load(paths.root() / "params.yaml"))
-        base = "fp32" if asked.setting == "precision" else usual[asked.setting]
-        found = compare(
-            runs_of(experiments(("train", "evaluate"))), asked.setting, base, max(0, asked.steps)
-        )
+        conclude(asked.setting, steps=max(0, asked.steps), out=asked.out)
     except UserError as error:
         log.error("error: %s", error)
         sys.exit(error.exit_code)
-    folder = asked.out or paths.root() / "comparisons" / asked.setting
-    write(found, folder)
-    log.info("%s", found.page())
-    log.info("figure: %s", folder / "comparison.png")
-    ids = [run.record for runs in found.runs.values() for run in runs]
-    attach(ids, folder, f"comparison/{asked.setting}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -145,13 +146,15 @@ class Config:
     tracking: TrackingConfig
 
 
-def load(path: str | Path = "params.yaml") -> Config:
-    """Read and check a params file.
+def load(path: str | Path = "params.yaml", changes: Iterable[str] = ()) -> Config:
+    """Read and check a params file, with settings changed as by `-S`: "train.lr=0.001".
 
     Raises ConfigError naming every problem found: setting, value and what is accepted.
     """
     try:
         raw = OmegaConf.load(path)
+        if changes and not isinstance(raw, ListConfig):
+            raw = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(changes)))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; run from the repository root") from None
     except (OmegaConfBaseException, ValueError, OSError) as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pipeline.records import UPSTREAM, Event
 log = logging.getLogger(__name__)
 
 WORKSPACE = "workspace"
+LOOKS = 5
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,56 @@ def _builds_on(record: list[Event], upstream: list[Event]) -> bool:
     )
     finished = upstream[-1].get("status") == "FINISHED"
     return finished and all(here.get(name) == head["params"][name] for name in read)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An entry of DVC's queue."""
+
+    name: str
+    rev: str  # of git's stash: no two tasks share it, as they may a name
+    state: str  # queued | running | failed | success
+
+
+def names() -> set[str]:
+    """Of every experiment and of every task of the queue."""
+    from dvc.repo import Repo
+
+    with Repo(str(paths.root())) as repo:
+        listed = repo.experiments.ls(all_commits=True)
+    found = {name for on_commit in listed.values() for name, _ in on_commit}
+    return found | {task.name for task in queue()}
+
+
+def queue() -> list[Task]:
+    """DVC's queue, with what has ended in it."""
+    listed = _of_queue(lambda tasks: tasks.status())
+    return [Task(task["name"] or "", task["rev"], task["status"].lower()) for task in listed]
+
+
+def workers() -> int:
+    """How many workers of the queue answer; takes a second."""
+    return len(_of_queue(lambda tasks: tasks.worker_status()))
+
+
+def _of_queue(look: Callable[[Any], Any]) -> Any:
+    """A look at DVC's queue: files that workers move away under a reader's eyes, so look again.
+
+    Raises what the last of several looks raised.
+    """
+    from dvc.repo import Repo
+
+    def now() -> Any:
+        with Repo(str(paths.root())) as repo:
+            return look(repo.experiments.celery_queue)
+
+    logging.getLogger("kombu.connection").setLevel(logging.ERROR)  # files need no host
+    for _ in range(LOOKS - 1):
+        try:
+            return now()
+        except Exception:  # of DVC, celery, kombu, json and the system
+            time.sleep(1)
+    return now()
 
 
 def _of_revision(

@@ -40,7 +40,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 NO_RESULTS = (
     *("config", "errors", "paths", "records", "rows", "runs", "tracking", "view"),
     *("comparison", "contrast", "debugging", "doctor", "experiments", "figures", "forecast"),
-    *("report", "report_figures", "report_run", "snapshot"),
+    *("plots", "queueing", "report", "report_figures", "report_run", "snapshot", "sweep"),
 )
 
 Event = dict[str, Any]

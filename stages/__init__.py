@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import math
+import re
 import signal
 import sys
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import config as configuration
+from pipeline import plots
 from pipeline.config import Config
 from pipeline.errors import StorageError, UserError
 
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
     from pipeline.records import Record
 
 log = logging.getLogger(__name__)
+
+# `dvc exp show` gives every metric a column: what the settings fix, what all experiments share,
+# and error bars are in the record and in MLflow alone.
+BESIDE = re.compile(
+    r"train/(steps|tokens)|model/.*|init_val/.*|val/unigram_loss|.*(_count|_acc|_stderr)"
+    r"|health/(grad_norm_last|clipped_share|update_ratio)|perf/matrix_gflops"
+)
+CURVE_POINTS = 2000  # DVC's page holds the table of a curve once for every chart
 
 
 def run(main: Callable[[Config], None]) -> None:
@@ -39,6 +49,7 @@ def run(main: Callable[[Config], None]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed
     try:
         main(configuration.load())
+        plots.keep_script()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -88,12 +99,17 @@ def announce(stage: str, precision: Precision, record: Record) -> None:
     record.tags({prefix + name: value for name, value in facts.items()})
 
 
+def write_metrics(path: Path, values: dict[str, float]) -> None:
+    """The metrics of DVC: what people compare first, without BESIDE."""
+    write_json(path, {key: value for key, value in values.items() if not BESIDE.fullmatch(key)})
+
+
 def write_json(path: Path, values: dict[str, float]) -> None:
-    """Metrics for DVC, grouped by the part before the slash."""
+    """Numbers grouped by the part of their names before the slash."""
     groups: dict[str, dict[str, float]] = {}
     for name, value in values.items():
         group, _, key = name.partition("/")
-        groups.setdefault(group, {})[key] = float(f"{value:.6g}")
+        groups.setdefault(group, {})[key] = _plain(value)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # DVC may have linked it to its cache
     path.write_text(json.dumps(groups, indent=2) + "\n", "utf-8")
@@ -110,6 +126,20 @@ def write_csv(
         writer.writerow(columns)
         # An empty field is a gap: a skipped step has no gradient norm.
         writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def write_curve(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
+    """A curve for DVC's plots: of a long one every n-th point and the last. The record has all."""
+    every = -(-len(rows) // CURVE_POINTS)
+    last = len(rows) - 1
+    kept = (row for number, row in enumerate(rows) if number % every == 0 or number == last)
+    write_csv(path, columns, kept)
+
+
+def _plain(value: float) -> float:
+    """Six digits; a count without a fraction."""
+    value = float(f"{value:.6g}")
+    return int(value) if value.is_integer() else value
 
 
 def _cell(value: float | str | None) -> str:

@@ -10,7 +10,7 @@ from pipeline import evaluation as tasks
 from pipeline.checkpoint import load_model
 from pipeline.config import UNSET_PATH, Config
 from pipeline.precision import choose_precision
-from stages import announce, run, write_json
+from stages import announce, run, write_metrics
 
 MODELS = {"init_val": paths.INIT, "val": paths.MODEL}  # the baseline beside the trained model
 ITEMS = paths.ARTIFACTS / "choice_items.jsonl"
@@ -43,7 +43,7 @@ def main(config: Config) -> None:
         record.metrics(results, config.train.steps)
         record.dataset("tokens", tokens["val"].sha256, str(tokens["val"].path), "val")
         record.artifact(ITEMS, "evaluate")
-        write_json(paths.METRICS / "evaluate.json", results)
+        write_metrics(paths.METRICS / "evaluate.json", results)
     show(results)
 
 

@@ -26,10 +26,11 @@ def main(config: Config) -> None:
         )
         measured = roofline.measure(shapes, device, runtime.device_name(device))
         write(known, suffered, measured)
-        record.artifact(paths.NUMERICS, "numerics")
         metrics = summary(measured)
         record.metrics(metrics)
-        write_json(paths.METRICS / "numerics.json", metrics)
+        # No metric of DVC's: all experiments of a machine share it, and it has many columns.
+        write_json(paths.NUMERICS / "numerics.json", metrics)
+        record.artifact(paths.NUMERICS, "numerics")
     show(measured, suffered)
 
 

@@ -38,7 +38,7 @@ from pipeline.optimizer import update_ratio
 from pipeline.precision import Precision, choose_precision
 from pipeline.records import Record
 from pipeline.runs import claim
-from stages import announce, run, write_csv, write_json
+from stages import announce, run, write_csv, write_curve, write_metrics
 
 log = logging.getLogger(__name__)
 
@@ -263,10 +263,10 @@ def write_results(
     summary["perf/of_matrix_rate"] = rate * flops / matrix_rate
     record.metrics(summary, len(curve))
     summary |= judge(record, len(curve))
-    write_json(paths.METRICS / "train.json", summary)
+    write_metrics(paths.METRICS / "train.json", summary)
     rows = [{"step": r.step} | step_metrics(r) for r in curve]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    write_csv(
+    write_curve(
         paths.PLOTS / "train.csv",
         [name.rpartition("/")[2] for name in columns],
         [[row.get(name, math.nan) for name in columns] for row in rows],

@@ -20,6 +20,7 @@ OWNERS = {
     "dvc": {"experiments"},
     "jinja2": {"report"},
     "markdown_it": {"report_run"},
+    "vl_convert": {"plots"},
 }
 
 

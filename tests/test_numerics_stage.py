@@ -49,7 +49,7 @@ def test_every_table_stands_beside_its_figure_and_all_go_to_the_row(ran: str) ->
 
 
 def test_metrics_compare_every_mode(ran: str) -> None:
-    found = json.loads((paths.METRICS / "numerics.json").read_text("utf-8"))["numerics"]
+    found = json.loads((paths.NUMERICS / "numerics.json").read_text("utf-8"))["numerics"]
     for mode in ("fp32", "tf32", "bf16", "fp16"):
         assert {f"{mode}_gflops", f"{mode}_speed", f"{mode}_error"} <= found.keys()
         assert f"\n{mode} " in ran

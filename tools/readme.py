@@ -35,6 +35,7 @@ TENSOR = re.compile(r"transformer\.h\.[1-9]")  # the parameter table after its f
 OTHER_FILES = {
     "params.yaml": "every setting",
     "dvc.yaml": "the six stages: what they need, read and make",
+    ".dvc/plots/": "the page of `dvc plots` and its two kinds of charts",
     "recipes/": "complete params files: the default, GPT-2 124M to XL, continued training",
     "docs/notes.md": "the notes behind this project, answered with figures from a run",
     "tests/": "one file a module, and the claims seen from outside",
@@ -49,8 +50,9 @@ READING_ORDER = [
     *("data", "corpus", "overlap", "tokenizer", "hf_weights", "weight_files", "checkpoint"),
     *("generation", "evaluation", "throughput", "runtime", "budget"),
     *("init_study", "formats", "sensitivity", "roofline", "dtypes", "scaling"),
-    *("debugging", "snapshot", "experiments", "comparison", "doctor", "forecast"),
-    *("report", "report_run", "report_figures", "contrast", "figures", "tables"),
+    *("debugging", "snapshot", "experiments", "sweep", "queueing", "comparison", "contrast"),
+    *("doctor", "forecast", "report", "report_run", "report_figures", "figures"),
+    *("plots", "tables"),
     *("records", "tracking", "rows", "view", "runs", "config", "paths", "folders", "errors"),
     *("buffers",),
 ]

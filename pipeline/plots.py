@@ -1,0 +1,54 @@
+"""The JavaScript that draws DVC's plots, kept at hand so that their page works offline."""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from pipeline import paths
+
+log = logging.getLogger(__name__)
+
+WHEEL = "vl-convert-python"  # carries vega, vega-lite and vega-embed
+
+
+def script() -> Path:
+    """Where .dvc/plots/page.html looks: below the main root, beside all that DVC may lose."""
+    return paths.root() / ".dvc" / "tmp" / "vega.js"
+
+
+def keep_script() -> None:
+    """Write the script, unless that of the installed version lies there.
+
+    The first time takes two seconds. A failure is one warning: the page then takes the scripts
+    from the network, and no run may end for the sake of a view.
+    """
+    try:
+        head = f"// vega, vega-lite and vega-embed, from {WHEEL} {version(WHEEL)}\n"
+        if _first_line(script()) != head:
+            _write(script(), head + _bundle())
+    except Exception as error:  # of a wheel that is missing, a disk that is full, ...
+        log.warning("DVC's plots will need a network: %s: %s", type(error).__name__, error)
+
+
+def _bundle() -> str:
+    import vl_convert
+
+    return vl_convert.javascript_bundle()
+
+
+def _first_line(path: Path) -> str:
+    if not path.exists():
+        return ""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.readline()
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: two stages may write at a time, and a browser may read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(text, "utf-8", newline="\n")
+    os.replace(part, path)
