@@ -49,18 +49,10 @@ READING_ORDER = [
     *("data", "corpus", "overlap", "tokenizer", "hf_weights", "weight_files", "checkpoint"),
     *("generation", "evaluation", "throughput", "runtime", "budget"),
     *("init_study", "formats", "sensitivity", "roofline", "dtypes", "scaling"),
-    *(
-        "debugging",
-        "snapshot",
-        "experiments",
-        "comparison",
-        "doctor",
-        "forecast",
-        "figures",
-        "tables",
-    ),
-    *("records", "tracking", "rows", "view", "runs", "config", "paths", "folders", "errors"),
-    *("buffers",),
+    *("debugging", "snapshot", "experiments", "comparison", "doctor", "forecast"),
+    *("figures", "tables"),
+    *("records", "tracking", "history", "rows", "logged_models", "notes", "view", "runs"),
+    *("config", "paths", "folders", "errors", "buffers"),
 ]
 
 
