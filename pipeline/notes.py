@@ -29,19 +29,19 @@ class Facts:
 
 
 def model_size(params: Mapping[str, Any]) -> str:
-    """ "7.2M: 4 layers x 128"; the parameters with the padded rows, as `model/parameters`."""
+    """ "7.2M: 4 x 128" (layers by width); the count is `model/parameters`, padded rows included."""
     layers, width = params["model.n_layer"], params["model.n_embd"]
     rows = params["model.vocab_rows"] + params["model.block_size"]
     count = rows * width + layers * (12 * width**2 + 13 * width) + 2 * width
-    return f"{count / 1e6:.{1 if count < 1e8 else 0}f}M: {layers} layers x {width}"
+    return f"{count / 1e6:.{1 if count < 1e8 else 0}f}M: {layers} x {width}"
 
 
 def initial_weights(params: Mapping[str, Any]) -> str:
-    """ "random, std 0.02, residual scaled" or "hf gpt2"."""
+    """ "std 0.02, scaled" (the residual projections, that is), or "hf gpt2"."""
     if params["init.source"] == "hf":
         return f"hf {params['init.hf_model']}"
-    scaled = "scaled" if params["init.residual_scale"] else "not scaled"
-    return f"random, std {params['init.std']:g}, residual {scaled}"
+    scaled = "scaled" if params["init.residual_scale"] else "unscaled"
+    return f"std {params['init.std']:g}, {scaled}"
 
 
 def note(head: Event, own: Facts, parent: Facts | None) -> str:

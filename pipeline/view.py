@@ -15,21 +15,21 @@ COLORS = (
 # In this order, each as wide as its values need, in pixels: what runs are compared by comes first,
 # and all of it fits beside the page's menu on a screen of 1600.
 COLUMNS = {
-    "metrics.`val/loss`": 90,
-    "metrics.`val/bits_per_byte`": 90,
-    "metrics.`val/choice_acc_norm`": 90,
-    "params.`precision`": 80,
-    "tags.`init`": 110,
-    "tags.`model`": 110,
-    "metrics.`perf/tokens_per_second`": 100,
-    "metrics.`perf/mfu`": 80,
-    "metrics.`perf/of_matrix_rate`": 100,
-    "metrics.`perf/peak_memory_mib`": 100,
-    "tags.`health.grad_norm`": 120,
-    "attributes.`Duration`": 80,
+    "metrics.`val/loss`": 82,
+    "metrics.`val/bits_per_byte`": 86,
+    "metrics.`val/choice_acc_norm`": 80,
+    "params.`precision`": 72,
+    "tags.`init`": 112,
+    "tags.`model`": 98,
+    "tags.`health.grad_norm`": 100,
+    "metrics.`perf/tokens_per_second`": 86,
+    "metrics.`perf/mfu`": 70,
+    "metrics.`perf/of_matrix_rate`": 84,
+    "metrics.`perf/peak_memory_mib`": 84,
+    "attributes.`Duration`": 68,
 }
 # The page's own columns, and what it calls the duration inside.
-FIRST = {"attributes.`Run Name`": 170, "runDateAndNestInfo": 130}
+FIRST = {"attributes.`Run Name`": 134, "runDateAndNestInfo": 104}
 INSIDE = {"attributes.`Duration`": "duration"}
 
 
