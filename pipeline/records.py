@@ -182,12 +182,13 @@ def tree_digest(path: Path) -> str:
 
 def dvc_md5(path: Path) -> str:
     """What DVC calls this file or folder in dvc.lock and in its cache."""
+    md5 = functools.partial(hashlib.md5, usedforsecurity=False)
     if path.is_file():
         with open(path, "rb") as content:
-            return hashlib.file_digest(content, "md5").hexdigest()
-    files = sorted((p.relative_to(path), p) for p in path.rglob("*") if p.is_file())
-    listed = [{"md5": dvc_md5(p), "relpath": name.as_posix()} for name, p in files]
-    return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
+            return hashlib.file_digest(content, md5).hexdigest()
+    files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
+    listed = [{"md5": dvc_md5(files[name]), "relpath": name} for name in sorted(files)]
+    return md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
 def code_digest(root: Path | None = None) -> str:

@@ -148,7 +148,9 @@ def sync() -> list[str]:
     """Bring the store up to date: the names of the rows that were made or completed.
 
     Every record in DVC's experiments, in the commits of every branch and tag and in the workspace
-    is given to its row in the order in which the stages ran, as they did themselves.
+    is given to its row in the order in which the stages ran, as they did themselves. What no
+    record holds does not come back: stages that failed or whose record is gone, comparisons
+    (their command attaches them again), and what a person wrote on the page.
     """
     steps = history.steps([*experiments.experiments(), *experiments.commits()])
     known = {step.head["id"] for step in steps}
