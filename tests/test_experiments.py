@@ -47,13 +47,13 @@ class Story:
             s: records.read(self.repo.folder / "records" / f"{s}.jsonl") for s in STAGES
         }
 
-    def client(self) -> Any:
+    def client(self, store: str = "mlflow.db") -> Any:
         from mlflow import MlflowClient
 
-        return MlflowClient(f"sqlite:///{self.repo.folder.as_posix()}/mlflow.db")
+        return MlflowClient(f"sqlite:///{self.repo.folder.as_posix()}/{store}")
 
-    def runs(self) -> list[Any]:
-        client = self.client()
+    def runs(self, store: str = "mlflow.db") -> list[Any]:
+        client = self.client(store)
         experiment = client.get_experiment_by_name("gpt2")
         return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
 
@@ -322,9 +322,13 @@ def files_below(client: Any, run_id: str, folder: str | None = None) -> set[tupl
     return found
 
 
-def store_as_text(story: Story) -> dict[str, Any]:
-    """All that MLflow's store holds, by row name, in plain values; ids of rows are their names."""
-    client, runs = story.client(), story.runs()
+def store_as_text(story: Story, copy: str) -> dict[str, Any]:
+    """All that MLflow's store holds, by row name, in plain values; ids of rows are their names.
+
+    Read from a copy of a name of its own: MLflow keeps a database open, even a deleted one.
+    """
+    shutil.copyfile(story.repo.folder / "mlflow.db", story.repo.folder / copy)
+    client, runs = story.client(copy), story.runs(copy)
     names = {run.info.run_id: run.info.run_name for run in runs}
     assert len(set(names.values())) == len(names)
 
@@ -360,19 +364,19 @@ def store_as_text(story: Story) -> dict[str, Any]:
 
 def test_a_deleted_store_is_rebuilt_from_the_records_as_it_was(story: Story) -> None:
     repo = story.repo
-    before = store_as_text(story)
+    before = store_as_text(story, "before.db")
     (repo.folder / "mlflow.db").unlink()
     shutil.rmtree(repo.folder / "mlartifacts")
-    said = repo.run("python", "-m", "pipeline.tracking", "sync").stderr
-    assert all(name in said for name in before)
-    after = store_as_text(story)
+    said = repo.run(sys.executable, "-m", "pipeline.tracking", "sync").stderr
+    assert all(name in said for name in before), said
+    after = store_as_text(story, "after.db")
     assert after.keys() == before.keys()
     for name, row in before.items():
         for part, expected in row.items():
             assert after[name][part] == expected, (name, part)
-    said = repo.run("python", "-m", "pipeline.tracking", "sync").stderr
+    said = repo.run(sys.executable, "-m", "pipeline.tracking", "sync").stderr
     assert "rows made or completed: none" in said
-    assert store_as_text(story) == after
+    assert store_as_text(story, "again.db") == after
 
 
 def test_an_edited_text_and_an_edited_folder_of_weights_are_noticed(story: Story) -> None:

@@ -84,9 +84,9 @@ def test_a_commit_of_an_older_schema_differs_by_name(make_config) -> None:
     assert found["changed"] == {"train.lr": [None, 0.002], "train.peak_lr": [3, None]}
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- a\n- b\n", "", "just words"])
+@pytest.mark.parametrize("text", ["a: [1", "- a\n- b\n", "", "3"])
 def test_a_commit_whose_settings_nobody_can_read_is_no_parent(make_config, text: str) -> None:
-    assert parent_of(make_config, text).get("changed", {}).get("train.lr") in (None, [None, 0.002])
+    assert parent_of(make_config, text) == {}
 
 
 def test_without_git_there_is_no_parent(make_config, monkeypatch) -> None:
