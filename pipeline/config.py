@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -152,20 +153,50 @@ def load(path: str | Path = "params.yaml", changes: Iterable[str] = ()) -> Confi
     Raises ConfigError naming every problem found: setting, value and what is accepted.
     """
     try:
-        raw = OmegaConf.load(path)
+        return from_dict(_raw(path, str(path), changes), str(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; run from the repository root") from None
+
+
+def settings_of(text: str) -> dict[str, Any]:
+    """The settings in a params file's text by dotted name, be it of an older schema or not.
+
+    Raises ConfigError for text that holds no settings by name.
+    """
+    raw = _raw(io.StringIO(text), "params")
+    try:
+        return flatten(from_dict(raw))
+    except ConfigError:
+        return _flatten_raw(raw)
+
+
+def _raw(source: Any, where: str, changes: Iterable[str] = ()) -> dict[str, Any]:
+    """Nested plain values out of YAML; raises ConfigError, or FileNotFoundError."""
+    try:
+        raw = OmegaConf.load(source)
         if changes and not isinstance(raw, ListConfig):
             raw = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(changes)))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; run from the repository root") from None
+        raise
     except (OmegaConfBaseException, ValueError, OSError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None
     except Exception as error:  # PyYAML's own errors share no base with the others
         if type(error).__module__.split(".")[0] != "yaml":
             raise
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
     if isinstance(raw, ListConfig):
-        raise ConfigError(f"{path}: settings by name are expected, not a list")
-    return from_dict(OmegaConf.to_container(raw, resolve=False), str(path))
+        raise ConfigError(f"{where}: settings by name are expected, not a list")
+    return OmegaConf.to_container(raw, resolve=False)
+
+
+def _flatten_raw(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            flat |= _flatten_raw(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def from_dict(raw: dict[str, Any], where: str = "params") -> Config:

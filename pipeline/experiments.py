@@ -1,22 +1,29 @@
-"""Records of every DVC experiment and of the workspace, read through DVC."""
+"""Records of every DVC experiment, of every commit and of the workspace, read through DVC."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import paths, records
 from pipeline.records import UPSTREAM, Event
 
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
 log = logging.getLogger(__name__)
 
 WORKSPACE = "workspace"
+LOCK = "dvc.lock"
 LOOKS = 5
 
 
@@ -70,17 +77,18 @@ def experiments(stages: tuple[str, ...] = tuple(UPSTREAM)) -> Iterator[Experimen
     """Every DVC experiment of this repository, on whatever commit, and then the workspace.
 
     Only the records of `stages` are read. A record that is in no cache any more is left out
-    with a warning that names the experiment.
+    with a warning that names the experiment. Without git the workspace is all there is.
     """
-    from dvc.repo import Repo
-
-    root = paths.root()
-    with Repo(str(root)) as repo:
-        listed = repo.experiments.ls(all_commits=True)
-    for name, rev in (one for found in listed.values() for one in found):
-        found = dict(_of_revision(root, name, rev, stages))
-        yield Experiment(name, rev, _of_one_chain(name, found))
-    yield of_workspace(root, stages)
+    with _repository() as repo:
+        if repo:
+            reader = _Reader(repo)
+            listed = repo.experiments.ls(all_commits=True)
+            for name, rev in (one for found in listed.values() for one in found):
+                found, gone = reader.read(rev, stages)
+                for path in gone:
+                    log.warning("experiment %s: %s is in no cache any more; left out", name, path)
+                yield Experiment(name, rev, _of_one_chain(name, found))
+    yield of_workspace(paths.root(), stages)
 
 
 def of_workspace(root: Path, stages: tuple[str, ...] = tuple(UPSTREAM)) -> Experiment:
@@ -190,20 +198,6 @@ def _of_queue(look: Callable[[Any], Any]) -> Any:
     return now()
 
 
-def _of_revision(
-    root: Path, name: str, rev: str, stages: tuple[str, ...]
-) -> Iterator[tuple[str, list[Event]]]:
-    files = _files(root, rev)
-    for stage in stages:
-        path = paths.record(stage).as_posix()
-        try:
-            text = files.read_text(path, encoding="utf-8")
-        except FileNotFoundError:
-            log.warning("experiment %s: %s is in no cache any more; left out", name, path)
-            continue
-        yield stage, _events(text)
-
-
 def _events(text: str) -> list[Event]:
     """Of a record's whole lines; the last one may be cut short. `splitlines` would part texts."""
     return [json.loads(line) for line in text.split("\n")[:-1]]
@@ -226,4 +220,104 @@ def read_file(found: Experiment, path: Path, workspace: Path) -> bytes | None:
 def _files(root: Path, rev: str) -> Any:
     from dvc.api import DVCFileSystem
 
-    return DVCFileSystem(str(root), rev=rev)
+    return DVCFileSystem(str(root), rev=rev or None)
+
+
+def commits() -> Iterator[Experiment]:
+    """The records in every commit of every branch and tag, named after the commit.
+
+    Those that are in no cache any more are left out, with one warning for all of them.
+    """
+    gone: set[tuple[str, str]] = set()
+    with _repository() as repo:
+        if not repo:
+            return
+        reader = _Reader(repo)
+        for rev in repo.scm.list_all_commits():
+            found, missing = reader.read(rev, tuple(UPSTREAM))
+            gone |= {(path, reader.locked(rev)[path]) for path in missing}
+            if found:
+                yield Experiment(rev[:7], rev, found)
+    if gone:
+        log.warning("%d records of earlier commits are in no cache any more; left out", len(gone))
+
+
+def copy_of(found: Experiment, path: str, folder: Path) -> Path | None:
+    """A copy, in `folder`, of a file or folder as the experiment left it, out of DVC's cache.
+
+    None where the cache has it no more.
+    """
+    from dvc.exceptions import DvcException
+
+    copy = Path(tempfile.mkdtemp(dir=folder)) / Path(path).name
+    try:
+        _files(paths.root(), found.rev).get(path, str(copy), recursive=True)
+    except (OSError, DvcException):
+        return None
+    return copy if copy.exists() else None
+
+
+@contextlib.contextmanager
+def _repository() -> Iterator[Repo | None]:
+    """This repository in DVC's hands; None where there is no git, hence no experiment."""
+    from dvc.repo import Repo
+    from dvc.scm import NoSCM, SCMError
+
+    try:
+        repo = Repo(str(paths.root()))
+    except SCMError:
+        yield None
+        return
+    with repo:
+        yield None if isinstance(repo.scm, NoSCM) else repo
+
+
+class _Reader:
+    """Records of revisions. Revisions share most of them; each is read once."""
+
+    def __init__(self, repo: Repo):
+        self._repo = repo
+        self._records: dict[str, list[Event] | None] = {}  # by DVC's md5; None: in no cache
+        self._locks: dict[str, dict[str, str]] = {}
+        above = os.path.relpath(repo.root_dir, repo.scm.root_dir)
+        self._lock = (Path(above) / LOCK).as_posix()
+
+    def read(self, rev: str, stages: tuple[str, ...]) -> tuple[dict[str, list[Event]], list[str]]:
+        """A revision's records by stage, and the paths of those that are in no cache."""
+        found, gone = {}, []
+        locked = self.locked(rev)
+        for stage in stages:
+            path = paths.record(stage).as_posix()
+            if path not in locked:  # this stage had not run there
+                continue
+            if record := self._record(rev, path, locked[path]):
+                found[stage] = record
+            else:
+                gone.append(path)
+        return found, gone
+
+    def locked(self, rev: str) -> dict[str, str]:
+        """DVC's md5 by path of what the dvc.lock of a revision lists."""
+        if rev not in self._locks:
+            self._locks[rev] = self._read_lock(rev)
+        return self._locks[rev]
+
+    def _read_lock(self, rev: str) -> dict[str, str]:
+        from dvc.utils.serialize import YAMLFileCorruptedError, parse_yaml
+
+        try:
+            with self._repo.scm.get_fs(rev).open(self._lock, "r", encoding="utf-8") as file:
+                lock = parse_yaml(file.read(), self._lock)
+            outs = [out for stage in lock["stages"].values() for out in stage.get("outs", [])]
+            return {out["path"]: out["md5"] for out in outs if "md5" in out}
+        except (FileNotFoundError, YAMLFileCorruptedError, KeyError, TypeError, AttributeError):
+            return {}  # a commit without a dvc.lock, or one with a broken one
+
+    def _record(self, rev: str, path: str, md5: str) -> list[Event] | None:
+        if md5 not in self._records:
+            try:
+                text = _files(paths.root(), rev).read_text(path, encoding="utf-8")
+                self._records[md5] = _events(text)
+            except FileNotFoundError:
+                self._records[md5] = None
+        return self._records[md5]

@@ -21,7 +21,8 @@ from typing import Any
 import psutil
 
 from pipeline import paths
-from pipeline.config import Config, flatten
+from pipeline.config import Config, flatten, settings_of
+from pipeline.errors import ConfigError
 
 # Every stage with those whose records it waits for, in the order of the chain. `numerics` stands
 # beside the chain: it measures the machine, and its record joins the row with the last stage.
@@ -40,8 +41,13 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 NO_RESULTS = (
     *("config", "errors", "paths", "records", "rows", "runs", "tracking", "view"),
     *("comparison", "contrast", "debugging", "doctor", "experiments", "figures", "forecast"),
-    *("plots", "queueing", "report", "report_figures", "report_run", "snapshot", "sweep"),
+    *("history", "logged_models", "notes", "plots", "queueing", "snapshot", "sweep"),
+    *("report", "report_figures", "report_run"),
 )
+
+# Significant digits of a value: the page shows what it is given. No timing repeats to five.
+DIGITS = 6
+DIGITS_OF = {"perf": 4, "time": 4}
 
 Event = dict[str, Any]
 
@@ -65,8 +71,8 @@ class Record:
         self._write(self.head)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """One point for each key; rounded to six digits, since the UI shows what it is given."""
-        rounded = {key: _round(value) for key, value in values.items()}
+        """One point for each key, rounded: six digits, four of rates and times."""
+        rounded = {key: _round(key, value) for key, value in values.items()}
         self._write({"kind": "metrics", "time": _now(), "step": step, "values": rounded})
 
     def tags(self, values: dict[str, Any]) -> None:
@@ -89,7 +95,8 @@ class Record:
 
     def checkpoint(self, name: str, path: Path, step: int) -> None:
         """A model directory; tracking.checkpoints decides what the row makes of it."""
-        self._write({"kind": "checkpoint", "name": name, "step": step, **_place(path)})
+        event = {"kind": "checkpoint", "name": name, "step": step, "md5": dvc_md5(path)}
+        self._write(event | _place(path))
 
     def so_far(self) -> list[Event]:
         """Every event written up to now."""
@@ -133,7 +140,7 @@ def beside(head: Event) -> Iterator[list[Event]]:
 
 def start_event(stage: str, config: Config) -> Event:
     """Who, where, when, with which settings and code. `key` names the experiment's row."""
-    params = {k: v for k, v in flatten(config).items() if not k.startswith("tracking.")}
+    params = _results_only(flatten(config))
     invocation = _invocation()
     code = next(
         (e[0]["code"] for e in upstream(stage) if e[0]["invocation"] == invocation), None
@@ -149,8 +156,11 @@ def start_event(stage: str, config: Config) -> Event:
         "invocation": invocation,
         "name": os.environ.get("DVC_EXP_NAME", ""),
         "experiment": config.tracking.experiment,
+        "checkpoints": config.tracking.checkpoints,
         "params": params,
+        "settings": digest_of(params),
         "git": _git_state(),
+        "parent": _parent(params),
         "environment": environment(),
     }
 
@@ -169,6 +179,17 @@ def tree_digest(path: Path) -> str:
         with open(file, "rb") as content:
             total.update(hashlib.file_digest(content, "sha256").digest())
     return total.hexdigest()
+
+
+def dvc_md5(path: Path) -> str:
+    """What DVC calls this file or folder in dvc.lock and in its cache."""
+    md5 = functools.partial(hashlib.md5, usedforsecurity=False)
+    if path.is_file():
+        with open(path, "rb") as content:
+            return hashlib.file_digest(content, md5).hexdigest()
+    files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
+    listed = [{"md5": dvc_md5(files[name]), "relpath": name} for name in sorted(files)]
+    return md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
 def code_digest(root: Path | None = None) -> str:
@@ -210,19 +231,45 @@ def _invocation() -> str:
     return f"{os.getpid()}-{time.time():.2f}"
 
 
-def _git_state() -> dict[str, str]:
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
+def _results_only(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: v for name, v in settings.items() if not name.startswith("tracking.")}
 
+
+def _parent(params: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the commit that this experiment starts from, as far as they differ.
+
+    `changed` holds [theirs, ours] by name, None for a setting that one side does not have. Empty
+    where that commit has no params file, or one that nobody can read.
+    """
     try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "branch": git("rev-parse", "--abbrev-ref", "HEAD"),
-            "dirty": str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower(),
-        }
-    except FileNotFoundError:  # no git on this machine: the row goes without
-        return {"commit": "", "branch": "", "dirty": ""}
+        theirs = _results_only(settings_of(_git("show", "HEAD:./params.yaml")))
+    except ConfigError:
+        return {}
+    names = dict.fromkeys([*params, *theirs])
+    both = {name: [theirs.get(name), params.get(name)] for name in names}
+    changed = {name: pair for name, pair in both.items() if pair[0] != pair[1]}
+    return {"settings": digest_of(theirs), "changed": changed} if theirs else {}
+
+
+def _git(*words: str) -> str:
+    """What git says, or nothing where it fails or is not there."""
+    try:
+        done = subprocess.run(
+            ["git", *words], capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _git_state() -> dict[str, str]:
+    commit = _git("rev-parse", "HEAD")
+    dirty = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
+    return {
+        "commit": commit,
+        "branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
+        "dirty": dirty if commit else "",
+    }
 
 
 def _place(path: Path) -> dict[str, Any]:
@@ -235,6 +282,6 @@ def _now() -> int:
     return int(time.time() * 1000)
 
 
-def _round(value: float) -> float:
-    value = float(value)
-    return float(f"{value:.6g}") if math.isfinite(value) else value
+def _round(key: str, value: float) -> float:
+    value, digits = float(value), DIGITS_OF.get(key.partition("/")[0], DIGITS)
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else value

@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from pipeline import paths, records, view
+from pipeline import notes, paths, records, view
+from pipeline.logged_models import LoggedModels
 from pipeline.records import Event
 from pipeline.runs import is_alive, this_process
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
+
+SHIPPED = "shipped."
+NOTE = "mlflow.note.content"
+OWN_NOTE = "pipeline.note"  # a mark of what we wrote there last
 
 BATCH = 1000  # MLflow's limit of metrics a request
 LOCK_SECONDS = 30.0
@@ -38,6 +44,7 @@ def connect() -> MlflowClient:
     defaults wait minutes for a server that is gone.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     from mlflow import MlflowClient
@@ -49,6 +56,14 @@ def connect() -> MlflowClient:
         with _lock():
             _create_sqlite(Path(uri.removeprefix("sqlite:///")))
     return MlflowClient(tracking_uri=uri)
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What a store raises that is not there or does not answer."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError
 
 
 def _create_sqlite(path: Path) -> None:
@@ -77,18 +92,14 @@ class Row:
 
     def __init__(self, client: MlflowClient, run_id: str, experiment_id: str):
         self.client, self.id, self.experiment_id = client, run_id, experiment_id
+        self._models = LoggedModels(client, run_id, experiment_id)
 
     def write(self, events: Iterable[Event], checkpoints: str, fetch: Fetch) -> None:
         """Ship events; writing the same events again changes nothing."""
-        from mlflow.entities import Metric
-
         points = []
         for event in events:
             if event["kind"] == "metrics":
-                points += [
-                    Metric(key, value, event["time"], event["step"])
-                    for key, value in event["values"].items()
-                ]
+                points += self._models.points(event)
             elif event["kind"] in _SHIP:
                 _SHIP[event["kind"]](self, event, checkpoints, fetch)
         for start in range(0, len(points), BATCH):
@@ -105,10 +116,42 @@ class Row:
         self.tag({"pipeline.process": this_process(), "pipeline.host": head["environment"]["host"]})
         self.client.update_run(self.id, status="RUNNING")
 
-    def leave(self, head: Event, status: str) -> None:
+    def leave(self, head: Event, end: Event) -> None:
         """The stage is over and all of its record has arrived."""
         self.tag({shipped_tag(head): head["id"]})
-        self.client.set_terminated(self.id, status)
+        self._describe(head)
+        self.client.set_terminated(self.id, end["status"], end_time=end["time"])
+
+    def settle(self, head: Event, end: Event, known: set[str]) -> None:
+        """Leave a row to which a finished stage's record came late, if no stage is left in it.
+
+        A part that is not among the `known` finished records failed, or is at work right now.
+        """
+        tags = self.client.get_run(self.id).data.tags
+        if {id_ for tag, id_ in tags.items() if tag.startswith("record.")} <= known:
+            self.leave(head, end)
+
+    def _describe(self, head: Event) -> None:
+        """Write the note, unless a person has edited it."""
+        run = self.client.get_run(self.id)
+        if (kept := run.data.tags.get(NOTE)) and _mark(kept) != run.data.tags.get(OWN_NOTE):
+            return
+        parent = self._parent(head, run)
+        text = notes.note(head, _facts(run), _facts(parent) if parent else None)[:5000]
+        self.tag({OWN_NOTE: _mark(text), NOTE: text})
+
+    def _parent(self, head: Event, run: Run) -> Run | None:
+        """The newest evaluated row before this one with the settings of this one's commit."""
+        if not head.get("parent", {}).get("changed"):
+            return None
+        found = self.client.search_runs(
+            [self.experiment_id],
+            f"tags.`pipeline.settings` = '{head['parent']['settings']}' and "
+            f"attributes.start_time < {run.info.start_time} and metrics.`val/loss` > 0",
+            order_by=["attributes.start_time DESC"],
+            max_results=1,
+        )
+        return found[0] if found else None
 
     def tag(self, values: dict[str, str]) -> None:
         from mlflow.entities import RunTag
@@ -139,12 +182,13 @@ class Row:
 
     def _checkpoint(self, event: Event, checkpoints: str, fetch: Fetch) -> None:
         name = event["name"]
-        place = {key: str(event[key]) for key in ("path", "sha256", "step")}
+        place = {k: str(event[k]) for k in ("path", "md5", "sha256", "step") if k in event}
         self.tag({f"checkpoint.{name}.{key}": value for key, value in place.items()})
-        if checkpoints == "reference":
-            self._refer(name, place)
-        elif checkpoints in ("all", name) and (path := fetch(event["path"], event["sha256"])):
+        if checkpoints in ("all", name) and (path := fetch(event["path"], event["sha256"])):
             self._copy(path, f"checkpoints/{name}")
+            place["copy"] = f"runs:/{self.id}/checkpoints/{name}"
+        if checkpoints != "none":
+            self._models.put(name, place)
 
     def _copy(self, path: Path, folder: str) -> None:
         if path.is_dir():
@@ -152,31 +196,18 @@ class Row:
         else:
             self.client.log_artifact(self.id, str(path), folder or None)
 
-    def _refer(self, name: str, place: dict[str, str]) -> None:
-        """A model on the Models tab that points at DVC's files instead of copying them."""
-        import mlflow
-        from mlflow.entities import LoggedModelOutput
 
-        known = self.client.get_run(self.id).outputs
-        if known and any(
-            self.client.get_logged_model(m.model_id).tags.get("sha256") == place["sha256"]
-            for m in known.model_outputs
-        ):
-            return
-        mlflow.set_tracking_uri(store_uri())
-        model = mlflow.create_external_model(
-            name=f"{name}-{place['sha256'][:8]}",
-            source_run_id=self.id,
-            tags=place,
-            experiment_id=self.experiment_id,
-        )
-        output = LoggedModelOutput(model.model_id, int(place["step"]))
-        self.client.log_outputs(self.id, [output])
+def _mark(text: str) -> str:
+    return records.digest_of(text)[:12]
+
+
+def _facts(run: Run) -> notes.Facts:
+    return notes.Facts(run.info.run_name, run.data.metrics, run.data.tags)
 
 
 def shipped_tag(head: Event) -> str:
     """The tag that says that the whole record has arrived."""
-    return f"shipped.{head['stage']}"
+    return f"{SHIPPED}{head['stage']}"
 
 
 _SHIP: dict[str, Callable[..., None]] = {
@@ -213,12 +244,14 @@ def open_row(client: MlflowClient, head: Event, others: list[list[Event]]) -> Ro
         )
         parts[f"record.{head['stage']}"] = head["id"]
         fitting = [
-            run.info.run_id
+            run
             for run in rows
             if all(run.data.tags.get(part, id_) == id_ for part, id_ in parts.items())
         ]
+        own = f"record.{head['stage']}"  # a replayed stage has its row already, mostly
+        fitting.sort(key=lambda run: run.data.tags.get(own) != head["id"])
         if fitting:
-            row = Row(client, fitting[0], experiment_id)
+            row = Row(client, fitting[0].info.run_id, experiment_id)
         else:
             row = _new_row(client, experiment_id, head)
             if rows:
@@ -242,12 +275,29 @@ def attach(training_records: Iterable[str], folder: Path, name: str) -> None:
         log.warning("MLflow did not take %s: %s: %s", folder, type(error).__name__, error)
 
 
+def shipped(client: MlflowClient) -> list[set[str]]:
+    """For every row, of whatever MLflow experiment, the ids of the records that arrived whole."""
+    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+    found, token = [], None
+    while True:
+        page = client.search_runs(everywhere, max_results=1000, page_token=token)
+        for run in page:
+            tags = run.data.tags.items()
+            found.append({id_ for tag, id_ in tags if tag.startswith(SHIPPED)})
+        if not (token := page.token):
+            return found
+
+
 def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
     from mlflow.entities import Param
 
     tags = {
         "pipeline.key": head["key"],
+        "pipeline.settings": head.get("settings", ""),
+        "model": notes.model_size(head["params"]),
+        "init": notes.initial_weights(head["params"]),
         "dvc.exp_name": head["name"],
+        "mlflow.runColor": _next_color(client, experiment_id),
         "mlflow.source.type": "PROJECT",
         "mlflow.source.name": "gpt2-pipeline",
         "mlflow.source.git.commit": head["git"]["commit"],
@@ -260,6 +310,17 @@ def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
     params = [Param(key, str(value)[:6000]) for key, value in head["params"].items()]
     client.log_batch(run.info.run_id, params=params[:100])
     return Row(client, run.info.run_id, experiment_id)
+
+
+def _next_color(client: MlflowClient, experiment_id: str) -> str:
+    """The colour that rows have gone longest without."""
+    newest = client.search_runs(
+        [experiment_id],
+        order_by=["attributes.start_time DESC"],
+        max_results=len(view.COLORS) - 1,
+    )
+    used = {run.data.tags.get("mlflow.runColor") for run in newest}
+    return next(color for color in view.COLORS if color not in used)
 
 
 def _sweep(client: MlflowClient, experiment_id: str) -> None:

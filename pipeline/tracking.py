@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
-import os
 import queue
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline import paths, records, view
+from pipeline import experiments, history, paths, records, view
 from pipeline.config import Config, load
+from pipeline.errors import StorageError, UserError
 from pipeline.records import Event, Record
-from pipeline.rows import connect, from_workspace, open_row, store_uri
+from pipeline.rows import (
+    Row,
+    connect,
+    from_workspace,
+    open_row,
+    shipped,
+    store_errors,
+    store_uri,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +94,7 @@ class Shipper:
             self._taken += events
             row.write(events, self._checkpoints, from_workspace)
         if self._taken[-1]["kind"] == "end":
-            row.leave(head, self._taken[-1]["status"])
+            row.leave(head, self._taken[-1])
 
     def _batches(self) -> Iterator[list[Event]]:
         """What has come, every few seconds, until the stage says that it is over."""
@@ -130,46 +145,77 @@ def record(stage: str, config: Config) -> Iterator[Record]:
 
 
 def sync() -> list[str]:
-    """Bring the store up to date from the workspace's records; the ids of the rows they fill."""
-    chains = [records.read(paths.record(s)) for s in records.UPSTREAM if paths.record(s).exists()]
-    if not chains:
-        return []
-    head = max((r[0] for r in chains), key=lambda e: e["time"])
-    stages = (*records.UPSTREAM[head["stage"]], head["stage"])
-    chain = [r for r in chains if r[0]["stage"] in stages]
+    """Bring the store up to date: the names of the rows that were made or completed.
+
+    Every record in DVC's experiments, in the commits of every branch and tag and in the workspace
+    is given to its row in the order in which the stages ran, as they did themselves. What no
+    record holds does not come back: stages that failed or whose record is gone, comparisons
+    (their command attaches them again), and what a person wrote on the page.
+    """
+    steps = history.steps([*experiments.experiments(), *experiments.commits()])
+    known = {step.head["id"] for step in steps}
     client = connect()
-    row = open_row(client, head, [r for r in chain if r[0]["id"] != head["id"]])
-    for record_ in chain:
-        row.replay(record_, load().tracking.checkpoints, from_workspace)
-    run = client.get_run(row.id)
-    parts = {id_ for tag, id_ in run.data.tags.items() if tag.startswith("record.")}
-    # A part that is not among the finished records failed, or is at work this very moment.
-    if run.info.status != "FINISHED" and parts == {r[0]["id"] for r in chain}:
-        client.set_terminated(row.id, "FINISHED", end_time=chain[-1][-1]["time"])
-    return [row.id]
+    arrived = shipped(client)
+    names = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for step in steps:
+            parts = {record[0]["id"] for record in [step.record, *step.others]}
+            if any(parts <= row for row in arrived):
+                continue
+            row = _replay(client, step, known, Path(folder))
+            arrived.append(parts)
+            names[row.id] = client.get_run(row.id).info.run_name
+    return list(names.values())
+
+
+def _replay(client: MlflowClient, step: history.Step, known: set[str], folder: Path) -> Row:
+    def fetch(path: str, sha256: str) -> Path | None:
+        found = from_workspace(path, sha256) or experiments.copy_of(step.where, path, folder)
+        return found if found and records.tree_digest(found) == sha256 else None
+
+    row = open_row(client, step.head, step.others)
+    for record_ in [*step.others, step.record]:
+        row.replay(record_, step.head.get("checkpoints", "best"), fetch)
+    row.settle(step.head, step.record[-1], known)
+    return row
 
 
 def main(words: list[str]) -> None:
-    """`sync`: fill the store from the records. `ui [port]`: that, then MLflow's page."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    if not words or words[0] not in ("sync", "ui"):
-        sys.exit("usage: python -m pipeline.tracking sync | ui [port]")
-    log.info("rows brought up to date: %s", ", ".join(sync()) or "none, no records here")
-    if words[0] == "ui":
-        port = int(words[1]) if len(words) > 1 else 5000
-        found = connect().get_experiment_by_name(load().tracking.experiment)
-        local = f"http://127.0.0.1:{port}"
-        remote = os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
-        server = _without_secrets(store_uri()) if remote else local
-        link = view.link(server, found.experiment_id if found else "0")
-        log.info("The prepared comparison:\n  %s", link)
-        if remote:
-            return
-        log.info("MLflow takes half a minute to start; Ctrl-C ends it.")
-        command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--backend-store-uri", store_uri()]
-        with contextlib.suppress(KeyboardInterrupt):
-            sys.exit(subprocess.call(command, cwd=paths.root()))
+    parser = argparse.ArgumentParser(prog="python -m pipeline.tracking", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("sync", help="fill MLflow's store from the records")
+    page = commands.add_parser("ui", help="that, then MLflow's page")
+    page.add_argument("port", type=int, nargs="?", default=5000)
+    asked = parser.parse_args(words)
+    try:
+        log.info("rows made or completed: %s", ", ".join(sync()) or "none, all are up to date")
+        if asked.command == "ui":
+            sys.exit(show(asked.port))
+    except UserError as error:
+        log.error("error: %s", error)
+        sys.exit(error.exit_code)
+    except store_errors() as error:
+        said = _without_secrets(str(error).partition("\n")[0])[:300]
+        log.error("error: MLflow at %s: %s", _without_secrets(store_uri()), said)
+        sys.exit(StorageError.exit_code)
+
+
+def show(port: int) -> int:
+    """Print the link to the prepared table and serve it, unless a server has the store already."""
+    found = connect().get_experiment_by_name(load().tracking.experiment)
+    remote = store_uri().startswith("http")
+    server = _without_secrets(store_uri()) if remote else f"http://127.0.0.1:{port}"
+    link = view.link(server.rstrip("/"), found.experiment_id if found else "0")
+    log.info("The prepared comparison:\n  %s", link)
+    if remote:
+        return 0
+    log.info("MLflow takes half a minute to start; Ctrl-C ends it.")
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", store_uri()]
+    with contextlib.suppress(KeyboardInterrupt):
+        return subprocess.call(command, cwd=paths.root())
+    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tests.imports import ROOT, imports, tree
 PIPELINE = sorted((ROOT / "pipeline").glob("*.py"))
 STAGES = sorted((ROOT / "stages").glob("*.py"))
 OWNERS = {
-    "mlflow": {"rows"},
+    "mlflow": {"rows", "logged_models"},  # runs; models
     "omegaconf": {"config"},
     "transformers": {"hf_weights"},
     "tiktoken": {"tokenizer"},

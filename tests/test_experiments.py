@@ -49,13 +49,13 @@ class Story:
             s: records.read(self.repo.folder / "records" / f"{s}.jsonl") for s in STAGES
         }
 
-    def client(self) -> Any:
+    def client(self, store: str = "mlflow.db") -> Any:
         from mlflow import MlflowClient
 
-        return MlflowClient(f"sqlite:///{self.repo.folder.as_posix()}/mlflow.db")
+        return MlflowClient(f"sqlite:///{self.repo.folder.as_posix()}/{store}")
 
-    def runs(self) -> list[Any]:
-        client = self.client()
+    def runs(self, store: str = "mlflow.db") -> list[Any]:
+        client = self.client(store)
         experiment = client.get_experiment_by_name("gpt2")
         return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
 
@@ -98,6 +98,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     told = Story(tiny_pipeline(tmp_path_factory.mktemp("story")))
     told.tell("repro", ("repro",))
     told.tell("again", ("repro",))
+    told.repo.run("git", "add", "--all")
+    told.repo.run("git", "commit", "--quiet", "--message", "first results")
     told.tell("cached train", ("exp", "run", "-n", "cached", "-S", "sample.seed=2"))
     told.tell("temp", ("exp", "run", "--temp", "-n", "aside", "-S", "sample.seed=3"))
     told.tell(
@@ -180,6 +182,38 @@ def test_the_copied_checkpoint_opens_in_transformers(story: Story, tmp_path: Pat
     (row,) = [run for run in story.runs() if run.info.run_name == "four"]
     folder = story.client().download_artifacts(row.info.run_id, "checkpoints/best", str(tmp_path))
     assert GPT2LMHeadModel.from_pretrained(folder).config.n_embd == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("cached", "`sample.seed` from `1234` to `2`."),
+        ("aside", "`sample.seed` from `1234` to `3`."),
+        ("four", "`train.lr` from `0.002` to `0.001`; `sample.seed` from `1234` to `4`."),
+    ],
+)
+def test_a_note_says_what_changed_against_the_commit(story: Story, name: str, changed: str) -> None:
+    (row,) = [run for run in story.runs() if run.info.run_name == name]
+    note = row.data.tags["mlflow.note.content"]
+    commit = row.data.tags["mlflow.source.git.commit"][:7]
+    assert f"**Changed** against commit `{commit}`: {changed}\n" in note
+    (parent,) = [run for run in story.runs() if run.info.run_id in story.rows["repro"]]
+    own, theirs = (run.data.metrics["val/loss"] for run in (row, parent))
+    assert f"Validation loss {own:.4f} ({own - theirs:+.4f})" in note
+    assert f"against {parent.info.run_name}, which has that commit's settings" in note
+    plain = parent.data.tags["mlflow.note.content"]
+    assert plain.startswith("**Nothing changed** against the settings of commit")
+
+
+def test_a_model_carries_the_md5_that_dvc_gives_its_files(story: Story) -> None:
+    (row,) = [run for run in story.runs() if run.info.run_name == "four"]
+    found = story.client().search_logged_models([row.info.experiment_id])
+    ours = [model for model in found if model.source_run_id == row.info.run_id]
+    lock = experiment_lock(story.repo, "four")
+    locked = {out.path: out.md5 for out in lock.stages["train"].outs}
+    assert {m.params["path"]: m.params["md5"] for m in ours} == {
+        path: locked[path] for path in ("artifacts/model", "artifacts/last")
+    }
 
 
 def test_git_stays_clean_after_a_repro_that_changed_nothing(story: Story) -> None:
@@ -308,18 +342,76 @@ def test_a_record_that_is_in_no_cache_any_more_is_left_out_by_name(story: Story)
     assert "experiment five: records/sample.jsonl is in no cache any more" in done.stderr
 
 
-def test_a_deleted_store_is_filled_again_from_the_records(story: Story) -> None:
+# What only the live path knows: which process it was, and on which machine it wrote the row.
+VOLATILE = {"pipeline.process", "pipeline.host"}
+
+
+def files_below(client: Any, run_id: str, folder: str | None = None) -> set[tuple[str, int]]:
+    """(path, bytes) of a row's files, without comparisons: they are made again by their command."""
+    found = set()
+    for file in client.list_artifacts(run_id, folder):
+        if file.is_dir and file.path != "comparison":
+            found |= files_below(client, run_id, file.path)
+        elif not file.is_dir:
+            found.add((file.path, file.file_size))
+    return found
+
+
+def store_as_text(story: Story, copy: str) -> dict[str, Any]:
+    """All that MLflow's store holds, by row name, in plain values; ids of rows are their names.
+
+    Read from a copy of a name of its own: MLflow keeps a database open, even a deleted one.
+    """
+    shutil.copyfile(story.repo.folder / "mlflow.db", story.repo.folder / copy)
+    client, runs = story.client(copy), story.runs(copy)
+    names = {run.info.run_id: run.info.run_name for run in runs}
+    assert len(set(names.values())) == len(names)
+
+    def named(text: str) -> str:
+        for id_, name in names.items():
+            text = text.replace(id_, name)
+        return text
+
+    def points(run_id: str, key: str) -> list[tuple[int, int, float]]:
+        history = client.get_metric_history(run_id, key)
+        return sorted((m.step, m.timestamp, m.value) for m in history)
+
+    models: dict[str, Any] = {}
+    for model in client.search_logged_models([runs[0].info.experiment_id]):
+        values = {(m.key, m.step, m.timestamp, m.value, m.dataset_digest) for m in model.metrics}
+        tags = {key: named(value) for key, value in model.tags.items()}
+        shown = (model.status, model.model_type, model.params, tags, values)
+        models.setdefault(model.source_run_id, {})[model.name] = shown
+    return {
+        names[run.info.run_id]: {
+            "info": (run.info.status, run.info.start_time, run.info.end_time),
+            "params": run.data.params,
+            "tags": {k: named(v) for k, v in run.data.tags.items() if k not in VOLATILE},
+            "metrics": {key: points(run.info.run_id, key) for key in run.data.metrics},
+            "datasets": {(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs},
+            "files": files_below(client, run.info.run_id),
+            "models": models[run.info.run_id],
+            "outputs": sorted(output.step for output in run.outputs.model_outputs),
+        }
+        for run in runs
+    }
+
+
+def test_a_deleted_store_is_rebuilt_from_the_records_as_it_was(story: Story) -> None:
     repo = story.repo
+    before = store_as_text(story, "before.db")
     (repo.folder / "mlflow.db").unlink()
     shutil.rmtree(repo.folder / "mlartifacts")
-    repo.run("python", "-m", "pipeline.tracking", "sync")
-    chain = {s: records.read(repo.folder / "records" / f"{s}.jsonl") for s in STAGES}
-    (row,) = [
-        run.info.run_id
-        for run in story.runs()
-        if run.data.tags["record.sample"] == chain["sample"][0]["id"]
-    ]
-    assert story.points(row) == expected_points(chain)
+    said = repo.run(sys.executable, "-m", "pipeline.tracking", "sync").stderr
+    assert all(name in said for name in before), said
+    after = store_as_text(story, "after.db")
+    assert after.keys() == before.keys()
+    for name, row in before.items():
+        for part, expected in row.items():
+            assert after[name][part] == expected, (name, part)
+    said = repo.run(sys.executable, "-m", "pipeline.tracking", "sync").stderr
+    assert "rows made or completed: none" in said
+    assert store_as_text(story, "again.db") == after
 
 
 def test_an_edited_text_and_an_edited_folder_of_weights_are_noticed(story: Story) -> None:

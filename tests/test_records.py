@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import paths, records
 from pipeline.records import Record
+from tests.conftest import NANO
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +43,57 @@ def test_values_are_rounded_to_six_digits_and_nan_survives(make_config) -> None:
     assert math.isnan(read["values"]["b"])
     assert read["values"]["c"] == 123457000.0
     assert [e["kind"] for e in shipped] == ["start", "metrics", "metrics", "end"]
+
+
+def test_rates_and_times_have_four_digits(make_config) -> None:
+    shipped: list[records.Event] = []
+    record = Record("train", make_config(), shipped.append)
+    values = {"perf/tokens_per_second": 2198.7654, "time/x": 1.23456, "train/loss": 1.2345678}
+    record.metrics(values)
+    record.close("FINISHED")
+    rounded = {"perf/tokens_per_second": 2199.0, "time/x": 1.235, "train/loss": 1.23457}
+    assert shipped[1]["values"] == rounded
+
+
+def git(*words: str) -> None:
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run(["git", *who, *words], check=True, capture_output=True)
+
+
+def parent_of(make_config, text: str, **changes) -> dict[str, Any]:
+    """What a start event says of a commit with this params.yaml."""
+    Path("params.yaml").write_text(text, "utf-8")
+    git("init", "--quiet")
+    git("add", "params.yaml")
+    git("commit", "--quiet", "--allow-empty", "-m", "settings")
+    return records.start_event("tokenize", make_config(**changes))["parent"]
+
+
+def test_the_parent_is_the_commits_settings_and_only_what_differs_is_kept(make_config) -> None:
+    nano = NANO.read_text("utf-8")
+    own = records.start_event("tokenize", make_config())
+    same = parent_of(make_config, nano)
+    assert same == {"settings": own["settings"], "changed": {}}
+    changed = parent_of(make_config, nano, train__lr=0.001, tracking__checkpoints="none")
+    assert changed == {"settings": own["settings"], "changed": {"train.lr": [0.002, 0.001]}}
+
+
+def test_a_commit_of_an_older_schema_differs_by_name(make_config) -> None:
+    older = NANO.read_text("utf-8").replace("  lr: 0.002", "  peak_lr: 3")
+    found = parent_of(make_config, older)
+    assert found["changed"] == {"train.lr": [None, 0.002], "train.peak_lr": [3, None]}
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- a\n- b\n", "", "3"])
+def test_a_commit_whose_settings_nobody_can_read_is_no_parent(make_config, text: str) -> None:
+    assert parent_of(make_config, text) == {}
+
+
+def test_without_git_there_is_no_parent(make_config, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    head = records.start_event("tokenize", make_config())
+    assert head["parent"] == {}
+    assert head["git"] == {"commit": "", "branch": "", "dirty": ""}
 
 
 def test_the_key_follows_params_and_code_but_not_tracking(make_config, monkeypatch) -> None:

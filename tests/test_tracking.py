@@ -6,11 +6,12 @@ import contextlib
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline import paths, records, rows, tracking
+from pipeline import paths, records, rows, tracking, view
 from tests.conftest import NANO
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -137,32 +138,131 @@ def test_a_store_that_fails_costs_one_warning_and_no_record(
     assert [v["tokenize/value"] for v in values if "tokenize/value" in v] == [0, 0.333333, 0.666667]
 
 
+def train_with_checkpoints(config) -> None:
+    """A record of train as train.py writes it: validated at its steps 3 and 6, best after 3."""
+    with tracking.record("train", config) as record:
+        record.dataset("tokens", "d" * 64, "data/tokens/train.bin", "train")
+        record.tags({"digest.train": "d" * 64, "digest.val": "e" * 64})
+        for step in range(6):
+            record.metrics({"train/loss": 9 - step, "train/grad_norm": 1.0}, step)
+            if step in (2, 5):
+                record.metrics({"train/val_loss": 10 + step}, step)
+        for name, folder, done in (("best", paths.MODEL, 3), ("last", paths.LAST, 6)):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(f"{{}} {name}")
+            record.checkpoint(name, folder, step=done)
+
+
+def all_models() -> dict:
+    client = rows.connect()
+    experiment = client.get_experiment_by_name("gpt2")
+    found = client.search_logged_models([experiment.experiment_id])
+    assert len(found) == len({model.name for model in found})
+    return {model.name: model for model in found}
+
+
 @pytest.mark.parametrize(
-    ("mode", "copied", "models"),
+    ("mode", "copied", "shown"),
     [
-        ("best", {"best"}, 0),
-        ("all", {"best", "last"}, 0),
-        ("reference", set(), 2),
-        ("none", set(), 0),
+        ("best", {"best"}, True),
+        ("all", {"best", "last"}, True),
+        ("reference", set(), True),
+        ("none", set(), False),
     ],
 )
 def test_checkpoints_are_copied_or_referred_to_as_asked(
-    make_config, mode: str, copied: set[str], models: int
+    make_config, mode: str, copied: set[str], shown: bool
 ) -> None:
-    config = make_config(tracking__checkpoints=mode)
-    with tracking.record("train", config) as record:
-        for name, folder in (("best", paths.MODEL), ("last", paths.LAST)):
-            folder.mkdir(parents=True)
-            (folder / "config.json").write_text(f"{{}} {name}")
-            record.checkpoint(name, folder, step=5)
+    train_with_checkpoints(make_config(tracking__checkpoints=mode))
+    (row,) = all_rows()
+    listed = rows.connect().list_artifacts(row.info.run_id, "checkpoints")
+    assert {Path(f.path).name for f in listed} == copied
+    assert row.data.tags["checkpoint.best.path"] == "artifacts/model"
+    models = all_models()
+    assert models.keys() == ({"best at step 3", "last at step 6"} if shown else set())
+    for name, model in models.items():
+        short = name.split()[0]
+        copy = f"runs:/{row.info.run_id}/checkpoints/{short}" if short in copied else None
+        assert model.tags.get("copy") == copy
+
+
+def test_a_model_tells_its_step_losses_and_where_dvc_keeps_its_files(make_config) -> None:
+    train_with_checkpoints(make_config())
+    with tracking.record("evaluate", make_config()) as record:
+        record.metrics({"init_val/loss": 10.8, "val/loss": 5.5}, 6)
+    models = all_models()
+    md5 = records.dvc_md5(paths.MODEL)
+    assert models["best at step 3"].params == {"step": "3", "path": "artifacts/model", "md5": md5}
+    found = {
+        name: {(m.key, m.value, m.step, m.dataset_digest) for m in model.metrics}
+        for name, model in models.items()
+    }
+    d, e = "d" * 36, "e" * 36
+    best = {("train/loss", 7.0, 2, d), ("train/val_loss", 12.0, 2, e), ("val/loss", 5.5, 6, e)}
+    assert found["best at step 3"] == best
+    assert found["last at step 6"] == {("train/loss", 4.0, 5, d), ("train/val_loss", 15.0, 5, e)}
+    (row,) = all_rows()
+    assert {(o.model_id, o.step) for o in row.outputs.model_outputs} == {
+        (models["best at step 3"].model_id, 3),
+        (models["last at step 6"].model_id, 6),
+    }
+
+
+def test_replaying_checkpoints_doubles_neither_models_nor_points(make_config) -> None:
+    train_with_checkpoints(make_config())
     (row,) = all_rows()
     client = rows.connect()
-    listed = client.list_artifacts(row.info.run_id, "checkpoints")
-    assert {Path(f.path).name for f in listed} == copied
-    found = client.search_logged_models([row.info.experiment_id])
-    assert len(found) == models
-    assert {m.tags["path"] for m in found} <= {"artifacts/model", "artifacts/last"}
-    assert row.data.tags["checkpoint.best.path"] == "artifacts/model"
+    before = {name: sorted(map(str, model.metrics)) for name, model in all_models().items()}
+    again = rows.Row(client, row.info.run_id, row.info.experiment_id)
+    again.write(records.read(paths.record("train")), "best", rows.from_workspace)
+    assert {n: sorted(map(str, m.metrics)) for n, m in all_models().items()} == before
+    assert len(client.get_metric_history(row.info.run_id, "train/val_loss")) == 2
+    assert len(client.get_run(row.info.run_id).outputs.model_outputs) == 2
+
+
+def test_rows_that_stand_together_have_colours_of_their_own(make_config) -> None:
+    number = len(view.COLORS)
+    for seed in range(number + 1):
+        head = records.start_event("tokenize", make_config(sample__seed=seed))
+        rows.open_row(rows.connect(), head | {"time": head["time"] + seed}, [])
+    colors = [row.data.tags["mlflow.runColor"] for row in all_rows()]
+    assert len(set(colors[:number])) == len(set(colors[1:])) == number
+
+
+@pytest.fixture
+def commit_has(monkeypatch) -> Callable[..., None]:
+    """commit_has("yaml text"): what git shows as HEAD's params.yaml."""
+
+    def answers(text: str) -> None:
+        known = {"show": text, "rev-parse": "1234567890"}
+        monkeypatch.setattr(records, "_git", lambda word, *_: known.get(word, ""))
+
+    return answers
+
+
+def note_of(row) -> str:
+    return row.data.tags["mlflow.note.content"]
+
+
+def test_a_note_says_what_changed_and_how_it_came_out(make_config, commit_has) -> None:
+    commit_has(NANO.read_text("utf-8"))
+    for loss, config in ((6.0, make_config()), (5.5, make_config(train__lr=0.001))):
+        with tracking.record("evaluate", config) as record:
+            record.metrics({"val/loss": loss}, 6)
+    parent, child = all_rows()
+    assert note_of(parent).startswith("**Nothing changed** against the settings of commit")
+    assert "against commit `1234567`: `train.lr` from `0.002` to `0.001`.\n" in note_of(child)
+    assert "Validation loss 5.5000 (-0.5000)" in note_of(child)
+    assert f"against {parent.info.run_name}" in note_of(child)
+
+
+def test_a_note_that_a_person_wrote_stays(make_config) -> None:
+    run_stage("tokenize", make_config())
+    (row,) = all_rows()
+    rows.connect().set_tag(row.info.run_id, "mlflow.note.content", "mine")
+    run_stage("import_hf_weights", make_config())
+    (row,) = all_rows()
+    assert note_of(row) == "mine"
 
 
 def test_only_the_very_bytes_that_a_record_saw_are_attached(tmp_path: Path) -> None:
@@ -190,6 +290,44 @@ def test_sync_leaves_a_failed_stage_failed_and_a_running_one_running(make_config
             time.sleep(0.05)
         tracking.sync()
         assert [row.info.status for row in all_rows()][-1] == "RUNNING"
+
+
+def forget_the_store(empty_store: Path) -> None:
+    shutil.copyfile(empty_store, "mlflow.db")
+
+
+def test_a_row_comes_back_as_far_as_its_records_are_kept(
+    make_config, empty_store: Path, caplog
+) -> None:
+    """Superseded: its own record is in no experiment, commit or workspace any more."""
+    for _ in range(2):
+        run_stage("tokenize", make_config())
+    superseded, kept = all_rows()
+    assert superseded.data.tags["superseded"] == kept.info.run_id
+    forget_the_store(empty_store)
+    assert tracking.sync() == [kept.info.run_name]
+    (row,) = all_rows()
+    assert row.data.tags["record.tokenize"] == kept.data.tags["record.tokenize"]
+    assert row.info.start_time == kept.info.start_time
+    assert row.info.end_time == kept.info.end_time
+    assert tracking.sync() == []
+
+
+@pytest.mark.parametrize("command", ["sync", "ui"])
+def test_a_store_that_is_not_there_ends_sync_and_ui_in_one_message(
+    make_config, monkeypatch, caplog, command: str
+) -> None:
+    run_stage("tokenize", make_config())
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with silent_socket() as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
+    with pytest.raises(SystemExit) as ended:
+        tracking.main([command])
+    assert ended.value.code == 5
+    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert [e.startswith(f"error: MLflow at http://127.0.0.1:{port}") for e in errors] == [True]
+    assert "secret" not in caplog.text
 
 
 def test_a_store_that_comes_back_gets_what_it_missed(make_config, monkeypatch) -> None:

@@ -53,8 +53,8 @@ READING_ORDER = [
     *("debugging", "snapshot", "experiments", "sweep", "queueing", "comparison", "contrast"),
     *("doctor", "forecast", "report", "report_run", "report_figures", "figures"),
     *("plots", "tables"),
-    *("records", "tracking", "rows", "view", "runs", "config", "paths", "folders", "errors"),
-    *("buffers",),
+    *("records", "tracking", "history", "rows", "logged_models", "notes", "view", "runs"),
+    *("config", "paths", "folders", "errors", "buffers"),
 ]
 
 
