@@ -192,8 +192,8 @@ def validate(state: training.TrainState, held_out: data.Tokens, config: Config) 
     loss = mean_loss(state.model, windows(), state.precision, device)
     if not math.isfinite(loss):
         # What there is to look at is no training step: the weights, on the first of these windows.
-        state.batches, state.loss = [next(iter(windows()))], loss
-        state.rng = runtime.rng_state(device)
+        state.begin([next(iter(windows()))])
+        state.loss = loss
         raise NumericsError(f"the validation loss is {loss}: this model is not kept")
     return loss
 
