@@ -217,7 +217,8 @@ def _number(axis: Any, names: dict[str, list[Any]]) -> None:
     lines, columns = [], []
     for number, (name, points) in enumerate(numbered, 1):
         lines.append(f"{number:>2}  {name}")
-        x, y = points[0].intensity, max(p.rate for p in points)
+        x = points[0].intensity  # a mode of other widths has a column of its own
+        y = max(p.rate for p in points if p.intensity == x)
         close = [c for c in columns if x / c[0] < 1.3 and 0.4 < y / c[1] < 2.5]
         if close:
             columns.remove(close[0])

@@ -173,7 +173,7 @@ class Roofline:
                 _share(f, self, "fp32"),
                 f.bytes_moved / 1e6,
                 f.seconds * 1e3,
-                min(1.0, self.call_seconds / f.seconds),
+                round(min(1.0, self.call_seconds / f.seconds), 3),
             )
             for f in (
                 *self.operations,
@@ -205,10 +205,11 @@ class Roofline:
             f"{self.bandwidth / 1e9:.1f} GB/s, measured matrix rate {self.rates['fp32'] / 1e9:.0f} "
             f"GFLOP/s: below {self.ridge('fp32'):.1f} FLOP a byte memory is the roof. That is so "
             f"for {len(limited)} of {len(rows)}: {', '.join(limited) or 'none'}.\n\n"
-            "Neither roof holds what is small: any call, even on a single number, takes "
-            f"{self.call_seconds * 1e6:.1f} microseconds (the last column is their share of the "
-            "time), and what moves a few megabytes may live in a cache, while the bandwidth is "
-            f"that of arrays far larger than any cache.\n\n{markdown(OPERATION_COLUMNS, rows)}"
+            "Neither roof says much of what is small. A call on a single number takes "
+            f"{self.call_seconds * 1e6:.1f} microseconds; the last column is that by the whole "
+            "time. And what moves a few megabytes may live in a cache, where it can pass its roof: "
+            "the bandwidth is that of arrays far larger than any cache.\n\n"
+            f"{markdown(OPERATION_COLUMNS, rows)}"
         )
 
 

@@ -240,6 +240,7 @@ def test_the_figures_mark_every_point(found) -> None:
 def test_a_number_stands_over_its_points_and_close_ones_share_a_place() -> None:
     # (name, intensity, rate): FLOPs in one second. The second is near the first, and faster.
     given = [("far", 10.0, 1000.0), ("low", 1.0, 100.0), ("near", 1.2, 150.0)]
+    given += [("far", 10.0, 500.0), ("far", 20.0, 9000.0)]  # other modes, the last in fewer bytes
     drawn = [Operation(1.0, rate / at, name, (1,), rate) for name, at, rate in given]
     roofs = Roofline("d", 200.0, {"fp32": 1000.0}, [], drawn)
     (axis,) = figures.roofline(roofs).axes
@@ -252,4 +253,4 @@ def test_a_number_stands_over_its_points_and_close_ones_share_a_place() -> None:
         ["3", "far"],
     ]
     (roof,) = (line for line in axis.lines if line.get_marker() != "o")
-    assert list(zip(*roof.get_data(), strict=True)) == [(0.5, 100), (5, 1000), (20, 1000)]
+    assert list(zip(*roof.get_data(), strict=True)) == [(0.5, 100), (5, 1000), (40, 1000)]
