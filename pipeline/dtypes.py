@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,9 @@ class Row:
 
 
 PRODUCTS = {op.overloadpacket.__name__: positions for op, positions in OPERANDS.items()} | {
+    "linear": (0, 1),  # one operation on MPS, as is its gradient
+    "linear_backward": (0, 1, 2),
+    "_scaled_dot_product_attention_math_for_mps": (0, 1, 2),
     "_scaled_dot_product_flash_attention": (0, 1, 2),
     "_scaled_dot_product_flash_attention_backward": (0, 1, 2, 3),
     "_scaled_dot_product_efficient_attention": (0, 1, 2),
@@ -81,6 +84,7 @@ class Watch(TorchDispatchMode):
         self.rows: Counter[Row] = Counter()
         self.tensors: dict[str, Counter[str]] = {}
         self._places: list[str] = []
+        self._gradients: dict[nn.Parameter, torch.dtype] = {}
         self._in_optimizer = False
         self._blind = False
         self._kept: tuple[str, Tensor] | None = None
@@ -109,11 +113,14 @@ class Watch(TorchDispatchMode):
         for name, module in state.model.named_modules():
             if not isinstance(module, nn.ModuleDict | nn.ModuleList) and name:
                 self._follow(re.sub(r"\.\d+\b", ".*", name.removeprefix("transformer.")), module)
+        for parameter in state.model.parameters():
+            noted = parameter.register_post_accumulate_grad_hook(self._after_gradient)
+            self._hooks.callback(noted.remove)
         before = state.optimizer.register_step_pre_hook(self._before_update)
         after = state.optimizer.register_step_post_hook(self._after_update)
         self._hooks.callback(before.remove)
         self._hooks.callback(after.remove)
-        self._note("parameters before", state.model.parameters())
+        self._note("parameters before", _dtypes(state.model.parameters()))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -163,7 +170,7 @@ class Watch(TorchDispatchMode):
 
     def _forward(self, x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
         """The loss, where it is known that this is the forward pass, inside the context."""
-        self._note("parameters inside", self.state.model.parameters())
+        self._note("parameters inside", _dtypes(self.state.model.parameters()))
         self._places.append("embedding")
         try:
             return self.state.eager_loss(x, y, factor)
@@ -180,32 +187,36 @@ class Watch(TorchDispatchMode):
                 return
             if place == "ln_f":
                 self._places[-1] = "head and loss"
-            self._note("module outputs", [output])
+            self._note("module outputs", [output.dtype])
             if output.dtype in LOW.values() and not self._kept:
                 self._kept = (place, output.detach())
 
         self._hooks.callback(module.register_forward_pre_hook(enter).remove)
         self._hooks.callback(module.register_forward_hook(leave).remove)
 
+    def _after_gradient(self, parameter: nn.Parameter) -> None:
+        """Seen here, since the optimizer may never be called: in fp16 a step may be skipped."""
+        if not self._blind:
+            self._gradients[parameter] = parameter.grad.dtype
+
     def _before_update(self, *_: Any) -> None:
         self._in_optimizer = True
-        parameters = self.state.model.parameters()
-        self._note("gradients (.grad)", [p.grad for p in parameters if p.grad is not None])
 
     def _after_update(self, *_: Any) -> None:
         self._in_optimizer = False
 
     def _look_at_the_state(self) -> None:
-        self._note("parameters after", self.state.model.parameters())
+        self._note("gradients (.grad)", self._gradients.values())
+        self._note("parameters after", _dtypes(self.state.model.parameters()))
         moments = tree_leaves(list(self.state.optimizer.state.values()))
-        self._note("optimizer state", _floats([moments]))
+        self._note("optimizer state", _dtypes(_floats([moments])))
         if self._kept:
-            self._note(f"output of {self._kept[0]}, held since", [self._kept[1]])
+            self._note(f"output of {self._kept[0]}, held since", [self._kept[1].dtype])
             self._kept = None
 
-    def _note(self, what: str, tensors: Any) -> None:
+    def _note(self, what: str, dtypes: Iterable[torch.dtype]) -> None:
         formats = self.tensors.setdefault(what, Counter())
-        formats.update(NAMES.get(t.dtype, str(t.dtype)) for t in tensors)
+        formats.update(NAMES.get(dtype, str(dtype)) for dtype in dtypes)
 
     def page(self) -> str:
         """The tables as Markdown, and what they say about two sentences that people repeat."""
@@ -256,6 +267,10 @@ class Watch(TorchDispatchMode):
             f"{_joined(backward)}. What accumulates in .grad: "
             f"{_joined(self.tensors['gradients (.grad)'])}.",
         ]
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> list[torch.dtype]:
+    return [t.dtype for t in tensors]
 
 
 def _floats(tree: Any) -> list[Tensor]:

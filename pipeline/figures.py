@@ -146,16 +146,15 @@ def bit_layout(found: Sequence[Format]) -> Figure:
     figure, (axis,) = sheet(1, width=11, height=3.4)
     parts = (("sign", "#999999"), ("exponent", COLOURS["tf32"]), ("mantissa", COLOURS["fp8_e5m2"]))
     for row, f in enumerate(found):
-        colours = [parts[0][1]] + [parts[1][1]] * f.exponent_bits + [parts[2][1]] * f.mantissa_bits
+        bits = (f.sign_bits, f.exponent_bits, f.mantissa_bits)
+        colours = [colour for (_, colour), n in zip(parts, bits, strict=True) for _ in range(n)]
         # Exponents end, and mantissas begin, at the same place in every row.
         start = 8 - f.exponent_bits
         for place, colour in enumerate(colours):
             square = Rectangle((start + place, -row), 0.9, 0.8, facecolor=colour)
             axis.add_patch(square)
         axis.text(-0.4, 0.4 - row, f.name, ha="right", va="center", fontweight="bold")
-        words = (
-            f"1 + {f.exponent_bits} + {f.mantissa_bits}   to {f.largest:.3g}, eps {f.epsilon:.3g}"
-        )
+        words = f"{' + '.join(map(str, bits))}   to {f.largest:.3g}, eps {f.epsilon:.3g}"
         axis.text(33, 0.4 - row, words, va="center", fontsize=9)
     for name, colour in parts:
         axis.add_patch(Rectangle((0, 99), 1, 1, facecolor=colour, label=name))
@@ -218,7 +217,8 @@ def _number(axis: Any, names: dict[str, list[Any]]) -> None:
     lines, columns = [], []
     for number, (name, points) in enumerate(numbered, 1):
         lines.append(f"{number:>2}  {name}")
-        x, y = points[0].intensity, max(p.rate for p in points)
+        x = points[0].intensity  # a mode of other widths has a column of its own
+        y = max(p.rate for p in points if p.intensity == x)
         close = [c for c in columns if x / c[0] < 1.3 and 0.4 < y / c[1] < 2.5]
         if close:
             columns.remove(close[0])

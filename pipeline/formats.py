@@ -1,4 +1,4 @@
-"""The number formats of the trade, computed from torch: bits, range and precision."""
+"""The number formats of the trade, from torch's dtypes, tf32's from the rounding used here."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Format:
     """A binary floating-point format; `epsilon` is the gap above 1."""
 
     name: str
+    sign_bits: int
     exponent_bits: int
     mantissa_bits: int  # those that are stored; the leading one is not
     largest: float
@@ -36,7 +37,7 @@ class Format:
     @property
     def bits(self) -> int:
         """All of them, the sign included. A tf32 number has 19 and is held in 32."""
-        return 1 + self.exponent_bits + self.mantissa_bits
+        return self.sign_bits + self.exponent_bits + self.mantissa_bits
 
 
 def formats() -> list[Format]:
@@ -69,7 +70,8 @@ def page(found: list[Format]) -> str:
     """Markdown: the table, and which formats share a range or a precision."""
     columns = ("format", "sign", "exponent", "mantissa", "largest", "smallest normal", "epsilon")
     rows = [
-        (f.name, 1, f.exponent_bits, f.mantissa_bits, f.largest, f.smallest_normal, f.epsilon)
+        (f.name, f.sign_bits, f.exponent_bits, f.mantissa_bits)
+        + (f.largest, f.smallest_normal, f.epsilon)
         for f in found
     ]
     by_name = {f.name: f for f in found}
@@ -88,10 +90,11 @@ def page(found: list[Format]) -> str:
 
 def _of(name: str, dtype: torch.dtype) -> Format:
     info = torch.finfo(dtype)
-    mantissa = round(-math.log2(info.eps))
+    mantissa, sign = round(-math.log2(info.eps)), int(info.min < 0)
     return Format(
         name,
-        exponent_bits=info.bits - 1 - mantissa,
+        sign_bits=sign,
+        exponent_bits=info.bits - sign - mantissa,
         mantissa_bits=mantissa,
         largest=info.max,
         smallest_normal=info.smallest_normal,
@@ -111,6 +114,7 @@ def _probed_tf32() -> Format:
     assert _survives(top) and not _survives(2.0 ** powers[-1] * (2 - epsilon / 2))
     return Format(
         "tf32",
+        sign_bits=int(_survives(-1.0)),
         exponent_bits=math.ceil(math.log2(powers[-1] - normal + 3)),  # and two for 0 and infinity
         mantissa_bits=mantissa,
         largest=top,

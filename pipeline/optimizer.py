@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from pipeline.config import TrainConfig
 
 
+FUSED = ("cpu", "cuda", "mps")  # devices with a one-kernel AdamW
+SKIPPING = ("cpu", "cuda")  # MPS updated in spite of an overflow (pytorch#186360)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Tensors of two or more dimensions decay, biases and LayerNorm do not (GPT-3, appendix B).
 
@@ -24,15 +28,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), its one-kernel form where the device has it."""
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, scaled: bool = False
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019), its one-kernel form where the device has it.
+
+    `scaled`: a loss scaler makes the steps, and the kernel must heed it when it says to skip one.
+    """
     device = next(model.parameters()).device.type
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=1e-8,
-        fused=device in ("cpu", "cuda", "mps"),
+        fused=device in (SKIPPING if scaled else FUSED),
     )
 
 

@@ -7,7 +7,9 @@
 | bf16      | 8, 7                    | rounded to bf16      | bf16 by autocast's table  |
 | fp16      | 5, 10                   | rounded to fp16      | fp16 by autocast's table  |
 
-Products accumulate in fp32 in every mode; parameters, their gradients and the loss are fp32.
+Products accumulate in fp32 in every mode, on CUDA because torch is told so: by default it lets
+cuBLAS add up parts of a low product in that low format. Parameters, their gradients and the loss
+are fp32.
 
 tf32 has two interfaces in torch, and once both have spoken torch's getters raise or lie. Only
 `torch.set_float32_matmul_precision` is used here, "high" for tf32 and "highest" for the rest: it
@@ -43,6 +45,9 @@ CPU_INSTRUCTIONS = {
     "tf32": (),
 }
 AMPERE = (8, 0)  # the first compute capability whose tensor cores take tf32 and bf16
+VOLTA = (7, 0)  # the first that has tensor cores; they take fp16
+# Settings of torch.backends.cuda.matmul; each is set with its `_split_k`, which stays as it is.
+LOW_SUMS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,11 @@ def _cpu_capabilities() -> dict[str, bool]:
 
 def _on_cuda(name: str, device: torch.device) -> tuple[str, str, bool]:
     capability = torch.cuda.get_device_capability(device)
+    this = f"this GPU has {capability[0]}.{capability[1]}"
     if name in ("tf32", "bf16") and capability < AMPERE:
-        major, minor = capability
-        needs = f"{name} needs compute capability 8.0, this GPU has {major}.{minor}"
-        return "fp32", f"{needs}: fp32 instead", False
+        return "fp32", f"{name} needs compute capability 8.0, {this}: fp32 instead", False
+    if name == "fp16" and capability < VOLTA:
+        return name, f"tensor cores need compute capability 7.0, {this}: fp16 goes without", False
     return name, "", False
 
 
@@ -126,9 +132,14 @@ DEVICES = {"cpu": _on_cpu, "cuda": _on_cuda}
 
 @contextmanager
 def _cuda_products(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
+    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    sums = {n: (getattr(matmul, n), getattr(matmul, f"{n}_split_k")) for n in LOW_SUMS}
     torch.set_float32_matmul_precision(precision)
+    for name, (_, split_k) in sums.items():
+        setattr(matmul, name, (False, split_k))
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        for name, both in sums.items():
+            setattr(matmul, name, both)

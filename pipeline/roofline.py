@@ -22,12 +22,13 @@ from pipeline.tables import markdown
 from pipeline.throughput import SQUARE, Stopwatch
 
 PRODUCT_COLUMNS = ("product", "shape", "mode", "in effect", "error", "ms", "GFLOP/s", "of fp32")
-OPERATION_COLUMNS = ("operation", "FLOP/byte", "bound by", "GFLOP/s", "GB/s", "of its roof", "ms")
+OPERATION_COLUMNS = ("operation", "shape", "FLOP/byte", "bound by", "GFLOP/s", "GB/s")
+OPERATION_COLUMNS += ("of its roof", "MB moved", "ms", "of it the call")
 
 ROUNDS = 5  # modes take turns, so that a machine that slows down slows all of them
 REFERENCE_ROWS = 64  # of a product are made again in float64
 CPU_FLOPS = 3e9  # most of one product on a CPU; its rows are cut, and the table says how many
-RESULT_BYTES = 1 << 29  # of one product's fp32 result, on any device: a small GPU is to do it, too
+RESULT_BYTES = 1 << 29  # of one fp32 result, on any device: a small GPU is to do it, too
 STREAM_BYTES = {"cuda": 1 << 30, "mps": 1 << 28, "cpu": 1 << 28}  # of each of two arrays
 
 
@@ -40,6 +41,9 @@ class Shape:
     inner: int
     columns: int
     batch: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.batch} x ({self.rows}, {self.inner}) ({self.columns})"
 
     @property
     def flops(self) -> float:
@@ -69,9 +73,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Operation(Work):
-    """An operation of the model that is no product, in fp32."""
+    """An operation of the model that is no product, in fp32, on one tensor of this shape."""
 
     name: str
+    shape: tuple[int, ...]
     flops: float
 
 
@@ -109,6 +114,7 @@ class Roofline:
     products: list[Product]
     operations: list[Operation]
     notes: tuple[str, ...] = ()  # why a mode is emulated, or was not measured
+    call_seconds: float = 0.0  # of an operation on a single number: what any call takes
 
     def roof(self, intensity: float, mode: str) -> float:
         """FLOP/s that memory and the mode's products allow at this intensity."""
@@ -143,7 +149,7 @@ class Roofline:
         return [
             (
                 p.name,
-                f"{p.shape.batch} x ({p.shape.rows}, {p.shape.inner}) ({p.shape.columns})",
+                str(p.shape),
                 p.precision.asked,
                 p.precision.effective + (" emulated" if p.precision.emulated else ""),
                 p.error,
@@ -159,12 +165,15 @@ class Roofline:
         return [
             (
                 f.name,
+                str(f.shape),
                 f.intensity,
                 self.bound(f.intensity, "fp32"),
                 f.rate / 1e9,
                 f.bytes_moved / f.seconds / 1e9,
                 _share(f, self, "fp32"),
+                f.bytes_moved / 1e6,
                 f.seconds * 1e3,
+                round(min(1.0, self.call_seconds / f.seconds), 3),
             )
             for f in (
                 *self.operations,
@@ -190,12 +199,16 @@ class Roofline:
     def operations_page(self) -> str:
         """Markdown: what bounds the operations that are no products, and the products in fp32."""
         rows = self.operation_rows()
-        limited = [row[0] for row in rows if row[2] == "memory"]
+        limited = [row[0] for row in rows if row[3] == "memory"]
         return (
             f"# What bounds each operation\n\n{self.device}, fp32. Measured bandwidth "
             f"{self.bandwidth / 1e9:.1f} GB/s, measured matrix rate {self.rates['fp32'] / 1e9:.0f} "
             f"GFLOP/s: below {self.ridge('fp32'):.1f} FLOP a byte memory is the roof. That is so "
             f"for {len(limited)} of {len(rows)}: {', '.join(limited) or 'none'}.\n\n"
+            "Neither roof says much of what is small. A call on a single number takes "
+            f"{self.call_seconds * 1e6:.1f} microseconds; the last column is that by the whole "
+            "time. And what moves a few megabytes may live in a cache, where it can pass its roof: "
+            "the bandwidth is that of arrays far larger than any cache.\n\n"
             f"{markdown(OPERATION_COLUMNS, rows)}"
         )
 
@@ -233,14 +246,15 @@ def measure(model_shapes: list[Shape], device: torch.device, device_name: str) -
     # A mode that comes to another one here has no figures of its own.
     own = [mode for mode in modes if mode.effective == mode.asked]
     square = _timed_products(Shape("square", side, side, side), own)
-    head = model_shapes[-1]
+    one = torch.ones(1, device=device)
     return Roofline(
         device_name,
         bandwidth(device),
         {product.precision.asked: product.rate for product in square},
         [p for shape in model_shapes for p in _timed_products(fitted(shape, device), own)],
-        list(_timed_operations(fitted(head, device).rows, head.inner, head.columns, device)),
+        list(_timed_operations(model_shapes[-1], device)),
         tuple(f"{mode.asked}: {mode.reason}" for mode in modes if mode.reason),
+        _medians([lambda: one.add_(one)], device)[0],
     )
 
 
@@ -293,32 +307,37 @@ def _in_mode(precision: Precision, x: Tensor, y: Tensor) -> Callable[[], Tensor]
     return call
 
 
-def _timed_operations(rows: int, c: int, columns: int, device: torch.device) -> Iterator[Operation]:
-    """The model's other operations on `rows` tokens, fp32; FLOPs by the count of their formulas."""
+def _timed_operations(head: Shape, device: torch.device) -> Iterator[Operation]:
+    """The model's other operations, fp32, on the tokens that the product `head` has as rows.
+
+    Logits get the rows that `head` itself is cut to. FLOPs by the count of their formulas.
+    """
+    c, columns = head.inner, head.columns
+    rows = min(head.rows, RESULT_BYTES // (4 * 4 * c))
     x, other = (torch.randn(rows, c, device=device) for _ in range(2))
     wide = torch.randn(rows, 4 * c, device=device)
-    logits = torch.randn(rows, columns, device=device)
-    ids = torch.randint(columns, (rows,), device=device)
+    logits = torch.randn(fitted(head, device).rows, columns, device=device)
+    ids, targets = (torch.randint(columns, (n,), device=device) for n in (rows, len(logits)))
     table = torch.randn(columns, c, device=device)
     ones = torch.ones(c, device=device)
     weight = torch.nn.Parameter(torch.randn(columns, c, device=device))
     weight.grad = torch.randn_like(weight)
     adamw = torch.optim.AdamW([weight], fused=device.type in ("cpu", "cuda", "mps"))
-    n, v, w = rows * c, rows * columns, weight.numel()
-    # (name, call, FLOPs, numbers moved): reads and writes of fp32 numbers, each once.
-    listed: list[tuple[str, Callable[[], Any], float, float]] = [
-        ("embedding", lambda: F.embedding(ids, table), 0.0, 2 * n),
-        ("layer_norm", lambda: F.layer_norm(x, (c,), ones, ones), 8 * n, 2 * n),
-        ("residual add", lambda: x + other, n, 3 * n),
-        ("gelu", lambda: F.gelu(wide, approximate="tanh"), 4 * 14 * n, 4 * 2 * n),
-        ("softmax", lambda: torch.softmax(logits, -1), 5 * v, 2 * v),
-        ("cross_entropy", lambda: F.cross_entropy(logits, ids), 5 * v, v),
-        ("AdamW", adamw.step, 15 * w, 7 * w),
+    # For each number of the tensor: FLOPs, and reads and writes of fp32 numbers, each once.
+    listed: list[tuple[str, Callable[[], Any], Tensor, int, int]] = [
+        ("embedding", lambda: F.embedding(ids, table), x, 0, 2),
+        ("layer_norm", lambda: F.layer_norm(x, (c,), ones, ones), x, 8, 2),
+        ("residual add", lambda: x + other, x, 1, 3),
+        ("gelu", lambda: F.gelu(wide, approximate="tanh"), wide, 14, 2),
+        ("softmax", lambda: torch.softmax(logits, -1), logits, 5, 2),
+        ("cross_entropy", lambda: F.cross_entropy(logits, targets), logits, 5, 1),
+        ("AdamW", adamw.step, weight, 15, 7),
     ]
-    for name, call, flops, numbers in listed:
+    for name, call, on, flops, moved in listed:
         with torch.no_grad():
             (seconds,) = _medians([call], device)
-        yield Operation(seconds, 4.0 * numbers, name, float(flops))
+        n = on.numel()
+        yield Operation(seconds, 4.0 * moved * n, name, tuple(on.shape), float(flops * n))
 
 
 def _medians(calls: list[Callable[[], Any]], device: torch.device) -> list[float]:

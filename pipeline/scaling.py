@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -43,6 +44,7 @@ class Point:
 class Demonstration:
     points: list[Point]
     stop: str  # the error that ended it
+    seconds: float  # that it took
 
     def page(self) -> str:
         """Markdown: what happened, counted, and every step."""
@@ -72,6 +74,7 @@ def demonstrate(device: torch.device) -> Demonstration:
     The step, the scaler and the stop are those of every training. Takes about a second, uses no
     global randomness and leaves nothing behind.
     """
+    began = time.perf_counter()
     state = _start(device)
     config = _settings()
     state.model.transformer.ln_f.bias.register_hook(
@@ -91,7 +94,7 @@ def demonstrate(device: torch.device) -> Demonstration:
                 points.append(_point(state, step, *seen[-1]))
     except NumericsError as error:
         points.append(_point(state, state.step, *seen[-1]))
-        return Demonstration(points, str(error))
+        return Demonstration(points, str(error), time.perf_counter() - began)
     raise AssertionError("the demonstration ends with a stop")
 
 

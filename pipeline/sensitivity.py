@@ -132,10 +132,25 @@ def page(found: list[Sensitivity]) -> str:
         + ", ".join(f"{value:.2f} in {op}" for op, value in amplified.items())
         + f': exponentials suffer {ratio:.1f} times as much as products. "Products are '
         f'insensitive, exponentials are not": {verdict}\n\n'
+        f"Operands that were rounded: {_ranges()}. The relative error of exp(x) is that of x times "
+        "x, so this figure follows from the exponents: smaller ones suffer less, larger ones "
+        "more.\n\n"
         f"What a product does not bear is an accumulator in the format: in bf16 its error is "
         f"{low.accumulated:.1%}, with rounded operands alone {low.rounded:.1%}{kernel}. Hence "
         "every mode accumulates in fp32.\n\n"
         + markdown(columns, [tuple(vars(s).values()) for s in found])
+    )
+
+
+def _ranges() -> str:
+    """From where to where the rounded operands of every operation go."""
+
+    def ends(x: Tensor) -> str:
+        return f"{x.min().item():.3g} to {x.max().item():.3g}"
+
+    return "; ".join(
+        f"{name} " + " by ".join(ends(x) for x in case.operands[: case.rounded])
+        for name, case in cases().items()
     )
 
 
@@ -150,9 +165,25 @@ def _kernel(case: Case, name: str, device: torch.device) -> Tensor | None:
             *(round_to_format(x, name).to(dtype).to(device) for x in changed),
             *(x.to(device) for x in kept),
         )
-    except (RuntimeError, TypeError):  # how torch says that there is no such kernel or dtype
-        return None
+    except (RuntimeError, TypeError) as error:
+        if _is_missing(error):
+            return None
+        raise
     return result.cpu().double()
+
+
+def _is_missing(error: RuntimeError | TypeError) -> bool:
+    """Whether torch says that it has no such kernel or dtype, not that something went wrong.
+
+    On MPS a dtype that is missing is a TypeError; on CUDA products in fp8 are refused in words of
+    their own, which name the dtype or cuBLAS.
+    """
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+        return False
+    words = ("not implemented", "not supported", "float8", "cublas_status_not_supported")
+    return isinstance(error, NotImplementedError | TypeError) or any(
+        word in str(error).lower() for word in words
+    )
 
 
 def _accumulated(terms: Tensor, name: str) -> Tensor:

@@ -25,6 +25,8 @@ TENSORS, FACTS = "state.safetensors", "snapshot.json"
 def save_snapshot(folder: Path, state: TrainState, facts: dict[str, Any]) -> None:
     """Write the state and the step at work, its batches included; `facts` are plain values.
 
+    Scaler, counts and generators are those of the step's beginning (`TrainState.begin`), whether
+    or not it has updated them since; weights and moments are as they stand.
     Takes the disk space of the weights and the optimizer's moments, three times the weights.
     Raises StorageError as `folders.writing` does.
     """
@@ -35,9 +37,7 @@ def save_snapshot(folder: Path, state: TrainState, facts: dict[str, Any]) -> Non
         save_file(tensors, partial / TENSORS)
         own = {
             "step": state.step,
-            "skipped": state.skipped,
-            "skipped_in_a_row": state.skipped_in_a_row,
-            "scaler": state.scaler.state_dict(),
+            **state.before,
             "micro_batches": len(state.batches),
             "loss": repr(state.loss),  # JSON knows no NaN
             "sha256": tree_digest(partial / TENSORS),
@@ -83,8 +83,8 @@ def restore(state: TrainState, tensors: dict[str, Tensor], facts: dict[str, Any]
         state.scaler.load_state_dict(facts["scaler"])
     for name in ("step", "skipped", "skipped_in_a_row"):
         setattr(state, name, facts[name])
+    state.begin([(tensors[f"x.{n}"], tensors[f"y.{n}"]) for n in range(facts["micro_batches"])])
     state.rng, state.loss = _under("rng.", tensors), float(facts["loss"])
-    state.batches = [(tensors[f"x.{n}"], tensors[f"y.{n}"]) for n in range(facts["micro_batches"])]
 
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -63,18 +63,31 @@ class TrainState:
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = field(default=0, repr=False)
-    batches: list[Batch] = field(default_factory=list, repr=False)  # of the step at work
-    rng: dict[str, Tensor] = field(default_factory=dict, repr=False)  # as that step began
+    batches: list[Batch] = field(init=False, repr=False)  # of the step at work
+    rng: dict[str, Tensor] = field(init=False, repr=False)  # as that step began
+    before: dict[str, Any] = field(init=False, repr=False)  # scaler and counts, likewise
     loss: float = math.nan  # of its gradients: mean nats a target
+
+    def __post_init__(self) -> None:
+        self.begin([])
+
+    def begin(self, batches: list[Batch]) -> None:
+        """Keep what the step at work is about to change and would need to be done again."""
+        self.batches, self.rng = batches, rng_state(self.precision.device)
+        self.before = {
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
 
 
 def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
     """The state before the first step."""
-    eager = _fused_loss(model)
+    eager, scaler = _fused_loss(model), precision.make_scaler()
     return TrainState(
         model=model,
-        optimizer=build_optimizer(model, config),
-        scaler=precision.make_scaler(),
+        optimizer=build_optimizer(model, config, scaled=scaler.is_enabled()),
+        scaler=scaler,
         precision=precision,
         loss_function=_compiled_loss(model, precision, eager) if config.compile else eager,
         eager_loss=eager,
@@ -104,8 +117,7 @@ def fit(
 
     while state.step < (steps := steps_at(state.step) if steps_at else config.steps):
         watch.start()
-        state.rng = rng_state(state.precision.device)
-        state.batches = batches_of(state.step)
+        state.begin(batches_of(state.step))
         data_seconds = watch.so_far()
         tokens = sum(x.numel() for x, _ in state.batches)
         rate = learning_rate(state.step, config, steps)

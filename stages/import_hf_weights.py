@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -46,7 +47,9 @@ def main(config: Config) -> None:
                 f"{paths.INIT}: not the function that transformers computes: relative logit "
                 f"difference {found['relative_logit_difference']:.1e}, accepted {PARITY_BOUND:.0e}"
             )
+        began = time.perf_counter()
         write_study(init_study.study(model, config.init), record)
+        record.metrics({"time/init_study_seconds": time.perf_counter() - began})
 
 
 def write_study(found: init_study.InitStudy, record: Record) -> None:

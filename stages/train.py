@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import statistics
 import sys
+import time
 from collections.abc import Iterator
 
 import torch
@@ -192,8 +194,8 @@ def validate(state: training.TrainState, held_out: data.Tokens, config: Config) 
     loss = mean_loss(state.model, windows(), state.precision, device)
     if not math.isfinite(loss):
         # What there is to look at is no training step: the weights, on the first of these windows.
-        state.batches, state.loss = [next(iter(windows()))], loss
-        state.rng = runtime.rng_state(device)
+        state.begin([next(iter(windows()))])
+        state.loss = loss
         raise NumericsError(f"the validation loss is {loss}: this model is not kept")
     return loss
 
@@ -303,7 +305,12 @@ def write_study(
     shown: scaling.Demonstration,
     curve: list[training.StepReport],
 ) -> None:
-    """Which operation ran in what, and the loss scale of this run and in a demonstration."""
+    """Which operation ran in what, and the loss scale of this run and in a demonstration.
+
+    Its time is that of the demonstration, of the files, and what the watched first step took
+    longer than others; that step's warm-up is in it.
+    """
+    began = time.perf_counter()
     folder = paths.TRAIN_STUDY
     remove(folder)
     write_csv(folder / "dtypes.csv", dtypes.COLUMNS, watch.cells())
@@ -314,6 +321,9 @@ def write_study(
         figures.loss_scale(scales, shown, watch.precision.effective), folder / "loss_scale.png"
     )
     record.artifact(folder, "train_study")
+    watched = curve[0].seconds - statistics.median(report.seconds for report in curve)
+    seconds = shown.seconds + max(0.0, watched) + time.perf_counter() - began
+    record.metrics({"time/train_study_seconds": seconds})
     print(f"train: which operation ran in what, and the loss scale: {folder}")
 
 

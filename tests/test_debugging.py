@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import code
+import importlib.util
 import json
 import os
 import re
@@ -9,7 +11,9 @@ import select
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ from pipeline import config as configuration
 from pipeline import data, debugging, paths, snapshot, training
 from pipeline.checkpoint import save_model
 from pipeline.corpus import Document
-from pipeline.errors import StorageError
+from pipeline.errors import NumericsError, StorageError
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
@@ -35,11 +39,15 @@ def config(make_config):
     return make_config(train__steps=3, train__warmup_steps=1, precision="bf16")
 
 
-@pytest.fixture
-def state(config) -> training.TrainState:
-    model = GPT(SHAPE)
+def made(config, shape: GPTConfig = SHAPE) -> training.TrainState:
+    model = GPT(shape)
     initialize(model, config.init, torch.Generator().manual_seed(0))
     return training.start(model, config.train, choose_precision(config.precision, CPU))
+
+
+@pytest.fixture
+def state(config) -> training.TrainState:
+    return made(config)
 
 
 def batches(step: int) -> list[training.Batch]:
@@ -104,6 +112,64 @@ def test_a_bundle_whose_loss_cannot_be_made_again_says_so(
     state.rng = {"cpu": torch.get_rng_state()}
     folder = debugging.write_bundle(state, config, "why")
     assert "1.25 then (torch" in debugging.open_bundle(folder)[1]
+
+
+def test_the_bundle_of_a_collapsed_loss_scale_overflows_again(
+    make_config, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    changes = {"train__steps": 1, "train__warmup_steps": 0, "train__max_skipped": 1}
+    config = make_config(precision="fp16", **changes)
+    for exponent in range(10, 40):  # the first scale that is too large by itself: half of it is not
+        state = made(config)
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**exponent)
+        try:
+            list(training.fit(state, config.train, batches))
+        except NumericsError:
+            break
+    folder = debugging.write_bundle(state, config, "collapsed")
+    names, line = debugging.open_bundle(folder)
+    assert names["state"].scaler.get_scale() == 2.0**exponent == 2 * state.scaler.get_scale()
+    assert debugging.odd_gradients(names["gradients"])
+    assert line.endswith("the same as then")
+    assert (names["state"].skipped, names["state"].skipped_in_a_row) == (0, 0)
+
+
+def test_a_bundle_of_a_step_with_dropout_does_not_depend_on_what_chance_did_since(
+    config, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    state = made(config, replace(SHAPE, dropout=0.2))
+    kept = {}
+
+    def look(at: training.TrainState) -> None:
+        kept["folder"] = debugging.write_bundle(at, config, "dropout")
+        kept["gradients"] = {n: p.grad.clone() for n, p in at.model.named_parameters()}
+
+    list(training.fit(state, config.train, batches, look=look, look_at=1))
+    torch.manual_seed(4321)
+    names, line = debugging.open_bundle(kept["folder"])
+    assert line.endswith("the same as then")
+    for name, gradient in kept["gradients"].items():
+        assert torch.equal(names["gradients"][name], gradient), name
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_ipython_is_taken_where_it_is_installed(monkeypatch, installed: bool) -> None:
+    opened = []
+    ipython = ModuleType("IPython")
+    ipython.embed = lambda **words: opened.append(("IPython", words["user_ns"], words["banner1"]))
+    plain = lambda banner, local, exitmsg: opened.append(("code", local, banner))  # noqa: E731
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(code, "interact", plain)
+    names = {"loss": 1.5}
+    debugging._interact(names, "step 3")
+    ((which, scope, banner),) = opened
+    assert which == ("IPython" if installed else "code")
+    assert scope is names and banner.startswith("step 3")
 
 
 def test_a_disk_that_is_full_is_a_warning_and_not_another_error(
@@ -247,7 +313,6 @@ def test_a_look_beyond_the_last_step_is_refused(make_config) -> None:
 def test_a_validation_loss_that_is_not_finite_leaves_its_own_first_window_to_look_at(
     make_config, monkeypatch
 ) -> None:
-    from pipeline.errors import NumericsError
     from stages import train
 
     config = make_config(train__batch_size=1, train__sequence_length=16)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline import emulation, training
+from pipeline import emulation, optimizer, training
 from pipeline import model as model_module
 from pipeline import precision as precision_module
-from pipeline.dtypes import MATRIX_PRODUCTS, Watch
+from pipeline.dtypes import MATRIX_PRODUCTS, PRODUCTS, Watch
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
@@ -158,6 +158,31 @@ def test_watching_changes_no_weight_and_leaves_nothing_behind(config, bare_cpu) 
         assert not [m for m in seen.model.modules() if getattr(m, attribute)]
     assert seen.loss_function is loss_function
     assert not seen.optimizer._optimizer_step_pre_hooks
+    assert not any(p._post_accumulate_grad_hooks for p in seen.model.parameters())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_first_step_that_is_skipped_is_told_like_any_other(
+    config, bare_cpu, monkeypatch, fused: bool
+) -> None:
+    """A scaler does not even call an optimizer that cannot skip by itself."""
+    monkeypatch.setattr(optimizer, "SKIPPING", ("cpu",) if fused else ())
+    state = start(config, "fp16")
+    bias = state.model.transformer.ln_f.bias
+    bias.register_hook(lambda g: torch.full_like(g, torch.inf) if state.step == 0 else g)
+    watch = watched(state, config)
+    assert state.skipped == 1
+    assert watch.tensors["gradients (.grad)"] == {"fp32": len(list(state.model.parameters()))}
+    assert "What accumulates in .grad: fp32." in watch.page()
+
+
+def test_every_product_is_an_operation_of_torch_with_tensors_at_its_places() -> None:
+    for name, positions in PRODUCTS.items():
+        arguments = getattr(torch.ops.aten, name).default._schema.arguments
+        kinds = {str(arguments[position].type) for position in positions}
+        assert kinds == {"Tensor"}, name
+    on_mps = {"linear", "linear_backward", "_scaled_dot_product_attention_math_for_mps"}
+    assert on_mps <= PRODUCTS.keys()
 
 
 def test_the_eager_loss_is_watched_where_the_step_is_compiled(config) -> None:

@@ -11,12 +11,12 @@ from pipeline.formats import Format, round_to_format
 # IEEE 754 (fp32, fp16), bfloat16 as in Wang & Kanwar 2019, tf32 as NVIDIA describes it, and the
 # two fp8 formats of Micikevicius et al. 2022.
 KNOWN = {
-    "fp32": (8, 23, (2 - 2**-23) * 2.0**127, 2.0**-126, 2.0**-149, 2.0**-23),
-    "tf32": (8, 10, (2 - 2**-10) * 2.0**127, 2.0**-126, 2.0**-136, 2.0**-10),
-    "bf16": (8, 7, (2 - 2**-7) * 2.0**127, 2.0**-126, 2.0**-133, 2.0**-7),
-    "fp16": (5, 10, 65504.0, 2.0**-14, 2.0**-24, 2.0**-10),
-    "fp8_e4m3": (4, 3, 448.0, 2.0**-6, 2.0**-9, 2.0**-3),
-    "fp8_e5m2": (5, 2, 57344.0, 2.0**-14, 2.0**-16, 2.0**-2),
+    "fp32": (1, 8, 23, (2 - 2**-23) * 2.0**127, 2.0**-126, 2.0**-149, 2.0**-23),
+    "tf32": (1, 8, 10, (2 - 2**-10) * 2.0**127, 2.0**-126, 2.0**-136, 2.0**-10),
+    "bf16": (1, 8, 7, (2 - 2**-7) * 2.0**127, 2.0**-126, 2.0**-133, 2.0**-7),
+    "fp16": (1, 5, 10, 65504.0, 2.0**-14, 2.0**-24, 2.0**-10),
+    "fp8_e4m3": (1, 4, 3, 448.0, 2.0**-6, 2.0**-9, 2.0**-3),
+    "fp8_e5m2": (1, 5, 2, 57344.0, 2.0**-14, 2.0**-16, 2.0**-2),
 }
 
 
@@ -25,6 +25,14 @@ def test_a_format_has_the_bits_and_bounds_of_its_standard(name: str) -> None:
     found = next(f for f in formats.formats() if f.name == name)
     assert found == Format(name, *KNOWN[name])
     assert formats.unit_roundoff(name) == KNOWN[name][-1] / 2
+
+
+def test_the_sign_is_looked_for_and_not_written_down(monkeypatch) -> None:
+    scale = formats._of("e8m0", torch.float8_e8m0fnu)  # of fp8 blocks: an exponent and no sign
+    assert (scale.sign_bits, scale.exponent_bits, scale.mantissa_bits, scale.bits) == (0, 8, 0, 8)
+    monkeypatch.setattr(formats, "round_tf32", lambda x: emulation.round_tf32(x).abs())
+    assert formats._probed_tf32().sign_bits == 0
+    assert formats.page([formats._probed_tf32()]).count("| tf32   |    0 |") == 1
 
 
 def test_the_table_has_every_format_and_no_other() -> None:
@@ -44,7 +52,7 @@ def test_tf32_is_probed_and_not_written_down(monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_rounding_keeps_the_formats_own_numbers_and_the_nearest_of_others(name: str) -> None:
-    _, mantissa, largest, normal, subnormal, epsilon = KNOWN[name]
+    _, _, mantissa, largest, normal, subnormal, epsilon = KNOWN[name]
     own = torch.tensor([0.0, 1.0, 1 + epsilon, -largest, normal, subnormal], dtype=torch.float64)
     assert torch.equal(round_to_format(own, name), own)
     between = torch.tensor([1 + 0.49 * epsilon, 1 + 0.51 * epsilon], dtype=torch.float64)
@@ -65,3 +73,10 @@ def test_the_figure_has_one_square_a_bit() -> None:
     assert len(squares) == sum(f.bits for f in formats.formats())
     mantissas = {round(p.get_x()) for p in squares if p.get_y() == -1}
     assert mantissas == set(range(19)), "tf32: 1 + 8 + 10 squares in a row"
+    meanings = {p.get_label(): p.get_facecolor() for p in axis.patches if p.get_y() == 99}
+    assert len(set(meanings.values())) == 3
+    for row, name in enumerate(KNOWN):
+        own = sorted((p for p in squares if p.get_y() == -row), key=lambda p: p.get_x())
+        found = [next(m for m, c in meanings.items() if c == p.get_facecolor()) for p in own]
+        _, exponent, mantissa, *_ = KNOWN[name]
+        assert found == ["sign"] + ["exponent"] * exponent + ["mantissa"] * mantissa, name

@@ -139,4 +139,13 @@ def test_the_page_says_what_was_measured(found) -> None:
 def test_the_figure_draws_every_model(found) -> None:
     _, stream, gradient = figures.init_study(found).axes
     assert len(stream.lines) == len(gradient.lines) == len(found.twins) + 1
-    assert list(stream.lines[-1].get_ydata()) == found.as_is.stream_std
+    for m, streams, gradients in zip(
+        (*found.twins, found.as_is), stream.lines, gradient.lines, strict=True
+    ):
+        blocks = list(range(1, m.n_layer + 1))
+        assert (list(streams.get_xdata()), list(streams.get_ydata())) == (
+            [0, *blocks],
+            m.stream_std,
+        )
+        assert list(gradients.get_xdata()) == blocks
+        assert list(gradients.get_ydata()) == m.grad_norm[1:] != m.stream_std[1:]

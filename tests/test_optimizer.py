@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline import optimizer, scaling, training
 from pipeline.model import GPT, GPTConfig
 from pipeline.optimizer import build_optimizer, learning_rate, parameter_groups
+from pipeline.precision import choose_precision
 
 
 def test_matrices_decay_and_the_tied_weight_once_at_124m() -> None:
@@ -28,6 +30,26 @@ def test_a_tensor_without_gradient_signal_shrinks_only_where_it_decays(make_conf
     for name, p in model.named_parameters():
         factor = 1 - config.lr * config.weight_decay if p.dim() >= 2 else 1.0
         torch.testing.assert_close(p, before[name] * factor, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_a_kernel_that_would_not_heed_the_scaler_is_not_given_its_steps(
+    make_config, monkeypatch, precision: str
+) -> None:
+    assert "mps" in optimizer.FUSED and "mps" not in optimizer.SKIPPING
+    monkeypatch.setattr(optimizer, "SKIPPING", ())  # as if this device were like that
+    config = make_config(train__steps=1, train__warmup_steps=0, train__max_skipped=2).train
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=8, vocab_rows=8))
+    state = training.start(model, config, choose_precision(precision, torch.device("cpu")))
+    assert state.optimizer.defaults["fused"] == (precision == "fp32")
+    if precision == "fp16":
+        model.transformer.ln_f.bias.register_hook(lambda g: torch.full_like(g, torch.inf))
+        before = [p.detach().clone() for p in model.parameters()]
+        ids = torch.zeros(1, 4, dtype=torch.int64)
+        (report,) = training.fit(state, config, lambda step: [(ids, ids)])
+        assert report.skipped and all(map(torch.equal, before, model.parameters()))
+        first = scaling.demonstrate(torch.device("cpu")).points[0]
+        assert first.skipped and first.unchanged
 
 
 def test_the_schedule_equals_its_golden_table(make_config) -> None:

@@ -115,6 +115,16 @@ def test_cuda_has_tf32_and_bf16_from_capability_8(capability, effective, monkeyp
         assert chosen.dtype is PRECISIONS[chosen.effective]
         assert ("compute capability 8.0, this GPU has 7.5" in chosen.reason) == bool(effective)
     assert choose_precision("fp16", CUDA).effective == "fp16"
+    assert choose_precision("fp16", CUDA).reason == ""
+
+
+def test_fp16_runs_on_a_gpu_without_tensor_cores_and_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    chosen = choose_precision("fp16", CUDA)
+    assert (chosen.effective, chosen.emulated, chosen.dtype) == ("fp16", False, torch.float16)
+    assert "tensor cores need compute capability 7.0, this GPU has 6.1" in chosen.reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert choose_precision("fp16", CUDA).reason == ""
 
 
 def test_mps_has_no_tf32():
@@ -151,6 +161,29 @@ def test_products_set_cuda_tf32_and_restore_it_even_after_an_error(monkeypatch):
             assert torch.get_float32_matmul_precision() == inside
             raise KeyError
         assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("both", [(True, True), (False, True), (False, False)])
+def test_cuda_products_add_up_in_fp32_and_leave_torchs_settings_as_they_were(monkeypatch, both):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{name}_reduced_precision_reduction" for name in LOW]
+
+    def settings():
+        return [(getattr(matmul, n), getattr(matmul, f"{n}_split_k")) for n in names]
+
+    first = settings()
+    try:
+        for name in names:
+            setattr(matmul, name, both)
+        for name in PRECISIONS:
+            with pytest.raises(KeyError), choose_precision(name, CUDA).products():
+                assert settings() == [(False, both[1])] * 2
+                raise KeyError
+            assert settings() == [both] * 2
+    finally:
+        for name, values in zip(names, first, strict=True):
+            setattr(matmul, name, values)
 
 
 def test_getters_of_torch_work_after_every_precision_in_a_fresh_process():

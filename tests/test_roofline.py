@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,77 @@ def test_flops_and_bytes_of_a_product_by_hand() -> None:
     assert product("fp32", flops_a_byte=8.0).intensity == pytest.approx(8.0)
 
 
+@pytest.fixture
+def one_second(monkeypatch):
+    """Whatever is timed takes a second."""
+    monkeypatch.setattr(roofline, "_medians", lambda calls, device: [1.0 for _ in calls])
+
+
+def test_flops_and_bytes_of_every_operation_by_hand(one_second) -> None:
+    head = Shape("head", rows=6, inner=8, columns=10)
+    found = {f.name: f for f in roofline._timed_operations(head, CPU)}
+    # 6 tokens of 8 channels: 48 numbers, 192 after c_fc; logits 60; the weight 80. 4 bytes each.
+    by_hand = {
+        "embedding": ((6, 8), 0, 384),  # a row read, a row written
+        "layer_norm": ((6, 8), 384, 384),
+        "residual add": ((6, 8), 48, 576),  # two read, one written
+        "gelu": ((6, 32), 2688, 1536),
+        "softmax": ((6, 10), 300, 480),
+        "cross_entropy": ((6, 10), 300, 240),  # one number a row comes out
+        "AdamW": ((10, 8), 1200, 2240),  # weight, gradient, two moments; all but it written
+    }
+    assert {n: (f.shape, f.flops, f.bytes_moved) for n, f in found.items()} == by_hand
+    assert {f.seconds for f in found.values()} == {1.0}
+
+
+def test_only_logits_are_cut_where_a_cpu_would_take_long(one_second, monkeypatch) -> None:
+    head = Shape("head", rows=1000, inner=8, columns=100)
+    monkeypatch.setattr(roofline, "CPU_FLOPS", head.flops / 10)
+    rows = {f.name: f.shape[0] for f in roofline._timed_operations(head, CPU)}
+    assert rows.pop("softmax") == rows.pop("cross_entropy") == fitted(head, CPU).rows == 100
+    assert rows.pop("AdamW") == 100 and set(rows.values()) == {1000}
+    monkeypatch.setattr(roofline, "RESULT_BYTES", 4 * 4 * 8 * 70)  # of gelu's input: 70 rows
+    rows = {f.name: f.shape[0] for f in roofline._timed_operations(head, CPU)}
+    assert rows["gelu"] == rows["layer_norm"] == 70
+
+
+def test_the_operations_compute_what_they_are_called() -> None:
+    calls = []
+
+    def kept(given, device) -> list[float]:
+        calls.extend(call() for call in given)
+        return [1.0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roofline, "_medians", kept)
+        names = [f.name for f in roofline._timed_operations(Shape("head", 6, 8, 10), CPU)]
+    results = dict(zip(names, calls, strict=True))
+    assert results["embedding"].shape == results["residual add"].shape == (6, 8)
+    assert results["layer_norm"].mean(-1) == pytest.approx([1.0] * 6)  # weight and bias are 1
+    assert results["layer_norm"].var(-1, correction=0) == pytest.approx([1.0] * 6, abs=1e-3)
+    assert results["gelu"].shape == (6, 32) and -0.2 < results["gelu"].min() < 0
+    assert results["softmax"].sum(-1) == pytest.approx([1.0] * 6)
+    assert results["cross_entropy"].shape == ()
+
+
+def test_the_bandwidth_counts_two_reads_and_a_write(one_second, monkeypatch) -> None:
+    monkeypatch.setattr(roofline, "STREAM_BYTES", {"cpu": 4096})
+    assert roofline.bandwidth(CPU) == 3 * 4096
+
+
+def test_the_error_is_against_a_float64_product() -> None:
+    a, b = (
+        torch.randn(*size, generator=torch.Generator().manual_seed(2))
+        for size in [(70, 300), (300, 9)]
+    )
+    product = a @ b
+    exact = np.asarray(a[:64], np.longdouble) @ np.asarray(b, np.longdouble)
+    off = np.asarray(product[:64], np.longdouble) - exact
+    expected = float(np.sqrt((off**2).sum() / (exact**2).sum()))
+    found = roofline.relative_error(product, a, b)
+    assert 1e-8 < found == pytest.approx(expected, rel=1e-3), "against fp32 it would be 0"
+
+
 def test_memory_bounds_left_of_the_ridge_and_products_right_of_it() -> None:
     roofs = Roofline("d", bandwidth=100.0, rates={"fp32": 1000.0}, products=[], operations=[])
     assert roofs.ridge("fp32") == 10
@@ -63,12 +135,18 @@ def test_memory_bounds_left_of_the_ridge_and_products_right_of_it() -> None:
 
 
 def test_the_share_is_of_the_roof_that_bounds() -> None:
-    slow = Operation(seconds=2.0, bytes_moved=100.0, name="copy", flops=0.0)
-    roofs = Roofline("d", 100.0, {"fp32": 1000.0}, [product("fp32", 50.0, 4.0)], [slow])
-    rows = {row[0]: row for row in roofs.operation_rows()}
-    assert rows["copy"][2] == "memory" and rows["copy"][5] == 0.5
-    assert rows["p"][2] == "compute" and rows["p"][5] == 2000 / 4 / 1000
-    assert "That is so for 1 of 2: copy." in roofs.operations_page()
+    slow = Operation(seconds=2.0, bytes_moved=100.0, name="copy", shape=(5, 5), flops=0.0)
+    points = [product("fp32", 50.0, 4.0)]
+    roofs = Roofline("d", 100.0, {"fp32": 1000.0}, points, [slow], call_seconds=0.5)
+    names = roofline.OPERATION_COLUMNS
+    rows = {row[0]: dict(zip(names, row, strict=True)) for row in roofs.operation_rows()}
+    copy, p = rows["copy"], rows["p"]
+    assert (copy["bound by"], copy["of its roof"], copy["of it the call"]) == ("memory", 0.5, 0.25)
+    assert (copy["shape"], copy["MB moved"], copy["ms"]) == ("(5, 5)", 1e-4, 2000)
+    assert (p["bound by"], p["of its roof"]) == ("compute", 2000 / 4 / 1000)
+    assert (p["shape"], p["FLOP/byte"], p["GFLOP/s"]) == ("1 x (10, 10) (10)", 50, 5e-7)
+    page = roofs.operations_page()
+    assert "That is so for 1 of 2: copy." in page and "takes 500000.0 microseconds" in page
 
 
 def test_speeds_are_against_fp32_of_the_same_shape() -> None:
@@ -150,7 +228,29 @@ def test_the_figures_mark_every_point(found) -> None:
     (axis,) = figures.roofline(found).axes
     points = [line for line in axis.lines if line.get_marker() == "o"]
     assert len(points) == 28 + 6  # an embedding look-up computes nothing
+    drawn = [f for f in (*found.operations, *found.products) if f.flops]
+    places = [(line.get_xdata()[0], line.get_ydata()[0]) for line in points]
+    assert places == [(f.flops / f.bytes_moved, f.flops / f.seconds) for f in drawn]
     names = next(t.get_text() for t in axis.texts if "\n" in t.get_text())
     assert all(name in names for name in ("gelu", "AdamW", "attn q k^T", "head"))
     (axis,) = figures.error_and_speed(found).axes
     assert len([line for line in axis.lines if line.get_marker() == "D"]) == 4
+
+
+def test_a_number_stands_over_its_points_and_close_ones_share_a_place() -> None:
+    # (name, intensity, rate): FLOPs in one second. The second is near the first, and faster.
+    given = [("far", 10.0, 1000.0), ("low", 1.0, 100.0), ("near", 1.2, 150.0)]
+    given += [("far", 10.0, 500.0), ("far", 20.0, 9000.0)]  # other modes, the last in fewer bytes
+    drawn = [Operation(1.0, rate / at, name, (1,), rate) for name, at, rate in given]
+    roofs = Roofline("d", 200.0, {"fp32": 1000.0}, [], drawn)
+    (axis,) = figures.roofline(roofs).axes
+    labels = {t.get_text(): t.xy for t in axis.texts if hasattr(t, "xy")}
+    assert labels == {"1,2": (1.0, 150.0), "3": (10.0, 1000.0)}
+    (listed,) = (t.get_text() for t in axis.texts if "\n" in t.get_text())
+    assert [line.split() for line in listed.splitlines()] == [
+        ["1", "low"],
+        ["2", "near"],
+        ["3", "far"],
+    ]
+    (roof,) = (line for line in axis.lines if line.get_marker() != "o")
+    assert list(zip(*roof.get_data(), strict=True)) == [(0.5, 100), (5, 1000), (40, 1000)]

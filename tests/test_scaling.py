@@ -80,6 +80,11 @@ def test_the_figure_draws_a_scale_only_where_one_is_in_force(shown, precision: s
     run = [(0, 65536.0, True, True), (1, 32768.0, False, False)]
     own, other = figures.loss_scale(run, shown, precision).axes
     assert bool(own.lines) == (precision == "fp16")
+    if precision == "fp16":
+        curve, marks = own.lines
+        assert list(zip(*curve.get_data(), strict=True)) == [(0, 65536), (1, 32768)]
+        assert list(zip(*marks.get_data(), strict=True)) == [(0, 65536)], "the skipped step"
+        assert own.get_title() == "this training: 1 of 2 steps skipped"
     assert any("needs no loss scaling" in t.get_text() for t in own.texts) == (precision == "fp32")
     drawn = other.lines[0].get_ydata()
     assert [math.log2(y) for y in drawn] == [math.log2(p.scale) for p in shown.points]

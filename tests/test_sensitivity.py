@@ -28,6 +28,40 @@ def test_every_operation_is_measured_in_every_format(found) -> None:
     assert pairs == {(op, name) for op in cases() for name in DTYPES}
 
 
+# What every case is to compute, written out.
+FORMULAS = {
+    "matmul": lambda a, b: torch.einsum("ik,kj->ij", a, b),
+    "sum": lambda x: torch.stack([row.cumsum(0)[-1] for row in x]),
+    "layer_norm": lambda x: (
+        (x - x.mean(-1, True)) / ((x - x.mean(-1, True)).pow(2).mean(-1, True) + 1e-5).sqrt()
+    ),
+    "exp": lambda x: math.e**x,
+    "softmax": lambda x: math.e**x / (math.e**x).sum(-1, True),
+    "cross_entropy": lambda x, y: (math.e**x).sum(-1).log() - x[torch.arange(len(x)), y],
+}
+
+
+@pytest.mark.parametrize("operation", cases())
+def test_a_case_computes_what_its_name_says(operation: str) -> None:
+    case = cases()[operation]
+    result = case.function(*case.operands)
+    torch.testing.assert_close(result, FORMULAS[operation](*case.operands), rtol=1e-10, atol=1e-12)
+    if case.terms:
+        torch.testing.assert_close(case.terms(*case.operands).sum(-1), result)
+
+
+def test_operands_are_spread_as_the_page_says(found, monkeypatch) -> None:
+    page = sensitivity.page(found)
+    exponents = cases()["exp"].operands[0]
+    assert -10 <= exponents.min() < -9.99 and 9.99 < exponents.max() <= 10
+    assert "; exp -10 to 10; " in page
+    a, b = (f"{x.min().item():.3g} to {x.max().item():.3g}" for x in cases()["matmul"].operands)
+    assert f"rounded: matmul {a} by {b}; sum " in page
+    small = {"exp": Case(torch.exp, (torch.tensor([-0.5, 0.25]),))}
+    monkeypatch.setattr(sensitivity, "cases", lambda: small)
+    assert "Operands that were rounded: exp -0.5 to 0.25." in sensitivity.page(found)
+
+
 @pytest.mark.parametrize("x", [1.0, 4.0, 9.0])
 @pytest.mark.parametrize("name", ["tf32", "bf16", "fp16"])
 def test_exp_amplifies_rounding_by_its_exponent(x: float, name: str) -> None:
@@ -80,6 +114,44 @@ def test_torchs_own_kernels_are_no_better_than_rounded_operands(found, name: str
 def test_a_kernel_that_torch_has_not_is_none_and_not_a_number(found) -> None:
     assert cell(found, "matmul", "tf32").kernel is None
     assert cell(found, "softmax", "fp8_e4m3").kernel is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory, a Float8 product is not supported"),
+        torch.AcceleratorError("CUDA error: an illegal memory access; not implemented: Float8"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+    ],
+    ids=["memory", "accelerator", "asynchronous"],
+)
+def test_an_error_that_is_no_missing_kernel_is_not_hidden(error: RuntimeError) -> None:
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype is torch.float64:
+            return x
+        raise error
+
+    with pytest.raises(type(error), match="memory"):
+        measured("any", Case(fail, (torch.ones(2).double(),)), "fp8_e4m3", CPU)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotImplementedError("\"exp_cuda\" is not there for 'Float8_e4m3fn'"),
+        TypeError("Trying to convert Float8_e4m3fn to the MPS backend"),
+        RuntimeError('"addmm_cuda" not implemented for Half'),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLt"),
+    ],
+    ids=["class", "dtype", "message", "library"],
+)
+def test_a_kernel_or_dtype_that_is_missing_is_none(error: Exception) -> None:
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype is torch.float64:
+            return x
+        raise error
+
+    assert measured("any", Case(fail, (torch.ones(2).double(),)), "bf16", CPU).kernel is None
 
 
 def test_a_softmax_kernel_forced_low_shows(found) -> None:

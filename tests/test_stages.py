@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pipeline import paths
+from pipeline import init_study, paths, records, scaling, training
 from pipeline.checkpoint import save_model
 from pipeline.errors import ConfigError, InputError
 from pipeline.hf_weights import parameter_table
 from pipeline.precision import Precision
-from stages import announce, evaluate, import_hf_weights, run, sample, write_json
+from stages import announce, evaluate, import_hf_weights, run, sample, train, write_json
 from tests.conftest import ROOT
 
 SMALL = {
@@ -77,6 +79,82 @@ def test_an_import_that_transformers_computes_differently_fails(
     with pytest.raises(InputError, match="relative logit difference 2.0e-05, accepted 1e-05"):
         import_hf_weights.main(make_config(**SMALL))
     assert not paths.record("import_hf_weights").exists()
+
+
+def test_the_time_of_the_init_study_is_in_its_record(
+    make_config, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setattr(import_hf_weights.tracking, "Shipper", _NoShipper)
+    import_hf_weights.main(make_config(**SMALL))
+    found: dict[str, float] = {}
+    for event in records.read(paths.record("import_hf_weights")):
+        found |= event["values"] if event["kind"] == "metrics" else {}
+    assert 0 < found["time/init_study_seconds"] < found["time/import_hf_weights_seconds"]
+
+
+class _Kept:
+    """A record that keeps its metrics."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        self.values |= values
+
+    def artifact(self, *_: object) -> None: ...
+
+
+def test_the_rows_metrics_of_the_init_study_are_those_of_the_runs_own_model(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = init_study.Measured("as it is", 3, None, [0.1, 0.2, 0.3, 0.4], [9.0, 8.0, 7.0, 6.0])
+    twin = init_study.Measured("3 layers", 3, True, [1.1, 1.2, 1.3, 1.4], [5.0, 4.0, 3.0, 2.0])
+    record = _Kept()
+    adds = init_study.RandomAdds([1.0, 1.5], [0.7, 1.0])
+    import_hf_weights.write_study(init_study.InitStudy(adds, own, [twin]), record)
+    assert record.values == {
+        "init/residual_std_first": 0.2,
+        "init/residual_std_last": 0.4,
+        "init/grad_norm_first": 8.0,
+        "init/grad_norm_last": 6.0,
+    }
+    assert "0.2000 after block 1, 0.4000 after block 3" in capsys.readouterr().out
+    assert "as it is,3,0.4,6\n" in (paths.INIT_STUDY / "blocks.csv").read_text("utf-8")
+
+
+def step_report(**changes: object) -> training.StepReport:
+    values = {"step": 0, "loss": 2.5, "grad_norm": 1.25, "learning_rate": 0.01, "seconds": 0.5}
+    values |= {"loss_scale": 65536.0, "skipped": False, "data_seconds": 0.1, "tokens": 64}
+    return training.StepReport(**values | {"steps": 3} | changes)
+
+
+def test_a_skipped_step_shows_in_the_curves_as_one_and_leaves_a_gap_in_the_norm() -> None:
+    good = train.step_metrics(step_report())
+    skipped = train.step_metrics(step_report(grad_norm=math.inf, skipped=True, loss_scale=32768.0))
+    names = ("train/loss_scale", "train/found_inf", "train/skipped")
+    assert [good[name] for name in names] == [65536.0, 0.0, 0.0]
+    assert [skipped[name] for name in names] == [32768.0, 1.0, 1.0]
+    assert good["train/grad_norm"] == 1.25 and "train/grad_norm" not in skipped
+    nan = train.step_metrics(step_report(grad_norm=math.nan))
+    assert nan["train/found_inf"] == 1.0 and "train/grad_norm" not in nan
+    assert (good["train/loss"], good["train/learning_rate"]) == (2.5, 0.01)
+    assert good["perf/step_tokens_per_second"] == 128
+
+
+def test_the_time_of_the_train_study_is_in_its_record(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    device = torch.device("cpu")
+    shown = replace(scaling.demonstrate(device), seconds=70.0)
+    watch = SimpleNamespace(
+        cells=list, page=lambda: "", precision=Precision("fp32", "fp32", "", False, device, None)
+    )
+    record = _Kept()
+    curve = [step_report(seconds=7.5), step_report(step=1), step_report(step=2)]
+    train.write_study(record, watch, shown, curve)
+    assert 77.0 < record.values["time/train_study_seconds"] < 107.0
 
 
 class _NoShipper:
