@@ -11,6 +11,7 @@ import logging
 import math
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -75,17 +76,8 @@ def lines(findings: list[Finding]) -> list[str]:
 
 
 def line(finding: Finding) -> str:
-    f = finding
-    return f"{f.rule}: {f.verdict} ({f.evidence}) Try: {f.advice}."
-
-
-def page(findings: list[Finding]) -> str:
-    """The whole verdict as Markdown."""
-    parts = [
-        f"## {f.rule}\n\n{f.verdict}\n\nEvidence: {f.evidence}.\n\nTry: {f.advice}.\n"
-        for f in findings
-    ]
-    return "\n".join(["# Verdict\n", *(parts or [lines(findings)[0].capitalize() + ".\n"])])
+    """One finding for a terminal, in three lines."""
+    return f"{finding.rule}: {finding.verdict}\n  {finding.evidence}\n  Try: {finding.advice}."
 
 
 def health(found: Experiment) -> dict[str, float]:
@@ -184,8 +176,8 @@ def always_clipped(found: Experiment) -> Finding | None:
         "whatever the loss says.",
         f"{share:.0%} of the second half's gradients are {CUT_TO:g} times train.grad_clip="
         f"{limit:g} or more, {norm:,.3g} at the end",
-        f"a lower train.lr, more tokens a step (train.accumulate), or train.grad_clip={norm:.1g} "
-        "if the loss falls well",
+        "a lower train.lr, more tokens a step (train.accumulate), or, if the loss falls well, "
+        f"train.grad_clip={_rough(norm)}",
     )
 
 
@@ -281,7 +273,7 @@ def rate_too_high(found: Experiment) -> Finding | None:
         "of this size.",
         f"the smoothed loss rose from {losses[low]:.3f} at step {low:,} to {losses[high]:.3f} at "
         f"step {high:,}{step}",
-        f"train.lr={found.params['train.lr'] / 5:.1g}, or more tokens a step (train.accumulate)",
+        f"train.lr={_rough(found.params['train.lr'] / 5)}, or more tokens a step: train.accumulate",
     )
 
 
@@ -299,7 +291,7 @@ def rate_too_low(found: Experiment) -> Finding | None:
         "The loss was still falling when the run ended, in steps too small for fresh weights.",
         f"{second:.3f} of {fall:.3f} nats fell in the second half; the larger steps changed the "
         f"weights by {largest:.2%}",
-        f"train.lr={found.params['train.lr'] * 5:.1g}",
+        f"train.lr={_rough(found.params['train.lr'] * 5)}",
     )
 
 
@@ -311,6 +303,11 @@ def largest_rise(losses: list[float]) -> tuple[float, int, int]:
             low = step
         best = max(best, (loss - losses[low], low, step))
     return best
+
+
+def _rough(value: float) -> str:
+    """One digit: no advice is better than that."""
+    return f"{float(f'{value:.1g}'):g}"
 
 
 def slow(found: Experiment) -> Finding | None:
@@ -378,7 +375,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("names", nargs="*", default=[WORKSPACE], help="default: the workspace")
     try:
         for found in asked(parser.parse_args(words).names):
-            log.info("%s\n  %s", found.name, "\n  ".join(lines(examine(found))))
+            log.info("%s\n%s", found.name, textwrap.indent("\n".join(lines(examine(found))), "  "))
     except UserError as error:
         log.error("error: %s", error)
         sys.exit(error.exit_code)

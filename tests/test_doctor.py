@@ -169,7 +169,7 @@ def test_a_rule_speaks_where_its_trouble_is_and_nowhere_else(rule, number: int) 
 def test_a_run_without_trouble_is_healthy_and_a_bare_record_no_error() -> None:
     healthy = run(train__loss=falling(), train__grad_norm=norms(1.0))
     assert doctor.examine(healthy) == [] == doctor.examine(run())
-    assert doctor.headline([]) == "healthy" and "healthy" in doctor.page([]).lower()
+    assert doctor.headline([]) == "healthy" and "healthy" in doctor.lines([])[0]
     assert doctor.health(run()) == {"health/findings": 0.0}
 
 
@@ -178,7 +178,7 @@ def test_a_norm_of_91_000_is_told_in_every_place() -> None:
     findings = doctor.examine(found)
     assert doctor.headline(findings) == "gradient norm grows, always clipped"
     assert doctor.norm_words(found) == "grows 91,000-fold"
-    assert "9.1e+04 at the end" in doctor.page(findings)
+    assert "9.1e+04 at the end" in doctor.lines(findings)[0]
     assert "train.lr" in doctor.lines(findings)[0]
     assert doctor.health(found)["health/grad_norm_max"] == 91_000
     assert doctor.health(found)["health/clipped_share"] == 0.5
