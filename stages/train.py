@@ -140,7 +140,11 @@ def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.To
 
 def foresee(config: Config, precision: Precision, record: Record, corpus_tokens: int) -> None:
     """Before the first step: what this training needs, and a warning where that is not there."""
-    found = forecast.forecast(config, precision, corpus_tokens)
+    try:
+        found = forecast.forecast(config, precision, corpus_tokens)
+    except RuntimeError as error:  # an operation that this device has no formula of sizes for
+        log.warning("no memory forecast on %s: %s", precision.device.type, error)
+        return
     for line in found.lines():
         print(f"train: {line}", flush=True)
     record.metrics({"perf/forecast_memory_mib": found.needed.total / 2**20})

@@ -38,6 +38,16 @@ def make_config() -> Callable[..., Config]:
     return lambda **changes: configuration.from_dict(params(**changes))
 
 
+class NoShipper:
+    """Stands in for tracking.Shipper: the record is written and no store is asked."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __call__(self, event: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Checkout:
     """A copy of this repository's files as a git and DVC repository of its own."""
 

@@ -22,7 +22,7 @@ from pipeline.experiments import Experiment
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig
 from pipeline.runtime import generator
-from tests.conftest import params
+from tests.conftest import NoShipper, params
 
 LN_V = math.log(50257)
 
@@ -187,12 +187,6 @@ def test_a_norm_of_91_000_is_told_in_every_place() -> None:
 # --- real trainings through the real stage
 
 
-class _NoShipper:
-    def __init__(self, *_: Any) -> None: ...
-    def __call__(self, event: Any) -> None: ...
-    def close(self) -> None: ...
-
-
 REAL = {
     "model__n_layer": 1,
     "model__n_head": 1,
@@ -241,7 +235,7 @@ def trained(folder: Path, monkeypatch, make_config) -> Callable[..., Experiment]
 
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DVC_ROOT", str(folder))
-    monkeypatch.setattr(tracking, "Shipper", _NoShipper)
+    monkeypatch.setattr(tracking, "Shipper", NoShipper)
 
     def call(**changes: Any) -> Experiment:
         train.main(make_config(**REAL | changes))

@@ -16,9 +16,9 @@ from pipeline import init_study, paths, records, scaling, training
 from pipeline.checkpoint import save_model
 from pipeline.errors import ConfigError, InputError
 from pipeline.hf_weights import parameter_table
-from pipeline.precision import Precision
+from pipeline.precision import Precision, choose_precision
 from stages import announce, evaluate, import_hf_weights, run, sample, train, write_json
-from tests.conftest import ROOT
+from tests.conftest import ROOT, NoShipper
 
 SMALL = {
     "model__n_layer": 1,
@@ -70,7 +70,7 @@ def test_an_import_that_transformers_computes_differently_fails(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setattr(import_hf_weights.tracking, "Shipper", _NoShipper)
+    monkeypatch.setattr(import_hf_weights.tracking, "Shipper", NoShipper)
     monkeypatch.setattr(
         import_hf_weights,
         "parity",
@@ -86,7 +86,7 @@ def test_the_time_of_the_init_study_is_in_its_record(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setattr(import_hf_weights.tracking, "Shipper", _NoShipper)
+    monkeypatch.setattr(import_hf_weights.tracking, "Shipper", NoShipper)
     import_hf_weights.main(make_config(**SMALL))
     found: dict[str, float] = {}
     for event in records.read(paths.record("import_hf_weights")):
@@ -155,14 +155,6 @@ def test_the_time_of_the_train_study_is_in_its_record(tmp_path: Path, monkeypatc
     curve = [step_report(seconds=7.5), step_report(step=1), step_report(step=2)]
     train.write_study(record, watch, shown, curve)
     assert 77.0 < record.values["time/train_study_seconds"] < 107.0
-
-
-class _NoShipper:
-    def __init__(self, *_: object) -> None: ...
-
-    def __call__(self, event: object) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def test_the_parameter_table_shows_every_tensor_and_the_total(make_config, capsys) -> None:
@@ -261,3 +253,31 @@ def test_a_hellaswag_file_becomes_a_task_beside_the_made_items(
     assert found["hellaswag"] == items and len(found["choice"]) == 2
     assert len(paths.ARTIFACTS.joinpath("choice_items.jsonl").read_text().splitlines()) == 2
     assert list(evaluate.materials(make_config(), val)) == ["validation", "choice"]
+
+
+def test_the_forecast_comes_before_the_first_step_and_stops_no_training(
+    make_config, monkeypatch, capsys, caplog
+) -> None:
+    record, mode = _Kept(), choose_precision("fp32", torch.device("cpu"))
+    train.foresee(make_config(), mode, record, 671_837)
+    said = capsys.readouterr().out
+    assert "7,248,640 parameters; 200 steps are 204,800 tokens, 0.30 epochs" in said
+    assert 300 < record.values["perf/forecast_memory_mib"] < 420
+    monkeypatch.setattr(train.forecast, "free_memory", lambda device: 300 << 20)
+    train.foresee(make_config(), mode, record, 671_837)
+    assert "train.batch_size=8 needs about" in caplog.messages[-1]
+
+    def unknown(*_: object) -> None:
+        raise NotImplementedError("aten::attention has no sizes on this device")
+
+    monkeypatch.setattr(train.forecast, "needs", unknown)
+    train.foresee(make_config(), mode, record, 671_837)
+    assert caplog.messages[-1].startswith("no memory forecast on cpu: aten::attention")
+
+
+def test_the_time_is_foretold_once_some_steps_are_measured(make_config, capsys) -> None:
+    record = _Kept()
+    curve = [SimpleNamespace(seconds=seconds) for seconds in [9.0] * 3 + [6.0] * 5]
+    train.foresee_time(make_config(train__val_tokens=1), record, curve)
+    assert record.values["time/forecast_seconds"] == pytest.approx(1200, rel=0.01)
+    assert "train: 200 steps need 20 min; in 10 min you reach step 99" in capsys.readouterr().out
