@@ -278,6 +278,11 @@ def write_results(
         [[row.get(name, math.nan) for name in columns] for row in rows],
     )
     write_csv(paths.PLOTS / "validation.csv", ["step", "loss"], validations)
+    if len(curve) < config.train.steps:
+        print(
+            f"train: {len(curve):,} of {config.train.steps:,} steps fitted into "
+            f"train.time_budget={config.train.time_budget:g} minutes"
+        )
     print(
         f"train: loss {curve[0].loss:.3f} -> {curve[-1].loss:.3f}, best validation loss "
         f"{summary['train/best_val_loss']:.3f}, {rate:,.0f} tokens/s, "

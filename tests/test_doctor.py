@@ -281,6 +281,17 @@ def test_a_real_training_on_too_little_text_overfits(trained) -> None:
     assert "overfitting" in rules(found)
 
 
+def test_a_real_training_with_a_budget_ends_in_good_order(trained, capsys) -> None:
+    found = trained(train__steps=100_000, train__val_every=100_000, train__time_budget=0.04)
+    done = int(found.last("train/steps"))
+    assert 7 <= done < 100_000
+    assert found.values("train/learning_rate")[-1] == 0.0  # train.min_lr
+    assert found.curves["train/val_loss"] == [(done - 1, found.last("train/best_val_loss"))]
+    assert (
+        f"{done:,} of 100,000 steps fitted into train.time_budget=0.04" in capsys.readouterr().out
+    )
+
+
 # --- the command
 
 
