@@ -99,8 +99,8 @@ def norm_words(found: Experiment) -> str:
     """What became of the gradient norm, in the few words that a table's cell holds."""
     growth, cut = growth_of_norm(found), cut_share(found)
     if growth is not None and growth >= NORM_GROWS:
-        return f"grows {growth:,.0f}-fold"
-    return f"clipped in {cut:.0%}" if cut is not None and cut > ALWAYS else "fine"
+        return f"grows {growth:,.0f}x"
+    return f"clipped {cut:.0%}" if cut is not None and cut > ALWAYS else "fine"
 
 
 # --- what the rules look at

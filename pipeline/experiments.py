@@ -239,7 +239,7 @@ def commits() -> Iterator[Experiment]:
             if found:
                 yield Experiment(rev[:7], rev, found)
     if gone:
-        log.warning("%d records of earlier commits are in no cache any more; left out", len(gone))
+        log.warning("%d records of earlier commits are in no cache here; left out", len(gone))
 
 
 def copy_of(found: Experiment, path: str, folder: Path) -> Path | None:

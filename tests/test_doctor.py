@@ -177,7 +177,7 @@ def test_a_norm_of_91_000_is_told_in_every_place() -> None:
     found = run(train__grad_norm=norms(91_000.0), train__loss=falling())
     findings = doctor.examine(found)
     assert doctor.headline(findings) == "gradient norm grows, always clipped"
-    assert doctor.norm_words(found) == "grows 91,000-fold"
+    assert doctor.norm_words(found) == "grows 91,000x"
     assert "9.1e+04 at the end" in doctor.lines(findings)[0]
     assert "train.lr" in doctor.lines(findings)[0]
     assert doctor.health(found)["health/grad_norm_max"] == 91_000
