@@ -156,6 +156,8 @@ def main() -> None:
         print(f"the clone stays at {clone}", file=sys.stderr)
 
     asked = set(sys.argv[1:]) - {"--run"}
+    if commands and asked and "README.md" not in asked:
+        run("dvc repro", clone)  # which README.md has among its own commands
     for path in PAGES:
         if asked and path.name not in asked:
             continue
