@@ -259,9 +259,10 @@ def overfitting(found: Experiment) -> Finding | None:
 
 def rate_too_high(found: Experiment) -> Finding | None:
     raw, ratios = found.values("train/loss"), found.values("train/update_ratio")
-    losses, width = smoothed(raw), max(5, len(raw) // 20)
+    losses = smoothed(raw)
     if len(losses) < 2 * FEW:
         return None
+    width = len(raw) - len(losses) + 1  # steps that a running mean is taken over
     rise, low, high = largest_rise(losses)
     noise = noise_of(raw)
     if rise <= max(ROSE, ROSE_NOISE * noise / width**0.5):
