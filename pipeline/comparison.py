@@ -28,7 +28,7 @@ from pipeline.tables import markdown
 log = logging.getLogger(__name__)
 
 # What training does not read: two runs that differ in these trained the same.
-ASIDE = ("evaluate.", "sample.", "tracking.", "debug.")
+ASIDE = ("evaluate.", "sample.", "tracking.", "checkpoint.", "debug.")
 SEED = "train.seed"
 TAIL = 0.05  # share of steps whose mean is the final training loss
 APART = 0.01  # relative difference of two losses from which on curves count as apart

@@ -17,6 +17,8 @@ from pipeline.errors import ConfigError
 
 UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
 
+ASIDE = ("checkpoint", "tracking")  # sections that change no result: no stage runs again for them
+
 CHOICE_ENDING = 16  # tokens of an ending in evaluate's multiple choice
 
 
@@ -87,7 +89,25 @@ class TrainConfig:
     compile: bool = setting("torch.compile the training step where a compiler is at hand")
     val_every: int = setting("steps between validations", low=1)
     val_tokens: int = setting("validation tokens used while training, always the same", low=1)
-    max_skipped: int = setting("fp16 steps skipped in a row before the run stops", low=1)
+    max_skipped: int = setting("steps skipped in a row before the run stops", low=1)
+    skip_spikes: float = setting(
+        "skip a step whose gradient norm is this many times the recent median; 0 for never", low=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = setting("steps between training checkpoints; 0 for none by steps", low=0)
+    every_minutes: float = setting(
+        "minutes between training checkpoints; 0 for none by time", low=0, high=1e6
+    )
+    keep: int = setting("newest training checkpoints kept while training goes on", low=1)
+    resume: str = setting(
+        "go on from an interrupted training's newest checkpoint: where there is one, never, or "
+        "nothing else",
+        choices=("auto", "never", "require"),
+    )
+    wait: bool = setting("wait for a process that trains the same; false ends with exit code 6")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +164,7 @@ class Config:
     evaluate: EvaluateConfig
     sample: SampleConfig
     debug: DebugConfig
+    checkpoint: CheckpointConfig
     tracking: TrackingConfig
 
 

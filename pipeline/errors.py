@@ -29,3 +29,15 @@ class StorageError(UserError):
     """The disk or the memory does not suffice."""
 
     exit_code = 5
+
+
+class BusyError(UserError):
+    """Another process trains this very configuration, and this one was asked not to wait."""
+
+    exit_code = 6
+
+
+class ResumeError(UserError):
+    """A checkpoint to go on from was asked for, and none fits these settings, data and code."""
+
+    exit_code = 7

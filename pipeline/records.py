@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from pipeline import paths
-from pipeline.config import Config, flatten, settings_of
+from pipeline.config import ASIDE, Config, flatten, settings_of
 from pipeline.errors import ConfigError
 
 # Every stage with those whose records it waits for, in the order of the chain. `numerics` stands
@@ -232,7 +232,7 @@ def _invocation() -> str:
 
 
 def _results_only(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: v for name, v in settings.items() if not name.startswith("tracking.")}
+    return {name: v for name, v in settings.items() if name.partition(".")[0] not in ASIDE}
 
 
 def _parent(params: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tests.imports import ROOT, closure, config_sections
 
 STAGES: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(ROOT / "dvc.yaml"))["stages"]
 EXEMPT = frozenset(f"pipeline.{name}" for name in NO_RESULTS)
-SECTIONS = {f.name for f in configuration.fields(configuration.Config)} - {"tracking"}
+SECTIONS = {f.name for f in configuration.fields(configuration.Config)} - set(configuration.ASIDE)
 
 
 def stage_file(stage: str) -> str:

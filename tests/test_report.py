@@ -22,7 +22,7 @@ VOID = {"meta", "img", "line", "br"}
 SETTINGS = {
     name: value
     for name, value in configuration.flatten(configuration.from_dict(params())).items()
-    if not name.startswith("tracking.")
+    if not name.startswith(("tracking.", "checkpoint."))
 }
 PIXEL = b"\x89PNG\r\n\x1a\n"  # as much of a PNG as the page looks at
 
