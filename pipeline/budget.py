@@ -29,25 +29,38 @@ class Budget:
     its minimum in the last step and the last validation still fits.
     """
 
-    def __init__(self, config: TrainConfig, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        config: TrainConfig,
+        clock: Callable[[], float] = time.monotonic,
+        first: int = 0,
+        spent: float = 0.0,
+        planned: int = 0,
+    ):
+        """A resumed run gives its `first` step, and the `facts` of the one before it."""
         self._config, self._clock = config, clock
-        self._began = clock()
+        self._began, self._first = clock() - spent, first
         self._warm: tuple[int, float] | None = None  # the first measured step, and when it began
+        self._planned = planned or config.steps
         self._total: int | None = None
+
+    def facts(self) -> dict[str, float]:
+        """What a later process has to know: seconds spent, and the plan as it stands."""
+        return {"spent": self._clock() - self._began, "planned": self._planned}
 
     def steps(self, step: int) -> int:
         """Steps of the whole run, as things stand before step number `step`."""
         now = self._clock()
-        if self._warm is None and step >= WARM_UP_STEPS:
+        if self._warm is None and step >= self._first + WARM_UP_STEPS:
             self._warm = step, now
         if self._total is None:
             fitting = self._fitting(step, now)
             if fitting is None:
-                return self._config.steps
+                return self._planned
+            self._planned = min(step + max(1, fitting), self._config.steps)
             if fitting < 2:  # this one is the last, whatever the clock says after it
-                self._total = min(step + 1, self._config.steps)
-            return min(step + max(1, fitting), self._config.steps)
-        return self._total
+                self._total = self._planned
+        return self._planned
 
     def _fitting(self, step: int, now: float) -> int | None:
         """Steps that fit into what is left, with all that lies between them; None: not known."""

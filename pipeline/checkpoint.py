@@ -6,16 +6,15 @@ A model directory is a Hugging Face GPT-2 directory, so transformers opens it as
 from __future__ import annotations
 
 import json
-import stat
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline import hf_weights, tokenizer
-from pipeline.folders import writing
+from pipeline.folders import check, writing
 from pipeline.model import GPT, GPTConfig
-from pipeline.weight_files import read_json, read_tensors
+from pipeline.weight_files import read_json, read_tensors, write_tensors
 
 WEIGHTS = "model.safetensors"
 
@@ -45,6 +44,7 @@ def load_model(
     what its config.json promises.
     """
     folder = Path(folder)
+    check(folder)
     where = folder / "config.json"
     config = hf_weights.gpt_config(
         read_json(where),
@@ -80,21 +80,10 @@ def _write(model: GPT, folder: Path) -> None:
         {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size},
     )
     tokenizer.write_files(folder)
-    _write_weights(hf_weights.to_hf(model.state_dict(), config), folder / WEIGHTS)
+    weights = hf_weights.to_hf(model.state_dict(), config)
+    write_tensors(weights, folder / WEIGHTS, format="pt")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _write_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    # safetensors makes its file readable by the owner only; the others follow the umask.
-    path.chmod(stat.S_IMODE((path.parent / "config.json").stat().st_mode))

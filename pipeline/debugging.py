@@ -29,7 +29,7 @@ from pipeline.errors import StorageError, UserError
 from pipeline.loss import evaluating
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
-from pipeline.snapshot import load_tensors, read_facts, restore, save_snapshot
+from pipeline.snapshot import Tensors, read_facts, restore, save_snapshot
 from pipeline.training import TrainState
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def open_bundle(folder: Path, device: str = "") -> tuple[dict[str, Any], str]:
     precision = choose_precision(config.precision, where)
     model = GPT(GPTConfig(**facts["gpt"])).to(where)
     state = training.start(model, replace(config.train, compile=False), precision)
-    restore(state, load_tensors(folder), facts)
+    restore(state, Tensors(folder), facts)
     runtime.set_rng_state(state.rng, where)
     then, state.loss = state.loss, training.gradients(state, state.batches)
     same = state.loss == then or (math.isnan(state.loss) and math.isnan(then))

@@ -41,3 +41,22 @@ class ResumeError(UserError):
     """A checkpoint to go on from was asked for, and none fits these settings, data and code."""
 
     exit_code = 7
+
+
+def exit_code(error: BaseException) -> int:
+    """What a stage that ends with this error says to the shell; 1 is a bug."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return StorageError.exit_code if out_of_memory(error) else 1
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or on a GPU (told without importing torch)."""
+    words = str(error).lower()
+    known = ("out of memory", "can't allocate memory", "not enough memory")
+    told = isinstance(error, RuntimeError) and any(part in words for part in known)
+    return isinstance(error, MemoryError) or told

@@ -1,7 +1,13 @@
-"""Folders that are whole or not there: written aside, on the disk, and named last."""
+"""Folders that are whole or not there: written aside, on the disk, and named last.
+
+A folder may carry its own SHA-256 sums: a flipped bit loads without an error in safetensors, and
+DVC does not notice one in its cache.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -10,16 +16,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import StorageError
+from pipeline.errors import InputError, StorageError
+
+SUMS = "sha256.json"  # {file name: {"bytes": ..., "sha256": ...}}
 
 
 @contextmanager
-def writing(folder: Path, needed: int) -> Iterator[Path]:
+def writing(folder: Path, needed: int, sums: bool = True) -> Iterator[Path]:
     """Yields a new sibling folder to write into, which replaces `folder` in the end.
 
     Its files reach the disk first and the final name comes last, so a folder of that name is
-    always whole. Raises StorageError with the bytes `needed` and free where the disk does not
-    take it; then, and after any other error, an old folder stays as it was.
+    always whole; `sums` are those that `check` asks for. Raises StorageError with the bytes
+    `needed` and free where the disk does not take it; then, and after any other error, an old
+    folder stays as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(4)
@@ -27,6 +36,8 @@ def writing(folder: Path, needed: int) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
+        if sums:
+            _write_sums(partial)
         _sync(partial)
         _replace(partial, folder, folder.with_name(f".{folder.name}.{token}.replaced"))
     except OSError as error:
@@ -38,18 +49,84 @@ def writing(folder: Path, needed: int) -> Iterator[Path]:
         remove(partial)
 
 
+def problems(folder: Path) -> list[str]:
+    """What is not as it was written, a line a file; nothing for a folder that carries no sums.
+
+    A file that was put there later is none of theirs.
+    """
+    sums = folder / SUMS
+    if not sums.exists():
+        return []
+    try:
+        listed = {str(n): (int(s["bytes"]), s["sha256"]) for n, s in _read(sums).items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return [f"{sums}: cannot be read: {error}"]
+    found = []
+    for name, (size, digest) in listed.items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            found.append(f"{path}: missing")
+        elif path.stat().st_size != size:
+            found.append(f"{path}: {path.stat().st_size:,} bytes, expected {size:,}")
+        elif (now := _sha256(path)) != digest:
+            found.append(f"{path}: damaged: SHA-256 {now}, expected {digest}")
+    return found
+
+
+def check(folder: Path) -> None:
+    """Raise InputError naming every file of `folder` that is not as it was written."""
+    if found := problems(folder):
+        raise InputError("\n".join(found))
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file or a folder of files; a file or folder of that name is replaced in one go.
+
+    It is not written into: DVC may have linked it to its cache.
+    """
+    if source.is_dir():
+        size = sum(path.stat().st_size for path in source.iterdir())
+        with writing(target, size, sums=False) as partial:
+            for path in source.iterdir():
+                shutil.copyfile(path, partial / path.name)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        shutil.copyfile(source, partial)
+        os.replace(partial, target)
+
+
 def recover(folder: Path) -> None:
     """Tidy up after a save that was killed; call it only while nobody else writes `folder`.
 
     A folder moved aside for a successor that never came gets its name back; the rest goes.
     """
     folder = Path(folder)
-    for replaced in sorted(folder.parent.glob(f".{folder.name}.*.replaced")):
-        if not os.path.lexists(folder):
-            os.replace(replaced, folder)
+    _recover(folder.parent, folder.name)
+
+
+def recover_all(parent: Path) -> None:
+    """The same for every folder in `parent`."""
+    names = {path.name.rsplit(".", 2)[0][1:] for path in parent.glob(".*.*.*")}
+    for name in names:
+        _recover(parent, name)
+
+
+def _recover(parent: Path, name: str) -> None:
+    for replaced in sorted(parent.glob(f".{name}.*.replaced")):
+        if not os.path.lexists(parent / name):
+            os.replace(replaced, parent / name)
         remove(replaced)
-    for partial in folder.parent.glob(f".{folder.name}.*.partial"):
+    for partial in parent.glob(f".{name}.*.partial"):
         remove(partial)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder of which no part may be seen under its name."""
+    if os.path.lexists(folder):
+        aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+        os.replace(folder, aside)
+        remove(aside)
 
 
 def remove(path: Path) -> None:
@@ -61,6 +138,24 @@ def remove(path: Path) -> None:
             for file in path.rglob("*"):
                 file.chmod(stat.S_IWRITE)
         shutil.rmtree(path)
+
+
+def _write_sums(folder: Path) -> None:
+    sums = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
+    }
+    text = json.dumps(sums, indent=1) + "\n"
+    (folder / SUMS).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _read(path: Path) -> dict[str, dict[str, object]]:
+    return json.loads(path.read_text("utf-8"))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

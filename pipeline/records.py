@@ -40,6 +40,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 # numbers that stand beside it: another colour must not train for days again.
 NO_RESULTS = (
     *("config", "errors", "paths", "records", "rows", "runs", "tracking", "view"),
+    *("interruption", "resume"),
     *("comparison", "contrast", "debugging", "doctor", "experiments", "figures", "forecast"),
     *("history", "logged_models", "notes", "plots", "queueing", "snapshot", "sweep"),
     *("report", "report_figures", "report_run"),
@@ -56,24 +57,42 @@ class Record:
     """One stage's events, written line by line, handed to `ship` as they come.
 
     The file carries its final name only after `close("FINISHED")`: what a failed stage leaves
-    behind ends in `.part`.
+    behind ends in `.part`. A `journal` outlives the workspace: a second copy of every line, which
+    a later record of the same stage goes on with. It keeps the events that are there, the first
+    one's id included, and the points: one that the journal has is not written again.
     """
 
-    def __init__(self, stage: str, config: Config, ship: Callable[[Event], None] | None = None):
+    def __init__(
+        self,
+        stage: str,
+        config: Config,
+        ship: Callable[[Event], None] | None = None,
+        journal: Path | None = None,
+    ):
         self.stage = stage
         self.path = paths.record(stage)
         self._part = self.path.with_suffix(".jsonl.part")
         self._ship = ship
+        earlier = reopen(journal) if journal else []
+        self._spent = sum(end - began for began, end in _sessions(earlier))
         self._started = time.time()
+        self._held = {key: e["step"] for e in _metrics(earlier) for key in e["values"]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._part, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
-        self.head = start_event(stage, config)
-        self._write(self.head)
+        self._files = [open(self._part, "w", encoding="utf-8", newline="\n")]  # noqa: SIM115
+        for event in earlier:
+            self._write(event)
+        if journal:
+            self._files.append(open(journal, "a", encoding="utf-8", newline="\n"))  # noqa: SIM115
+        self.resumed = bool(earlier)
+        self.head = earlier[0] if earlier else start_event(stage, config)
+        self._write({"kind": "resume", "time": _now()} if earlier else self.head)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """One point for each key, rounded: six digits, four of rates and times."""
-        rounded = {key: _round(key, value) for key, value in values.items()}
-        self._write({"kind": "metrics", "time": _now(), "step": step, "values": rounded})
+        new = {key: value for key, value in values.items() if step > self._held.get(key, -1)}
+        if new:
+            rounded = {key: _round(key, value) for key, value in new.items()}
+            self._write({"kind": "metrics", "time": _now(), "step": step, "values": rounded})
 
     def tags(self, values: dict[str, Any]) -> None:
         self._write({"kind": "tags", "values": {k: str(v) for k, v in values.items()}})
@@ -102,16 +121,25 @@ class Record:
         """Every event written up to now."""
         return read(self._part)
 
+    def persist(self) -> None:
+        """Have every line on the disk, so that no later checkpoint knows more than they."""
+        for file in self._files:
+            os.fsync(file.fileno())
+
     def close(self, status: str) -> None:
-        self.metrics({f"time/{self.stage}_seconds": time.time() - self._started})
+        if status == "FINISHED":  # an interrupted stage may go on, and has one time in the end
+            seconds = self._spent + time.time() - self._started
+            self.metrics({f"time/{self.stage}_seconds": seconds})
         self._write({"kind": "end", "status": status, "time": _now()})
-        self._file.close()
+        for file in self._files:
+            file.close()
         if status == "FINISHED":
             os.replace(self._part, self.path)
 
     def _write(self, event: Event) -> None:
-        self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
-        self._file.flush()
+        for file in self._files:
+            file.write(json.dumps(event, ensure_ascii=False) + "\n")
+            file.flush()
         if self._ship:
             self._ship(event)
 
@@ -120,6 +148,47 @@ def read(path: Path) -> list[Event]:
     """The events of a record, the start event first."""
     with open(path, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def reopen(journal: Path) -> list[Event]:
+    """The events of a journal to go on with; what a kill cut off, and the word that it ended, go.
+
+    None where there is no journal yet.
+    """
+    if not journal.exists():
+        return []
+    events, size = [], 0
+    for line in journal.read_bytes().splitlines(keepends=True):
+        event = _event(line)
+        if event is None or event["kind"] == "end":
+            break
+        events.append(event)
+        size += len(line)
+    os.truncate(journal, size)
+    return events
+
+
+def _event(line: bytes) -> Event | None:
+    with contextlib.suppress(ValueError):
+        event = json.loads(line)
+        if line.endswith(b"\n") and isinstance(event, dict) and "kind" in event:
+            return event
+    return None
+
+
+def _metrics(events: list[Event]) -> Iterator[Event]:
+    return (event for event in events if event["kind"] == "metrics")
+
+
+def _sessions(events: list[Event]) -> Iterator[tuple[float, float]]:
+    """When each process that wrote these began and was last heard of, in seconds."""
+    times: list[list[float]] = []
+    for event in events:
+        if event["kind"] in ("start", "resume"):
+            times.append([])
+        if times and "time" in event:
+            times[-1].append(event["time"] / 1000)
+    return ((session[0], session[-1]) for session in times)
 
 
 def upstream(stage: str) -> Iterator[list[Event]]:

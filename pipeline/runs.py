@@ -1,22 +1,33 @@
-"""Training runs in progress: a folder each under the main root, one trainer, the others wait."""
+"""Training runs in progress: a folder each under the main root, one trainer, the others wait.
+
+python -m pipeline.runs            lists them: state, step, settings, size
+python -m pipeline.runs remove ID  gives the disk space of one back
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import logging
 import os
-import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
 
 from pipeline import paths
-from pipeline.records import tree_digest
+from pipeline.errors import BusyError, InputError, StorageError, UserError, exit_code
+from pipeline.folders import copy, discard, recover
+from pipeline.records import digest_of, dvc_md5, tree_digest
 
 log = logging.getLogger(__name__)
+
+IDENTITY, STATUS, RESULT, JOURNAL = "run.json", "run_status.json", "result.json", "record.jsonl"
 
 
 def this_process() -> str:
@@ -33,99 +44,254 @@ def is_alive(process: str) -> bool:
     return False
 
 
-class Claim:
-    """A fingerprint held under its lock. `folder` exists only while a result is handed over."""
+class Run:
+    """A training's folder, held under its lock: checkpoints, journal, status, and its result.
 
-    def __init__(self, folder: Path, waited: bool):
-        self.folder = folder
-        self.waited = waited
+    The identity is all that decides the trained weights: `params` by name, the SHA-256 of each of
+    the `inputs`, and that of the `code`.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], waited: bool):
+        self.folder, self.identity, self.waited = folder, identity, waited
+        self.journal = folder / JOURNAL
+
+    def say(self, state: str, **facts: Any) -> None:
+        """Write run_status.json: `dvc repro` turns every exit code into one."""
+        known = _json(self.folder / STATUS)
+        facts = {"state": state, "pid": os.getpid(), "time": int(time.time())} | facts
+        kept = {"step": known["step"]} if "step" in known else {}
+        _write(self.folder / STATUS, kept | facts)
+
+    def start_over(self) -> None:
+        """Forget what earlier processes left here."""
+        discard(self.folder)
+        self.folder.mkdir()
+        _write(self.folder / IDENTITY, self.identity)
 
     def adopt(self) -> bool:
-        """Take over what another process made of this very fingerprint while this one waited.
+        """Take over the result of another process for this very identity, if it is whole.
 
-        Every output is checked against its SHA-256 before it replaces anything here.
+        That is one that this process waited for, or one that DVC was stopped before it could
+        keep. Every output is checked against its SHA-256 before it replaces anything here.
         """
-        manifest = self.folder / "result.json"
-        if not self.waited or not manifest.exists():
+        made = _json(self.folder / RESULT)
+        if not made:
             return False
-        digests: dict[str, str] = json.loads(manifest.read_text("utf-8"))
-        shared = {name: self.folder / name for name in digests}
-        if any(not p.exists() or tree_digest(p) != digests[name] for name, p in shared.items()):
+        shared = {name: self.folder / name for name in made["digests"]}
+        if not (self.waited or _left_behind(made)) or any(
+            not p.exists() or tree_digest(p) != made["digests"][n] for n, p in shared.items()
+        ):
+            self.start_over()
             return False
         for name, path in shared.items():
             copy(path, Path(name))
         return True
 
     def share(self, outputs: list[Path]) -> None:
-        """Leave the result for those that wait for it; nothing is kept where nobody does."""
-        if not self.awaited():
-            return
+        """Leave the result for those that wait, and for DVC's next try if this one is stopped."""
         for output in outputs:
+            (self.folder / output).parent.mkdir(parents=True, exist_ok=True)
             copy(output, self.folder / output)
         digests = {output.as_posix(): tree_digest(output) for output in outputs}
-        part = self.folder / "result.json.part"
-        part.write_text(json.dumps(digests), "utf-8")
-        os.replace(part, self.folder / "result.json")
+        made = {"digests": digests, "md5": dvc_md5(outputs[0]), "by_dvc": _under_dvc()}
+        _write(self.folder / RESULT, made)
+        for name in ("checkpoints", "best", "study", JOURNAL):
+            discard(self.folder / name)
 
     def awaited(self) -> bool:
-        """Whether another living process waits for this fingerprint."""
-        marks = self.folder.parent.glob(f"{self.folder.name}.waiting-*")
-        return any(is_alive(mark.name.partition(".waiting-")[2]) for mark in marks)
+        """Whether another living process waits for this training."""
+        return _awaited(self.folder)
 
 
 @contextlib.contextmanager
-def claim(fingerprint: str) -> Iterator[Claim]:
-    """Hold a fingerprint; a second process with the same one waits here for its turn.
+def claim(identity: dict[str, Any], wait: bool = True) -> Iterator[Run]:
+    """Hold a training; a second process with the same identity waits here for its turn.
 
-    A result that was handed over goes once nobody waits for it any more.
+    Raises BusyError where it shall not `wait`, StorageError where the folder cannot be written.
     """
-    folder = paths.runs() / fingerprint[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = paths.runs() / digest_of(identity)[:16]
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            waited = stack.enter_context(_holding(folder, wait))
+            recover(folder)
+            folder.mkdir(exist_ok=True)
+            run = Run(folder, identity, waited)
+            _write(folder / IDENTITY, identity)
+            run.say("running")
+        except OSError as error:
+            raise StorageError(
+                f"{folder}: cannot be written: {error}; checkpoints of training go there"
+            ) from error
+        try:
+            yield run
+        except BaseException as error:
+            code = exit_code(error)
+            state = "preempted" if code >= 128 else "failed"
+            with contextlib.suppress(OSError):  # a full disk is what may have ended it
+                run.say(state, exit_code=code, message=str(error))
+            raise
+        run.say("finished", exit_code=0)
+
+
+@contextlib.contextmanager
+def _holding(folder: Path, wait: bool) -> Iterator[bool]:
+    """The folder's lock; True if it had to be waited for, under a mark that others can see."""
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     holder = folder.with_name(f"{folder.name}.holder")
-    waited = _acquire(lock, holder, folder.with_name(f"{folder.name}.waiting-{this_process()}"))
+    waited = False
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = "another process"
+        with contextlib.suppress(OSError):
+            who = f"process {holder.read_text('utf-8')}"
+        if not wait:
+            raise BusyError(
+                f"{who} trains this very configuration, and checkpoint.wait=false: wait for it, "
+                "or set checkpoint.wait=true to take its result over"
+            ) from None
+        mark = folder.with_name(f"{folder.name}.waiting-{this_process()}")
+        mark.touch()
+        try:
+            log.warning("%s trains this very configuration: waiting for its result", who)
+            lock.acquire()
+        finally:
+            mark.unlink(missing_ok=True)
+        waited = True
     try:
         holder.write_text(str(os.getpid()), "utf-8")
-        if not waited:  # what a crash may have left is nobody's
-            shutil.rmtree(folder, ignore_errors=True)
-        held = Claim(folder, waited)
-        yield held
-        if not held.awaited():
-            shutil.rmtree(folder, ignore_errors=True)
+        yield waited
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
 
 
-def _acquire(lock: FileLock, holder: Path, mark: Path) -> bool:
-    """Take the lock; True if it had to be waited for, under a mark that others can see."""
-    try:
-        lock.acquire(timeout=0)
-        return False
-    except Timeout:
-        pass
-    mark.touch()
-    try:
-        who = "another process"
-        with contextlib.suppress(OSError):
-            who = f"process {holder.read_text('utf-8')}"
-        log.warning("%s trains this very configuration: waiting for its result", who)
-        lock.acquire()
-    finally:
-        mark.unlink(missing_ok=True)
-    return True
+def forget_result() -> None:
+    """Drop the result that this workspace's training left: DVC holds the outputs by now.
 
-
-def copy(source: Path, target: Path) -> None:
-    """Copy a file or folder to a new place; an old one is removed, never written into.
-
-    DVC may have linked the old one to its cache, where writing in place would damage it.
+    For the stage after it to call, which DVC starts when it has.
     """
-    if target.is_dir() and not target.is_symlink():
-        shutil.rmtree(target)
-    target.unlink(missing_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copyfile(source, target)
+    record = paths.record("train")
+    mine = tree_digest(record) if record.exists() else ""
+    for result in paths.runs().glob(f"*/{RESULT}"):
+        if _json(result).get("digests", {}).get(record.as_posix()) == mine:
+            _drop(result.parent)
+
+
+def unfinished(but: Path) -> Path | None:
+    """The folder of the training that stopped last without a result, other than `but`."""
+    found = [
+        folder
+        for folder in _folders()
+        if folder != but and _json(folder / STATUS).get("state") != "finished"
+    ]
+    return max(found, key=lambda f: _json(f / STATUS).get("time", 0), default=None)
+
+
+def differences(mine: dict[str, Any], other: Path) -> list[str]:
+    """By what another training's identity differs, a phrase each."""
+    theirs = _json(other / IDENTITY)
+    params, before = mine["params"], theirs.get("params", {})
+    names = dict.fromkeys([*params, *before])
+    changed = [
+        f"{name}={params.get(name)} instead of {before.get(name)}"
+        for name in names
+        if params.get(name) != before.get(name)
+    ]
+    inputs = theirs.get("inputs", {})
+    changed += [f"other bytes in {n}" for n, d in mine["inputs"].items() if inputs.get(n) != d]
+    return changed + (["other code"] if theirs.get("code") != mine["code"] else [])
+
+
+def _folders() -> list[Path]:
+    return sorted(path.parent for path in paths.runs().glob(f"*/{IDENTITY}"))
+
+
+def _drop(folder: Path) -> bool:
+    """Remove a run's folder, unless a process is at work on it or waits for it."""
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+        if not _awaited(folder):
+            discard(folder)
+            return True
+    return False
+
+
+def _awaited(folder: Path) -> bool:
+    marks = folder.parent.glob(f"{folder.name}.waiting-*")
+    return any(is_alive(mark.name.partition(".waiting-")[2]) for mark in marks)
+
+
+def _under_dvc() -> bool:
+    return "DVC_ROOT" in os.environ
+
+
+def _left_behind(made: dict[str, Any]) -> bool:
+    """Whether DVC was stopped after this result was made and before it was kept.
+
+    A stage that is started by hand, or forced to run again with `dvc repro -f`, is to train.
+    """
+    lock = Path("dvc.lock")
+    kept = lock.exists() and made["md5"] in lock.read_text("utf-8")
+    return made["by_dvc"] and _under_dvc() and not kept
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What the file says; nothing where it is not there or no JSON."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text("utf-8"))
+    return {}
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+    os.replace(part, path)
+
+
+def main(words: list[str]) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    parser = argparse.ArgumentParser(prog="python -m pipeline.runs")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("remove", help="give its disk space back").add_argument("id")
+    asked = parser.parse_args(words)
+    try:
+        if asked.command == "remove":
+            remove(asked.id)
+        for line in lines():
+            log.info("%s", line)
+    except UserError as error:
+        log.error("error: %s", error)
+        sys.exit(error.exit_code)
+
+
+def lines() -> list[str]:
+    """A line for each training that is at work, was interrupted, or is not yet in DVC's cache."""
+    found = []
+    for folder in _folders():
+        said, params = _json(folder / STATUS), _json(folder / IDENTITY).get("params", {})
+        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        state = said.get("state", "unknown")
+        if state == "running" and not psutil.pid_exists(said.get("pid", -1)):
+            state = "killed"
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(said.get("time", 0)))
+        found.append(
+            f"{folder.name}  {state} at step {said.get('step', 0):,} of "
+            f"{params.get('train.steps', 0):,}, {when}, {size / 2**20:,.0f} MiB"
+        )
+    return found or ["no training is at work or interrupted"]
+
+
+def remove(name: str) -> None:
+    """Raises InputError for a run that is not there, BusyError for one at work."""
+    folder = paths.runs() / name
+    if folder not in _folders():
+        known = ", ".join(path.name for path in _folders()) or "none"
+        raise InputError(f"{name}: no training of that name; there are: {known}")
+    if not _drop(folder):
+        raise BusyError(f"{name}: a process is at work on it, or waits for it")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,13 +1,14 @@
 """A training state on disk: all that its next step needs to be done again, and no pickle.
 
-A snapshot is a folder of two files: `state.safetensors` holds every tensor under a name that says
-what it is (`model.NAME`, `exp_avg.NAME`, `rng.cpu`, `x.0`, ...), `snapshot.json` the plain facts
-and the SHA-256 of the other.
+A snapshot is a folder. Its tensors have names that say what they are (`model.NAME`,
+`exp_avg.NAME`, `rng.cpu`, `x.0`, ...) and lie in one safetensors file a kind; `snapshot.json`
+holds the plain facts, `sha256.json` the sums of all files.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +16,36 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.folders import writing
-from pipeline.records import tree_digest
+from pipeline.folders import check, writing
 from pipeline.training import TrainState
+from pipeline.weight_files import write_tensors
 
-TENSORS, FACTS = "state.safetensors", "snapshot.json"
+FACTS = "snapshot.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_snapshot(folder: Path, state: TrainState, facts: dict[str, Any]) -> None:
     """Write the state and the step at work, its batches included; `facts` are plain values.
 
     Scaler, counts and generators are those of the step's beginning (`TrainState.begin`), whether
-    or not it has updated them since; weights and moments are as they stand.
-    Takes the disk space of the weights and the optimizer's moments, three times the weights.
-    Raises StorageError as `folders.writing` does.
+    or not it has updated them since; weights and moments are as they stand. Takes the disk space
+    of the weights and the optimizer's moments, three times the weights, and no memory on a CPU:
+    the files are written from the tensors themselves. From another device one file's tensors at a
+    time come over, as many bytes as the weights have. Raises StorageError as `folders.writing`.
     """
-    from safetensors.torch import save_file
-
-    tensors = _tensors(state)
-    with writing(folder, sum(t.numel() * t.element_size() for t in tensors.values())) as partial:
-        save_file(tensors, partial / TENSORS)
-        own = {
+    kinds = _kinds(state)
+    needed = sum(t.numel() * t.element_size() for kind in kinds.values() for t in kind.values())
+    with writing(folder, needed) as partial:
+        for kind, tensors in kinds.items():
+            own = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            write_tensors(own, partial / f"{kind}.safetensors")
+        own_facts = {
             "step": state.step,
             **state.before,
             "micro_batches": len(state.batches),
             "loss": repr(state.loss),  # JSON knows no NaN
-            "sha256": tree_digest(partial / TENSORS),
         }
-        text = json.dumps({**facts, **own}, indent=1) + "\n"
+        text = json.dumps({**facts, **own_facts}, indent=1) + "\n"
         (partial / FACTS).write_text(text, "utf-8")
 
 
@@ -54,50 +57,64 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: not a snapshot of a training step: {error}") from None
 
 
-def load_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a snapshot on the CPU.
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a snapshot by name, each read when it is asked for.
 
-    Raises InputError where the file is not the one that was written.
+    Raises InputError where a file is not the one that was written.
     """
-    from safetensors.torch import load_file
 
-    expected, found = read_facts(folder)["sha256"], tree_digest(folder / TENSORS)
-    if found != expected:
-        raise InputError(f"{folder / TENSORS}: damaged: SHA-256 {found}, expected {expected}")
-    return load_file(folder / TENSORS)
+    def __init__(self, folder: Path):
+        from safetensors import safe_open
+
+        check(folder)
+        files = [safe_open(p, framework="pt") for p in sorted(folder.glob("*.safetensors"))]
+        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
-def restore(state: TrainState, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+def restore(state: TrainState, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
     """Put a snapshot into a fresh state; the generators stay: see `runtime.set_rng_state`.
 
     NaN and infinite weights are put back as they were: they may be what one wants to look at.
     """
-    state.model.load_state_dict(_under("model.", tensors))
-    for name, parameter in state.model.named_parameters():
-        parts = {part: tensors.get(f"{part}.{name}") for part in ("step", "exp_avg", "exp_avg_sq")}
-        if all(value is not None for value in parts.values()):
-            state.optimizer.state[parameter] = {
-                part: value.to(parameter.device) for part, value in parts.items()
-            }
+    optimizer = state.optimizer.state_dict()
+    numbers = iter(n for group in optimizer["param_groups"] for n in group["params"])
+    of = {id(p): next(numbers) for group in state.optimizer.param_groups for p in group["params"]}
+    with torch.no_grad():
+        for name, parameter in state.model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+            if all(f"{part}.{name}" in tensors for part in ("step", *MOMENTS)):
+                # Copies of their own: what was read may be the file itself, mapped into memory.
+                optimizer["state"][of[id(parameter)]] = {
+                    part: tensors[f"{part}.{name}"].to(parameter.device, copy=True)
+                    for part in ("step", *MOMENTS)
+                }
+    state.optimizer.load_state_dict(optimizer)
     if facts["scaler"]:
         state.scaler.load_state_dict(facts["scaler"])
-    for name in ("step", "skipped", "skipped_in_a_row"):
+    for name in state.before.keys() - {"scaler"} | {"step"}:
         setattr(state, name, facts[name])
     state.begin([(tensors[f"x.{n}"], tensors[f"y.{n}"]) for n in range(facts["micro_batches"])])
-    state.rng, state.loss = _under("rng.", tensors), float(facts["loss"])
+    state.rng = {n.removeprefix("rng."): tensors[n] for n in tensors if n.startswith("rng.")}
+    state.loss = float(facts["loss"])
 
 
-def _tensors(state: TrainState) -> dict[str, Tensor]:
-    named = {f"model.{name}": p.detach() for name, p in state.model.named_parameters()}
+def _kinds(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """The state's tensors by the file that they go into; parameters by name, tied ones once."""
+    model = {f"model.{name}": p.detach() for name, p in state.model.named_parameters()}
+    small = {f"rng.{kind}": value for kind, value in state.rng.items()}
+    moments: dict[str, dict[str, Tensor]] = {part: {} for part in MOMENTS}
     for name, parameter in state.model.named_parameters():
         for part, value in state.optimizer.state.get(parameter, {}).items():
-            named[f"{part}.{name}"] = torch.as_tensor(value)
-    named |= {f"rng.{kind}": value for kind, value in state.rng.items()}
-    for n, (x, y) in enumerate(state.batches):
-        named |= {f"x.{n}": x, f"y.{n}": y}
-    # Batches are views into larger tensors; safetensors takes only tensors of their own.
-    return {name: tensor.cpu().contiguous().clone() for name, tensor in named.items()}
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            moments.get(part, small)[f"{part}.{name}"] = torch.as_tensor(value)
+    for n, (x, y) in enumerate(state.batches):  # views into larger tensors: not their own memory
+        small |= {f"x.{n}": x.clone(), f"y.{n}": y.clone()}
+    return {"model": model, **moments, "rest": small}

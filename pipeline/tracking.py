@@ -127,10 +127,10 @@ def _without_secrets(text: str) -> str:
 
 
 @contextlib.contextmanager
-def record(stage: str, config: Config) -> Iterator[Record]:
+def record(stage: str, config: Config, journal: Path | None = None) -> Iterator[Record]:
     """A stage's record, shipped while it is written; its row ends as the stage does."""
     shipper = Shipper(stage, config)
-    entry = Record(stage, config, shipper)
+    entry = Record(stage, config, shipper, journal)
     status = "FAILED"
     try:
         yield entry

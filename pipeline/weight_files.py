@@ -1,9 +1,10 @@
-"""Folders of weights from anywhere, read as JSON and safetensors: nothing in them can run code."""
+"""Folders of weights as JSON and safetensors: nothing in them can run code."""
 
 from __future__ import annotations
 
 import json
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,23 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             "(safetensors only: .bin, .pt and .ckpt files can run code and are never opened)"
         )
     return _read_shards(folder, index)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
+    """A safetensors file, written from the tensors' own memory; raises OSError as files do.
+
+    They have to be contiguous; those that are not on the CPU are copied there.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        save_file(tensors, path, metadata=metadata or None)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    path.chmod(mode)  # safetensors makes its file readable by the owner only
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:

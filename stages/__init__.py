@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from pipeline import config as configuration
 from pipeline import plots
 from pipeline.config import Config
-from pipeline.errors import StorageError, UserError
+from pipeline.errors import UserError, exit_code, out_of_memory
 
 if TYPE_CHECKING:
     from pipeline.precision import Precision
@@ -53,9 +53,9 @@ def run(main: Callable[[Config], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(exit_code(error))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -64,14 +64,7 @@ def run(main: Callable[[Config], None]) -> None:
             "double train.accumulate, or lower evaluate.batch_size",
             file=sys.stderr,
         )
-        sys.exit(StorageError.exit_code)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on the host or on a GPU (told without importing torch)."""
-    words = str(error).lower()
-    known = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(part in words for part in known)
+        sys.exit(exit_code(error))
 
 
 def announce(stage: str, precision: Precision, record: Record) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline import data, paths, runtime, tracking
+from pipeline import data, paths, runs, runtime, tracking
 from pipeline import evaluation as tasks
 from pipeline.checkpoint import load_model
 from pipeline.config import UNSET_PATH, Config
@@ -17,6 +17,7 @@ ITEMS = paths.ARTIFACTS / "choice_items.jsonl"
 
 
 def main(config: Config) -> None:
+    runs.forget_result()
     with tracking.record("evaluate", config) as record:
         tokens = {split: data.open_tokens(paths.TOKENS, split) for split in data.SPLITS}
         material = materials(config, tokens["val"])

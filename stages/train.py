@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -9,6 +10,8 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -19,27 +22,31 @@ from pipeline import (
     doctor,
     dtypes,
     figures,
+    folders,
     forecast,
+    interruption,
     paths,
     records,
+    runs,
     runtime,
     scaling,
     throughput,
     tracking,
     training,
 )
-from pipeline.budget import Budget
 from pipeline.checkpoint import load_model, save_model
 from pipeline.config import Config, flatten
-from pipeline.errors import NumericsError
+from pipeline.course import Course, step_metrics
+from pipeline.errors import NumericsError, ResumeError
 from pipeline.experiments import Experiment
-from pipeline.folders import recover, remove
+from pipeline.folders import copy, recover
+from pipeline.interruption import Interruption, Stopped
 from pipeline.loss import mean_loss
 from pipeline.model import GPT
 from pipeline.optimizer import update_ratio
 from pipeline.precision import Precision, choose_precision
 from pipeline.records import Record
-from pipeline.runs import claim
+from pipeline.resume import Checkpoint, Checkpoints
 from stages import announce, run, write_csv, write_curve, write_metrics
 
 log = logging.getLogger(__name__)
@@ -64,27 +71,54 @@ def main(config: Config) -> None:
         "val": held_out.sha256,
         "init": records.tree_digest(paths.INIT),
     }
-    with claim(fingerprint(config, inputs)) as held:
-        if held.adopt():
-            print("train: another process has just trained this very configuration; adopted")
+    with runs.claim(identity(config, inputs), config.checkpoint.wait) as run:
+        if run.adopt():
+            print("train: this very training has been done; its checked result is taken over")
             return
+        if config.checkpoint.resume == "never":
+            run.start_over()
         for folder in (paths.MODEL, paths.LAST):
             recover(folder)
-        with tracking.record("train", config) as record:
-            record.dataset("tokens", tokens.sha256, str(tokens.path), "train")
-            record.tags({f"digest.{name}": digest for name, digest in inputs.items()})
-            train(config, record, tokens, held_out)
-        held.share(OUTPUTS)
+        checkpoints = Checkpoints(run.folder, config.checkpoint)
+        found = checkpoints.newest()
+        announce_start(config, run, found)
+        with tracking.record("train", config, run.journal) as record:
+            if not record.resumed:
+                record.dataset("tokens", tokens.sha256, str(tokens.path), "train")
+                record.tags({f"digest.{name}": digest for name, digest in inputs.items()})
+            course = Course(config, record, run, checkpoints)
+            train(course, found, tokens, held_out)
+        run.share(OUTPUTS)
 
 
-def fingerprint(config: Config, inputs: dict[str, str]) -> str:
-    """One string for all that decides the trained weights."""
+def identity(config: Config, inputs: dict[str, str]) -> dict[str, Any]:
+    """All that decides the trained weights."""
     ours = ("precision", "device", "model.", "train.", "debug.")
     params = {k: v for k, v in flatten(config).items() if k.startswith(ours)}
-    return records.digest_of({"params": params, "inputs": inputs, "code": records.code_digest()})
+    return {"params": params, "inputs": inputs, "code": records.code_digest()}
 
 
-def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.Tokens) -> None:
+def announce_start(config: Config, run: runs.Run, found: Checkpoint | None) -> None:
+    """Where this training starts, and why not elsewhere; raises ResumeError where it may not."""
+    if found:
+        print(
+            f"train: goes on after step {found[1]['step']:,} of {config.train.steps:,}: {found[0]}"
+        )
+        return
+    why = "there is no checkpoint to go on from"
+    if other := runs.unfinished(but=run.folder):
+        changed = "; ".join(runs.differences(run.identity, other)) or "nothing else"
+        why += f"; the training interrupted last, {other}, is another one: here {changed}"
+    if config.checkpoint.resume == "require":
+        raise ResumeError(f"checkpoint.resume=require: {why}")
+    if other:
+        print(f"train: starts afresh: {why}")
+
+
+def train(
+    course: Course, found: Checkpoint | None, tokens: data.Tokens, held_out: data.Tokens
+) -> None:
+    config, record = course.config, course.record
     device = runtime.choose_device(config.device)
     precision = choose_precision(config.precision, device)
     announce("train", precision, record)
@@ -100,42 +134,77 @@ def train(config: Config, record: Record, tokens: data.Tokens, held_out: data.To
         attention=config.model.attention,
         device=device,
     )
-    state = training.start(model, config.train, precision)
-    watch = dtypes.Watch(state)
-    reports = training.fit(
-        state,
-        config.train,
-        functools.partial(training.micro_batches, tokens, config.train),
-        look=functools.partial(stop_and_look, config, record, watch),
-        look_at=config.debug.interact_at_step,
-        steps_at=Budget(config.train).steps,
-    )
-    best, curve, validations = math.inf, [], []
-    told: set[str] = set()
-    try:
-        for report in progress(watch.first_of(reports), config):
-            curve.append(report)
-            record.metrics(step_metrics(report) | update_metric(state, report), report.step)
-            done = report.step + 1
-            if done == forecast.MEASURED_AT:
-                foresee_time(config, record, curve)
-            if done % config.train.val_every == 0 or report.last:
-                loss = validate(state, held_out, config)
-                validations.append((done, loss))
-                record.metrics({"train/val_loss": loss}, report.step)
-                if loss < best:
-                    best = loss
-                    save_model(model, paths.MODEL)
-                    best_step = done
-                speak_up(record, told)
-    except NumericsError as error:
-        keep_for_a_look(state, config, record, str(error))
-        raise
+    course.checkpoints.check_room(model.parameter_count())
+    state = course.begin(training.start(model, config.train, precision), found)
+    loop(course, state, tokens, held_out)
     save_model(model, paths.LAST)
-    record.checkpoint("best", paths.MODEL, best_step)
-    record.checkpoint("last", paths.LAST, done)
-    write_results(config, record, model, precision, matrix_rate, curve, validations)
-    write_study(record, watch, shown, curve)
+    copy(course.best_model(), paths.MODEL)
+    record.checkpoint("best", paths.MODEL, course.best_step)
+    record.checkpoint("last", paths.LAST, len(course.curve))
+    write_results(course, model, precision, matrix_rate)
+    write_study(record, course.study, precision, shown, course.curve)
+
+
+def loop(
+    course: Course, state: training.TrainState, tokens: data.Tokens, held_out: data.Tokens
+) -> None:
+    """Every step that is left, and what comes between them."""
+    config, record = course.config, course.record
+    watch = dtypes.Watch(state)
+    told: set[str] = set()
+    with interruption.listening() as stop:
+        reports = training.fit(
+            state,
+            config.train,
+            functools.partial(training.micro_batches, tokens, config.train),
+            look=functools.partial(stop_and_look, config, record, watch, stop),
+            look_at=config.debug.interact_at_step,
+            steps_at=course.budget.steps,
+        )
+        try:
+            validate_if_due(course, state, held_out, stop, told)  # a stopped one may owe it
+            for report in progress(watched(reports, watch, course.study), config, state.step):
+                course.step(report)
+                record.metrics(step_metrics(report) | update_metric(state, report), report.step)
+                if report.step + 1 == forecast.MEASURED_AT:
+                    foresee_time(config, record, course.curve)
+                validate_if_due(course, state, held_out, stop, told)
+                if stop.asked() or course.checkpoint_due():
+                    course.save(state)
+                if stop.asked():
+                    stop.leave()
+        except NumericsError as error:
+            keep_for_a_look(state, config, record, str(error))
+            raise
+
+
+def watched(
+    reports: Iterator[training.StepReport], watch: dtypes.Watch, study: Path
+) -> Iterator[training.StepReport]:
+    """The reports; what the first step of the whole training did is noted in `study`."""
+    if study.exists():
+        yield from reports
+        return
+    for report in watch.first_of(reports):
+        if not study.exists():
+            with folders.writing(study, needed=1 << 20, sums=False) as partial:
+                write_csv(partial / "dtypes.csv", dtypes.COLUMNS, watch.cells())
+                (partial / "dtypes.md").write_text(watch.page(), "utf-8")
+        yield report
+
+
+def validate_if_due(
+    course: Course,
+    state: training.TrainState,
+    held_out: data.Tokens,
+    stop: Interruption,
+    told: set[str],
+) -> None:
+    """Validation, and the doctor's word on it; left undone where somebody asks to stop."""
+    if course.validation_due():
+        with contextlib.suppress(Stopped):
+            course.validated(state, validate(state, held_out, course.config, stop))
+            speak_up(course.record, told)
 
 
 def foresee(config: Config, precision: Precision, record: Record, corpus_tokens: int) -> None:
@@ -168,12 +237,16 @@ def speak_up(record: Record, told: set[str]) -> None:
 
 
 def stop_and_look(
-    config: Config, record: Record, watch: dtypes.Watch, state: training.TrainState
+    config: Config,
+    record: Record,
+    watch: dtypes.Watch,
+    stop: Interruption,
+    state: training.TrainState,
 ) -> None:
     """debug.interact_at_step: an interpreter where somebody sits, else the moment on disk."""
     if debugging.has_terminal():
         record.tags({"debug.interacted_at_step": state.step})
-        with watch.looking_away():
+        with watch.looking_away(), stop.suspended():
             debugging.look(state)
     else:
         why = f"debug.interact_at_step={state.step}: no terminal here, so no interpreter"
@@ -185,8 +258,13 @@ def keep_for_a_look(state: training.TrainState, config: Config, record: Record, 
     record.tags({"debug.why": why, "debug.bundle": folder or "not written"})
 
 
-def validate(state: training.TrainState, held_out: data.Tokens, config: Config) -> float:
-    """Mean loss over the same first tokens of the validation split at every call."""
+def validate(
+    state: training.TrainState, held_out: data.Tokens, config: Config, stop: Interruption
+) -> float:
+    """Mean loss over the same first tokens of the validation split at every call.
+
+    Raises Stopped where somebody asks to stop meanwhile.
+    """
     windows = functools.partial(
         data.validation_windows,
         held_out,
@@ -195,7 +273,7 @@ def validate(state: training.TrainState, held_out: data.Tokens, config: Config) 
         limit=config.train.val_tokens,
     )
     device = state.precision.device
-    loss = mean_loss(state.model, windows(), state.precision, device)
+    loss = mean_loss(state.model, stop.unless_asked(windows()), state.precision, device)
     if not math.isfinite(loss):
         # What there is to look at is no training step: the weights, on the first of these windows.
         state.begin([next(iter(windows()))])
@@ -205,31 +283,18 @@ def validate(state: training.TrainState, held_out: data.Tokens, config: Config) 
 
 
 def progress(
-    reports: Iterator[training.StepReport], config: Config
+    reports: Iterator[training.StepReport], config: Config, done: int
 ) -> Iterator[training.StepReport]:
     """A bar with loss, tokens/s and time left; rarely redrawn where it goes to a file."""
     every = 0.5 if sys.stderr.isatty() else 20.0
-    with tqdm(total=config.train.steps, desc="train", unit="step", mininterval=every) as bar:
+    total = config.train.steps
+    with tqdm(total=total, initial=done, desc="train", unit="step", mininterval=every) as bar:
         for report in reports:
             bar.total = report.steps
             rate = report.tokens / report.seconds
             bar.set_postfix_str(f"loss {report.loss:.3f}, {rate:,.0f} tok/s", refresh=False)
             bar.update()
             yield report
-
-
-def step_metrics(report: training.StepReport) -> dict[str, float]:
-    norm = {"train/grad_norm": report.grad_norm} if math.isfinite(report.grad_norm) else {}
-    return norm | {
-        "train/loss": report.loss,
-        "train/learning_rate": report.learning_rate,
-        "train/loss_scale": report.loss_scale,
-        "train/found_inf": float(not math.isfinite(report.grad_norm)),
-        "train/skipped": float(report.skipped),
-        "perf/step_seconds": report.seconds,
-        "perf/data_seconds": report.data_seconds,
-        "perf/step_tokens_per_second": report.tokens / report.seconds,
-    }
 
 
 def update_metric(state: training.TrainState, report: training.StepReport) -> dict[str, float]:
@@ -239,20 +304,13 @@ def update_metric(state: training.TrainState, report: training.StepReport) -> di
     return {} if ratio is None or report.skipped else {"train/update_ratio": ratio}
 
 
-def write_results(
-    config: Config,
-    record: Record,
-    model: GPT,
-    precision: Precision,
-    matrix_rate: float,
-    curve: list[training.StepReport],
-    validations: list[tuple[int, float]],
-) -> None:
+def write_results(course: Course, model: GPT, precision: Precision, matrix_rate: float) -> None:
     """The summary for `dvc metrics`, the curves for `dvc plots`, both in the record as well."""
+    config, record, curve = course.config, course.record, course.curve
     rate = throughput.tokens_per_second([r.seconds for r in curve], curve[0].tokens)
     summary = {
         "train/final_loss": curve[-1].loss,
-        "train/best_val_loss": min(loss for _, loss in validations),
+        "train/best_val_loss": course.best,
         "train/steps": float(len(curve)),
         "train/tokens": float(sum(report.tokens for report in curve)),
         "train/skipped_steps": float(sum(report.skipped for report in curve)),
@@ -277,7 +335,7 @@ def write_results(
         [name.rpartition("/")[2] for name in columns],
         [[row.get(name, math.nan) for name in columns] for row in rows],
     )
-    write_csv(paths.PLOTS / "validation.csv", ["step", "loss"], validations)
+    write_csv(paths.PLOTS / "validation.csv", ["step", "loss"], course.validations)
     if len(curve) < config.train.steps:
         print(
             f"train: {len(curve):,} of {config.train.steps:,} steps fitted into "
@@ -310,7 +368,8 @@ def judge(record: Record, steps: int) -> dict[str, float]:
 
 def write_study(
     record: Record,
-    watch: dtypes.Watch,
+    study: Path,
+    precision: Precision,
     shown: scaling.Demonstration,
     curve: list[training.StepReport],
 ) -> None:
@@ -321,14 +380,10 @@ def write_study(
     """
     began = time.perf_counter()
     folder = paths.TRAIN_STUDY
-    remove(folder)
-    write_csv(folder / "dtypes.csv", dtypes.COLUMNS, watch.cells())
-    (folder / "dtypes.md").write_text(watch.page(), "utf-8")
+    copy(study, folder)
     (folder / "loss_scale.md").write_text(shown.page(), "utf-8")
     scales = [(r.step, r.loss_scale, not math.isfinite(r.grad_norm), r.skipped) for r in curve]
-    figures.save(
-        figures.loss_scale(scales, shown, watch.precision.effective), folder / "loss_scale.png"
-    )
+    figures.save(figures.loss_scale(scales, shown, precision.effective), folder / "loss_scale.png")
     record.artifact(folder, "train_study")
     watched = curve[0].seconds - statistics.median(report.seconds for report in curve)
     seconds = shown.seconds + max(0.0, watched) + time.perf_counter() - began

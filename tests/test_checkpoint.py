@@ -27,6 +27,7 @@ FILES = {
     "generation_config.json",
     "merges.txt",
     "model.safetensors",
+    "sha256.json",
     "tokenizer_config.json",
     "vocab.json",
 }
@@ -202,7 +203,7 @@ def test_build_model_takes_the_tensors_themselves() -> None:
 # Files and replacement
 
 
-def test_a_directory_holds_the_six_files_with_everyday_permissions(saved: Path) -> None:
+def test_a_directory_holds_the_seven_files_with_everyday_permissions(saved: Path) -> None:
     assert {path.name for path in saved.iterdir()} == FILES
     modes = {stat.S_IMODE(path.stat().st_mode) for path in saved.iterdir()}
     probe = saved.parent / "probe"
@@ -281,7 +282,7 @@ def test_a_save_killed_at_any_file_operation_leaves_a_whole_directory(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write_json", die_at(checkpoint._write_json))
-        patch.setattr(checkpoint, "_write_weights", die_at(checkpoint._write_weights))
+        patch.setattr(checkpoint, "write_tensors", die_at(checkpoint.write_tensors))
         for name in ("replace", "fsync", "open"):
             patch.setattr(folders.os, name, die_at(getattr(os, name)))
         patch.setattr(folders, "remove", die_at(folders.remove))
@@ -351,6 +352,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
 def test_a_directory_with_another_models_weights_is_refused(tmp_path: Path, saved: Path) -> None:
     save_model(fresh(n_embd=32), tmp_path / "model")
     (tmp_path / "model" / "config.json").write_bytes((saved / "config.json").read_bytes())
+    (tmp_path / "model" / "sha256.json").unlink()  # as in a folder from elsewhere
     with pytest.raises(InputError, match=r"expected shape .*16.* got .*32"):
         load_model(tmp_path / "model")
 
@@ -359,5 +361,8 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     save_model(fresh(), tmp_path / "model")
     with open(tmp_path / "model" / "model.safetensors", "r+b") as file:
         file.truncate(1_000_000)
+    with pytest.raises(InputError, match="1,000,000 bytes, expected"):
+        load_model(tmp_path / "model")
+    (tmp_path / "model" / "sha256.json").unlink()
     with pytest.raises(InputError, match="not a whole safetensors file"):
         load_model(tmp_path / "model")

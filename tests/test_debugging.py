@@ -25,6 +25,7 @@ from pipeline.checkpoint import save_model
 from pipeline.corpus import Document
 from pipeline.errors import NumericsError, StorageError
 from pipeline.init import initialize
+from pipeline.interruption import Interruption
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
 from stages import import_hf_weights
@@ -323,6 +324,6 @@ def test_a_validation_loss_that_is_not_finite_leaves_its_own_first_window_to_loo
     with torch.no_grad():
         model.transformer.ln_f.bias[0] = torch.nan
     with pytest.raises(NumericsError, match="the validation loss is nan"):
-        train.validate(state, None, config)
+        train.validate(state, None, config, Interruption())
     assert torch.equal(state.batches[0][0], windows[0][0]) and len(state.batches) == 1
     assert state.loss != state.loss and "cpu" in state.rng

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline import runtime, snapshot, training
+from pipeline import folders, runtime, snapshot, training
 from pipeline.errors import InputError
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
-from pipeline.records import tree_digest
 
 CPU = torch.device("cpu")
 SHAPE = GPTConfig(
@@ -61,7 +60,7 @@ def test_a_restored_step_and_those_after_it_are_done_again_to_the_bit(
     other = fresh(config, name, seed=9)
     facts = snapshot.read_facts(kept)
     assert facts["why"] == "test" and facts["step"] == 3
-    snapshot.restore(other, snapshot.load_tensors(kept), facts)
+    snapshot.restore(other, snapshot.Tensors(kept), facts)
     assert other.loss == numbers[3][0]
     assert torch.equal(other.batches[2][1], batches(3)[2][1])
     torch.manual_seed(6)  # dropout draws from the state that the snapshot holds, not from this
@@ -79,7 +78,7 @@ def test_without_chance_or_moments_the_run_would_differ(
     state = fresh(config, "fp32")
     look = lambda s: snapshot.save_snapshot(tmp_path / "kept", s, {})  # noqa: E731
     losses = [r.loss for r in training.fit(state, config.train, batches, look=look, look_at=3)]
-    tensors = snapshot.load_tensors(tmp_path / "kept")
+    tensors = snapshot.Tensors(tmp_path / "kept")
     tensors = {name: t for name, t in tensors.items() if not name.startswith(missing)}
     other = fresh(config, "fp32", seed=9)
     snapshot.restore(other, tensors, snapshot.read_facts(tmp_path / "kept"))
@@ -98,22 +97,25 @@ def test_weights_that_are_not_finite_come_back_as_they_were(config, tmp_path: Pa
     snapshot.save_snapshot(tmp_path / "kept", state, {})
     other = fresh(config, "fp32")
     snapshot.restore(
-        other, snapshot.load_tensors(tmp_path / "kept"), snapshot.read_facts(tmp_path / "kept")
+        other, snapshot.Tensors(tmp_path / "kept"), snapshot.read_facts(tmp_path / "kept")
     )
     assert other.model.transformer.ln_f.weight[3].isnan()
     assert other.loss != other.loss  # no gradient was made yet
 
 
-def test_a_flipped_bit_is_refused_and_a_folder_without_facts_too(config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["model", "exp_avg", "rest"])
+def test_a_flipped_bit_is_refused_and_a_folder_without_facts_too(
+    config, tmp_path: Path, kind: str
+) -> None:
     state = fresh(config, "fp32")
-    state.batches = batches(0)
+    list(training.fit(state, replace(config.train, steps=2), batches))
     kept = tmp_path / "kept"
     snapshot.save_snapshot(kept, state, {})
-    raw = bytearray((kept / snapshot.TENSORS).read_bytes())
+    raw = bytearray((kept / f"{kind}.safetensors").read_bytes())
     raw[-5] ^= 1
-    (kept / snapshot.TENSORS).write_bytes(raw)
-    with pytest.raises(InputError, match=r"state\.safetensors: damaged: SHA-256"):
-        snapshot.load_tensors(kept)
+    (kept / f"{kind}.safetensors").write_bytes(raw)
+    with pytest.raises(InputError, match=rf"{kind}\.safetensors: damaged: SHA-256"):
+        snapshot.Tensors(kept)
     with pytest.raises(InputError, match="not a snapshot of a training step"):
         snapshot.read_facts(tmp_path)
 
@@ -127,6 +129,16 @@ def test_a_snapshot_changes_nothing_in_the_state(config, tmp_path: Path) -> None
         list(training.fit(state, config.train, batches, look=look if keep else None, look_at=2))
         ends.append(weights(state))
     assert torch.equal(*ends)
-    facts = json.loads((tmp_path / "kept" / snapshot.FACTS).read_text("utf-8"))
-    assert facts["sha256"] == tree_digest(tmp_path / "kept" / snapshot.TENSORS)
+    assert folders.problems(tmp_path / "kept") == []
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+
+
+def test_training_on_never_writes_into_the_snapshot_it_came_from(config, tmp_path: Path) -> None:
+    state = fresh(config, "fp32")
+    list(training.fit(state, replace(config.train, steps=3), batches))
+    snapshot.save_snapshot(tmp_path / "kept", state, {})
+    other = fresh(config, "fp32", seed=9)
+    facts = snapshot.read_facts(tmp_path / "kept")
+    snapshot.restore(other, snapshot.Tensors(tmp_path / "kept"), facts)
+    list(training.fit(other, config.train, batches))
+    assert folders.problems(tmp_path / "kept") == []

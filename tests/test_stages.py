@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline import init_study, paths, records, scaling, training
+from pipeline import course, init_study, paths, records, scaling, training
 from pipeline.checkpoint import save_model
 from pipeline.errors import ConfigError, InputError
 from pipeline.hf_weights import parameter_table
@@ -132,13 +132,13 @@ def step_report(**changes: object) -> training.StepReport:
 
 
 def test_a_skipped_step_shows_in_the_curves_as_one_and_leaves_a_gap_in_the_norm() -> None:
-    good = train.step_metrics(step_report())
-    skipped = train.step_metrics(step_report(grad_norm=math.inf, skipped=True, loss_scale=32768.0))
+    good = course.step_metrics(step_report())
+    skipped = course.step_metrics(step_report(grad_norm=math.inf, skipped=True, loss_scale=32768.0))
     names = ("train/loss_scale", "train/found_inf", "train/skipped")
     assert [good[name] for name in names] == [65536.0, 0.0, 0.0]
     assert [skipped[name] for name in names] == [32768.0, 1.0, 1.0]
     assert good["train/grad_norm"] == 1.25 and "train/grad_norm" not in skipped
-    nan = train.step_metrics(step_report(grad_norm=math.nan))
+    nan = course.step_metrics(step_report(grad_norm=math.nan))
     assert nan["train/found_inf"] == 1.0 and "train/grad_norm" not in nan
     assert (good["train/loss"], good["train/learning_rate"]) == (2.5, 0.01)
     assert good["perf/step_tokens_per_second"] == 128
@@ -148,13 +148,15 @@ def test_the_time_of_the_train_study_is_in_its_record(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     device = torch.device("cpu")
     shown = replace(scaling.demonstrate(device), seconds=70.0)
-    watch = SimpleNamespace(
-        cells=list, page=lambda: "", precision=Precision("fp32", "fp32", "", False, device, None)
-    )
+    precision = Precision("fp32", "fp32", "", False, device, None)
+    study = tmp_path / "study"
+    study.mkdir()
+    (study / "dtypes.md").write_text("of the first step")
     record = _Kept()
     curve = [step_report(seconds=7.5), step_report(step=1), step_report(step=2)]
-    train.write_study(record, watch, shown, curve)
+    train.write_study(record, study, precision, shown, curve)
     assert 77.0 < record.values["time/train_study_seconds"] < 107.0
+    assert (paths.TRAIN_STUDY / "dtypes.md").read_text() == "of the first step"
 
 
 def test_the_parameter_table_shows_every_tensor_and_the_total(make_config, capsys) -> None:

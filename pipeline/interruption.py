@@ -1,0 +1,76 @@
+"""SIGTERM and Ctrl-C while training: noted for the end of the step; a second one ends at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """Work that can be done again later was left in the middle, since the process is to end."""
+
+
+class Interruption:
+    """Whether this process was asked to end."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def asked(self) -> bool:
+        return self.signal is not None
+
+    def unless_asked(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, as long as nobody asks to stop; then Stopped."""
+        for item in items:
+            if self.asked():
+                raise Stopped
+            yield item
+
+    def leave(self) -> None:
+        """End as the signal says: KeyboardInterrupt, or SystemExit with 128 + its number."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + int(self.signal or 0))
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Signals do inside what they did before: an interpreter has its own use for Ctrl-C."""
+        self._handle(self._before)
+        try:
+            yield
+        finally:
+            self._listen()
+
+    def _listen(self) -> None:
+        self._handle(dict.fromkeys(SIGNALS, self._note))
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.signal = signal.Signals(number)
+        # The system's own way to end needs no Python: it works in the middle of a long product.
+        self._handle(dict.fromkeys(SIGNALS, signal.SIG_DFL))
+        words = f"\n{self.signal.name}: this step and a checkpoint first; again ends at once\n"
+        with contextlib.suppress(OSError):
+            os.write(2, words.encode())  # a handler may come in the middle of another print
+
+    def _handle(self, handlers: dict[signal.Signals, object]) -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Interruption]:
+    """Take both signals over, and give them back in the end."""
+    interruption = Interruption()
+    interruption._listen()
+    try:
+        yield interruption
+    finally:
+        interruption._handle(interruption._before)
