@@ -80,22 +80,25 @@ class Checkpoints:
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, and its facts; None where there never was one.
 
-        A damaged one is a warning. Raises InputError where all are: to begin again in silence
-        would throw days away.
+        A damaged one is a warning, and goes where an older one is whole. Raises InputError where
+        none is: to begin again in silence would throw days away.
         """
-        found = self._all()
-        for path in reversed(found):
+        damaged = []
+        for path in reversed(self._all()):
             try:
                 facts = read_facts(path)
                 damage = problems(path) + problems(self.best(facts["best_step"]))
             except InputError as error:
                 damage = [str(error)]
             if not damage:
+                for old in damaged:
+                    discard(old)
                 return path, facts
             log.warning("a damaged checkpoint is passed over:\n%s", "\n".join(damage))
-        if found:
+            damaged.append(path)
+        if damaged:
             raise InputError(
-                f"{self.folder}: none of {len(found)} checkpoints is whole; "
+                f"{self.folder}: none of {len(damaged)} checkpoints is whole; "
                 "checkpoint.resume=never starts this training anew"
             )
         return None

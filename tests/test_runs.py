@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import threading
 import time
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import runs
+from pipeline.errors import BusyError, InputError, NumericsError
+from pipeline.folders import copy
 
 OUTPUT = Path("artifacts/model")
 
@@ -26,9 +30,12 @@ def produce(text: str) -> None:
     (OUTPUT / "weights").write_text(text)
 
 
+IDENTITY = {"params": {"train.lr": 0.1, "train.steps": 9}, "inputs": {"init": "a"}, "code": "c"}
+
+
 def second(done: dict[str, object]) -> threading.Thread:
     def work() -> None:
-        with runs.claim("f" * 64) as held:
+        with runs.claim(IDENTITY) as held:
             done["adopted"] = held.adopt()
             done["content"] = (OUTPUT / "weights").read_text() if OUTPUT.exists() else None
 
@@ -45,9 +52,11 @@ def wait_until_awaited(held: runs.Claim) -> None:
     raise AssertionError("the second process never said that it waits")
 
 
+@pytest.mark.fault(40)
+@pytest.mark.fault(57)
 def test_the_second_waits_and_adopts_what_the_first_made(caplog) -> None:
     done: dict[str, object] = {}
-    with runs.claim("f" * 64) as held:
+    with runs.claim(IDENTITY) as held:
         thread = second(done)
         wait_until_awaited(held)
         assert not done
@@ -57,12 +66,15 @@ def test_the_second_waits_and_adopts_what_the_first_made(caplog) -> None:
     thread.join(20)
     assert done == {"adopted": True, "content": "trained once"}
     assert f"process {os.getpid()} trains this very configuration" in caplog.text
-    assert [p.name for p in runs.paths.runs().iterdir()] == ["f" * 16 + ".lock"]
+    assert not list(runs.paths.runs().glob("*.waiting-*")) + list(
+        runs.paths.runs().glob("*.holder")
+    )
 
 
+@pytest.mark.fault(40)
 def test_a_damaged_result_is_not_adopted() -> None:
     done: dict[str, object] = {}
-    with runs.claim("f" * 64) as held:
+    with runs.claim(IDENTITY) as held:
         thread = second(done)
         wait_until_awaited(held)
         produce("trained once")
@@ -72,36 +84,16 @@ def test_a_damaged_result_is_not_adopted() -> None:
     assert done["adopted"] is False
 
 
-def test_nothing_is_kept_where_nobody_waits() -> None:
-    with runs.claim("f" * 64) as held:
-        produce("trained once")
-        held.share([OUTPUT])
-        assert not held.folder.exists()
-    with runs.claim("f" * 64) as held:
-        assert not held.adopt()
-
-
 def test_a_dead_waiter_does_not_count() -> None:
-    with runs.claim("f" * 64) as held:
+    with runs.claim(IDENTITY) as held:
         held.folder.with_name(held.folder.name + ".waiting-999999-1.00").touch()
         assert not held.awaited()
 
 
-def test_a_result_that_nobody_came_for_is_not_adopted_later(monkeypatch) -> None:
-    with runs.claim("f" * 64) as held:
-        monkeypatch.setattr(held, "awaited", lambda: True)  # it dies before its turn comes
-        produce("trained long ago")
-        held.share([OUTPUT])
-    assert (held.folder / "result.json").exists()
-    with runs.claim("f" * 64) as held:
-        assert not held.adopt()
-        assert not held.folder.exists()
-
-
 def test_a_failed_training_lets_the_next_one_train() -> None:
-    with pytest.raises(RuntimeError), runs.claim("f" * 64):
+    with pytest.raises(RuntimeError), runs.claim(IDENTITY):
         raise RuntimeError
-    with runs.claim("f" * 64) as held:
+    with runs.claim(IDENTITY) as held:
         assert not held.adopt()
 
 
@@ -112,5 +104,68 @@ def test_a_copy_never_writes_into_a_linked_file(tmp_path: Path) -> None:
     os.link(cache, target)
     source = tmp_path / "new"
     source.write_text("new")
-    runs.copy(source, target)
+    copy(source, target)
     assert (cache.read_text(), target.read_text()) == ("kept", "new")
+
+
+@pytest.mark.fault(40)
+def test_who_is_asked_not_to_wait_is_told_for_whom_and_writes_nothing() -> None:
+    with runs.claim(IDENTITY) as held:
+        before = sorted((p, p.stat().st_mtime_ns) for p in held.folder.rglob("*"))
+        with (
+            pytest.raises(BusyError, match=rf"process {os.getpid()} trains.*wait=false") as error,
+            runs.claim(IDENTITY, wait=False),
+        ):
+            raise AssertionError("two processes hold the same training")
+        assert error.value.exit_code == 6
+        assert before == sorted((p, p.stat().st_mtime_ns) for p in held.folder.rglob("*"))
+
+
+@pytest.mark.fault(40, control=True)
+def test_two_without_a_lock_would_hold_the_same_training(monkeypatch) -> None:
+    monkeypatch.setattr(runs.FileLock, "acquire", lambda self, timeout=None: None)
+    with runs.claim(IDENTITY) as first, runs.claim(IDENTITY, wait=False) as second_:
+        assert first.folder == second_.folder
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code"),
+    [
+        (NumericsError("the loss is nan"), "failed", 4),
+        (KeyboardInterrupt(), "preempted", 130),
+        (SystemExit(143), "preempted", 143),
+        (MemoryError(), "failed", 5),
+        (ZeroDivisionError("a bug"), "failed", 1),
+    ],
+)
+def test_the_status_says_how_a_training_ended(error: BaseException, state: str, code: int) -> None:
+    with pytest.raises(type(error)), runs.claim(IDENTITY) as held:
+        held.say("running", step=7)
+        raise error
+    said = json.loads((held.folder / "run_status.json").read_text())
+    assert (said["state"], said["exit_code"], said["step"]) == (state, code, 7)
+    assert said["pid"] == os.getpid() and said["message"] == str(error)
+
+
+def test_trainings_that_were_stopped_are_listed_and_removed_by_name(caplog) -> None:
+    with pytest.raises(KeyboardInterrupt), runs.claim(IDENTITY) as held:
+        held.say("running", step=7)
+        raise KeyboardInterrupt
+    (line,) = runs.lines()
+    assert line.startswith(f"{held.folder.name}  preempted at step 7 of 9")
+    with runs.claim(IDENTITY), pytest.raises(BusyError, match="a process is at work on it"):
+        runs.remove(held.folder.name)
+    with pytest.raises(
+        InputError, match=f"no training of that name; there are: {held.folder.name}"
+    ):
+        runs.remove("../artifacts")
+    runs.remove(held.folder.name)
+    assert not held.folder.exists() and runs.lines() == ["no training is at work or interrupted"]
+
+
+def test_a_training_whose_process_is_gone_is_called_killed() -> None:
+    with contextlib.suppress(RuntimeError), runs.claim(IDENTITY) as held:
+        status = (held.folder / "run_status.json").read_text()
+        raise RuntimeError
+    (held.folder / "run_status.json").write_text(status.replace(str(os.getpid()), "999999"))
+    assert "killed at step 0 of 9" in runs.lines()[0]
