@@ -1,20 +1,28 @@
 """Model directories on disk: written atomically, read strictly.
 
 A model directory is a Hugging Face GPT-2 directory, so transformers opens it as it is.
+
+    python -m pipeline.checkpoint verify DIR...    whether models and training checkpoints are whole
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline import hf_weights, tokenizer
-from pipeline.folders import check, writing
+from pipeline.errors import InputError, UserError
+from pipeline.folders import SUMS, check, writing
 from pipeline.model import GPT, GPTConfig
 from pipeline.weight_files import read_json, read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 
@@ -87,3 +95,55 @@ def _write(model: GPT, folder: Path) -> None:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def verify(folder: Path) -> list[str]:
+    """A line for each folder with weights in or below `folder`: what it is, and that it is whole.
+
+    Raises InputError naming everything that is not as it was written, or where there is nothing
+    to verify.
+    """
+    found = sorted({path.parent for path in Path(folder).rglob("*.safetensors")})
+    if not found:
+        raise InputError(f"{folder}: no model directory and no training checkpoint is there")
+    lines, damage = [], []
+    for place in found:
+        try:
+            lines.append(_verified(place))
+        except InputError as error:
+            damage.append(str(error))
+    if damage:
+        raise InputError("\n".join(damage))
+    return lines
+
+
+def _verified(folder: Path) -> str:
+    check(folder)
+    sums = folder / SUMS
+    how = "SHA-256 as written" if sums.exists() else f"no {SUMS}: its bytes cannot be checked"
+    if (folder / "snapshot.json").exists():
+        facts = read_json(folder / "snapshot.json")
+        if not sums.exists():
+            raise InputError(f"{folder}: a training checkpoint without {SUMS}")
+        return f"{folder}: training state after step {facts['step']:,}: whole, {how}"
+    model = load_model(folder)
+    return f"{folder}: model of {model.parameter_count():,} parameters: whole, {how}"
+
+
+def main(words: list[str]) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    parser = argparse.ArgumentParser(prog="python -m pipeline.checkpoint")
+    commands = parser.add_subparsers(dest="command", required=True)
+    asked = commands.add_parser("verify", help="whether what lies there is whole")
+    asked.add_argument("folder", type=Path, nargs="+")
+    try:
+        for folder in parser.parse_args(words).folder:
+            for line in verify(folder):
+                log.info("%s", line)
+    except UserError as error:
+        log.error("error: %s", error)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

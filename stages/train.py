@@ -172,6 +172,10 @@ def loop(
                 if stop.asked() or course.checkpoint_due():
                     course.save(state)
                 if stop.asked():
+                    tqdm.write(
+                        f"train: saved after step {state.step:,}; `dvc repro`, or the same "
+                        "experiment, goes on from there"
+                    )
                     stop.leave()
         except NumericsError as error:
             keep_for_a_look(state, config, record, str(error))

@@ -366,3 +366,42 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model" / "sha256.json").unlink()
     with pytest.raises(InputError, match="not a whole safetensors file"):
         load_model(tmp_path / "model")
+
+
+def damaged(folder: Path) -> Path:
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-3] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    return folder
+
+
+@pytest.mark.fault(54)
+def test_a_flipped_bit_in_a_model_is_refused(tmp_path: Path) -> None:
+    save_model(fresh(), tmp_path / "model")
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged: SHA-256 .*, expected"):
+        load_model(damaged(tmp_path / "model"))
+
+
+@pytest.mark.fault(54, control=True)
+def test_without_sums_a_flipped_bit_loads(tmp_path: Path) -> None:
+    save_model(fresh(), tmp_path / "model")
+    (damaged(tmp_path / "model") / "sha256.json").unlink()
+    load_model(tmp_path / "model")
+
+
+def test_a_person_is_told_what_is_whole(tmp_path: Path, capsys, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    save_model(fresh(), tmp_path / "all" / "model")
+    save_model(fresh(), tmp_path / "all" / "foreign")
+    (tmp_path / "all" / "foreign" / "sha256.json").unlink()
+    checkpoint.main(["verify", str(tmp_path / "all")])
+    foreign, model = caplog.messages
+    assert f"{tmp_path / 'all' / 'model'}: model of" in model and "SHA-256 as written" in model
+    assert "no sha256.json: its bytes cannot be checked" in foreign
+    damaged(tmp_path / "all" / "model")
+    with pytest.raises(SystemExit) as ended:
+        checkpoint.main(["verify", str(tmp_path / "all")])
+    assert ended.value.code == 3
+    assert "model.safetensors: damaged" in caplog.messages[-1]
+    with pytest.raises(InputError, match="no model directory and no training checkpoint"):
+        checkpoint.verify(tmp_path / "nothing")

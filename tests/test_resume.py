@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import config as configuration
 from pipeline import (
+    checkpoint,
     course,
     data,
     folders,
@@ -32,6 +32,7 @@ from pipeline import (
     tracking,
     training,
 )
+from pipeline import config as configuration
 from pipeline.checkpoint import save_model
 from pipeline.corpus import Document
 from pipeline.errors import InputError, NumericsError, ResumeError, StorageError
@@ -423,6 +424,18 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
     assert recorded() == list(range(12))
 
 
+def test_a_person_is_told_that_checkpoints_are_whole(workspace: Path, settings) -> None:
+    stopped_at(7, settings())
+    lines = checkpoint.verify(the_run())
+    assert [line.partition(": ")[2] for line in lines][1:] == [
+        f"training state after step {step}: whole, SHA-256 as written" for step in (6, 8)
+    ]
+    assert "best" in lines[0]
+    flip(the_run() / "checkpoints" / "step-00000006" / "exp_avg.safetensors")
+    with pytest.raises(InputError, match="step-00000006.exp_avg.safetensors: damaged"):
+        checkpoint.verify(the_run())
+
+
 @pytest.mark.fault(43, control=True)
 def test_safetensors_itself_takes_the_flipped_bit(workspace: Path, settings) -> None:
     from safetensors.torch import load_file
@@ -551,6 +564,34 @@ def test_a_disk_too_small_for_the_checkpoints_ends_before_training(
     with pytest.raises(StorageError, match=r"more bytes, 1,000 are free.*checkpoint\.keep=2"):
         train.main(settings())
     assert not (the_run() / "checkpoints").exists()
+
+
+@needs_fork
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
+def test_saving_takes_less_memory_than_the_model(tmp_path: Path, make_config) -> None:
+    config = make_config()
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=64))
+    state = training.start(model, config.train, choose_precision("fp32", CPU))
+    x = torch.zeros(1, 8, dtype=torch.int64)
+    training.train_step(state, [(x, x)], 1e-3, 1.0)
+
+    def resident(line: str) -> int:
+        text = Path("/proc/self/status").read_text()
+        return int(text.partition(f"{line}:")[2].split()[0]) * 1024
+
+    def work() -> None:
+        save = kept(tmp_path, make_config).save
+        state.step = 1
+        save(state, FACTS)  # what the first one imports is not its memory
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = resident("VmRSS")
+        state.step = 2
+        save(state, FACTS)
+        save_model(model, tmp_path / "model")
+        (tmp_path / "peak").write_text(str(resident("VmHWM") - before))
+
+    assert in_a_child(work) == 0
+    assert int((tmp_path / "peak").read_text()) < 4 * model.parameter_count()
 
 
 def test_the_newest_are_kept_and_the_best_models_that_they_name(
