@@ -110,9 +110,8 @@ def main() -> None:
         middle = statistics.median(seconds)
         share = f"{middle / (every + middle):.2%}" if every and name != GO_ON else "-"
         spread = f"{min(seconds):.2f} | {max(seconds):.2f}"
-        lines.append(
-            f"| {name} | {middle:.2f} | {spread} | {share} | {growth:,.0f} | {growth / weights:.2f} |"
-        )
+        memory = f"{growth:,.0f} | {growth / weights:.2f}"
+        lines.append(f"| {name} | {middle:.2f} | {spread} | {share} | {memory} |")
     text = "\n".join(lines) + "\n"
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(text, encoding="utf-8", newline="\n")

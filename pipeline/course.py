@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import runtime, throughput
 from pipeline.budget import Budget
 from pipeline.errors import InputError
 from pipeline.experiments import Experiment
@@ -15,6 +16,8 @@ from pipeline.training import StepReport, TrainState
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.model import GPT
+    from pipeline.precision import Precision
     from pipeline.records import Record
     from pipeline.runs import Run
 
@@ -113,6 +116,34 @@ class Course:
     def best_model(self) -> Path:
         """Where the model of the best validation lies."""
         return self.checkpoints.best(self.best_step)
+
+    def summary(self, model: GPT, precision: Precision, matrix_rate: float) -> dict[str, float]:
+        """What the whole training came to, in numbers; `matrix_rate` is in FLOP/s."""
+        curve = self.curve
+        rate = throughput.tokens_per_second([r.seconds for r in curve], curve[0].tokens)
+        peak = throughput.peak_flops(runtime.device_name(precision.device), precision.effective)
+        flops = model.flops_per_token(self.config.train.sequence_length)
+        mfu = throughput.utilisation(rate, flops, peak)
+        return {
+            "train/final_loss": curve[-1].loss,
+            "train/best_val_loss": self.best,
+            "train/steps": float(len(curve)),
+            "train/tokens": float(sum(report.tokens for report in curve)),
+            "train/skipped_steps": float(sum(report.skipped for report in curve)),
+            "model/parameters": float(model.parameter_count()),
+            "perf/tokens_per_second": rate,
+            "perf/peak_memory_mib": throughput.peak_memory_mib(precision.device),
+            "perf/matrix_gflops": matrix_rate / 1e9,
+            **({"perf/mfu": mfu} if mfu is not None else {}),
+            "perf/of_matrix_rate": rate * flops / matrix_rate,
+        }
+
+    def table(self) -> tuple[list[str], list[list[float]]]:
+        """Column names and a row for each step; NaN where a step has no such value."""
+        rows = [{"step": report.step} | step_metrics(report) for report in self.curve]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        columns = [name.rpartition("/")[2] for name in names]
+        return columns, [[row.get(name, math.nan) for name in names] for row in rows]
 
 
 def step_metrics(report: StepReport) -> dict[str, float]:

@@ -311,34 +311,11 @@ def update_metric(state: training.TrainState, report: training.StepReport) -> di
 def write_results(course: Course, model: GPT, precision: Precision, matrix_rate: float) -> None:
     """The summary for `dvc metrics`, the curves for `dvc plots`, both in the record as well."""
     config, record, curve = course.config, course.record, course.curve
-    rate = throughput.tokens_per_second([r.seconds for r in curve], curve[0].tokens)
-    summary = {
-        "train/final_loss": curve[-1].loss,
-        "train/best_val_loss": course.best,
-        "train/steps": float(len(curve)),
-        "train/tokens": float(sum(report.tokens for report in curve)),
-        "train/skipped_steps": float(sum(report.skipped for report in curve)),
-        "model/parameters": float(model.parameter_count()),
-        "perf/tokens_per_second": rate,
-        "perf/peak_memory_mib": throughput.peak_memory_mib(precision.device),
-        "perf/matrix_gflops": matrix_rate / 1e9,
-    }
-    peak = throughput.peak_flops(runtime.device_name(precision.device), precision.effective)
-    flops = model.flops_per_token(config.train.sequence_length)
-    mfu = throughput.utilisation(rate, flops, peak)
-    if mfu is not None:
-        summary["perf/mfu"] = mfu
-    summary["perf/of_matrix_rate"] = rate * flops / matrix_rate
+    summary = course.summary(model, precision, matrix_rate)
     record.metrics(summary, len(curve))
-    summary |= judge(record, len(curve))
-    write_metrics(paths.METRICS / "train.json", summary)
-    rows = [{"step": r.step} | step_metrics(r) for r in curve]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    write_curve(
-        paths.PLOTS / "train.csv",
-        [name.rpartition("/")[2] for name in columns],
-        [[row.get(name, math.nan) for name in columns] for row in rows],
-    )
+    write_metrics(paths.METRICS / "train.json", summary | judge(record, len(curve)))
+    columns, rows = course.table()
+    write_curve(paths.PLOTS / "train.csv", columns, rows)
     write_csv(paths.PLOTS / "validation.csv", ["step", "loss"], course.validations)
     if len(curve) < config.train.steps:
         print(
@@ -347,7 +324,7 @@ def write_results(course: Course, model: GPT, precision: Precision, matrix_rate:
         )
     print(
         f"train: loss {curve[0].loss:.3f} -> {curve[-1].loss:.3f}, best validation loss "
-        f"{summary['train/best_val_loss']:.3f}, {rate:,.0f} tokens/s, "
+        f"{course.best:.3f}, {summary['perf/tokens_per_second']:,.0f} tokens/s, "
         f"{summary['perf/peak_memory_mib']:,.0f} MiB"
     )
 

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+import stages
 from pipeline import (
     checkpoint,
     course,
@@ -35,7 +37,7 @@ from pipeline import (
 from pipeline import config as configuration
 from pipeline.checkpoint import save_model
 from pipeline.corpus import Document
-from pipeline.errors import InputError, NumericsError, ResumeError, StorageError
+from pipeline.errors import InputError, NumericsError, ResumeError, StorageError, exit_code
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
@@ -142,10 +144,11 @@ def in_a_child(work: Callable[[], None]) -> int:
     """Run `work` in a fork of this process; its exit code, negative for a signal."""
     child = os.fork()
     if child == 0:
-        with contextlib.suppress(BaseException):
+        try:
             work()
             os._exit(0)
-        os._exit(1)
+        except BaseException as error:
+            os._exit(exit_code(error))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -307,7 +310,7 @@ def test_a_second_signal_during_the_save_ends_at_once_and_harms_nothing(
     with at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         began = time.monotonic()
         monkeypatch.setattr(resume.Checkpoints, "due", lambda *_: False)
-        assert in_a_child(lambda: train.main(settings())) == 1  # SystemExit: the first alone
+        assert in_a_child(lambda: train.main(settings())) == 143  # the first alone
     assert checkpoints() == ["step-00000006"]
     with at_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         monkeypatch.setattr(course.Course, "validation_due", lambda self: False)
@@ -458,7 +461,7 @@ def test_with_no_whole_checkpoint_nothing_starts_in_silence(
     first = json.loads((the_run() / runs.JOURNAL).read_text().splitlines()[0])["id"]
     train.main(settings(checkpoint__resume="never"))
     assert records.read(paths.record("train"))[0]["id"] != first
-    assert "goes on" not in capsys.readouterr().out
+    assert "goes on after" not in capsys.readouterr().out
 
 
 @pytest.mark.fault(44)
@@ -524,6 +527,45 @@ def test_a_full_disk_while_saving_is_storage_and_the_last_checkpoint_stays(
     assert folders.problems(the_run() / "checkpoints" / "step-00000003") == []
     train.main(settings(train__val_every=12))
     assert recorded() == list(range(12))
+
+
+def as_a_stage(limit: int | None) -> int:
+    """The exit code of the stage as `params.yaml` says, with so many bytes of memory more."""
+    resource = pytest.importorskip("resource")
+
+    def work() -> None:
+        if limit:
+            now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (now + limit, resource.RLIM_INFINITY))
+        stages.run(train.main)
+
+    return in_a_child(work)
+
+
+LARGE = {"train__batch_size": 1024, "train__steps": 1, "train__warmup_steps": 0}
+
+
+@needs_fork
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux limits memory so")
+@pytest.mark.parametrize(
+    ("limit", "code"),
+    [
+        pytest.param(100 << 20, 5, marks=pytest.mark.fault(39)),
+        pytest.param(None, 0, marks=pytest.mark.fault(39, control=True)),
+    ],
+)
+def test_memory_that_does_not_suffice_names_the_micro_batch(
+    workspace: Path, limit: int | None, code: int, capfd, monkeypatch
+) -> None:
+    OmegaConf.save(OmegaConf.create(params(**SMALL | LARGE)), "params.yaml")
+    monkeypatch.setattr(stages.plots, "keep_script", lambda: None)
+    assert as_a_stage(limit) == code
+    told = "error: out of memory" in (said := capfd.readouterr().err)
+    assert told == (code == 5)
+    assert ("halve train.batch_size and double train.accumulate" in said) == told
+    if told:
+        state = json.loads((the_run() / "run_status.json").read_text())
+        assert (state["state"], state["exit_code"]) == ("failed", 5)
 
 
 @needs_fork
