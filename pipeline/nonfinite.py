@@ -60,13 +60,13 @@ def _details(state: TrainState, text: Text) -> str:
 
 def _in_step(place: Place, batches: list[Batch]) -> str:
     of = f" of {len(batches)}"
-    return f"{_sentence(place, batches[place.batch])} in micro-batch {place.batch + 1}{of}"
+    return f"{_sentence(place, batches[place.batch])} micro-batch {place.batch + 1}{of}"
 
 
 def _sentence(place: Place, batch: Batch) -> str:
     rows = ", ".join(str(row + 1) for row in place.rows)
     known = 0 < len(place.rows) < len(batch[0])
-    return f". First not finite: {place.what}" + (f", in sequence {rows}" if known else "")
+    return f". First not finite: {place.what}" + (f", in sequence {rows} of" if known else " in")
 
 
 def trace(state: TrainState) -> Place | None:
@@ -111,7 +111,7 @@ def of_validation(
             place.batch = number
             state.begin([batch])
             state.loss = loss
-            message += f"{_sentence(place, batch)} in validation batch {number + 1}\n{text(place)}"
+            message += f"{_sentence(place, batch)} validation batch {number + 1}\n{text(place)}"
             break
     return NumericsError(message)
 

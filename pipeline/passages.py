@@ -57,9 +57,10 @@ def of_step(tokens: Tokens, config: TrainConfig, step: int, place: Place | None 
     """Lines for an error message: the sequences at fault and the others of the step."""
     batches = training.micro_batches(positions(tokens), config, step)
     named = {f"micro-batch {n}": _spans(batch) for n, batch in enumerate(batches[:SHOWN], 1)}
-    fault = _at_fault(_spans(batches[place.batch]), place) if place else []
+    suspects = _spans(batches[place.batch if place else 0])
+    fault = _at_fault(suspects, place)
     lines = _lines(tokens, {"at fault": fault} | named if fault else named, SHOWN)
-    read = "-".join(map(str, (fault or named["micro-batch 1"])[0]))
+    read = "-".join(map(str, (fault or suspects)[0]))
     more = len(batches) - SHOWN
     lines += [f"  and {more:,} micro-batches more"] if more > 0 else []
     return "\n".join(
@@ -82,13 +83,9 @@ def of_validation(held_out: Tokens, config: TrainConfig, place: Place) -> str:
     )
     spans = _spans(next(islice(windows, place.batch, None)))
     spans = _at_fault(spans, place) or spans
-    return "\n".join(
-        [
-            *_lines(held_out, {f"Tokens of {held_out.path}": spans}, SHOWN),
-            "Read them with `python -m pipeline.passages --split val "
-            f"{spans[0][0]}-{spans[0][1]}`.",
-        ]
-    )
+    lines = _lines(held_out, {f"Its tokens in {held_out.path}": spans}, SHOWN)
+    read = "-".join(map(str, spans[0]))
+    return f"{lines[0].strip()}\nRead them with `python -m pipeline.passages --split val {read}`."
 
 
 def documents_at(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -116,7 +113,8 @@ def text(tokens: Tokens, first: int, last: int) -> str:
             f"{tokens.path}: tokens {first}-{last}: expected FIRST-LAST from 0 to {len(tokens) - 1}"
         )
     said = gpt2().decode(tokens.ids[first : last + 1].tolist())
-    return f"{_lines(tokens, {str(tokens.path): [(first, last)]}, 1)[0].strip()}\n{said}"
+    (line,) = _lines(tokens, {f"{tokens.path}, tokens": [(first, last)]})
+    return f"{line.strip()}\n{said}"
 
 
 def _spans(batch: Batch) -> list[Span]:
@@ -124,20 +122,20 @@ def _spans(batch: Batch) -> list[Span]:
     return list(zip(x[:, 0].tolist(), y[:, -1].tolist(), strict=True))
 
 
-def _at_fault(spans: list[Span], place: Place) -> list[Span]:
-    """The sequences that the finding tells apart from the rest of their batch."""
-    return [spans[row] for row in place.rows] if len(place.rows) < len(spans) else []
+def _at_fault(spans: list[Span], place: Place | None) -> list[Span]:
+    """The sequences that the finding tells apart from the rest of their batch, if it does."""
+    return [spans[row] for row in place.rows] if place and len(place.rows) < len(spans) else []
 
 
 def _lines(tokens: Tokens, named: dict[str, list[Span]], most: int | None = None) -> list[str]:
-    """`  NAME: tokens 224-256 (document 3 of 8), ...`, `most` spans a line."""
+    """`  NAME: 224-256 (document 3 of 8), ...`, at most `most` spans a line."""
     ends = np.array([span for spans in named.values() for span in spans[:most]])  # (spans, 2)
     numbers = iter(documents_at(tokens.ids, ends.ravel()).reshape(ends.shape).tolist())
     lines, of = [], f" of {tokens.documents:,}"
     for name, spans in named.items():
         shown = [f"{a}-{b} ({_documents(*next(numbers))}{of})" for a, b in spans[:most]]
         shown += [f"and {len(spans) - most:,} more"] if most and len(spans) > most else []
-        lines.append(f"  {name}: tokens {', '.join(shown)}")
+        lines.append(f"  {name}: {', '.join(shown)}")
     return lines
 
 
@@ -156,6 +154,8 @@ def main(words: list[str]) -> None:
     asked = parser.parse_args(words)
     if bool(asked.spans) == (asked.step is not None):
         parser.error("expected either FIRST-LAST or --step")
+    if asked.step is not None and asked.step < 0:
+        parser.error(f"--step {asked.step}: expected 0 or more")
     try:
         log.info("%s", shown(asked.spans, asked.step, asked.split))
     except UserError as error:
@@ -168,6 +168,7 @@ def shown(spans: list[str], step: int | None, split: str) -> str:
     if step is not None:
         config = configuration.load().train
         tokens = data.open_tokens(paths.TOKENS, "train", verify=False)
+        data.check_length(tokens, config.sequence_length)
         batches = training.micro_batches(positions(tokens), config, step)
         named = {f"micro-batch {n}": _spans(batch) for n, batch in enumerate(batches, 1)}
         return "\n".join([f"{tokens.path}, step {step}:", *_lines(tokens, named)])
