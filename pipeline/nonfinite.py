@@ -27,6 +27,11 @@ class Place:
     batch: int = 0  # of the step's micro-batches or of validation's batches, from 0
 
 
+AGAIN = (
+    "Done again, without a compiler, every number of the step is finite: the fault is in compiled "
+    "kernels or in the machine"
+)
+
 Text = Callable[[int, Place | None], str]  # (step, place) -> where the step's tokens lie
 
 
@@ -52,10 +57,10 @@ def _details(state: TrainState, text: Text) -> str:
         place = trace(state)
         found = _in_step(place, state.batches) if place else ""
         if seen and not place:
-            found = ". Done again without a compiler, the step stays within the finite numbers"
+            found = f"\n{AGAIN}"
         return f"{found}\n{text(state.step, place)}"
     except (RuntimeError, MemoryError, OSError, InputError) as problem:
-        return f". Where that began could not be found: {problem}"
+        return f"\nWhere that began could not be found: {problem}"
 
 
 def _in_step(place: Place, batches: list[Batch]) -> str:
@@ -66,7 +71,7 @@ def _in_step(place: Place, batches: list[Batch]) -> str:
 def _sentence(place: Place, batch: Batch) -> str:
     rows = ", ".join(str(row + 1) for row in place.rows)
     known = 0 < len(place.rows) < len(batch[0])
-    return f". First not finite: {place.what}" + (f", in sequence {rows} of" if known else " in")
+    return f"\nFirst not finite: {place.what}" + (f", in sequence {rows} of" if known else " in")
 
 
 def trace(state: TrainState) -> Place | None:

@@ -77,7 +77,8 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: int = field(default=0, repr=False)
     norms: list[float] = field(default_factory=list, repr=False)  # of the last RECENT steps made
-    spikes: list[float] = field(default_factory=list, repr=False)  # of all skipped as spikes
+    spikes: list[float] = field(default_factory=list, repr=False)  # norms skipped since then
+    spikes_seen: int = field(default=0, repr=False)
     batches: list[Batch] = field(init=False, repr=False)  # of the step at work
     rng: dict[str, Tensor] = field(init=False, repr=False)  # as that step began
     before: dict[str, Any] = field(init=False, repr=False)  # scaler and counts, likewise
@@ -265,7 +266,7 @@ def _count(state: TrainState, report: StepReport, config: TrainConfig) -> None:
     if report.spike:
         _tell_spike(state, report, config)
     elif math.isfinite(report.grad_norm):
-        state.norms = [*state.norms, report.grad_norm][-RECENT:]
+        state.norms, state.spikes = [*state.norms, report.grad_norm][-RECENT:], []
     if state.skipped_in_a_row >= config.max_skipped:
         raise NumericsError(
             f"step {state.step}: {config.max_skipped} steps skipped in a row (train.max_skipped), "
@@ -275,11 +276,11 @@ def _count(state: TrainState, report: StepReport, config: TrainConfig) -> None:
 
 def _tell_spike(state: TrainState, report: StepReport, config: TrainConfig) -> None:
     """One warning a spike, as long as they are few."""
-    state.spikes.append(report.grad_norm)
-    told = len(state.spikes)
-    if told > TOLD:
+    state.spikes = [*state.spikes, report.grad_norm][-TOLD:]
+    state.spikes_seen += 1
+    if state.spikes_seen > TOLD:
         return
-    last = "; further ones show in train/skipped alone" if told == TOLD else ""
+    last = "; further ones show in train/skipped alone" if state.spikes_seen == TOLD else ""
     log.warning(
         "step %d: skipped as a spike: gradient norm %.4g, more than train.skip_spikes=%g times "
         "the recent median of %.4g%s",
@@ -288,8 +289,7 @@ def _tell_spike(state: TrainState, report: StepReport, config: TrainConfig) -> N
 
 
 def _spikes_stop(state: TrainState, config: TrainConfig) -> str:
-    in_a_row = state.spikes[-state.skipped_in_a_row :]
-    norms = ", ".join(f"{norm:.4g}" for norm in in_a_row[-TOLD:])
+    norms = ", ".join(f"{norm:.4g}" for norm in state.spikes)
     return (
         f"the last ones for gradient norms of {norms}, each more than train.skip_spikes="
         f"{config.skip_spikes:g} times the recent median of {statistics.median(state.norms):.4g}: "

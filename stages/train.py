@@ -262,7 +262,7 @@ def stop_and_look(
 
 
 def keep_for_a_look(state: training.TrainState, config: Config, record: Record, why: str) -> None:
-    folder = debugging.write_bundle(state, config, why.partition("\n")[0])
+    folder = debugging.write_bundle(state, config, why)
     record.tags({"debug.why": why, "debug.bundle": folder or "not written"})
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pipeline import passages, training
+from pipeline import nonfinite, passages, training
 from pipeline.data import Tokens
 from pipeline.errors import NumericsError
 from pipeline.init import initialize
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_layer(
     before = everything(state)
     said = message(state, config, small_ids)
     assert said == (
-        "step 1: the loss is nan; no update was made. First not finite: "
+        "step 1: the loss is nan; no update was made\nFirst not finite: "
         f"{FORWARD[inject]} in micro-batch 1 of 2\ntext of step 1"
     )
     assert same(before, state)
@@ -162,7 +162,7 @@ def test_logits_that_overflow_in_fp16_alone_are_named_there_alone(settings) -> N
             assert len(list(steps)) == 1
             continue
         assert re.search(
-            r"the loss is nan; no update was made\. First not finite: the logits "
+            r"the loss is nan; no update was made\nFirst not finite: the logits "
             r"\([\d,]+ inf of 1,552 numbers\)",
             message(state, config, batches),
         )
@@ -180,7 +180,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_par
     gradient(value)(state)
     before = everything(state)
     assert message(state, config, batches) == (
-        f"step 1: the gradient norm is {value}; no update was made. First not finite: going "
+        f"step 1: the gradient norm is {value}; no update was made\nFirst not finite: going "
         "backward, the gradient of transformer.h.1.attn.c_proj.weight "
         f"(256 {value} of 256 numbers) in micro-batch 1 of 2\ntext of step 1"
     )
@@ -197,7 +197,7 @@ def test_a_collapsed_loss_scale_names_the_gradient_that_overflowed_and_changes_n
     before = everything(state)
     assert message(state, config, batches).startswith(
         "step 4: 4 steps skipped in a row (train.max_skipped), the loss scale is down to 4096; "
-        "try precision=bf16 or a lower train.lr. First not finite: going backward, the gradient "
+        "try precision=bf16 or a lower train.lr\nFirst not finite: going backward, the gradient "
         "of transformer.h.1.attn.c_proj.weight (256 inf of 256 numbers) in micro-batch 1 of 2"
     )
     assert same(before, state)
@@ -251,7 +251,7 @@ def test_a_compiled_step_is_looked_into_without_the_compiler(settings, monkeypat
     monkeypatch.setattr(torch, "compile", lambda plain: lambda *given: plain(*given) * math.nan)
     config = settings(train__compile=True)
     state = made(config)
-    assert "Done again without a compiler, the step stays within" in message(state, config, batches)
+    assert nonfinite.AGAIN in message(state, config, batches)
     nan_weight(state)
     assert "First not finite: the output of transformer.h.1.mlp.c_fc" in message(
         state, config, batches
@@ -278,7 +278,7 @@ def test_trouble_in_the_search_does_not_hide_the_error(settings) -> None:
     with pytest.raises(NumericsError) as stopped:
         list(explaining(training.fit(state, settings().train, batches), state, broken))
     assert str(stopped.value) == (
-        "step 0: the loss is nan; no update was made. Where that began could not be found: "
+        "step 0: the loss is nan; no update was made\nWhere that began could not be found: "
         "the token file is gone"
     )
 
@@ -310,7 +310,7 @@ def test_the_error_says_where_the_tokens_lie(settings, tokens: Tokens) -> None:
     text = functools.partial(passages.of_step, tokens, config.train)
     with pytest.raises(NumericsError) as stopped:
         list(explaining(steps, state, text))
-    first, second, third, *rest = str(stopped.value).splitlines()
+    first, _, second, third, *rest = str(stopped.value).splitlines()
     assert second == "The step's tokens in train.bin:"
     spans = re.findall(r"(\d+)-(\d+) \(document 0 of 1\)", "\n".join([third, *rest]))
     read = [tokens.ids[int(a) : int(b) + 1].tolist() for a, b in spans]
@@ -334,7 +334,7 @@ def test_a_validation_loss_that_is_not_finite_names_the_layer_and_the_batch(
         train.validate(state, tokens, config)
     assert stopped.value.exit_code == 4
     assert str(stopped.value) == (
-        "the validation loss is nan: this model is not kept. First not finite: the output of "
+        "the validation loss is nan: this model is not kept\nFirst not finite: the output of "
         "transformer.wte (16 nan of 512 numbers), in sequence 1 of validation batch 3\n"
         "Its tokens in train.bin: 64-80 (document 0 of 1)\n"
         "Read them with `python -m pipeline.passages --split val 64-80`."

@@ -216,7 +216,7 @@ def test_a_spike_makes_no_step_and_is_told(
     ]
     norm = found[USUAL][0].grad_norm
     assert math.isfinite(norm) and norm not in state.norms and len(state.norms) == USUAL + 3
-    assert (state.skipped, state.skipped_in_a_row, state.spikes) == (1, 0, [norm])
+    assert (state.skipped, state.skipped_in_a_row, state.spikes_seen) == (1, 0, 1)
     (told,) = caplog.messages
     assert told.startswith(f"step {USUAL}: skipped as a spike: gradient norm {norm:.4g}, more than")
     assert "train.skip_spikes=10 times the recent median of" in told
