@@ -252,7 +252,7 @@ def _check(state: TrainState, loss: float, norm: float) -> None:
 
 def _is_spike(state: TrainState, norm: float, factor: float) -> bool:
     enough = factor > 0 and len(state.norms) >= ENOUGH
-    return enough and math.isfinite(norm) and norm > factor * statistics.median(state.norms)
+    return enough and norm > factor * statistics.median(state.norms)
 
 
 def _count(state: TrainState, report: StepReport, config: TrainConfig) -> None:

@@ -203,6 +203,22 @@ def test_a_collapsed_loss_scale_names_the_gradient_that_overflowed_and_changes_n
     assert same(before, state)
 
 
+@pytest.mark.fault(33)
+def test_an_overflow_is_looked_for_at_the_scale_that_it_happened_at(settings) -> None:
+    config = settings(train__max_skipped=1)
+    for exponent in range(10, 40):  # the first scale that is too large by itself: half of it is not
+        state = made(config, "fp16")
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**exponent)
+        try:
+            list(training.fit(state, replace(config.train, steps=1), batches))
+        except NumericsError:
+            break
+    assert state.scaler.get_scale() == 2.0 ** (exponent - 1)
+    assert "the gradient of transformer." in nonfinite.trace(state).what
+    state.before["scaler"] = state.scaler.state_dict()
+    assert nonfinite.trace(state) is None
+
+
 def test_gradients_whose_norm_alone_overflows_are_told_as_that(settings) -> None:
     state = made(settings())
     gradient(3e38)(state)
