@@ -20,6 +20,7 @@ from pipeline import nonfinite, passages, training
 from pipeline.data import Tokens
 from pipeline.errors import NumericsError
 from pipeline.init import initialize
+from pipeline.interruption import Interruption
 from pipeline.model import GPT, GPTConfig
 from pipeline.nonfinite import explaining
 from pipeline.optimizer import parameter_groups
@@ -347,7 +348,7 @@ def test_a_validation_loss_that_is_not_finite_names_the_layer_and_the_batch(
     state = made(config, dropout=0.5)
     nan_token(state)
     with pytest.raises(NumericsError) as stopped:
-        train.validate(state, tokens, config)
+        train.validate(state, tokens, config, Interruption())
     assert stopped.value.exit_code == 4
     assert str(stopped.value) == (
         "the validation loss is nan: this model is not kept\nFirst not finite: the output of "
