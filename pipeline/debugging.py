@@ -78,7 +78,7 @@ def write_bundle(state: TrainState, config: Config, why: str) -> Path | None:
     log.warning(
         "%s: weights, batch, random state and optimizer are in %s; look at the step with "
         "`python -m pipeline.debugging %s`",
-        *(why, folder, folder),
+        *(why.partition("\n")[0], folder, folder),
     )
     return folder
 

@@ -13,26 +13,34 @@ import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from pipeline.errors import InputError, UserError
 from pipeline.experiments import WORKSPACE, Experiment, experiments
+from pipeline.symptoms import (
+    BEFORE_SPIKE,
+    CUT_TO,
+    FEW,
+    NORM_LEAP,
+    Finding,
+    cut_share,
+    growth_of_norm,
+    largest_leap,
+    noise_of,
+    smoothed,
+    tail,
+)
 
 log = logging.getLogger(__name__)
 
 VOCABULARY = 50257
-FEW = 10  # steps that a median is taken over
-TAIL = 0.1  # share of steps that speak for a run's end
 
 # Where a rule speaks up. Each has a run just below and one just above it in the tests.
 NORM_GROWS = 10.0  # times the norm of the quietest steps
-ALWAYS = 0.95  # share of the second half's steps ...
-CUT_TO = 3.0  # ... whose gradient is this many times its limit
+ALWAYS = 0.95  # share of the second half's steps whose gradient is CUT_TO times its limit
 LEARNED_NOTHING = 0.3  # nats below ln V
-SCALER_SKIPS = 0.2  # share of steps
+OVERFLOWS = 0.2  # share of steps
 SPIKE = 1.0  # nats above the median of the steps before ...
 SPIKE_NOISE = 8.0  # ... and this many of their standard deviations
-BEFORE_SPIKE = 20  # steps that say what is usual
 OVERFIT = 0.01  # of the best validation loss
 ROSE = 0.3  # nats that the smoothed training loss rose again ...
 ROSE_NOISE = 6.0  # ... and this many standard errors of its running mean
@@ -43,16 +51,6 @@ STILL_FALLING = 0.1  # share of the whole fall that the second half of the run b
 OF_MATRIX_RATE = 0.15
 DATA_SHARE = 0.2  # of a step's time
 LEAK = 0.1  # share of validation passages
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a rule found wrong."""
-
-    rule: str  # its short name
-    verdict: str  # one sentence in plain words
-    evidence: str  # the numbers behind it
-    advice: str  # the setting to change
 
 
 Rule = Callable[[Experiment], Finding | None]
@@ -101,50 +99,6 @@ def norm_words(found: Experiment) -> str:
     if growth is not None and growth >= NORM_GROWS:
         return f"grows {growth:,.0f}x"
     return f"clipped {cut:.0%}" if cut is not None and cut > ALWAYS else "fine"
-
-
-# --- what the rules look at
-
-
-def tail(values: list[float]) -> list[float]:
-    """The last tenth, five at least."""
-    return values[-max(5, round(TAIL * len(values))) :]
-
-
-def smoothed(losses: list[float]) -> list[float]:
-    """Running means over a twentieth of the run, five steps at least."""
-    width = max(5, len(losses) // 20)
-    sums = [0.0]
-    for loss in losses:
-        sums.append(sums[-1] + loss)
-    return [(sums[i + width] - sums[i]) / width for i in range(len(losses) - width + 1)]
-
-
-def noise_of(losses: list[float]) -> float:
-    """Standard deviation around the course, whatever the course: from neighbours' differences.
-
-    A normal variable's differences have a median size of 0.954 times its standard deviation.
-    """
-    differences = [abs(b - a) for a, b in zip(losses, losses[1:], strict=False)]
-    return statistics.median(differences) / 0.954
-
-
-def growth_of_norm(found: Experiment) -> float | None:
-    """The median norm at the end by that of the quietest ten steps; None for a run too short."""
-    norms = found.values("train/grad_norm")
-    if len(norms) < 2 * FEW:
-        return None
-    quietest = min(statistics.median(norms[i : i + FEW]) for i in range(0, len(norms), FEW))
-    return statistics.median(tail(norms)) / quietest if quietest else math.inf
-
-
-def cut_share(found: Experiment) -> float | None:
-    """Share of the second half's steps whose gradient is CUT_TO times its limit or more."""
-    norms, limit = found.values("train/grad_norm"), found.params["train.grad_clip"]
-    half = norms[len(norms) // 2 :]
-    if not limit or len(half) < FEW:
-        return None
-    return sum(norm >= CUT_TO * limit for norm in half) / len(half)
 
 
 # --- the rules
@@ -197,11 +151,11 @@ def stuck(found: Experiment) -> Finding | None:
 
 
 def dead_scaler(found: Experiment) -> Finding | None:
-    scales, skipped = found.values("train/loss_scale"), found.values("train/skipped")
+    scales, infinite = found.values("train/loss_scale"), found.values("train/found_inf")
     if not scales or max(scales) <= 1:  # 1 throughout where no scaler works
         return None
-    share = sum(skipped) / len(skipped)
-    if scales[-1] >= 1 and share < SCALER_SKIPS:
+    share = sum(infinite) / len(scales)  # train/skipped counts spikes as well
+    if scales[-1] >= 1 and share < OVERFLOWS:
         return None
     return Finding(
         "dead loss scaler",
@@ -232,6 +186,22 @@ def spike(found: Experiment) -> Finding | None:
         f"{losses[step]:.3f} nats after a median of {usual:.3f}",
         "a lower train.lr, train.beta2=0.95, a longer train.warmup_steps or a smaller "
         "train.grad_clip",
+    )
+
+
+def gradient_spike(found: Experiment) -> Finding | None:
+    step, norm, usual = largest_leap(found)
+    if not norm:
+        return None
+    skipped = step in {at for at, value in found.curves.get("train/skipped", []) if value}
+    return Finding(
+        "gradient spike",
+        f"The gradient of step {step:,} was {norm / usual:,.0f} times as long as usual; "
+        + ("the step was skipped." if skipped else "the step was made."),
+        f"norm {norm:,.3g} after a median of {usual:,.3g} in {BEFORE_SPIKE} steps",
+        f"python -m pipeline.passages --step {step} for its text"
+        + ("" if skipped else f", train.skip_spikes={NORM_LEAP:g}")
+        + ", a lower train.lr or a longer train.warmup_steps",
     )
 
 
@@ -355,7 +325,9 @@ def leak(found: Experiment) -> Finding | None:
 
 
 # Rules that speak while a run is under way, since waiting for its end would cost days.
-URGENT: tuple[Rule, ...] = (gradient_norm_grows, always_clipped, dead_scaler, spike)
+URGENT: tuple[Rule, ...] = (
+    *(gradient_norm_grows, always_clipped, dead_scaler, spike, gradient_spike),
+)
 RULES: tuple[Rule, ...] = (
     *URGENT,
     stuck,

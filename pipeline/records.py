@@ -42,8 +42,8 @@ NO_RESULTS = (
     *("config", "errors", "paths", "records", "rows", "runs", "tracking", "view"),
     *("interruption", "resume"),
     *("comparison", "contrast", "debugging", "doctor", "experiments", "figures", "forecast"),
-    *("history", "logged_models", "notes", "plots", "queueing", "snapshot", "sweep"),
-    *("report", "report_figures", "report_run"),
+    *("history", "logged_models", "nonfinite", "notes", "passages", "plots", "queueing"),
+    *("report", "report_figures", "report_run", "snapshot", "sweep", "symptoms"),
 )
 
 # Significant digits of a value: the page shows what it is given. No timing repeats to five.

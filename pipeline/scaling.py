@@ -119,6 +119,7 @@ def _settings() -> SimpleNamespace:
         grad_clip=1.0,
         compile=False,
         max_skipped=MAX_SKIPPED,
+        skip_spikes=0.0,
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data import batch_at
-from pipeline.errors import NumericsError
+from pipeline.errors import InputError, NumericsError
 from pipeline.loss import IGNORE, linear_cross_entropy, token_losses
 from pipeline.optimizer import build_optimizer, learning_rate
 from pipeline.runtime import derived_seed, rng_state
@@ -29,6 +31,12 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 Look = Callable[["TrainState"], None]
 
+RECENT = 64  # steps whose gradient norms say what is usual ...
+ENOUGH = 20  # ... and how many of them are needed to say so
+TOLD = 5  # skipped spikes that are warned of one by one; the curves have all
+
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -39,7 +47,7 @@ class StepReport:
     grad_norm: float  # before clipping
     learning_rate: float
     loss_scale: float
-    skipped: bool  # fp16 found an inf or NaN gradient: the parameters stay as they were
+    skipped: bool  # an fp16 overflow, or a spike: the parameters stay as they were
     seconds: float  # of the whole step
     data_seconds: float  # of these, until the batches were there
     tokens: int
@@ -48,6 +56,11 @@ class StepReport:
     @property
     def last(self) -> bool:
         return self.step == self.steps - 1
+
+    @property
+    def spike(self) -> bool:
+        """Skipped by `train.skip_spikes`: an overflow's norm is not finite."""
+        return self.skipped and math.isfinite(self.grad_norm)
 
 
 @dataclass
@@ -63,6 +76,9 @@ class TrainState:
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = field(default=0, repr=False)
+    norms: list[float] = field(default_factory=list, repr=False)  # of the last RECENT steps made
+    spikes: list[float] = field(default_factory=list, repr=False)  # norms skipped since then
+    spikes_seen: int = field(default=0, repr=False)
     batches: list[Batch] = field(init=False, repr=False)  # of the step at work
     rng: dict[str, Tensor] = field(init=False, repr=False)  # as that step began
     before: dict[str, Any] = field(init=False, repr=False)  # scaler and counts, likewise
@@ -122,9 +138,10 @@ def fit(
         tokens = sum(x.numel() for x, _ in state.batches)
         rate = learning_rate(state.step, config, steps)
         now = aside if look and state.step == look_at else None
-        loss, norm, scale, skipped = train_step(state, state.batches, rate, config.grad_clip, now)
+        loss, norm, scale, skipped = train_step(
+            state, state.batches, rate, config.grad_clip, now, config.skip_spikes
+        )
         seconds = watch.stop()
-        _count(state, skipped, config.max_skipped)
         report = StepReport(
             step=state.step,
             loss=loss,
@@ -137,6 +154,7 @@ def fit(
             tokens=tokens,
             steps=steps,
         )
+        _count(state, report, config)
         state.step += 1
         yield report
 
@@ -163,10 +181,13 @@ def train_step(
     rate: float,
     grad_clip: float,
     look: Look | None = None,
+    skip_spikes: float = 0.0,
 ) -> tuple[float, float, float, bool]:
     """Gradients, clip, step, update: mean loss, gradient norm, scale, skipped.
 
-    A skipped step uses up its batch and its place in the schedule.
+    Skipped are an fp16 overflow and, with `skip_spikes` above 0, a gradient norm of more than
+    that many times the recent median. Such a step leaves parameters, moments and the counts of
+    AdamW as they were; it uses up its batch and its place in the schedule.
     """
     scaler, optimizer = state.scaler, state.optimizer
     for group in optimizer.param_groups:
@@ -178,22 +199,32 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit).item()
     _check(state, mean, norm)
     scale = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
+    spike = _is_spike(state, norm, skip_spikes)
+    if not spike:
+        scaler.step(optimizer)
+    scaler.update()  # a spike's gradients are finite: the scale was right
     optimizer.zero_grad(set_to_none=True)
-    return mean, norm, scale, scaler.get_scale() < scale  # it falls only after an inf gradient
+    # The scale falls only after an inf gradient.
+    return mean, norm, scale, spike or scaler.get_scale() < scale
 
 
-def gradients(state: TrainState, batches: list[Batch]) -> float:
+def gradients(
+    state: TrainState, batches: list[Batch], each: Callable[[Tensor], None] | None = None
+) -> float:
     """Accumulate every micro-batch's gradient and unscale once; returns the mean loss in nats.
 
     The loss is the sum over all tokens by the number of valid ones in all micro-batches, so that
-    N micro-batches of one equal one of N, ragged masks included.
+    N micro-batches of one equal one of N, ragged masks included. `each` gets every micro-batch's
+    loss once its gradients are there. Raises InputError where no target is valid.
     """
     scaler, device = state.scaler, state.precision.device
     valid = sum(int((y != IGNORE).sum()) for _, y in batches)
     if valid == 0:
-        raise NumericsError(f"step {state.step}: every target is ignored, so there is no loss")
+        targets = sum(y.numel() for _, y in batches)
+        raise InputError(
+            f"step {state.step}: all {targets:,} targets of the batch are {IGNORE}, which is to be "
+            "ignored, so there is no loss; at least one has to be a token"
+        )
     # Known before the products, so that low-precision gradients are made at their scaled size.
     factor = scaler.scale(torch.ones((), device=device)) / valid
     total = torch.zeros((), device=device)
@@ -205,6 +236,8 @@ def gradients(state: TrainState, batches: list[Batch]) -> float:
                 loss = state.loss_function(x, y, factor)
             loss.backward()
             total += loss.detach()
+            if each:
+                each(loss.detach())
     scaler.unscale_(state.optimizer)
     return (total / scaler.scale(torch.ones((), device=device))).item()
 
@@ -217,14 +250,57 @@ def _check(state: TrainState, loss: float, norm: float) -> None:
         raise NumericsError(f"step {state.step}: the gradient norm is {norm}; no update was made")
 
 
-def _count(state: TrainState, skipped: bool, limit: int) -> None:
-    state.skipped += skipped
-    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
-    if state.skipped_in_a_row >= limit:
+def _is_spike(state: TrainState, norm: float, factor: float) -> bool:
+    enough = factor > 0 and len(state.norms) >= ENOUGH
+    return enough and norm > factor * statistics.median(state.norms)
+
+
+def _count(state: TrainState, report: StepReport, config: TrainConfig) -> None:
+    """Keep what later steps are measured by; raise NumericsError after too many skipped ones.
+
+    A skipped spike does not count as usual, or a few of them would let the next one pass. Where
+    all norms have grown for good every step is skipped, until `max_skipped` ends that.
+    """
+    state.skipped += report.skipped
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if report.skipped else 0
+    if report.spike:
+        _tell_spike(state, report, config)
+    elif math.isfinite(report.grad_norm):
+        state.norms, state.spikes = [*state.norms, report.grad_norm][-RECENT:], []
+    if state.skipped_in_a_row >= config.max_skipped:
         raise NumericsError(
-            f"step {state.step}: {limit} steps skipped in a row (train.max_skipped), the loss "
-            f"scale is down to {state.scaler.get_scale():g}; try precision=bf16 or a lower train.lr"
+            f"step {state.step}: {config.max_skipped} steps skipped in a row (train.max_skipped), "
+            + (_spikes_stop(state, config) if report.spike else _scale_stop(state))
         )
+
+
+def _tell_spike(state: TrainState, report: StepReport, config: TrainConfig) -> None:
+    """One warning a spike, as long as they are few."""
+    state.spikes = [*state.spikes, report.grad_norm][-TOLD:]
+    state.spikes_seen += 1
+    if state.spikes_seen > TOLD:
+        return
+    last = "; further ones show in train/skipped alone" if state.spikes_seen == TOLD else ""
+    log.warning(
+        "step %d: skipped as a spike: gradient norm %.4g, more than train.skip_spikes=%g times "
+        "the recent median of %.4g%s",
+        *(report.step, report.grad_norm, config.skip_spikes, statistics.median(state.norms), last),
+    )
+
+
+def _spikes_stop(state: TrainState, config: TrainConfig) -> str:
+    norms = ", ".join(f"{norm:.4g}" for norm in state.spikes)
+    return (
+        f"the last ones for gradient norms of {norms}, each more than train.skip_spikes="
+        f"{config.skip_spikes:g} times the recent median of {statistics.median(state.norms):.4g}: "
+        "these are no spikes, the norm has grown; try a lower train.lr, a longer "
+        "train.warmup_steps or train.skip_spikes=0"
+    )
+
+
+def _scale_stop(state: TrainState) -> str:
+    scale = state.scaler.get_scale()
+    return f"the loss scale is down to {scale:g}; try precision=bf16 or a lower train.lr"
 
 
 def _fused_loss(model: GPT) -> LossFunction:

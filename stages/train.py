@@ -25,6 +25,8 @@ from pipeline import (
     folders,
     forecast,
     interruption,
+    nonfinite,
+    passages,
     paths,
     records,
     runs,
@@ -161,9 +163,11 @@ def loop(
             look_at=config.debug.interact_at_step,
             steps_at=course.budget.steps,
         )
+        text = functools.partial(passages.of_step, tokens, config.train)
+        steps = nonfinite.explaining(watched(reports, watch, course.study), state, text)
         try:
             validate_if_due(course, state, held_out, stop, told)  # a stopped one may owe it
-            for report in progress(watched(reports, watch, course.study), config, state.step):
+            for report in progress(steps, config, state.step):
                 course.step(report)
                 record.metrics(step_metrics(report) | update_metric(state, report), report.step)
                 if report.step + 1 == forecast.MEASURED_AT:
@@ -279,10 +283,8 @@ def validate(
     device = state.precision.device
     loss = mean_loss(state.model, stop.unless_asked(windows()), state.precision, device)
     if not math.isfinite(loss):
-        # What there is to look at is no training step: the weights, on the first of these windows.
-        state.begin([next(iter(windows()))])
-        state.loss = loss
-        raise NumericsError(f"the validation loss is {loss}: this model is not kept")
+        text = functools.partial(passages.of_validation, held_out, config.train)
+        raise nonfinite.of_validation(state, windows(), loss, text)
     return loss
 
 

@@ -20,7 +20,7 @@ import torch
 from omegaconf import OmegaConf
 
 from pipeline import config as configuration
-from pipeline import data, debugging, paths, snapshot, training
+from pipeline import data, debugging, passages, paths, snapshot, training
 from pipeline.checkpoint import save_model
 from pipeline.corpus import Document
 from pipeline.errors import NumericsError, StorageError
@@ -229,6 +229,7 @@ def tags(repo: Checkout) -> dict[str, str]:
     return {k: v for e in events if e["kind"] == "tags" for k, v in e["values"].items()}
 
 
+@pytest.mark.fault(31)
 def test_a_run_that_leaves_the_finite_numbers_keeps_the_step_and_one_command_opens_it(
     prepared: Checkout,
 ) -> None:
@@ -240,10 +241,16 @@ def test_a_run_that_leaves_the_finite_numbers_keeps_the_step_and_one_command_ope
     (kept,) = set(bundles(prepared)) - set(before)
     why = re.search(r"error: (step (\d+): .* is (?:nan|inf|-inf).*)", done.stderr)
     assert why, done.stderr
+    assert f"{why[1]}\nFirst not finite: " in done.stderr
+    span = re.search(r"`python -m pipeline.passages (\d+-\d+)`", done.stderr)
+    assert "micro-batch 1: " in done.stderr and span
+    tokens = data.open_tokens(prepared.folder / paths.TOKENS, "train")
+    first, last = map(int, span[1].split("-"))
+    assert f"tokens: {span[1]} (document" in passages.text(tokens, first, last)
     assert f"-m pipeline.debugging {kept}" in done.stderr
     assert tags(prepared)["debug.bundle"] == str(kept)
     facts = snapshot.read_facts(kept)
-    assert facts["step"] == int(why[2]) and facts["why"] == why[1]
+    assert facts["step"] == int(why[2]) and facts["why"].startswith(f"{why[1]}\nFirst not finite: ")
     opened = prepared.run(sys.executable, "-m", "pipeline.debugging", str(kept))
     assert f"step {why[2]}: {why[1]}" in opened.stderr
     assert "the same as then" in opened.stderr
@@ -319,6 +326,7 @@ def test_a_validation_loss_that_is_not_finite_leaves_its_own_first_window_to_loo
     config = make_config(train__batch_size=1, train__sequence_length=16)
     windows = [batches(7)[0], batches(8)[0]]
     monkeypatch.setattr(train.data, "validation_windows", lambda *_, **__: iter(windows))
+    monkeypatch.setattr(train.passages, "of_validation", lambda *_: "its text")
     model = GPT(SHAPE)
     state = training.start(model, config.train, choose_precision("fp32", CPU))
     with torch.no_grad():

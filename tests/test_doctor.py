@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pipeline import config as configuration
-from pipeline import data, doctor, paths, records, tracking
+from pipeline import data, doctor, paths, records, tracking, training
 from pipeline.checkpoint import save_model
 from pipeline.experiments import Experiment
 from pipeline.init import initialize
@@ -94,16 +94,31 @@ CASES: dict[doctor.Rule, list[tuple[Callable[[], Experiment], bool]]] = {
         (lambda: run(train__loss=[LN_V] * 10), False),
     ],
     doctor.dead_scaler: [
-        (lambda: run(train__loss_scale=[65536.0, 0.5], train__skipped=[0.0, 0.0]), True),
-        (lambda: run(train__loss_scale=[65536.0] * 4, train__skipped=[1.0, 0, 0, 0]), True),
-        (lambda: run(train__loss_scale=[65536.0] * 9, train__skipped=[1.0] + [0.0] * 8), False),
-        (lambda: run(train__loss_scale=[1.0] * 9, train__skipped=[0.0] * 9), False),
+        (lambda: run(train__loss_scale=[65536.0, 0.5], train__found_inf=[0.0, 0.0]), True),
+        (lambda: run(train__loss_scale=[65536.0] * 4, train__found_inf=[1.0, 0, 0, 0]), True),
+        (lambda: run(train__loss_scale=[65536.0] * 9, train__found_inf=[1.0] + [0.0] * 8), False),
+        (lambda: run(train__loss_scale=[1.0] * 9, train__found_inf=[0.0] * 9), False),
+        (
+            lambda: run(
+                train__loss_scale=[65536.0] * 4,
+                train__found_inf=[0.0] * 4,
+                train__skipped=[1.0] * 4,  # as spikes
+            ),
+            False,
+        ),
     ],
     doctor.spike: [
         (lambda: run(train__loss=with_spike(1.5)), True),
         (lambda: run(train__loss=with_spike(0.8)), False),
         (lambda: run(train__loss=with_spike(1.5, noise=0.4)), False),
         (lambda: run(train__loss=falling()), False),
+    ],
+    doctor.gradient_spike: [
+        (lambda: run(train__grad_norm=[1.0] * 100 + [11.0] + [1.0] * 99), True),
+        (lambda: run(train__grad_norm=[1.0] * 100 + [9.0] + [1.0] * 99), False),
+        (lambda: run(train__grad_norm=[1.0] * 100 + [11.0]), True),  # as a validation comes
+        (lambda: run(train__grad_norm=norms(11.0)), False),  # growth, not a leap
+        (lambda: run(train__grad_norm=[1.0] * 5 + [11.0] + [1.0] * 99), False),  # in warm-up
     ],
     doctor.overfitting: [
         (lambda: validated(6.1), True),
@@ -271,6 +286,31 @@ def test_a_real_training_whose_norm_diverges_is_told_while_it_runs_and_at_its_en
     assert "train: gradient norm grows: " in capsys.readouterr().out
 
 
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("guard", [0.0, 10.0])
+def test_a_real_step_of_a_thousandfold_gradient_is_told_at_the_next_validation_and_at_the_end(
+    trained, monkeypatch, caplog, capsys, guard: float
+) -> None:
+    start = training.start
+
+    def spiked(*given: Any) -> training.TrainState:
+        state = start(*given)
+        for parameter in state.model.parameters():
+            parameter.register_hook(lambda g: 1000 * g if state.step == 45 else g)
+        return state
+
+    monkeypatch.setattr(training, "start", spiked)
+    found = trained(train__skip_spikes=guard, train__seed=7)
+    assert found.values("train/skipped") == [float(s == 45 and guard > 0) for s in range(80)]
+    assert "gradient spike" in rules(found) and "gradient spike" in found.tags["health.verdict"]
+    made = "the step was skipped" if guard else "the step was made"
+    warned = [r.getMessage() for r in caplog.records if r.getMessage().startswith("gradient spike")]
+    assert len(warned) == 1 and "The gradient of step 45 was" in warned[0] and made in warned[0]
+    assert "python -m pipeline.passages --step 45" in warned[0]
+    assert f"times as long as usual; {made}" in capsys.readouterr().out
+    assert ("skipped as a spike" in caplog.text) == (guard > 0)
+
+
 def test_a_real_training_at_no_rate_is_stuck_at_ln_v(trained) -> None:
     found = trained(train__lr=1e-9)
     assert rules(found) == {"stuck at ln V"}
@@ -304,7 +344,7 @@ def test_the_command_judges_the_runs_that_are_named_and_names_those_there_are(
     monkeypatch.setattr(doctor, "experiments", lambda: iter([sick, bare, well]))
     caplog.set_level("INFO")
     doctor.main([])
-    assert caplog.messages == ["workspace\n  healthy: 11 rules found nothing"]
+    assert caplog.messages == ["workspace\n  healthy: 12 rules found nothing"]
     doctor.main(["sick", "workspace"])
     assert caplog.messages[1].startswith("sick\n  gradient norm grows: ")
     for name, words in (("sik", "known: sick, bare, workspace"), ("bare", "no record of a")):

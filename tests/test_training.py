@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pipeline import training
-from pipeline.errors import NumericsError
+from pipeline.errors import InputError, NumericsError
 from pipeline.init import initialize
 from pipeline.loss import IGNORE
 from pipeline.model import GPT, GPTConfig
+from pipeline.optimizer import parameter_groups
 from pipeline.precision import choose_precision
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=97, vocab_rows=128)
@@ -125,37 +128,188 @@ def test_a_skipped_step_is_reported_and_uses_up_its_place_in_the_schedule(
     assert state.skipped == 1
 
 
+@pytest.mark.fault(33)
 def test_a_scale_that_collapses_stops_the_run(model, make_config) -> None:
     config = make_config(train__steps=9, train__max_skipped=4, train__warmup_steps=1).train
     state = start(model, config, "fp16")
     poison(state, math.inf)
     with pytest.raises(NumericsError, match=r"step 3: 4 steps skipped in a row .*precision=bf16"):
         list(training.fit(state, config, lambda step: [batch(2)]))
+    assert NumericsError.exit_code == 4 and state.norms == [] == state.spikes
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_a_nan_gradient_stops_before_the_update_and_names_the_step(
-    model, train_config, precision: str
-) -> None:
-    state = start(model, train_config, precision)
-    poison(state, math.nan)
-    before = weights(state)
-    with pytest.raises(NumericsError, match="step 0: the gradient norm is nan; no update"):
-        list(training.fit(state, train_config, lambda step: [batch(2)]))
-    assert torch.equal(weights(state), before)
-
-
-def test_a_nan_loss_stops_before_the_update(model, train_config) -> None:
+@pytest.mark.fault(35)
+def test_a_step_without_any_target_is_bad_input_and_changes_nothing(model, train_config) -> None:
     state = start(model, train_config)
-    with torch.no_grad():
-        state.model.transformer.ln_f.weight[0] = math.nan
-    with pytest.raises(NumericsError, match="step 0: the loss is nan; no update"):
-        list(training.fit(state, train_config, lambda step: [batch(2)]))
+    before = weights(state)
+    with pytest.raises(InputError, match=r"^step 0: all 32 targets .* are -100, .* at least one"):
+        list(training.fit(state, train_config, lambda step: [batch(2, ignored=32)]))
+    assert InputError.exit_code == 3 and torch.equal(weights(state), before)
 
 
-def test_a_step_without_any_target_is_refused(model, train_config) -> None:
-    with pytest.raises(NumericsError, match="every target is ignored"):
-        training.train_step(start(model, train_config), [batch(2, ignored=32)], 1e-3, 1.0)
+@pytest.mark.fault(35, control=True)
+def test_the_usual_mean_over_no_target_is_nan_and_its_step_is_made(model, train_config) -> None:
+    state, (x, y) = start(model, train_config), batch(2, ignored=32)
+    before, logits = weights(state), state.model(x).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, y.flatten(), ignore_index=IGNORE)
+    loss.backward()
+    state.optimizer.step()
+    assert loss.isnan() and not torch.equal(weights(state), before), "by its decay alone"
+
+
+# Spikes
+
+
+USUAL = 24  # quiet steps that a spike comes after
+
+
+def spiking(state: training.TrainState, steps: set[int], factor: float = 1000.0) -> None:
+    """Multiply every gradient of these steps."""
+    for parameter in state.model.parameters():
+        parameter.register_hook(lambda g: factor * g if state.step in steps else g)
+
+
+def everything(state: training.TrainState) -> list[torch.Tensor]:
+    """Weights, moments and the counts of AdamW."""
+    values = [*state.model.parameters()]
+    for parameter in state.model.parameters():
+        values += state.optimizer.state.get(parameter, {}).values()
+    return [torch.as_tensor(value).detach().clone() for value in values]
+
+
+def unchanged(state: training.TrainState, before: list[torch.Tensor]) -> bool:
+    return all(map(torch.equal, everything(state), before))
+
+
+def run(state: training.TrainState, config) -> list[tuple[training.StepReport, bool]]:
+    """Every step's report, and whether it left everything as it was."""
+    found, before = [], everything(state)
+    for report in training.fit(state, config, lambda step: [batch(2, seed=step)]):
+        found.append((report, unchanged(state, before)))
+        before = everything(state)
+    return found
+
+
+@pytest.fixture
+def spike_config(make_config):
+    def make(**changes):
+        settings = {"train__steps": USUAL + 4, "train__warmup_steps": 1} | changes
+        return make_config(**{"train__skip_spikes": 10.0} | settings).train
+
+    return make
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_a_spike_makes_no_step_and_is_told(
+    model, spike_config, caplog, precision: str, fused: bool
+) -> None:
+    config, state = spike_config(), start(model, spike_config(), precision)
+    if not fused:
+        groups = parameter_groups(state.model, 0.1)
+        state.optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=False)
+    spiking(state, {USUAL})
+    found = run(state, config)
+    assert [(r.skipped, r.spike, kept) for r, kept in found] == [
+        (r.step == USUAL,) * 3 for r, _ in found
+    ]
+    norm = found[USUAL][0].grad_norm
+    assert math.isfinite(norm) and norm not in state.norms and len(state.norms) == USUAL + 3
+    assert (state.skipped, state.skipped_in_a_row, state.spikes_seen) == (1, 0, 1)
+    (told,) = caplog.messages
+    assert told.startswith(f"step {USUAL}: skipped as a spike: gradient norm {norm:.4g}, more than")
+    assert "train.skip_spikes=10 times the recent median of" in told
+
+
+@pytest.mark.fault(34, control=True)
+def test_an_unguarded_spike_moves_weights_and_moments(model, spike_config, caplog) -> None:
+    config = spike_config(train__skip_spikes=0.0, train__grad_clip=0.0)
+    kept = {}
+    for steps in (set(), {USUAL}):
+        state = start(model, config)
+        spiking(state, steps)
+        found = run(state, config)
+        assert not any(r.skipped or same for r, same in found)
+        weight = state.model.transformer.h[1].mlp.c_fc.weight
+        kept[bool(steps)] = state.optimizer.state[weight]["exp_avg_sq"].mean().item()
+    assert kept[True] > 1e3 * kept[False], "the spike stays in AdamW's memory"
+    assert caplog.messages == []
+
+
+def test_a_guard_that_meets_no_spike_changes_no_bit(model, spike_config) -> None:
+    ends = []
+    for factor in (0.0, 1e9):
+        config = spike_config(train__skip_spikes=factor)
+        state = start(model, config)
+        losses = [r.loss for r, _ in run(state, config)]
+        ends.append((losses, everything(state)))
+    assert ends[0][0] == ends[1][0] and all(map(torch.equal, ends[0][1], ends[1][1]))
+
+
+def test_without_enough_history_nothing_is_a_spike(model, spike_config) -> None:
+    config, state = spike_config(), start(model, spike_config())
+    spiking(state, {3})
+    assert not any(r.skipped for r, _ in run(state, config))
+    assert max(state.norms) == state.norms[3]
+
+
+def test_a_restored_window_judges_as_the_unbroken_one(model, spike_config) -> None:
+    config, state = spike_config(), start(model, spike_config())
+    state.norms = [0.001] * 64
+    assert run(state, replace(config, steps=2))[0][0].spike
+    state = start(model, config)
+    state.norms = [1000.0] * 64
+    run(state, replace(config, steps=2))
+    assert len(state.norms) == 64 and state.norms[:62] == [1000.0] * 62
+
+
+@pytest.mark.fault(34)
+def test_norms_that_have_grown_for_good_stop_the_run_and_say_so(model, spike_config) -> None:
+    config = spike_config(train__max_skipped=3, train__steps=99)
+    state = start(model, config)
+    spiking(state, set(range(USUAL, 99)))
+    before = None
+    with pytest.raises(NumericsError) as stopped:
+        for _ in training.fit(state, config, lambda step: [batch(2, seed=step)]):
+            before = before or (everything(state) if state.step == USUAL else None)
+    assert stopped.value.exit_code == 4 and unchanged(state, before)
+    assert re.fullmatch(
+        rf"step {USUAL + 2}: 3 steps skipped in a row \(train.max_skipped\), the last ones for "
+        r"gradient norms of [\d.]+, [\d.]+, [\d.]+, each more than train.skip_spikes=10 times the "
+        r"recent median of [\d.]+: these are no spikes, the norm has grown; try a lower train.lr, "
+        r"a longer train.warmup_steps or train.skip_spikes=0",
+        str(stopped.value),
+    )
+
+
+def test_an_overflow_in_fp16_is_no_spike_and_a_spike_no_overflow(model, spike_config) -> None:
+    config, state = spike_config(), start(model, spike_config(), "fp16")
+    spiking(state, {USUAL})
+    spiking(state, {USUAL + 1}, math.inf)
+    found = {r.step: r for r, _ in run(state, config)}
+    spike, overflow, after = (found[USUAL + n] for n in range(3))
+    assert (spike.skipped, spike.spike) == (True, True)
+    assert (overflow.skipped, overflow.spike) == (True, False)
+    assert overflow.loss_scale == spike.loss_scale == 2 * after.loss_scale
+    assert all(math.isfinite(norm) for norm in state.norms)
+
+
+def test_a_spike_counts_as_a_good_step_for_the_scaler(model, spike_config) -> None:
+    config, state = spike_config(), start(model, spike_config(), "fp16")
+    state.scaler = torch.amp.GradScaler("cpu", growth_interval=USUAL + 1)
+    spiking(state, {USUAL})
+    found = [r for r, _ in run(state, config)]
+    assert found[USUAL].spike and found[USUAL + 1].loss_scale == 2 * found[USUAL].loss_scale
+
+
+def test_many_spikes_are_told_five_times(model, spike_config, caplog) -> None:
+    config = spike_config(train__steps=USUAL + 20)
+    state = start(model, config)
+    spiking(state, set(range(USUAL, USUAL + 20, 2)))
+    assert sum(r.spike for r, _ in run(state, config)) == 10
+    assert len(caplog.messages) == training.TOLD
+    assert caplog.messages[-1].endswith("; further ones show in train/skipped alone")
 
 
 def test_the_reports_carry_the_schedule_and_every_step_once(model, train_config) -> None:

@@ -1,0 +1,187 @@
+"""Where in the token files a step's sequences lie, in which documents, and what they say.
+
+python -m pipeline.passages 20480-20544       the text of these tokens
+python -m pipeline.passages --step 437        every sequence of a step, by params.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline import config as configuration
+from pipeline import data, paths, training
+from pipeline.config import TrainConfig
+from pipeline.data import Tokens
+from pipeline.errors import InputError, UserError
+from pipeline.tokenizer import EOT, gpt2
+
+if TYPE_CHECKING:
+    from pipeline.nonfinite import Place
+    from pipeline.training import Batch
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1 << 22  # tokens looked at together: documents are counted in files of any size
+SHOWN = 8  # micro-batches, and sequences of each, that an error message names
+
+Span = tuple[int, int]  # the first token of a sequence and its last target, from 0
+
+
+class _Positions:
+    """Stands in for a split's ids: every token is its own position."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        return places
+
+
+def positions(tokens: Tokens) -> Tokens:
+    """`tokens` with positions for ids: what makes batches of tokens makes offsets of these."""
+    return replace(tokens, ids=_Positions(len(tokens)))  # type: ignore[arg-type]
+
+
+def of_step(tokens: Tokens, config: TrainConfig, step: int, place: Place | None = None) -> str:
+    """Lines for an error message: the sequences at fault and the others of the step."""
+    batches = training.micro_batches(positions(tokens), config, step)
+    named = {f"micro-batch {n}": _spans(batch) for n, batch in enumerate(batches[:SHOWN], 1)}
+    suspects = _spans(batches[place.batch if place else 0])
+    fault = _at_fault(suspects, place)
+    lines = _lines(tokens, {"at fault": fault} | named if fault else named, SHOWN)
+    read = "-".join(map(str, (fault or suspects)[0]))
+    more = len(batches) - SHOWN
+    lines += [f"  and {more:,} micro-batches more"] if more > 0 else []
+    return "\n".join(
+        [
+            f"The step's tokens in {tokens.path}:",
+            *lines,
+            f"Read a sequence with `python -m pipeline.passages {read}`; "
+            f"`--step {step}` in place of the numbers lists all.",
+        ]
+    )
+
+
+def of_validation(held_out: Tokens, config: TrainConfig, place: Place) -> str:
+    """Lines for an error message: the sequences of the validation batch at fault."""
+    windows = data.validation_windows(
+        positions(held_out),
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        limit=config.val_tokens,
+    )
+    spans = _spans(next(islice(windows, place.batch, None)))
+    spans = _at_fault(spans, place) or spans
+    lines = _lines(held_out, {f"Its tokens in {held_out.path}": spans}, SHOWN)
+    read = "-".join(map(str, spans[0]))
+    return f"{lines[0].strip()}\nRead them with `python -m pipeline.passages --split val {read}`."
+
+
+def documents_at(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """(n,) the number of the document, from 1, that each of the (n,) offsets falls into.
+
+    Every document begins with an end-of-text token: these are counted up to the last offset, in
+    memory for CHUNK of them.
+    """
+    numbers, before = np.zeros(len(offsets), dtype=np.int64), 0
+    for start in range(0, int(offsets.max()) + 1, CHUNK):
+        begins = start + np.flatnonzero(ids[start : start + CHUNK] == EOT)
+        inside = (offsets >= start) & (offsets < start + CHUNK)
+        numbers[inside] = before + np.searchsorted(begins, offsets[inside], side="right")
+        before += len(begins)
+    return numbers
+
+
+def text(tokens: Tokens, first: int, last: int) -> str:
+    """What the tokens from `first` to `last` say, and in which documents they stand.
+
+    Raises InputError where the split has no such tokens.
+    """
+    if not 0 <= first <= last < len(tokens):
+        raise InputError(
+            f"{tokens.path}: tokens {first}-{last}: expected FIRST-LAST from 0 to {len(tokens) - 1}"
+        )
+    said = gpt2().decode(tokens.ids[first : last + 1].tolist())
+    (line,) = _lines(tokens, {f"{tokens.path}, tokens": [(first, last)]})
+    return f"{line.strip()}\n{said}"
+
+
+def _spans(batch: Batch) -> list[Span]:
+    x, y = batch  # (B, T) offsets
+    return list(zip(x[:, 0].tolist(), y[:, -1].tolist(), strict=True))
+
+
+def _at_fault(spans: list[Span], place: Place | None) -> list[Span]:
+    """The sequences that the finding tells apart from the rest of their batch, if it does."""
+    return [spans[row] for row in place.rows] if place and len(place.rows) < len(spans) else []
+
+
+def _lines(tokens: Tokens, named: dict[str, list[Span]], most: int | None = None) -> list[str]:
+    """`  NAME: 224-256 (document 3 of 8), ...`, at most `most` spans a line."""
+    ends = np.array([span for spans in named.values() for span in spans[:most]])  # (spans, 2)
+    numbers = iter(documents_at(tokens.ids, ends.ravel()).reshape(ends.shape).tolist())
+    lines, of = [], f" of {tokens.documents:,}"
+    for name, spans in named.items():
+        shown = [f"{a}-{b} ({_documents(*next(numbers))}{of})" for a, b in spans[:most]]
+        shown += [f"and {len(spans) - most:,} more"] if most and len(spans) > most else []
+        lines.append(f"  {name}: {', '.join(shown)}")
+    return lines
+
+
+def _documents(first: int, last: int) -> str:
+    return f"document {first}" if first == last else f"documents {first}-{last}"
+
+
+def main(words: list[str]) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.passages", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("spans", nargs="*", metavar="FIRST-LAST", help="tokens, counted from 0")
+    parser.add_argument("--step", type=int, help="list every sequence of a training step")
+    parser.add_argument("--split", default="train", choices=data.SPLITS)
+    asked = parser.parse_args(words)
+    if bool(asked.spans) == (asked.step is not None):
+        parser.error("expected either FIRST-LAST or --step")
+    if asked.step is not None and asked.step < 0:
+        parser.error(f"--step {asked.step}: expected 0 or more")
+    try:
+        log.info("%s", shown(asked.spans, asked.step, asked.split))
+    except UserError as error:
+        log.error("error: %s", error)
+        sys.exit(error.exit_code)
+
+
+def shown(spans: list[str], step: int | None, split: str) -> str:
+    """What the command prints; raises InputError for tokens that are not there."""
+    if step is not None:
+        config = configuration.load().train
+        tokens = data.open_tokens(paths.TOKENS, "train", verify=False)
+        data.check_length(tokens, config.sequence_length)
+        batches = training.micro_batches(positions(tokens), config, step)
+        named = {f"micro-batch {n}": _spans(batch) for n, batch in enumerate(batches, 1)}
+        return "\n".join([f"{tokens.path}, step {step}:", *_lines(tokens, named)])
+    tokens = data.open_tokens(paths.TOKENS, split, verify=False)
+    return "\n\n".join(text(tokens, *_numbers(span)) for span in spans)
+
+
+def _numbers(span: str) -> Span:
+    match = re.fullmatch(r"(\d+)-(\d+)", span)
+    if not match:
+        raise InputError(f"{span}: expected FIRST-LAST, as 20480-20544")
+    return int(match[1]), int(match[2])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,146 @@
+"""Offsets, documents and the text of batches, held against the tokens that were really read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import data, passages, paths, training
+from pipeline.corpus import Document
+from pipeline.data import Tokens
+from pipeline.nonfinite import Place
+from pipeline.tokenizer import EOT, encode
+
+
+@pytest.fixture
+def settings(make_config) -> Callable[..., Any]:
+    def make(**changes: Any) -> Any:
+        small = {"train__batch_size": 3, "train__sequence_length": 16, "train__val_tokens": 150}
+        return make_config(**small | changes).train
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> Tokens:
+    """Some 20 documents of chance length, the first at token 0."""
+    chance = np.random.default_rng(0)
+    ids = chance.integers(0, 1000, 700).astype(np.uint16)
+    ids[np.unique([0, *chance.integers(0, 700, 20)])] = EOT
+    return Tokens(ids, 1, "", int((ids == EOT).sum()), Path("train.bin"))
+
+
+def spans(text: str) -> list[tuple[int, int, int, int]]:
+    """(first, last, first document, last document) of every sequence named in the text."""
+    found = re.findall(r"(\d+)-(\d+) \(documents? (\d+)(?:-(\d+))? of \d+\)", text)
+    return [(int(a), int(b), int(c), int(d or c)) for a, b, c, d in found]
+
+
+@pytest.mark.parametrize("step", [0, 4, 9])  # the last reaches into the next epoch
+def test_the_sequences_named_are_those_that_the_step_reads(settings, tokens, step: int) -> None:
+    config = settings(train__accumulate=2)
+    named = spans(passages.of_step(tokens, config, step))
+    batches = training.micro_batches(tokens, config, step)
+    read = torch.cat([torch.cat([x, y[:, -1:]], 1) for x, y in batches]).tolist()
+    assert [tokens.ids[a : b + 1].tolist() for a, b, *_ in named] == read
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 22])
+def test_documents_are_those_that_begin_up_to_the_token(
+    settings, tokens, monkeypatch, chunk: int
+) -> None:
+    monkeypatch.setattr(passages, "CHUNK", chunk)
+    for first, last, begin, end in spans(passages.of_step(tokens, settings(), 2)):
+        assert begin == (tokens.ids[: first + 1] == EOT).sum()
+        assert end == (tokens.ids[: last + 1] == EOT).sum()
+    offsets = np.arange(700)
+    expected = (tokens.ids == EOT).cumsum()
+    assert np.array_equal(passages.documents_at(tokens.ids, offsets), expected)
+
+
+def test_the_sequences_at_fault_come_first_and_are_the_ones_to_read(settings, tokens) -> None:
+    config = settings(train__accumulate=2)
+    place = Place("the loss", rows=[2], batch=1)
+    text = passages.of_step(tokens, config, 4, place)
+    fault, *named = spans(text)
+    assert "  at fault: " in text.splitlines()[1]
+    assert fault == named[5]
+    assert f"`python -m pipeline.passages {fault[0]}-{fault[1]}`" in text
+    everywhere = passages.of_step(tokens, config, 4, Place("the loss", rows=[0, 1, 2], batch=1))
+    assert "at fault" not in everywhere
+    assert f"pipeline.passages {named[3][0]}-{named[3][1]}`" in everywhere
+
+
+def test_a_large_step_is_named_in_part_and_says_so(settings, tokens) -> None:
+    config = settings(train__accumulate=11, train__batch_size=20)
+    text = passages.of_step(tokens, config, 0)
+    assert len(spans(text)) == 8 * 8
+    assert text.count("and 12 more") == 8 and "and 3 micro-batches more" in text
+
+
+def test_the_batch_of_validation_is_named(settings, tokens) -> None:
+    config = settings()
+    text = passages.of_validation(tokens, config, Place("the loss", rows=[1], batch=2))
+    ((first, last, *_),) = spans(text)
+    x, y = list(data.validation_windows(tokens, batch_size=3, sequence_length=16, limit=150))[2]
+    assert tokens.ids[first : last + 1].tolist() == [*x[1].tolist(), int(y[1, -1])]
+    assert f"--split val {first}-{last}`" in text
+
+
+@pytest.fixture
+def said(tmp_path: Path, monkeypatch, caplog) -> Callable[..., str]:
+    """The command in a workspace of two documents of training text."""
+    texts = ["The first text.", "And the second one, which is longer than that."]
+    made = [Document(f"{n}", "train", text) for n, text in enumerate(texts)]
+    data.write_tokens([*made, Document("v", "val", "Held out.")], tmp_path / paths.TOKENS)
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+
+    def call(*words: str) -> str:
+        passages.main(list(words))
+        return caplog.messages[-1]
+
+    return call
+
+
+def test_the_command_prints_the_text_of_tokens(said) -> None:
+    second = len(encode("The first text.")) + 1
+    text = said(f"0-{second}", "1-2")
+    train = paths.TOKENS / "train.bin"
+    assert text == (
+        f"{train}, tokens: 0-{second} (documents 1-2 of 2)\n"
+        "<|endoftext|>The first text.<|endoftext|>\n\n"
+        f"{train}, tokens: 1-2 (document 1 of 2)\nThe first"
+    )
+    assert said("1-2", "--split", "val").endswith("(document 1 of 1)\nHeld")
+
+
+def test_the_command_lists_every_sequence_of_a_step(said, monkeypatch, make_config) -> None:
+    changes = {"train__batch_size": 10, "train__sequence_length": 4, "train__accumulate": 9}
+    config = make_config(**changes, evaluate__choice_items=0)
+    monkeypatch.setattr(passages.configuration, "load", lambda: config)
+    text = said("--step", "3")
+    assert len(spans(text)) == 90 and "step 3" in text and "more" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "what"),
+    [
+        (["5-2"], 3, "tokens 5-2: expected FIRST-LAST from 0 to"),
+        (["0-999"], 3, "tokens 0-999: expected FIRST-LAST from 0 to"),
+        (["five"], 3, "five: expected FIRST-LAST, as 20480-20544"),
+        ([], 2, "expected either FIRST-LAST or --step"),
+        (["--step", "-1"], 2, "--step -1: expected 0 or more"),
+    ],
+)
+def test_the_command_says_what_it_takes(said, caplog, capsys, words, code: int, what: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        said(*words)
+    assert ended.value.code == code
+    assert what in caplog.text + capsys.readouterr().err
