@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import corpus, tokenizer
+from pipeline import corpus, fields, python_docs, tokenizer
 from pipeline.errors import InputError
 
 
@@ -33,35 +33,35 @@ def texts(config):
 
 
 @pytest.fixture(scope="module")
-def python_docs():
+def docs():
     return read(settings("python-docs"))
 
 
 # --- python-docs
 
 
-def test_python_docs_hold_the_reference_and_the_docstrings(python_docs):
-    assert "Assert statements are a convenient way" in python_docs["topic assert"][1]
-    assert python_docs["module bisect"][1].startswith("module bisect\n\nBisection algorithms.\n\n")
+def test_python_docs_hold_the_reference_and_the_docstrings(docs):
+    assert "Assert statements are a convenient way" in docs["topic assert"][1]
+    assert docs["module bisect"][1].startswith("module bisect\n\nBisection algorithms.\n\n")
     assert (
         "\n\nclass ArgumentParser(_AttributeHolder, _ActionsContainer)\n\nObject for"
-        in (python_docs["module argparse"][1])
+        in (docs["module argparse"][1])
     )
 
 
-def test_python_docs_are_as_large_as_the_default_recipe_expects(python_docs):
-    size = sum(len(text.encode()) for _, text in python_docs.values())
+def test_python_docs_are_as_large_as_the_default_recipe_expects(docs):
+    size = sum(len(text.encode()) for _, text in docs.values())
     assert 1_900_000 < size < 3_200_000
-    assert {split for split, _ in python_docs.values()} == {"train", "val"}
+    assert {split for split, _ in docs.values()} == {"train", "val"}
 
 
-def test_python_docs_leave_out_tests_idlelib_and_what_is_installed(python_docs):
-    parts = {part for name in python_docs for part in name.removeprefix("module ").split(".")}
+def test_python_docs_leave_out_tests_idlelib_and_what_is_installed(docs):
+    parts = {part for name in docs for part in name.removeprefix("module ").split(".")}
     assert not parts & {"test", "tests", "idlelib", "pytest", "tiktoken", "numpy"}
 
 
-def test_python_docs_import_none_of_what_they_describe(python_docs):
-    assert {"module turtle", "topic assert"} <= python_docs.keys()
+def test_python_docs_import_none_of_what_they_describe(docs):
+    assert {"module turtle", "topic assert"} <= docs.keys()
     assert not {"this", "turtle", "pydoc_data.topics"} & sys.modules.keys()
 
 
@@ -72,7 +72,7 @@ def test_docstrings_are_found_at_every_depth_and_nothing_else(tmp_path):
         '    async def f(self, x: int = 3, *, y):\n      """Method."""\n'
         '      def inner(): "Inner."\n      return "no docstring"\n'
     )
-    assert corpus._module_text("example", corpus._parsed(path)) == (
+    assert python_docs._module_text("example", python_docs._parsed(path)) == (
         "module example\n\nModule.\n\nclass A(B)\n\nClass.\n\n"
         "A.f(self, x: int=3, *, y)\n\nMethod.\n\nA.f.inner()\n\nInner.\n"
     )
@@ -81,19 +81,21 @@ def test_docstrings_are_found_at_every_depth_and_nothing_else(tmp_path):
 def test_a_module_without_docstrings_is_no_document(tmp_path):
     path = tmp_path / "example.py"
     path.write_text("x = 'text'\n")
-    assert corpus._module_text("example", corpus._parsed(path)) == ""
+    assert python_docs._module_text("example", python_docs._parsed(path)) == ""
     assert list(corpus._document("module example", 0, [""])) == []
 
 
 def test_what_is_no_text_in_a_docstring_becomes_an_escape(tmp_path):
     path = tmp_path / "example.py"
     path.write_text('"""a \\0 b \\ud800 c \\d"""\n')
-    assert "a \\x00 b \\ud800 c \\d" in corpus._module_text("example", corpus._parsed(path))
+    assert "a \\x00 b \\ud800 c \\d" in python_docs._module_text(
+        "example", python_docs._parsed(path)
+    )
 
 
 def test_a_python_without_documentation_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="comes without its documentation"):
-        corpus._topics(tmp_path / "topics.py")
+        python_docs._topics(tmp_path / "topics.py")
 
 
 # --- splits
@@ -277,7 +279,7 @@ def test_a_bad_json_line_is_refused_by_its_number(tmp_path, line, message):
 
 
 def test_a_json_line_too_long_to_parse_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(fields, "LINE_BYTES", 1 << 20)
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "' + b"x" * (1 << 20) + b'"}\n')
     with pytest.raises(InputError, match="line 1: over 1 MiB; try corpus.source=text"):
         read(settings("jsonl", tmp_path / "x.jsonl"))

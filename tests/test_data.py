@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import corpus, data, tokenizer
+from pipeline import corpus, data, tokenizer, tokenizing
 from pipeline.corpus import Document
 from pipeline.errors import ConfigError, InputError
 
@@ -43,7 +43,7 @@ def made_of(ids):
 
 @pytest.fixture
 def written(tmp_path):
-    data.write_tokens(SMALL, tmp_path)
+    tokenizing.write_tokens(SMALL, tmp_path)
     return tmp_path
 
 
@@ -73,7 +73,7 @@ def test_a_literal_end_of_text_makes_no_end_of_text_token(written):
 
 
 def test_meta_says_what_the_files_hold(tmp_path):
-    meta = data.write_tokens(SMALL, tmp_path, source={"source": "test"})
+    meta = tokenizing.write_tokens(SMALL, tmp_path, source={"source": "test"})
     assert meta == json.loads((tmp_path / "meta.json").read_text())
     assert meta["source"] == {"source": "test"}
     assert (meta["tokenizer"], meta["dtype"], meta["vocab_size"]) == ("gpt2", "uint16", 50257)
@@ -99,17 +99,17 @@ def test_tokens_are_little_endian_uint16(written):
 
 
 def test_files_do_not_depend_on_the_number_of_workers_or_the_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BATCH_BYTES", 50_000)
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 50_000)
     documents = list(some_documents(12))
-    alone = data.write_tokens(documents, tmp_path / "1", workers=1)
-    monkeypatch.setattr(data, "ALONE_BYTES", 60_000)
-    monkeypatch.setattr(data, "BATCH_BYTES", 30_000)
+    alone = tokenizing.write_tokens(documents, tmp_path / "1", workers=1)
+    monkeypatch.setattr(tokenizing, "ALONE_BYTES", 60_000)
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 30_000)
     used = []
-    pool = data.ProcessPoolExecutor
+    pool = tokenizing.ProcessPoolExecutor
     monkeypatch.setattr(
-        data, "ProcessPoolExecutor", lambda *a, **k: used.append(a) or pool(*a, **k)
+        tokenizing, "ProcessPoolExecutor", lambda *a, **k: used.append(a) or pool(*a, **k)
     )
-    together = data.write_tokens(documents, tmp_path / "2", workers=2)
+    together = tokenizing.write_tokens(documents, tmp_path / "2", workers=2)
     assert used == [(2,)]
     assert alone == together
     for name in ("train.bin", "val.bin", "meta.json"):
@@ -117,22 +117,22 @@ def test_files_do_not_depend_on_the_number_of_workers_or_the_batches(tmp_path, m
 
 
 def test_little_text_starts_no_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "ProcessPoolExecutor", None)
-    data.write_tokens(SMALL, tmp_path, workers=8)
+    monkeypatch.setattr(tokenizing, "ProcessPoolExecutor", None)
+    tokenizing.write_tokens(SMALL, tmp_path, workers=8)
 
 
 def test_progress_adds_up_to_the_bytes_of_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BATCH_BYTES", 30_000)
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 30_000)
     done = []
-    meta = data.write_tokens(some_documents(6), tmp_path, done.append, workers=1)
+    meta = tokenizing.write_tokens(some_documents(6), tmp_path, done.append, workers=1)
     assert len(done) > 2
     assert sum(done) == sum(meta["splits"][split]["bytes"] for split in data.SPLITS)
 
 
 def test_reading_is_never_more_than_a_few_batches_ahead_of_writing(tmp_path, monkeypatch):
     """What bounds the memory, whatever the size of the corpus."""
-    monkeypatch.setattr(data, "ALONE_BYTES", 20_000)
-    monkeypatch.setattr(data, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(tokenizing, "ALONE_BYTES", 20_000)
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 10_000)
     taken, done, ahead = [0], [0], []
 
     def documents():
@@ -144,7 +144,7 @@ def test_reading_is_never_more_than_a_few_batches_ahead_of_writing(tmp_path, mon
     def progress(text_bytes):
         done[0] += text_bytes
 
-    data.write_tokens(documents(), tmp_path, progress, workers=2)
+    tokenizing.write_tokens(documents(), tmp_path, progress, workers=2)
     assert done[0] == taken[0] > 200_000
     assert max(ahead) < 100_000
 
@@ -152,21 +152,21 @@ def test_reading_is_never_more_than_a_few_batches_ahead_of_writing(tmp_path, mon
 @pytest.mark.parametrize("left", ["train", "val"])
 def test_an_empty_split_is_an_input_error_and_leaves_nothing(tmp_path, left):
     with pytest.raises(InputError, match="split is empty.*corpus.val_fraction"):
-        data.write_tokens([d for d in SMALL if d.split == left], tmp_path)
+        tokenizing.write_tokens([d for d in SMALL if d.split == left], tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_documents_at_all_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="train split is empty"):
-        data.write_tokens([], tmp_path)
+        tokenizing.write_tokens([], tmp_path)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_failure_on_the_way_leaves_the_old_files_and_nothing_partial(
     written, monkeypatch, workers
 ):
-    monkeypatch.setattr(data, "ALONE_BYTES", 20_000)
-    monkeypatch.setattr(data, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(tokenizing, "ALONE_BYTES", 20_000)
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 10_000)
     before = {path.name: path.read_bytes() for path in written.iterdir()}
 
     def documents():
@@ -174,7 +174,7 @@ def test_a_failure_on_the_way_leaves_the_old_files_and_nothing_partial(
         raise InputError("broken source")
 
     with pytest.raises(InputError, match="broken source"):
-        data.write_tokens(documents(), written, workers=workers)
+        tokenizing.write_tokens(documents(), written, workers=workers)
     assert {path.name: path.read_bytes() for path in written.iterdir()} == before
 
 
@@ -184,7 +184,7 @@ def test_a_crash_between_renames_leaves_no_record_that_looks_whole(written, monk
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError, match="crash"):
-        data.write_tokens(list(some_documents(6)), written)
+        tokenizing.write_tokens(list(some_documents(6)), written)
     with pytest.raises(InputError, match="meta.json.*tokenize again"):
         data.open_tokens(written, "train")
 
@@ -192,11 +192,11 @@ def test_a_crash_between_renames_leaves_no_record_that_looks_whole(written, monk
 def test_a_vocabulary_over_uint16_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "VOCAB_SIZE", 70_000)
     with pytest.raises(ConfigError, match="70000 does not fit into uint16"):
-        data.write_tokens(SMALL, tmp_path)
+        tokenizing.write_tokens(SMALL, tmp_path)
 
 
 def test_processes_that_tokenize_do_without_torch():
-    code = "import sys; from pipeline import corpus, data; print(*sys.modules)"
+    code = "import sys; from pipeline import corpus, data, tokenizing; print(*sys.modules)"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -206,20 +206,20 @@ def test_processes_that_tokenize_do_without_torch():
 KILLED = """
 import time
 from pathlib import Path
-from pipeline import data
+from pipeline import tokenizing
 from pipeline.corpus import Document
 
 def documents():
     for i in range(30):
         yield Document(str(i), "train", "some text " * 500)
-    for child in data.multiprocessing.active_children():
+    for child in tokenizing.multiprocessing.active_children():
         print(child.pid)
     print(flush=True)
     time.sleep(60)
 
 if __name__ == "__main__":
-    data.ALONE_BYTES, data.BATCH_BYTES = 20_000, 1_000
-    data.write_tokens(documents(), Path(r"{folder}"), workers=2)
+    tokenizing.ALONE_BYTES, tokenizing.BATCH_BYTES = 20_000, 1_000
+    tokenizing.write_tokens(documents(), Path(r"{folder}"), workers=2)
 """
 
 
@@ -490,14 +490,14 @@ MEASURED = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from pipeline import corpus, data
+from pipeline import corpus, tokenizing
 
 if __name__ == "__main__":
     source, path, folder = sys.argv[1:]
     config = SimpleNamespace(
         source=source, path=path, pattern="**/*", field="text", val_fraction=0.1
     )
-    data.write_tokens(corpus.documents(config), Path(folder), workers=2)
+    tokenizing.write_tokens(corpus.documents(config), Path(folder), workers=2)
 """
 
 
@@ -559,8 +559,8 @@ def test_a_corpus_goes_from_files_to_batches(tmp_path):
     )
     folder = tmp_path / "tokens"
     about = corpus.describe(config)
-    first = data.write_tokens(corpus.documents(config), folder, source=about)
-    again = data.write_tokens(corpus.documents(config), folder, source=about)
+    first = tokenizing.write_tokens(corpus.documents(config), folder, source=about)
+    again = tokenizing.write_tokens(corpus.documents(config), folder, source=about)
     assert first == again
     tokens = data.open_tokens(folder, "train")
     x, _ = data.batch_at(tokens, 0, 0, batch_size=2, sequence_length=32, accumulate=1, seed=0)

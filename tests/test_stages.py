@@ -239,13 +239,13 @@ def test_a_written_metric_file_never_writes_into_a_linked_one(tmp_path: Path) ->
 def test_a_hellaswag_file_becomes_a_task_beside_the_made_items(
     make_config, tmp_path: Path, monkeypatch
 ) -> None:
-    from pipeline import data, evaluation
+    from pipeline import data, evaluation, tokenizing
     from pipeline.corpus import Document
 
     monkeypatch.chdir(tmp_path)
     words = " ".join(f"word{n}" for n in range(400))
     documents = [Document(f"d{n}", split, words) for n, split in enumerate(["train", "val", "val"])]
-    data.write_tokens(documents, paths.TOKENS)
+    tokenizing.write_tokens(documents, paths.TOKENS)
     val = data.open_tokens(paths.TOKENS, "val")
     items = evaluation.choice_items(val, 3, seed=0)
     evaluation.write_hellaswag(items, "hellaswag.jsonl")

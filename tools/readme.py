@@ -47,7 +47,8 @@ OTHER_FILES = {
 }
 READING_ORDER = [
     *("model", "init", "loss", "precision", "emulation", "training", "optimizer"),
-    *("data", "corpus", "overlap", "tokenizer", "hf_weights", "weight_files", "checkpoint"),
+    *("data", "tokenizing", "corpus", "fields", "python_docs", "overlap", "tokenizer"),
+    *("hf_weights", "weight_files", "checkpoint"),
     *("generation", "evaluation", "throughput", "runtime", "budget"),
     *("init_study", "formats", "sensitivity", "roofline", "dtypes", "scaling"),
     *("course", "resume", "snapshot", "interruption", "debugging"),
