@@ -24,7 +24,7 @@ UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder m
 ASIDE = ("checkpoint", "tracking")  # sections that change no result: no stage runs again for them
 
 # As in MLflow's paths; no part can be `..`, nor an escape that a URI turns into it.
-PLAIN_NAME = re.compile(r"/?\w[\w .@+=-]*(/\w[\w .@+=-]*)*")
+PLAIN_NAME = re.compile(r"/?\w[\w .,()@+=-]*(/\w[\w .,()@+=-]*)*")
 
 CHOICE_ENDING = 16  # tokens of an ending in evaluate's multiple choice
 
@@ -335,7 +335,7 @@ def _accepted(hint: Any, accepted: Any) -> str:
     if accepted["choices"]:
         return "one of " + ", ".join(accepted["choices"])
     if accepted["plain"]:
-        return "letters, digits, spaces and ._@+=- only, each part between slashes a plain name"
+        return "letters, digits, spaces and .,()@+=-_ only, each part between slashes a plain name"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     bounds = [
         f"{word} {accepted[key]:g}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import json
+import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +24,9 @@ if TYPE_CHECKING:  # torch costs 3 s, which the processes that tokenize do witho
 SPLITS = ("train", "val")
 DTYPE = np.dtype("<u2")
 READ_BYTES = 1 << 22
+META_BYTES = 1 << 20  # meta.json has a thousand
+
+log = logging.getLogger(__name__)
 
 
 # --- reading
@@ -41,10 +47,10 @@ class Tokens:
 
 
 def open_tokens(folder: Path, split: str, *, verify: bool = True) -> Tokens:
-    """Map a split that `write_tokens` wrote; `verify` reads it once for its hash and token ids.
+    """Map a split that `write_tokens` wrote; `verify` reads it once for its hash and contents.
 
     Raises InputError where meta.json or the file is missing, or where the size, the data type,
-    the tokenizer, the SHA-256 or a token id is not what it has to be.
+    the tokenizer, the SHA-256, a token id or a count is not what it has to be.
     """
     record = _record(folder, split)
     path = folder / f"{split}.bin"
@@ -56,7 +62,7 @@ def open_tokens(folder: Path, split: str, *, verify: bool = True) -> Tokens:
     if record["tokens"] < 2:
         raise InputError(f"{path}: {record['tokens']} tokens; at least 2 are needed")
     if verify:
-        _verify(path, record["sha256"])
+        _verify(path, record)
     ids = np.memmap(path, dtype=DTYPE, mode="r")
     return Tokens(ids, record["bytes"], record["sha256"], record["documents"], path)
 
@@ -68,14 +74,18 @@ def _record(folder: Path, split: str) -> dict[str, Any]:
     """What meta.json says of a split, checked as far as it goes without the file."""
     path = folder / "meta.json"
     try:
+        if path.stat().st_size > META_BYTES:
+            raise InputError(f"{path}: expected at most {META_BYTES:,} bytes; {_AGAIN}")
         meta = json.loads(path.read_text(encoding="utf-8"))
         record = meta["splits"][split]
         counts = [record[key] for key in ("tokens", "documents", "bytes")]
         good = all(type(count) is int and count >= 0 for count in counts)
         fixed = {key: meta[key] for key in ("tokenizer", "dtype", "byte_order", "vocab_size")}
         good = good and isinstance(record["sha256"], str)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}; {_AGAIN}") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read: {error}; {_AGAIN}") from None
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"{path}: {split}: incomplete ({error}); {_AGAIN}") from None
     if not good:
@@ -87,19 +97,33 @@ def _record(folder: Path, split: str) -> dict[str, Any]:
     return record
 
 
-def _verify(path: Path, sha256: str) -> None:
-    digest, largest = hashlib.sha256(), 0
+def _verify(path: Path, record: dict[str, Any]) -> None:
+    """Read a file of the right size once; raises InputError with all that is wrong in it."""
+    lengths = np.zeros(1 << 16, np.int64)  # bytes of text by token id
+    lengths[: tokenizer.VOCAB_SIZE] = tokenizer.token_byte_lengths()
+    digest, largest, documents, text_bytes = hashlib.sha256(), 0, 0, 0
     with path.open("rb") as file:
         while content := file.read(READ_BYTES):
+            ids = np.frombuffer(content, DTYPE)
             digest.update(content)
-            largest = max(largest, int(np.frombuffer(content, DTYPE).max()))
-    if digest.hexdigest() != sha256:
-        found = digest.hexdigest()
-        raise InputError(f"{path}: SHA-256 is {found}, meta.json says {sha256}; {_AGAIN}")
+            largest = max(largest, int(ids.max()))
+            documents += int(np.count_nonzero(ids == tokenizer.EOT))
+            text_bytes += int(lengths[ids].sum())
+    found = digest.hexdigest()
+    problems = []
+    if found != record["sha256"]:
+        problems.append(f"{path}: SHA-256 is {found}, meta.json says {record['sha256']}")
+    elif (documents, text_bytes) != (record["documents"], record["bytes"]):
+        problems.append(
+            f"{path}: {documents} documents and {text_bytes} bytes of text, "
+            f"meta.json says {record['documents']} and {record['bytes']}"
+        )
     if largest >= tokenizer.VOCAB_SIZE:
-        raise InputError(
+        problems.append(
             f"{path}: token {largest}: expected less than the vocabulary's {tokenizer.VOCAB_SIZE}"
         )
+    if problems:
+        raise InputError("\n  ".join(problems) + f"; {_AGAIN}")
 
 
 # --- batches
@@ -187,3 +211,35 @@ def validation_windows(
         yield _gather(tokens.ids, mine[first : first + batch_size], sequence_length)
     if ragged and full % world == rank:
         yield _gather(tokens.ids, np.array([full * sequence_length]), ragged)
+
+
+# --- for a person
+
+
+def inspect(folder: Path) -> dict[str, bool]:
+    """{what to tell of a file: is it whole}, from all that `open_tokens` looks at."""
+    told: dict[str, bool] = {}  # what is wrong with meta.json is told once
+    for split in SPLITS:
+        try:
+            found = open_tokens(folder, split)
+        except InputError as error:
+            told[str(error)] = False
+        else:
+            held = f"{len(found):,} tokens, {found.documents:,} documents, {found.bytes:,} bytes"
+            told[f"{found.path}: whole, {held} of text"] = True
+    return told
+
+
+def main(words: list[str]) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    parser = argparse.ArgumentParser(prog="python -m pipeline.data", description=__doc__)
+    parser.add_argument("command", choices=["verify"], help="say whether token files are whole")
+    parser.add_argument("folder", type=Path, help="such as data/tokens")
+    told = inspect(parser.parse_args(words).folder)
+    for line, whole in told.items():
+        log.log(logging.INFO if whole else logging.ERROR, "%s", line)
+    sys.exit(0 if all(told.values()) else InputError.exit_code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -17,8 +17,7 @@ MOST_BYTES = 1 << 20  # a params file has three thousand
 _AMBIGUOUS = re.compile(
     r"""[-+]?0\d[\d_]*(\.[\d_]*)?          # 010
       | [-+]?\d[\d_]*(:[0-5]?\d)+(\.\d*)?  # 1:30
-      | [-+]?0[xob][\da-f_]+               # 0x10
-      | [-+]?\d*_[\d_]*(\.[\d_]*)?         # 1_000
+      | [-+]?0o[0-7_]+                     # 0o10
       | on | off | yes | no""",
     re.IGNORECASE | re.VERBOSE,
 )

@@ -519,7 +519,7 @@ def duplicate(raw: bytes) -> bytes:
     [
         (truncate, "not a whole safetensors file"),
         (garbage, "not a whole safetensors file"),
-        (huge_header, "not a whole safetensors file"),
+        (huge_header, "header of 18,446,744,073,709,551,615 bytes; expected at most 16,777,216"),
         (lambda raw: b"", "not a whole safetensors file"),
         (lambda raw: raw[:5], "not a whole safetensors file"),
         (relabel, "torch.int32"),

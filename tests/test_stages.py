@@ -250,11 +250,12 @@ def test_a_hellaswag_file_becomes_a_task_beside_the_made_items(
     items = evaluation.choice_items(val, 3, seed=0)
     evaluation.write_hellaswag(items, "hellaswag.jsonl")
     given = make_config(evaluate__choice_items=2, evaluate__hellaswag="hellaswag.jsonl")
-    found = evaluate.materials(given, val)
+    found = evaluate.materials(given, val) | evaluate.hellaswag(given)
     assert list(found) == ["validation", "choice", "hellaswag"]
     assert found["hellaswag"] == items and len(found["choice"]) == 2
     assert len(paths.ARTIFACTS.joinpath("choice_items.jsonl").read_text().splitlines()) == 2
     assert list(evaluate.materials(make_config(), val)) == ["validation", "choice"]
+    assert evaluate.hellaswag(make_config()) == {}
 
 
 def test_the_forecast_comes_before_the_first_step_and_stops_no_training(
