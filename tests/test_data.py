@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import torch
 
 from pipeline import corpus, data, tokenizer, tokenizing
 from pipeline.corpus import Document
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, InputError, together
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -149,6 +150,7 @@ def test_reading_is_never_more_than_a_few_batches_ahead_of_writing(tmp_path, mon
     assert max(ahead) < 100_000
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("left", ["train", "val"])
 def test_an_empty_split_is_an_input_error_and_leaves_nothing(tmp_path, left):
     with pytest.raises(InputError, match="split is empty.*corpus.val_fraction"):
@@ -189,10 +191,16 @@ def test_a_crash_between_renames_leaves_no_record_that_looks_whole(written, monk
         data.open_tokens(written, "train")
 
 
+@pytest.mark.fault(13)
 def test_a_vocabulary_over_uint16_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "VOCAB_SIZE", 70_000)
     with pytest.raises(ConfigError, match="70000 does not fit into uint16"):
         tokenizing.write_tokens(SMALL, tmp_path)
+
+
+@pytest.mark.fault(13, control=True)
+def test_numpy_wraps_a_token_over_uint16_silently():
+    assert np.array([69_999]).astype(np.uint16).tolist() == [4463]
 
 
 def test_processes_that_tokenize_do_without_torch():
@@ -271,17 +279,51 @@ def test_a_missing_folder_or_split_is_an_input_error(tmp_path, written):
         data.open_tokens(written, "val")
 
 
-@pytest.mark.parametrize(
-    "change", [lambda b: b[:-1], lambda b: b[:-2], lambda b: b"", lambda b: b + b"\0\0"]
-)
+SIZES = [
+    pytest.param(lambda content: content[:-1], marks=pytest.mark.fault(9)),
+    pytest.param(lambda content: content[:-2], marks=pytest.mark.fault(10)),
+    pytest.param(lambda content: b"", marks=pytest.mark.fault(10)),
+    pytest.param(lambda content: content + b"\0\0", marks=pytest.mark.fault(10)),
+    pytest.param(
+        lambda content: np.frombuffer(content, "<u2").astype("<u4").tobytes(),
+        marks=pytest.mark.fault(11),
+    ),
+]
+
+
+@pytest.mark.parametrize("change", SIZES)
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_file_of_another_size_is_refused(written, change, verify):
     path = written / "train.bin"
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(InputError, match="train.bin: .* bytes, meta.json says .* bytes"):
+    size = path.stat().st_size
+    with pytest.raises(InputError, match=f"train.bin: {size} bytes, meta.json says .* bytes; tok"):
         data.open_tokens(written, "train", verify=verify)
 
 
+DAMAGES = {
+    9: lambda content: content[:-1],
+    10: lambda content: content[:-2],
+    11: lambda content: np.frombuffer(content, "<u2").astype("<u4").tobytes(),
+    12: lambda content: content[:-2] + b"\xff\xff",
+    14: lambda content: bytes([content[0] ^ 1]) + content[1:],
+    18: lambda content: b"",
+}
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.fault(row, control=True)) for row in DAMAGES]
+)
+def test_numpy_reads_the_damaged_file_without_a_word(written, row):
+    path = written / "train.bin"
+    before = np.fromfile(path, np.uint16)
+    path.write_bytes(DAMAGES[row](path.read_bytes()))
+    after = np.fromfile(path, np.uint16)
+    assert after.tolist() != before.tolist()
+
+
+@pytest.mark.fault(14)
+@pytest.mark.fault(54)
 def test_one_flipped_bit_is_refused(written):
     content = bytearray((written / "train.bin").read_bytes())
     content[5] ^= 1
@@ -290,6 +332,7 @@ def test_one_flipped_bit_is_refused(written):
         data.open_tokens(written, "train")
 
 
+@pytest.mark.fault(12)
 def test_a_token_over_the_vocabulary_is_refused_at_the_start(written):
     content = np.array([50256, 5, 50257], dtype="<u2").tobytes()
     rewrite(written, "train", content, sha256=hashlib.sha256(content).hexdigest())
@@ -297,6 +340,7 @@ def test_a_token_over_the_vocabulary_is_refused_at_the_start(written):
         data.open_tokens(written, "train")
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize(
     ("key", "value"),
     [("dtype", "uint32"), ("tokenizer", "r50k"), ("byte_order", "big"), ("vocab_size", 70_000)],
@@ -309,12 +353,35 @@ def test_tokens_of_another_kind_are_refused(written, key, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"splits": []}', '{"splits": {"train": 3}}']
+    "text",
+    [
+        *("", "{", "[]", "{}", '{"splits": []}', '{"splits": {"train": 3}}'),
+        *("[" * 100_000, " " * (1 << 20) + "{}"),
+    ],
 )
 def test_a_damaged_record_is_refused(written, text):
     (written / "meta.json").write_text(text)
     with pytest.raises(InputError, match="meta.json: .*tokenize again"):
         data.open_tokens(written, "train")
+
+
+@pytest.mark.parametrize("key", ["documents", "bytes"])
+def test_a_count_that_the_tokens_do_not_bear_out_is_refused(written, key):
+    meta = json.loads((written / "meta.json").read_text())
+    meta["splits"]["train"][key] += 1
+    (written / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="train.bin: 2 documents and .* meta.json says"):
+        data.open_tokens(written, "train")
+
+
+def test_all_that_is_wrong_with_both_splits_is_one_error(written):
+    for split in data.SPLITS:
+        content = (written / f"{split}.bin").read_bytes()
+        (written / f"{split}.bin").write_bytes(content[:-2] + b"\xff\xff")
+    with pytest.raises(InputError) as caught:
+        together(*(partial(data.open_tokens, written, split) for split in data.SPLITS))
+    found = [line.split(": ")[1][:8] for line in str(caught.value).split("\n  ")]
+    assert found == ["SHA-256 ", "token 65", "SHA-256 ", "token 65"]
 
 
 def test_counts_that_are_none_are_refused(written):
@@ -330,10 +397,69 @@ def test_fewer_than_two_tokens_are_refused(written):
         data.open_tokens(written, "val")
 
 
+@pytest.mark.fault(7)
 def test_data_shorter_than_one_sequence_is_refused():
     data.check_length(made_of(range(9)), 8)
     with pytest.raises(InputError, match="train.sequence_length=8: at least 9 are needed"):
         data.check_length(made_of(range(8)), 8)
+
+
+@pytest.mark.fault(7, control=True)
+def test_a_slice_beyond_the_tokens_is_shorter_without_a_word():
+    assert len(made_of(range(8)).ids[0:9]) == 8
+
+
+@pytest.mark.fault(15)
+def test_tokenizing_again_leaves_an_open_split_as_it_was(written):
+    tokens = data.open_tokens(written, "train")
+    before = tokens.ids.tolist()
+    tokenizing.write_tokens([*SMALL[:2], SMALL[0]], written)
+    assert tokens.ids.tolist() == before
+    assert data.open_tokens(written, "train").ids.tolist() != before
+
+
+@pytest.mark.fault(15, control=True)
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps a mapped file from being truncated")
+def test_a_mapped_file_truncated_in_place_kills_its_reader(tmp_path):
+    code = (
+        "import sys, numpy as np\n"
+        "np.zeros(1 << 20, 'u1').tofile(sys.argv[1])\n"
+        "ids = np.memmap(sys.argv[1], mode='r')\n"
+        "open(sys.argv[1], 'wb').close()\n"
+        "print(ids.sum())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x"], capture_output=True)
+    assert done.returncode == -signal.SIGBUS
+
+
+def verified(folder, caplog):
+    """The exit code and the lines of `python -m pipeline.data verify FOLDER`."""
+    caplog.set_level("INFO")
+    caplog.clear()
+    with pytest.raises(SystemExit) as ended:
+        data.main(["verify", str(folder)])
+    return ended.value.code, caplog.messages
+
+
+def test_verify_tells_what_each_whole_split_holds(written, caplog):
+    code, lines = verified(written, caplog)
+    assert code == 0
+    path = written / "val.bin"
+    tokens = path.stat().st_size // 2
+    assert lines[1] == f"{path}: whole, {tokens:,} tokens, 1 documents, 18 bytes of text"
+
+
+def test_verify_says_what_is_wrong_with_one_split_and_that_the_other_is_whole(written, caplog):
+    content = (written / "train.bin").read_bytes()
+    (written / "train.bin").write_bytes(content[:-1])
+    code, lines = verified(written, caplog)
+    assert code == 3 and len(lines) == 2
+    assert "train.bin: " in lines[0] and "tokenize again" in lines[0] and ": whole, " in lines[1]
+
+
+def test_verify_says_once_that_there_is_nothing(tmp_path, caplog):
+    code, lines = verified(tmp_path / "none", caplog)
+    assert code == 3 and len(lines) == 1 and "meta.json" in lines[0]
 
 
 # --- batches
