@@ -68,6 +68,7 @@ def open_tokens(folder: Path, split: str, *, verify: bool = True) -> Tokens:
 
 
 _AGAIN = "tokenize again: `dvc repro -f -s tokenize`"
+_ROT = "DVC's cache may hold the same bytes: `python -m pipeline.cache verify --delete`"
 
 
 def _record(folder: Path, split: str) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
             f"{path}: token {largest}: expected less than the vocabulary's {tokenizer.VOCAB_SIZE}"
         )
     if problems:
-        raise InputError("\n  ".join(problems) + f"; {_AGAIN}")
+        raise InputError("\n  ".join(problems) + f"; {_ROT}, then {_AGAIN}")
 
 
 # --- batches

@@ -56,7 +56,7 @@ READING_ORDER = [
     *("doctor", "forecast", "report", "report_run", "report_figures", "figures"),
     *("plots", "tables"),
     *("records", "tracking", "history", "rows", "logged_models", "notes", "view", "runs"),
-    *("config", "yaml_text", "paths", "folders", "errors", "buffers"),
+    *("config", "yaml_text", "paths", "cache", "folders", "errors", "buffers"),
 ]
 
 
