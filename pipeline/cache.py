@@ -38,6 +38,9 @@ def main(words: list[str]) -> None:
     parser.add_argument("--delete", action="store_true", help="delete what has changed")
     asked = parser.parse_args(words)
     folder = paths.root() / ".dvc" / "cache" / "files" / "md5"
+    if not folder.is_dir():
+        log.error("%s: no such folder; expected DVC's cache in its usual place", folder)
+        sys.exit(InputError.exit_code)
     found = list(damaged(folder))
     for path in found:
         log.error("%s: %s", path, "changed, deleted" if asked.delete else "its content has changed")
