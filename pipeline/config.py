@@ -5,19 +5,26 @@ from __future__ import annotations
 import difflib
 import io
 import math
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, get_type_hints
 
+import yaml
 from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline import yaml_text
 from pipeline.errors import ConfigError
 
 UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
 
 ASIDE = ("checkpoint", "tracking")  # sections that change no result: no stage runs again for them
+
+# As in MLflow's paths; no part can be `..`, nor an escape that a URI turns into it.
+PLAIN_NAME = re.compile(r"/?\w[\w .,()@+=-]*(/\w[\w .,()@+=-]*)*")
 
 CHOICE_ENDING = 16  # tokens of an ending in evaluate's multiple choice
 
@@ -29,9 +36,14 @@ def setting(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    plain: bool = False,
 ) -> Any:
-    """A required field: `low`/`high` are inclusive bounds, `above` an exclusive lower one."""
+    """A required field: `low`/`high` are inclusive bounds, `above` an exclusive lower one.
+
+    `plain` text names something that the pipeline writes, so it cannot lead out of its place.
+    """
     accepted = {"doc": doc, "choices": choices, "low": low, "above": above, "high": high}
+    accepted["plain"] = plain
     return field(metadata=accepted)
 
 
@@ -48,12 +60,16 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    n_layer: int = setting("transformer blocks", low=1)
-    n_head: int = setting("attention heads a block; divides n_embd", low=1)
-    n_embd: int = setting("channels of the residual stream", low=1)
-    block_size: int = setting("longest sequence: rows of the position embedding", low=1)
+    n_layer: int = setting("transformer blocks", low=1, high=512)
+    n_head: int = setting("attention heads a block; divides n_embd", low=1, high=512)
+    n_embd: int = setting("channels of the residual stream", low=1, high=65536)
+    block_size: int = setting(
+        "longest sequence: rows of the position embedding", low=1, high=1 << 20
+    )
     vocab_rows: int = setting(
-        "rows of the embedding inside; 50304 is 50257 padded to a multiple of 64", low=50257
+        "rows of the embedding inside; 50304 is 50257 padded to a multiple of 64",
+        low=50257,
+        high=1 << 16,
     )
     dropout: float = setting("dropout while training", low=0, high=0.9)
     attention: str = setting("fused kernels or the formula", choices=("sdpa", "naive"))
@@ -146,7 +162,9 @@ class DebugConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    experiment: str = setting("the MLflow experiment")
+    experiment: str = setting(
+        "the MLflow experiment; its files lie in a folder of this name", plain=True
+    )
     checkpoints: str = setting(
         "which weights go to MLflow: copies, or models that point at DVC's files",
         choices=("best", "all", "reference", "none"),
@@ -173,10 +191,15 @@ def load(path: str | Path = "params.yaml", changes: Iterable[str] = ()) -> Confi
 
     Raises ConfigError naming every problem found: setting, value and what is accepted.
     """
+    text, changes = yaml_text.read(Path(path)), list(changes)
+    problems = yaml_text.check(text, str(path)) + yaml_text.check_changes(changes)
     try:
-        return from_dict(_raw(path, str(path), changes), str(path))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; run from the repository root") from None
+        config = from_dict(_raw(text, str(path), changes), str(path))
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
 
 
 def settings_of(text: str) -> dict[str, Any]:
@@ -184,27 +207,23 @@ def settings_of(text: str) -> dict[str, Any]:
 
     Raises ConfigError for text that holds no settings by name.
     """
-    raw = _raw(io.StringIO(text), "params")
+    raw = _raw(text, "params")
     try:
         return flatten(from_dict(raw))
     except ConfigError:
         return _flatten_raw(raw)
 
 
-def _raw(source: Any, where: str, changes: Iterable[str] = ()) -> dict[str, Any]:
-    """Nested plain values out of YAML; raises ConfigError, or FileNotFoundError."""
+def _raw(text: str, where: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Nested plain values out of YAML; raises ConfigError."""
     try:
-        raw = OmegaConf.load(source)
+        raw = OmegaConf.load(io.StringIO(text))
         if changes and not isinstance(raw, ListConfig):
             raw = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(changes)))
-    except FileNotFoundError:
-        raise
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}{yaml_text.words(error, text)}") from None
     except (OmegaConfBaseException, ValueError, OSError) as error:
         raise ConfigError(f"{where}: {error}") from None
-    except Exception as error:  # PyYAML's own errors share no base with the others
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
-        raise ConfigError(f"{where}: not valid YAML: {error}") from None
     if isinstance(raw, ListConfig):
         raise ConfigError(f"{where}: settings by name are expected, not a list")
     return OmegaConf.to_container(raw, resolve=False)
@@ -288,26 +307,35 @@ def _scalar(name: str, value: Any, hint: Any, accepted: Any, problems: list[str]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint == tuple[str, ...]:
-        good = (
-            isinstance(value, list) and bool(value) and all(isinstance(v, str) and v for v in value)
-        )
+        good = isinstance(value, list) and bool(value) and all(map(_is_text, value))
         value = tuple(value) if good else value
     else:
-        good = type(value) is hint and value != ""
+        good = type(value) is hint and (hint is not str or _is_text(value))
     if good and hint in (int, float):
         low, above, high = accepted["low"], accepted["above"], accepted["high"]
         good = math.isfinite(value) and (low is None or value >= low)
         good = good and (above is None or value > above) and (high is None or value <= high)
     if good and accepted["choices"]:
         good = value in accepted["choices"]
+    if good and accepted["plain"]:
+        good = bool(PLAIN_NAME.fullmatch(value))
     if not good:
-        problems.append(f"{name}={value}: expected {_accepted(hint, accepted)}")
+        shown = ascii(value) if isinstance(value, str) and not value.isprintable() else value
+        problems.append(f"{name}={shown}: expected {_accepted(hint, accepted)}")
     return value
+
+
+def _is_text(value: Any) -> bool:
+    """Text that can be a file's name or content: not empty, no NUL, no lone surrogate."""
+    surrogate = isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value)
+    return isinstance(value, str) and value != "" and "\0" not in value and not surrogate
 
 
 def _accepted(hint: Any, accepted: Any) -> str:
     if accepted["choices"]:
         return "one of " + ", ".join(accepted["choices"])
+    if accepted["plain"]:
+        return "letters, digits, spaces and .,()@+=-_ only, each part between slashes a plain name"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     bounds = [
         f"{word} {accepted[key]:g}"
@@ -335,7 +363,8 @@ def _inconsistencies(config: Config) -> list[str]:
             f"train.sequence_length={train.sequence_length}: expected at least {CHOICE_ENDING}, "
             "the length of an ending, or evaluate.choice_items=0"
         )
-    if Path(corpus.pattern).is_absolute():
+    pattern = PureWindowsPath(corpus.pattern)  # it knows both separators, and drives
+    if pattern.anchor or ".." in pattern.parts:
         problems.append(f"corpus.pattern={corpus.pattern}: expected a glob inside corpus.path")
     if train.min_lr > train.lr:
         problems.append(f"train.min_lr={train.min_lr}: expected at most train.lr={train.lr}")
@@ -353,7 +382,7 @@ def _inconsistencies(config: Config) -> list[str]:
             f"corpus.path={corpus.path}: expected a file or folder, "
             f"since corpus.source={corpus.source}"
         )
-    local = init.source == "hf" and Path(init.hf_model).expanduser().is_dir()
+    local = init.source == "hf" and os.path.isdir(os.path.expanduser(init.hf_model))
     if local and init.hf_watch != init.hf_model:
         problems.append(
             f"init.hf_watch={init.hf_watch}: expected {init.hf_model}, as in init.hf_model, "

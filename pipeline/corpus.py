@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import ast
 import codecs
 import glob
 import hashlib
 import itertools
-import json
 import math
+import os
 import platform
-import sys
-import sysconfig
-import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.errors import InputError
+from pipeline import fields, python_docs
+from pipeline.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
 
 READ_BYTES = 1 << 18  # of a text file at a time
 PART_CHARACTERS = 1 << 18  # tiktoken's regex fails on whitespace runs of some 900,000
-LINE_BYTES = 1 << 26  # longest JSON line: it has to be parsed in one piece
-PARQUET_ROWS = 64  # a batch: few, since one row may hold a whole book
+MOST_PROBLEMS = 8  # named at once
 _HASH_RANGE = 1 << 64
 _SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl",), "parquet": (".parquet",)}
-# Tests hold broken syntax and data rather than prose; idlelib documents a program's inside.
-_LEFT_OUT = {"test", "tests", "idlelib"}
 
 
 class Document(NamedTuple):
@@ -50,7 +45,34 @@ def documents(config: CorpusConfig) -> Iterator[Document]:
     Documents without any text are left out. Raises InputError naming the file and the byte
     offset, line or row of invalid text, or corpus.field and the fields there are.
     """
-    return SOURCES[config.source](config)
+    return SOURCES[config.source](config, _raise)
+
+
+def check(
+    config: CorpusConfig, progress: Callable[[int], None] = lambda characters: None
+) -> dict[str, int]:
+    """Read all of the source as `documents` does, before any work: the documents of each split.
+
+    Raises one InputError that names everything unusable, up to MOST_PROBLEMS places. `progress`
+    gets the characters of text read since its last call.
+    """
+    problems: list[str] = []
+
+    def keep(error: InputError) -> None:
+        problems.append(str(error))
+        if len(problems) == MOST_PROBLEMS:
+            raise _Enough
+
+    counts = {"train": 0, "val": 0}
+    try:
+        for document in SOURCES[config.source](config, keep):
+            counts[document.split] += document.starts
+            progress(len(document.text))
+    except _Enough:
+        problems.append("and perhaps more: the rest has not been read")
+    if problems:
+        raise InputError("\n  ".join(problems))
+    return counts
 
 
 def describe(config: CorpusConfig) -> dict[str, Any]:
@@ -67,6 +89,30 @@ def describe(config: CorpusConfig) -> dict[str, Any]:
     if config.source in ("jsonl", "parquet"):
         about["field"] = config.field
     return about
+
+
+# --- what is refused
+
+Refuse = Callable[[InputError], None]  # told of a file, line or row that cannot be used
+
+
+class _Enough(Exception):
+    """As many problems as a person reads."""
+
+
+def _raise(error: InputError) -> None:
+    raise error
+
+
+@contextmanager
+def _refusing(refuse: Refuse, path: Path) -> Iterator[None]:
+    """What is wrong with a file, or a part of it, goes to `refuse`."""
+    try:
+        yield
+    except InputError as error:
+        refuse(error)
+    except OSError as error:
+        refuse(InputError(f"{path}: cannot be read: {error.strerror or error}"))
 
 
 # --- splits and parts
@@ -136,76 +182,14 @@ def _checked(text: str, where: str) -> str:
     return text
 
 
-# --- python-docs
+# --- the language's own documentation
 
 
-def _python_docs(config: CorpusConfig) -> Iterator[Document]:
-    """The language reference and the standard library's docstrings, from the sources on disk."""
-    library = Path(sysconfig.get_path("stdlib"))
-    texts = _topics(library / "pydoc_data" / "topics.py")
-    for path in _modules(library):
-        name = ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
-        texts[f"module {name}"] = _module_text(name, _parsed(path))
+def _python_docs(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
+    """One document a topic of the reference, and one a module of the standard library."""
+    texts = python_docs.texts()
     for name in sorted(texts):
         yield from _document(name, _share(config), [texts[name]])
-
-
-def _topics(path: Path) -> dict[str, str]:
-    """The language reference: {"topic assert": text, ...}."""
-    for node in _parsed(path).body if path.is_file() else ():
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "topics":
-            topics = ast.literal_eval(node.value)
-            return {f"topic {name}": f"{_plain(topics[name])}\n" for name in topics}
-    raise InputError(
-        f"{path}: not there or without topics: this Python comes without its documentation; "
-        "install one that has it, or set corpus.source to text, jsonl or parquet"
-    )
-
-
-def _modules(library: Path) -> list[Path]:
-    """Sources of the modules that CPython lists as its own, without tests and idlelib."""
-    tops = [library / name for name in sys.stdlib_module_names]
-    found = [path for top in tops for path in (top.with_suffix(".py"), *top.rglob("*.py"))]
-    left_out = {path for path in found if _LEFT_OUT.intersection(path.relative_to(library).parts)}
-    return [path for path in found if path.is_file() and path not in left_out]
-
-
-def _parsed(path: Path) -> ast.Module:
-    with warnings.catch_warnings():  # the library's own invalid escapes are no concern here
-        warnings.simplefilter("ignore")
-        try:
-            return ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError) as error:
-            raise InputError(f"{path}: not a Python source: {error}") from None
-
-
-def _module_text(name: str, tree: ast.Module) -> str:
-    """The docstrings of a module under headings that say what each describes; "" without any."""
-    sections = list(_sections(tree, f"module {name}", ""))
-    return "\n\n".join(sections) + "\n" if sections else ""
-
-
-def _sections(node: ast.AST, heading: str, prefix: str) -> Iterator[str]:
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    if isinstance(node, kinds):
-        text = _plain(ast.get_docstring(node) or "")
-        if text:
-            yield f"{heading}\n\n{text}"
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef):
-            bases = ", ".join(ast.unparse(base) for base in child.bases)
-            line = f"class {prefix}{child.name}" + (f"({bases})" if bases else "")
-            yield from _sections(child, line, f"{prefix}{child.name}.")
-        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            line = f"{prefix}{child.name}({ast.unparse(child.args)})"
-            yield from _sections(child, line, f"{prefix}{child.name}.")
-        elif not isinstance(child, ast.expr):  # `if` and `try` hold definitions, too
-            yield from _sections(child, "", prefix)
-
-
-def _plain(text: str) -> str:
-    """Without outer whitespace, and with what is no text written as escapes."""
-    return text.strip().encode("utf-8", "backslashreplace").decode().replace("\0", r"\x00")
 
 
 # --- files
@@ -217,11 +201,11 @@ def _files(config: CorpusConfig) -> dict[str, Path]:
     corpus.path is a file, a folder of which corpus.pattern says what to take, or itself a glob.
     Only the source's own suffixes are taken unless the pattern ends in another; nothing hidden.
     """
-    path = Path(config.path).expanduser()
+    path = Path(os.path.expanduser(config.path))
     if path.is_file():
         return {path.name: path}
     if path.is_dir():
-        root, pattern, found = path, config.pattern, path.glob(config.pattern)
+        root, pattern, found = path, config.pattern, _matching(path, config.pattern)
     elif glob.has_magic(config.path):
         plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
         root, pattern = Path(*plain), path.name
@@ -242,18 +226,27 @@ def _files(config: CorpusConfig) -> dict[str, Path]:
     return {name: taken[name] for name in sorted(taken)}
 
 
-def _text(config: CorpusConfig) -> Iterator[Document]:
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return list(folder.glob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"corpus.pattern={pattern}: expected a glob: {error}") from None
+
+
+def _text(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
     """One document a file; the blocks of a file on its own."""
     files = _files(config)
     if len(files) > 1:
         share = _share_among(list(files), config)
         for name, path in files.items():
-            yield from _document(name, share, _read(path))
+            with _refusing(refuse, path):
+                yield from _document(name, share, _read(path))
         return
     [(name, path)] = files.items()
     size = _block_size(path.stat().st_size, config.val_fraction)
-    for index, block in enumerate(_blocks(_read(path), size)):
-        yield from _document(f"{name}#{index}", _share(config), [block])
+    with _refusing(refuse, path):
+        for index, block in enumerate(_blocks(_read(path), size)):
+            yield from _document(f"{name}#{index}", _share(config), [block])
 
 
 def _block_size(file_bytes: int, val_fraction: float) -> int:
@@ -305,94 +298,30 @@ def _read(path: Path) -> Iterator[str]:
             offset = file.tell() - len(decoder.getstate()[0])
 
 
-def _jsonl(config: CorpusConfig) -> Iterator[Document]:
+def _jsonl(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
     """One document a line: the field `corpus.field` of its object."""
     for name, path in _files(config).items():
-        for number, line in _lines(path):
-            where = f"{path}: line {number}"
-            text = _field(line, config.field, where)
-            yield from _document(f"{name}:{number}", _share(config), [_checked(text, where)])
+        with _refusing(refuse, path):
+            for number, start, content in fields.lines(path):
+                where = f"{path}: line {number}"
+                with _refusing(refuse, path):
+                    text = fields.line_text(content, start, config.field, where)
+                    chunks = [_checked(text, where)]
+                    yield from _document(f"{name}:{number}", _share(config), chunks)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of the lines that are not blank."""
-    with path.open("rb") as file:
-        for number in itertools.count(1):
-            content = file.readline(LINE_BYTES + 1)
-            if not content:
-                return
-            where = f"{path}: line {number}"
-            if len(content) > LINE_BYTES:
-                raise InputError(f"{where}: over {LINE_BYTES >> 20} MiB; try corpus.source=text")
-            try:
-                line = content.decode()
-            except UnicodeDecodeError as error:
-                at = file.tell() - len(content) + error.start
-                raise InputError(f"{where}: invalid UTF-8 at byte {at} of the file") from None
-            if line.strip():
-                yield number, line.removeprefix("\ufeff") if number == 1 else line
-
-
-def _field(line: str, field: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: an object is expected, got {type(record).__name__}")
-    if field not in record:
-        raise _no_field(field, record, where)
-    if not isinstance(record[field], str):
-        kind = type(record[field]).__name__
-        raise InputError(f"{where}: corpus.field={field}: text is expected, got {kind}")
-    return record[field]
-
-
-def _no_field(field: str, names: Iterable[str], where: str) -> InputError:
-    there = ", ".join(sorted(names)) or "none"
-    return InputError(f"{where}: corpus.field={field}: no such field; there are: {there}")
-
-
-def _parquet(config: CorpusConfig) -> Iterator[Document]:
+def _parquet(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
     """One document a row: the column `corpus.field`."""
     for name, path in _files(config).items():
-        for number, text in enumerate(_rows(path, config.field)):
-            where = f"{path}: row {number}"
-            yield from _document(f"{name}:{number}", _share(config), [_checked(text, where)])
+        with _refusing(refuse, path):
+            for number, value in enumerate(fields.rows(path, config.field)):
+                where = f"{path}: row {number}"
+                with _refusing(refuse, path):
+                    chunks = [_checked(fields.row_text(value, config.field, where), where)]
+                    yield from _document(f"{name}:{number}", _share(config), chunks)
 
 
-def _rows(path: Path, field: str) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        # Without these two a whole row group's column is read at once.
-        with pq.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as file:
-            schema = file.schema_arrow
-            if field not in schema.names:
-                raise _no_field(field, schema.names, str(path))
-            kind = schema.field(field).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise InputError(f"{path}: corpus.field={field}: text is expected, got {kind}")
-            row = 0
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[field], use_threads=False):
-                for value in batch.column(0):
-                    yield _row_text(value, f"{path}: row {row}", field)
-                    row += 1
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {error}") from None
-
-
-def _row_text(value: Any, where: str, field: str) -> str:
-    if not value.is_valid:
-        raise InputError(f"{where}: corpus.field={field}: text is expected, got null")
-    try:
-        return value.as_py()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: invalid UTF-8 at byte {error.start} of the text") from None
-
-
-SOURCES: dict[str, Callable[[CorpusConfig], Iterator[Document]]] = {
+SOURCES: dict[str, Callable[[CorpusConfig, Refuse], Iterator[Document]]] = {
     "python-docs": _python_docs,
     "text": _text,
     "jsonl": _jsonl,

@@ -2,227 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack
+import logging
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline import tokenizer
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:  # torch costs 3 s, which the processes that tokenize do without
     import torch
 
-    from pipeline.corpus import Document
-
 SPLITS = ("train", "val")
 DTYPE = np.dtype("<u2")
-BATCH_BYTES = 1 << 20  # of text in one task of a worker
-ALONE_BYTES = 4 << 20  # up to here starting workers costs more than they save
 READ_BYTES = 1 << 22
+META_BYTES = 1 << 20  # meta.json has a thousand
 
-Batch = list["Document"]
-Encoded = dict[str, tuple[bytes, int, int]]  # split: (tokens as on disk, documents, bytes of text)
-
-
-# --- writing
-
-
-def write_tokens(
-    documents: Iterable[Document],
-    folder: Path,
-    progress: Callable[[int], None] = lambda text_bytes: None,
-    *,
-    workers: int | None = None,
-    source: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Tokenize into `folder`: train.bin and val.bin (uint16, little endian) and meta.json.
-
-    One end-of-text token before each document; text is text, a literal `<|endoftext|>` too. The
-    files depend on the documents alone, not on `workers` (None: one for each usable core).
-    `progress` gets the bytes of text done since its last call; `source` goes into meta.json,
-    which is returned. A file gets its final name when it is complete, meta.json the last.
-
-    Raises InputError for an empty split, and what `documents` raises.
-    """
-    if tokenizer.VOCAB_SIZE > 1 << 16:
-        raise ConfigError(f"a vocabulary of {tokenizer.VOCAB_SIZE} does not fit into uint16 tokens")
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        writers = {split: stack.enter_context(_Writer(folder, split)) for split in SPLITS}
-        for encoded in _encode_all(_batches(documents), workers or _usable_cores()):
-            for split, part in encoded.items():
-                writers[split].add(*part)
-            progress(sum(text_bytes for _, _, text_bytes in encoded.values()))
-        meta = _meta(writers, source)
-        (folder / "meta.json").unlink(missing_ok=True)  # no old record beside new files
-        for writer in writers.values():
-            writer.publish()
-    _replace(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
-    return meta
-
-
-class _Writer:
-    """One split's file in the making: under a temporary name until `publish`."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.path = folder / f"{split}.bin"
-        self.partial = folder / f"{split}.bin.partial"
-        self.digest = hashlib.sha256()
-        self.tokens = self.documents = self.text_bytes = 0
-
-    def __enter__(self) -> _Writer:
-        self.file: BinaryIO = self.partial.open("wb")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.file.close()
-        self.partial.unlink(missing_ok=True)
-
-    def add(self, content: bytes, documents: int, text_bytes: int) -> None:
-        self.file.write(content)
-        self.digest.update(content)
-        self.tokens += len(content) // DTYPE.itemsize
-        self.documents += documents
-        self.text_bytes += text_bytes
-
-    def publish(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(self.partial, self.path)
-
-
-def _meta(writers: dict[str, _Writer], source: dict[str, Any] | None) -> dict[str, Any]:
-    """What meta.json says; raises InputError where a split is empty."""
-    counts = ", ".join(f"{writers[s].documents} in {s}" for s in SPLITS)
-    for split in SPLITS:
-        if not writers[split].documents:
-            raise InputError(
-                f"the {split} split is empty: documents: {counts}; give the corpus more documents "
-                "or change corpus.val_fraction"
-            )
-    return {
-        "tokenizer": "gpt2",
-        "dtype": "uint16",
-        "byte_order": "little",
-        "vocab_size": tokenizer.VOCAB_SIZE,
-        "source": source or {},
-        "splits": {
-            split: {
-                "tokens": writer.tokens,
-                "documents": writer.documents,
-                "bytes": writer.text_bytes,
-                "sha256": writer.digest.hexdigest(),
-            }
-            for split, writer in writers.items()
-        },
-    }
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[Batch]:
-    """Documents in lists of some BATCH_BYTES of text."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode_all(batches: Iterator[Batch], workers: int) -> Iterator[Encoded]:
-    """Every batch encoded, in order; by processes where there is enough for them to do."""
-    tokenizer.gpt2()  # a missing tokenizer fails here, with its own message
-    head, size = [], 0
-    for batch in batches if workers > 1 else ():
-        head.append(batch)
-        size += sum(len(document.text) for document in batch)
-        if size > ALONE_BYTES:
-            yield from _encode_in_processes(chain(head, batches), workers)
-            return
-    yield from map(_encode, chain(head, batches))
-
-
-def _encode_in_processes(batches: Iterable[Batch], workers: int) -> Iterator[Encoded]:
-    """In order, with at most two batches a worker on the way, so that memory stays bounded."""
-    # Spawned on every platform: a fork of a process with torch's threads may hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    on_the_way: deque[Future[Encoded]] = deque()
-    try:
-        for batch in batches:
-            on_the_way.append(pool.submit(_encode, batch))
-            if len(on_the_way) > 2 * workers:
-                yield on_the_way.popleft().result()
-        while on_the_way:
-            yield on_the_way.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Ctrl-C is for the parent to handle, whose end, however violent, ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    tokenizer.gpt2()
-
-
-def _encode(batch: Batch) -> Encoded:
-    """{split: (tokens as on disk, documents begun, bytes of text)}."""
-    encoded: Encoded = {}
-    for split in SPLITS:
-        pieces, begun, text_bytes = [], 0, 0
-        for document in batch:
-            if document.split == split:
-                pieces += [_EOT] if document.starts else []
-                pieces.append(tokenizer.encode(document.text))
-                begun += document.starts
-                text_bytes += len(document.text.encode())
-        if pieces:
-            content = np.concatenate(pieces).astype(DTYPE, copy=False).tobytes()
-            encoded[split] = (content, begun, text_bytes)
-    return encoded
-
-
-_EOT = np.array([tokenizer.EOT], dtype=np.uint16)
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+log = logging.getLogger(__name__)
 
 
 # --- reading
@@ -243,10 +47,10 @@ class Tokens:
 
 
 def open_tokens(folder: Path, split: str, *, verify: bool = True) -> Tokens:
-    """Map a split that `write_tokens` wrote; `verify` reads it once for its hash and token ids.
+    """Map a split that `write_tokens` wrote; `verify` reads it once for its hash and contents.
 
     Raises InputError where meta.json or the file is missing, or where the size, the data type,
-    the tokenizer, the SHA-256 or a token id is not what it has to be.
+    the tokenizer, the SHA-256, a token id or a count is not what it has to be.
     """
     record = _record(folder, split)
     path = folder / f"{split}.bin"
@@ -258,26 +62,31 @@ def open_tokens(folder: Path, split: str, *, verify: bool = True) -> Tokens:
     if record["tokens"] < 2:
         raise InputError(f"{path}: {record['tokens']} tokens; at least 2 are needed")
     if verify:
-        _verify(path, record["sha256"])
+        _verify(path, record)
     ids = np.memmap(path, dtype=DTYPE, mode="r")
     return Tokens(ids, record["bytes"], record["sha256"], record["documents"], path)
 
 
 _AGAIN = "tokenize again: `dvc repro -f -s tokenize`"
+_ROT = "DVC's cache may hold the same bytes: `python -m pipeline.cache verify --delete`"
 
 
 def _record(folder: Path, split: str) -> dict[str, Any]:
     """What meta.json says of a split, checked as far as it goes without the file."""
     path = folder / "meta.json"
     try:
+        if path.stat().st_size > META_BYTES:
+            raise InputError(f"{path}: expected at most {META_BYTES:,} bytes; {_AGAIN}")
         meta = json.loads(path.read_text(encoding="utf-8"))
         record = meta["splits"][split]
         counts = [record[key] for key in ("tokens", "documents", "bytes")]
         good = all(type(count) is int and count >= 0 for count in counts)
         fixed = {key: meta[key] for key in ("tokenizer", "dtype", "byte_order", "vocab_size")}
         good = good and isinstance(record["sha256"], str)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}; {_AGAIN}") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read: {error}; {_AGAIN}") from None
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"{path}: {split}: incomplete ({error}); {_AGAIN}") from None
     if not good:
@@ -289,19 +98,33 @@ def _record(folder: Path, split: str) -> dict[str, Any]:
     return record
 
 
-def _verify(path: Path, sha256: str) -> None:
-    digest, largest = hashlib.sha256(), 0
+def _verify(path: Path, record: dict[str, Any]) -> None:
+    """Read a file of the right size once; raises InputError with all that is wrong in it."""
+    lengths = np.zeros(1 << 16, np.int64)  # bytes of text by token id
+    lengths[: tokenizer.VOCAB_SIZE] = tokenizer.token_byte_lengths()
+    digest, largest, documents, text_bytes = hashlib.sha256(), 0, 0, 0
     with path.open("rb") as file:
         while content := file.read(READ_BYTES):
+            ids = np.frombuffer(content, DTYPE)
             digest.update(content)
-            largest = max(largest, int(np.frombuffer(content, DTYPE).max()))
-    if digest.hexdigest() != sha256:
-        found = digest.hexdigest()
-        raise InputError(f"{path}: SHA-256 is {found}, meta.json says {sha256}; {_AGAIN}")
+            largest = max(largest, int(ids.max()))
+            documents += int(np.count_nonzero(ids == tokenizer.EOT))
+            text_bytes += int(lengths[ids].sum())
+    found = digest.hexdigest()
+    problems = []
+    if found != record["sha256"]:
+        problems.append(f"{path}: SHA-256 is {found}, meta.json says {record['sha256']}")
+    elif (documents, text_bytes) != (record["documents"], record["bytes"]):
+        problems.append(
+            f"{path}: {documents} documents and {text_bytes} bytes of text, "
+            f"meta.json says {record['documents']} and {record['bytes']}"
+        )
     if largest >= tokenizer.VOCAB_SIZE:
-        raise InputError(
+        problems.append(
             f"{path}: token {largest}: expected less than the vocabulary's {tokenizer.VOCAB_SIZE}"
         )
+    if problems:
+        raise InputError("\n  ".join(problems) + f"; {_ROT}, then {_AGAIN}")
 
 
 # --- batches
@@ -389,3 +212,35 @@ def validation_windows(
         yield _gather(tokens.ids, mine[first : first + batch_size], sequence_length)
     if ragged and full % world == rank:
         yield _gather(tokens.ids, np.array([full * sequence_length]), ragged)
+
+
+# --- for a person
+
+
+def inspect(folder: Path) -> dict[str, bool]:
+    """{what to tell of a file: is it whole}, from all that `open_tokens` looks at."""
+    told: dict[str, bool] = {}  # what is wrong with meta.json is told once
+    for split in SPLITS:
+        try:
+            found = open_tokens(folder, split)
+        except InputError as error:
+            told[str(error)] = False
+        else:
+            held = f"{len(found):,} tokens, {found.documents:,} documents, {found.bytes:,} bytes"
+            told[f"{found.path}: whole, {held} of text"] = True
+    return told
+
+
+def main(words: list[str]) -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    parser = argparse.ArgumentParser(prog="python -m pipeline.data", description=__doc__)
+    parser.add_argument("command", choices=["verify"], help="say whether token files are whole")
+    parser.add_argument("folder", type=Path, help="such as data/tokens")
+    told = inspect(parser.parse_args(words).folder)
+    for line, whole in told.items():
+        log.log(logging.INFO if whole else logging.ERROR, "%s", line)
+    sys.exit(0 if all(told.values()) else InputError.exit_code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,5 +1,10 @@
 """The ways a run ends that are not bugs, each with the exit code of the stage that meets it."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 
 class UserError(ValueError):
     """Something the user can mend; shown as one message without a traceback."""
@@ -60,3 +65,19 @@ def out_of_memory(error: BaseException) -> bool:
     known = ("out of memory", "can't allocate memory", "not enough memory")
     told = isinstance(error, RuntimeError) and any(part in words for part in known)
     return isinstance(error, MemoryError) or told
+
+
+def together(*inputs: Callable[[], Any]) -> list[Any]:
+    """What each call gives, all of them called before any work; the same message counts once.
+
+    Where some raise UserErrors, one of the first one's kind is raised with what all of them say.
+    """
+    given, refused = [], []
+    for call in inputs:
+        try:
+            given.append(call())
+        except UserError as error:
+            refused.append(error)
+    if refused:
+        raise type(refused[0])("\n  ".join(dict.fromkeys(map(str, refused))))
+    return given

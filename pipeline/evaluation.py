@@ -31,6 +31,8 @@ CHOICES = 4  # endings an item, as in HellaSwag; guessing scores 0.25
 CONTEXT_TOKENS = 48
 ENDING_TOKENS = 16
 _POOL = 4  # endings gathered for each item asked for, so that wrong ones come from far and wide
+HELLASWAG_BYTES = 1 << 28  # its largest split has 48 MB
+MOST_PROBLEMS = 8  # named at once
 _CHUNK = 1 << 22  # tokens looked at together: bounds memory on a split of any size
 
 
@@ -155,12 +157,7 @@ def ending_nats(model: GPT, items: Sequence[Choice], context: Context) -> np.nda
     """
     rows = [(item.context, ending) for item in items for ending in item.endings]
     assert all(start for start, _ in rows), "an ending's first token needs one before it"
-    longest = max(len(ending) for _, ending in rows)
-    if longest > context.sequence_length:
-        raise InputError(
-            f"multiple choice: an ending has {longest} tokens, "
-            f"expected at most sequence_length={context.sequence_length}"
-        )
+    check_endings(items, context.sequence_length)
     nats = np.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]) + len(rows[row][1]))
     with evaluating(model):
@@ -169,6 +166,16 @@ def ending_nats(model: GPT, items: Sequence[Choice], context: Context) -> np.nda
             x, y = _pad([rows[row] for row in batch], context.sequence_length)
             nats[batch] = _row_nats(model, x, y, context)
     return nats.reshape(len(items), -1)
+
+
+def check_endings(items: Sequence[Choice], sequence_length: int) -> None:
+    """Raise InputError where an ending does not fit, whatever is cropped of its context."""
+    longest = max((len(ending) for item in items for ending in item.endings), default=0)
+    if longest > sequence_length:
+        raise InputError(
+            f"multiple choice: an ending has {longest} tokens, "
+            f"expected at most sequence_length={sequence_length}"
+        )
 
 
 def _pad(
@@ -282,15 +289,27 @@ def hellaswag_items(path: str | Path) -> list[Choice]:
     """Items of a HellaSwag .jsonl file (Zellers et al. 2019): ind, ctx, endings, label.
 
     A missing `ctx` is `ctx_a`, a space and `ctx_b`, as the data set defines it; an ending is
-    encoded with the space before it. Raises InputError naming path, line and field.
+    encoded with the space before it. Raises one InputError naming path, line and field of all
+    that cannot be used, up to MOST_PROBLEMS.
     """
     path = Path(path)
     try:
+        if path.stat().st_size > HELLASWAG_BYTES:
+            raise InputError(f"{path}: expected at most {HELLASWAG_BYTES:,} bytes")
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable UTF-8 text file: {error}") from None
-    numbered = ((n, line) for n, line in enumerate(lines, start=1) if line.strip())
-    items = [_hellaswag_item(line, f"{path}, line {n}") for n, line in numbered]
+    items, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            items += [_hellaswag_item(line, f"{path}, line {number}")] if line.strip() else []
+        except InputError as error:
+            problems.append(str(error))
+        if len(problems) == MOST_PROBLEMS:
+            problems.append("and perhaps more: the rest has not been read")
+            break
+    if problems:
+        raise InputError("\n  ".join(problems))
     if not items:
         raise InputError(f"{path}: no items in it; expected one JSON object a line")
     return items
@@ -299,7 +318,7 @@ def hellaswag_items(path: str | Path) -> list[Choice]:
 def _hellaswag_item(line: str, where: str) -> Choice:
     try:
         item = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(item, dict):
         raise InputError(

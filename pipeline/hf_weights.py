@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import InputError
 from pipeline.model import GPT, LAYER_NORM_EPS, GPTConfig, KVCache
-from pipeline.weight_files import read_json, read_tensors
+from pipeline.weight_files import read_json, read_tensors, shortened
 
 PARITY_BOUND = 1e-5  # of parity()'s relative_logit_difference, both models in fp32
 GREEDY_STEPS = 64
@@ -118,8 +119,7 @@ def from_hf(
         if head.shape != wte.shape or not torch.equal(head.float(), wte.float()):
             problems.append("lm_head.weight: expected wte.weight's own values, got others")
     if problems:
-        rest = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
-        raise InputError(f"{where}: " + "\n  ".join(problems[:8] + rest))
+        raise InputError(f"{where}: {shortened(problems)}")
     return {PREFIX + name: _adopt(name, tensor, config) for name, tensor in tensors.items()}
 
 
@@ -210,7 +210,7 @@ def gpt_config(
     if not problems and hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
         problems.append(f"n_inner: expected null or {4 * hf['n_embd']}, got {hf['n_inner']!r}")
     if problems:
-        raise InputError(f"{where}: " + "\n  ".join(problems))
+        raise InputError(f"{where}: {shortened(problems)}")
     return GPTConfig(
         n_layer=hf["n_layer"],
         n_head=hf["n_head"],
@@ -239,7 +239,7 @@ def import_pretrained(
     size nobody published it warns that `n_head` is taken on trust. Raises InputError where the
     weights or their config cannot be used, or the hub cannot be reached.
     """
-    folder = Path(name_or_folder).expanduser()
+    folder = Path(os.path.expanduser(name_or_folder))
     if not folder.is_dir():
         folder = _download(name_or_folder)
     where = folder / "config.json"

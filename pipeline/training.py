@@ -94,6 +94,9 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "norms": self.norms,
+            "spikes": self.spikes,
+            "spikes_seen": self.spikes_seen,
         }
 
 

@@ -12,10 +12,17 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 
+# Bounds of what is parsed whole: a config has a thousand bytes, GPT-2 XL's header 50,000.
+JSON_BYTES = 1 << 24
+HEADER_BYTES = 1 << 24
+MOST_PROBLEMS = 8  # named at once
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises InputError naming the file."""
     try:
+        if path.stat().st_size > JSON_BYTES:
+            raise ValueError(f"expected at most {JSON_BYTES:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from None
@@ -63,17 +70,34 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     if not isinstance(places, dict) or not places:
         raise InputError(f"{index}: expected a weight_map from tensor to file")
     tensors: dict[str, Tensor] = {}
+    problems = []
     for name in sorted({str(place) for place in places.values()}):
-        plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", name)
-        if not plain or not (folder / name).is_file():
-            raise InputError(f"{index}: expected a file of this folder, got {name!r}")
-        shard = _read_file(folder / name)
-        listed = {tensor for tensor, place in places.items() if place == name}
-        if shard.keys() != listed:
-            odd = ", ".join(sorted(shard.keys() ^ listed)[:4])
-            raise InputError(f"{folder / name}: differs from {index.name} in {odd}")
-        tensors |= shard
+        try:
+            tensors |= _read_shard(folder, index, name, places)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError(shortened(problems))
     return tensors
+
+
+def shortened(problems: list[str]) -> str:
+    """A line for each problem, up to MOST_PROBLEMS."""
+    more = len(problems) - MOST_PROBLEMS
+    rest = [f"and {more} more"] if more > 0 else []
+    return "\n  ".join(problems[:MOST_PROBLEMS] + rest)
+
+
+def _read_shard(folder: Path, index: Path, name: str, places: dict[str, Any]) -> dict[str, Tensor]:
+    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", name)
+    if not plain or not (folder / name).is_file():
+        raise InputError(f"{index}: expected a file of this folder, got {name!r}")
+    shard = _read_file(folder / name)
+    listed = {tensor for tensor, place in places.items() if place == name}
+    if shard.keys() != listed:
+        odd = ", ".join(sorted(shard.keys() ^ listed)[:4])
+        raise InputError(f"{folder / name}: differs from {index.name} in {odd}")
+    return shard
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -102,5 +126,7 @@ def _refuse_duplicates(path: Path) -> None:
 
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
+        if size > HEADER_BYTES:
+            raise InputError(f"{path}: header of {size:,} bytes; expected at most {HEADER_BYTES:,}")
         if size <= path.stat().st_size - 8:  # else safetensors itself says what is wrong
             json.loads(file.read(size), object_pairs_hook=unique)

@@ -67,6 +67,13 @@ def run(main: Callable[[Config], None]) -> None:
         sys.exit(exit_code(error))
 
 
+def check_model(folder: Path) -> None:
+    """Raise InputError unless a model directory is whole; it is dropped: one at a time fits."""
+    from pipeline.checkpoint import load_model  # torch: see announce
+
+    load_model(folder)
+
+
 def announce(stage: str, precision: Precision, record: Record) -> None:
     """What was asked for, what is in effect, and why: aloud, in the row, and as a warning if less.
 

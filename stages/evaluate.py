@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from functools import partial
 from typing import Any
 
 from pipeline import data, paths, runs, runtime, tracking
 from pipeline import evaluation as tasks
 from pipeline.checkpoint import load_model
 from pipeline.config import UNSET_PATH, Config
+from pipeline.errors import together
 from pipeline.precision import choose_precision
-from stages import announce, run, write_metrics
+from stages import announce, check_model, run, write_metrics
 
 MODELS = {"init_val": paths.INIT, "val": paths.MODEL}  # the baseline beside the trained model
 ITEMS = paths.ARTIFACTS / "choice_items.jsonl"
@@ -19,8 +21,12 @@ ITEMS = paths.ARTIFACTS / "choice_items.jsonl"
 def main(config: Config) -> None:
     runs.forget_result()
     with tracking.record("evaluate", config) as record:
-        tokens = {split: data.open_tokens(paths.TOKENS, split) for split in data.SPLITS}
-        material = materials(config, tokens["val"])
+        train, val, given, *_ = together(
+            *(partial(data.open_tokens, paths.TOKENS, split) for split in data.SPLITS),
+            partial(hellaswag, config),
+            *(partial(check_model, folder) for folder in MODELS.values()),
+        )
+        material = materials(config, val) | given
         device = runtime.choose_device(config.device)
         precision = choose_precision(config.evaluate.precision, device)
         announce("evaluate", precision, record)
@@ -30,7 +36,7 @@ def main(config: Config) -> None:
             batch_size=config.evaluate.batch_size,
             sequence_length=config.train.sequence_length,
         )
-        results = {"val/unigram_loss": tasks.unigram_loss(tokens["train"], tokens["val"])}
+        results = {"val/unigram_loss": tasks.unigram_loss(train, val)}
         for group, folder in MODELS.items():
             model = load_model(
                 folder,
@@ -42,7 +48,7 @@ def main(config: Config) -> None:
             found = tasks.evaluate(model, material, context)
             results |= {metric_name(group, key): value for key, value in found.items()}
         record.metrics(results, config.train.steps)
-        record.dataset("tokens", tokens["val"].sha256, str(tokens["val"].path), "val")
+        record.dataset("tokens", val.sha256, str(val.path), "val")
         record.artifact(ITEMS, "evaluate")
         write_metrics(paths.METRICS / "evaluate.json", results)
     show(results)
@@ -54,10 +60,16 @@ def materials(config: Config, val: data.Tokens) -> dict[str, Any]:
     ITEMS.parent.mkdir(parents=True, exist_ok=True)
     ITEMS.unlink(missing_ok=True)  # DVC may have linked it to its cache
     tasks.write_hellaswag(items, ITEMS)
-    found: dict[str, Any] = {"validation": val, "choice": items}
-    if config.evaluate.hellaswag != UNSET_PATH:
-        found["hellaswag"] = tasks.hellaswag_items(Path(config.evaluate.hellaswag).expanduser())
-    return found
+    return {"validation": val, "choice": items}
+
+
+def hellaswag(config: Config) -> dict[str, Any]:
+    """The user's own items, checked; none where no file is given."""
+    if config.evaluate.hellaswag == UNSET_PATH:
+        return {}
+    items = tasks.hellaswag_items(os.path.expanduser(config.evaluate.hellaswag))
+    tasks.check_endings(items, config.train.sequence_length)
+    return {"hellaswag": items}
 
 
 def metric_name(group: str, key: str) -> str:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ import torch
 from pipeline import paths, records, report, runtime, tokenizer, tracking
 from pipeline.checkpoint import load_model
 from pipeline.config import Config
+from pipeline.errors import together
 from pipeline.generation import generate, stream_text, until_eot
 from pipeline.model import GPT
 from pipeline.precision import choose_precision
-from stages import announce, run
+from stages import announce, check_model, run
 
 MODELS = {"before": paths.INIT, "after": paths.MODEL}
 
 
 def main(config: Config) -> None:
     with tracking.record("sample", config) as record:
+        together(*(partial(check_model, folder) for folder in MODELS.values()))
         device = runtime.choose_device(config.device)
         announce("sample", choose_precision(config.sample.precision, device), record)
         samples = [

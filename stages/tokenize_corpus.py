@@ -6,17 +6,19 @@ import time
 
 from tqdm import tqdm
 
-from pipeline import corpus, data, overlap, paths, tracking
+from pipeline import corpus, data, overlap, paths, tokenizing, tracking
 from pipeline.config import Config
 from stages import run
 
 
 def main(config: Config) -> None:
     with tracking.record("tokenize", config) as record:
+        with tqdm(unit="B", unit_scale=True, desc="check", mininterval=0.5) as bar:
+            tokenizing.refuse_empty(corpus.check(config.corpus, bar.update))
         started = time.perf_counter()
         with tqdm(unit="B", unit_scale=True, desc="tokenize", mininterval=0.5) as bar:
             documents = corpus.documents(config.corpus)
-            meta = data.write_tokens(
+            meta = tokenizing.write_tokens(
                 documents, paths.TOKENS, progress=bar.update, source=corpus.describe(config.corpus)
             )
         seconds = time.perf_counter() - started

@@ -39,7 +39,7 @@ from pipeline import (
 from pipeline.checkpoint import load_model, save_model
 from pipeline.config import Config, flatten
 from pipeline.course import Course, step_metrics
-from pipeline.errors import NumericsError, ResumeError
+from pipeline.errors import NumericsError, ResumeError, together
 from pipeline.experiments import Experiment
 from pipeline.folders import copy, recover
 from pipeline.interruption import Interruption, Stopped
@@ -49,7 +49,7 @@ from pipeline.optimizer import update_ratio
 from pipeline.precision import Precision, choose_precision
 from pipeline.records import Record
 from pipeline.resume import Checkpoint, Checkpoints
-from stages import announce, run, write_csv, write_curve, write_metrics
+from stages import announce, check_model, run, write_csv, write_curve, write_metrics
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,11 @@ OUTPUTS = [
 
 
 def main(config: Config) -> None:
-    tokens = data.open_tokens(paths.TOKENS, "train")
-    held_out = data.open_tokens(paths.TOKENS, "val")
+    tokens, held_out, _ = together(
+        functools.partial(data.open_tokens, paths.TOKENS, "train"),
+        functools.partial(data.open_tokens, paths.TOKENS, "val"),
+        functools.partial(check_model, paths.INIT),
+    )
     data.check_length(tokens, config.train.sequence_length)
     inputs = {
         "train": tokens.sha256,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
+from ruamel.yaml import YAML
 
 from pipeline import config as configuration
 from pipeline.errors import ConfigError
@@ -17,12 +21,29 @@ def problems(**changes) -> str:
     return str(caught.value)
 
 
+def refused(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        configuration.load(path)
+    return str(caught.value)
+
+
+def recipe(tmp_path: Path, old: str, new: str) -> Path:
+    """The default recipe with a line changed."""
+    text = NANO.read_text("utf-8")
+    assert text.count(old) == 1
+    path = tmp_path / "params.yaml"
+    path.write_bytes(text.replace(old, new).encode("utf-8", "surrogateescape"))
+    return path
+
+
 def test_the_default_recipe_is_complete_and_valid() -> None:
     config = configuration.load(NANO)
     assert config.precision == "fp32"
     assert set(configuration.flatten(config)) == {name for name, _, _ in configuration.describe()}
 
 
+@pytest.mark.fault(2)
+@pytest.mark.fault(6)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -30,6 +51,9 @@ def test_the_default_recipe_is_complete_and_valid() -> None:
         ({"train__lr": "abc"}, "train.lr=abc: expected a number above 0 and at most 10"),
         ({"train__lr": float("nan")}, "train.lr=nan: expected a number"),
         ({"train__lr": float("inf")}, "train.lr=inf: expected a number"),
+        ({"train__lr": float("-inf")}, "train.lr=-inf: expected a number"),
+        ({"train__lr": -1.0}, "train.lr=-1.0: expected a number above 0 and at most 10"),
+        ({"train__lr": 0.0}, "train.lr=0.0: expected a number above 0 and at most 10"),
         ({"train__steps": 0}, "train.steps=0: expected a whole number at least 1"),
         ({"train__steps": 2.5}, "train.steps=2.5: expected a whole number"),
         ({"train__steps": True}, "train.steps=True: expected a whole number"),
@@ -42,6 +66,8 @@ def test_the_default_recipe_is_complete_and_valid() -> None:
         ({"train__warmup_steps": 200}, "train.warmup_steps=200: expected less than"),
         ({"train__sequence_length": 8}, "train.sequence_length=8: expected at least 16"),
         ({"corpus__pattern": "/a/*"}, "corpus.pattern=/a/*: expected a glob inside corpus.path"),
+        ({"model__n_embd": 10**9}, "model.n_embd=1000000000: expected a whole number at least 1"),
+        ({"model__vocab_rows": 10**9}, "model.vocab_rows=1000000000: expected a whole number"),
         ({"corpus__source": "text"}, "corpus.path=data/unset: expected a file or folder"),
         ({"train": 3}, "train: settings by name are expected, got 3"),
     ],
@@ -56,6 +82,7 @@ def test_the_shortest_sequence_is_the_ending_that_evaluate_makes() -> None:
     assert configuration.CHOICE_ENDING == ENDING_TOKENS
 
 
+@pytest.mark.fault(1)
 def test_an_unknown_key_is_named_with_the_nearest_one() -> None:
     assert "train.lrr: unknown setting; did you mean train.lr?" in problems(train__lrr=1)
 
@@ -75,17 +102,135 @@ def test_a_missing_setting_is_named() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "missing"),
-        ("- a\n- b\n", "not a list"),
-        ("a: [\n", "line"),
-        ("train: {lr: 1, lr: 2}\n", "duplicate"),
+        pytest.param("", ": empty; expected settings by name", marks=pytest.mark.fault(5)),
+        pytest.param("# none\n", ": empty; expected", marks=pytest.mark.fault(5)),
+        ("\n- a\n- b\n", ", line 2: settings by name are expected, not a list"),
+        ("three\n", ", line 1: settings by name are expected, not a single value"),
+        ("a:\n  b: [\n", ", line 3: not valid YAML: "),
+        ("a: 1\n\tb: 2\n", ", line 2: not valid YAML: found character '\\t'"),
+        ("a: 1\n---\na: 2\n", ", line 2: not valid YAML: but found another document"),
+        ("a: 1\nb: \0\n", ", line 2: not valid YAML: U+0000 is no character of a text"),
+        ("a: 1\nb: \udcff\n", ", line 2: not UTF-8 text"),
+        ("a:\n  lr: 1\n  lr: 2\n", ", line 3: not valid YAML: found duplicate key lr"),
+        ("a: 1\nb: !!python/name:os.system\n", ", line 2: not valid YAML: could not determine"),
+        ("a: 1\nb: !mine 2\n", ", line 2: not valid YAML: could not determine"),
+        ("a: &x [1, 2]\nb: [*x, *x]\n", ", line 2: *x: write the value itself"),
+        ("a: " + "[" * 9999 + "]" * 9999, ": nested too deeply"),
+        ("a: " + "9" * 5000, ": Exceeds the limit"),
+        ("#" * (1 << 20) + "#", ": expected at most 1,048,576 bytes"),
     ],
 )
-def test_a_broken_file_is_one_error(tmp_path: Path, text: str, message: str) -> None:
+@pytest.mark.fault(4)
+def test_a_broken_file_is_one_error_with_the_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text(text, "utf-8")
-    with pytest.raises(ConfigError, match=message):
-        configuration.load(path)
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert refused(path).startswith(f"{path}{message}")
+
+
+def test_a_params_file_that_is_none_is_refused_by_its_path(tmp_path: Path) -> None:
+    assert refused(tmp_path).startswith(f"{tmp_path}: cannot be read")
+    assert (
+        refused(tmp_path / "gone")
+        == f"{tmp_path / 'gone'}: no such file; run from the repository root"
+    )
+
+
+AMBIGUOUS = [
+    *(("steps: 200", f"steps: {value}") for value in ("010", "1:30", "0o17")),
+    *(("compile: false", f"compile: {value}") for value in ("off", "Yes", "NO", "on")),
+    ("lr: 0.002\n", "lr: 1:30.5\n"),
+    ("experiment: gpt2", "experiment: 010"),
+    ('- "Return the"', "- off"),
+]
+
+
+@pytest.mark.fault(3)
+@pytest.mark.parametrize(("old", "new"), AMBIGUOUS)
+def test_a_value_that_yaml_readers_take_in_two_ways_is_refused(
+    tmp_path: Path, old: str, new: str
+) -> None:
+    path = recipe(tmp_path, old, new)
+    line = NANO.read_text("utf-8").split(old)[0].count("\n") + 1
+    said = refused(path).splitlines()[0]
+    assert said.startswith(f"{path}, line {line}: ")
+    assert new.split(" ")[-1].strip() + ": YAML readers disagree; expected a decimal" in said
+
+
+@pytest.mark.fault(3, control=True)
+@pytest.mark.parametrize(("old", "new"), AMBIGUOUS)
+def test_two_yaml_readers_take_it_in_two_ways_without_a_word(
+    tmp_path: Path, old: str, new: str
+) -> None:
+    text = recipe(tmp_path, old, new).read_text("utf-8")
+    assert yaml.safe_load(text) != YAML(typ="safe").load(text)
+
+
+@pytest.mark.fault(3)
+def test_a_change_that_yaml_readers_take_in_two_ways_is_refused() -> None:
+    with pytest.raises(ConfigError, match="train.lr=010: YAML readers disagree"):
+        configuration.load(NANO, ["train.lr=010"])
+    assert configuration.load(NANO, ["train.lr=1e-3", "train.compile=true"]).train.lr == 0.001
+
+
+def test_ambiguous_values_and_wrong_ones_stand_in_one_error(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "steps: 200", "steps: 010\n  lrr: 1")
+    assert "train.steps=010" in refused(path) and "train.lrr: unknown" in refused(path)
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(n, marks=pytest.mark.fault(n, control=True)) for n in (1, 2, 4, 5, 6)]
+)
+def test_a_plain_reader_takes_what_is_refused_here(row: int, tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    if row == 1:
+        assert OmegaConf.create("train: {lrr: 1}").train.lrr == 1
+    if row == 2:
+        assert OmegaConf.create("lr: -.inf").lr < OmegaConf.create("lr: 0").lr
+    if row == 4:
+        assert yaml.safe_load("lr: 1\nlr: 2") == {"lr": 2}
+        yaml.unsafe_load(f"!!python/object/apply:os.mkdir [{json.dumps(str(mark))}]")
+        assert mark.exists()
+    if row == 5:
+        assert OmegaConf.create(yaml.safe_load("") or {}) == {}
+    if row == 6:
+        from transformers import GPT2Config
+
+        assert GPT2Config(n_embd=128, n_head=3).n_head == 3
+
+
+@pytest.mark.fault(8)
+@pytest.mark.parametrize(
+    "name", ["..", "a/../../x", "..\\x", "C:\\x", "a/%2e%2e/x", "a#b", "~/x", "a\0b", ".", "a\nb"]
+)
+def test_an_experiment_whose_files_would_lie_elsewhere_is_refused(name: str) -> None:
+    assert "tracking.experiment=" in problems(tracking__experiment=name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "My runs (2)", "/Users/me@example.org/gpt", "größe"])
+def test_a_plain_name_of_an_experiment_is_taken(name: str) -> None:
+    assert configuration.from_dict(params(tracking__experiment=name)).tracking.experiment == name
+
+
+@pytest.mark.fault(8, control=True)
+def test_a_folder_named_after_any_text_may_lie_elsewhere(tmp_path: Path) -> None:
+    written = (tmp_path / "mlartifacts" / "a/../../../x").resolve()
+    assert not written.is_relative_to(tmp_path)
+
+
+@pytest.mark.fault(8)
+@pytest.mark.parametrize("pattern", ["../*", "a/../../b", "/a/*", "..\\*", "C:\\*", "a\0b"])
+def test_a_pattern_stays_below_the_corpus(pattern: str) -> None:
+    assert "corpus.pattern=" in problems(corpus__pattern=pattern)
+
+
+@pytest.mark.fault(8)
+@pytest.mark.parametrize("name", ["corpus__path", "init__hf_model", "evaluate__hellaswag"])
+def test_an_input_may_be_anywhere_but_is_text(name: str) -> None:
+    setting = name.replace("__", ".")
+    for value in ("a\0b", "a\udcff"):
+        assert f"{setting}={ascii(value)}: expected text" in problems(**{name: value})
+    for value in ("/data/x", "~/x", "~nobody-here/x", "../x"):
+        assert configuration.from_dict(params(**{name: value}))
 
 
 def test_numbers_that_dvc_rewrites_are_read_as_numbers(tmp_path: Path) -> None:
@@ -104,5 +249,5 @@ def test_the_environment_cannot_reach_params(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setenv("SECRET", "42")
     path = tmp_path / "params.yaml"
     text = NANO.read_text("utf-8")
-    path.write_text(text.replace("experiment: gpt2", "experiment: ${oc.env:SECRET}"), "utf-8")
-    assert "42" not in configuration.load(path).tracking.experiment
+    path.write_text(text.replace("hf_model: gpt2", "hf_model: ${oc.env:SECRET}"), "utf-8")
+    assert "42" not in configuration.load(path).init.hf_model

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import corpus, data, tokenizer
+from pipeline import corpus, data, tokenizer, tokenizing
 from pipeline.corpus import Document
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, InputError, together
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -43,7 +44,7 @@ def made_of(ids):
 
 @pytest.fixture
 def written(tmp_path):
-    data.write_tokens(SMALL, tmp_path)
+    tokenizing.write_tokens(SMALL, tmp_path)
     return tmp_path
 
 
@@ -73,7 +74,7 @@ def test_a_literal_end_of_text_makes_no_end_of_text_token(written):
 
 
 def test_meta_says_what_the_files_hold(tmp_path):
-    meta = data.write_tokens(SMALL, tmp_path, source={"source": "test"})
+    meta = tokenizing.write_tokens(SMALL, tmp_path, source={"source": "test"})
     assert meta == json.loads((tmp_path / "meta.json").read_text())
     assert meta["source"] == {"source": "test"}
     assert (meta["tokenizer"], meta["dtype"], meta["vocab_size"]) == ("gpt2", "uint16", 50257)
@@ -99,17 +100,17 @@ def test_tokens_are_little_endian_uint16(written):
 
 
 def test_files_do_not_depend_on_the_number_of_workers_or_the_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BATCH_BYTES", 50_000)
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 50_000)
     documents = list(some_documents(12))
-    alone = data.write_tokens(documents, tmp_path / "1", workers=1)
-    monkeypatch.setattr(data, "ALONE_BYTES", 60_000)
-    monkeypatch.setattr(data, "BATCH_BYTES", 30_000)
+    alone = tokenizing.write_tokens(documents, tmp_path / "1", workers=1)
+    monkeypatch.setattr(tokenizing, "ALONE_BYTES", 60_000)
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 30_000)
     used = []
-    pool = data.ProcessPoolExecutor
+    pool = tokenizing.ProcessPoolExecutor
     monkeypatch.setattr(
-        data, "ProcessPoolExecutor", lambda *a, **k: used.append(a) or pool(*a, **k)
+        tokenizing, "ProcessPoolExecutor", lambda *a, **k: used.append(a) or pool(*a, **k)
     )
-    together = data.write_tokens(documents, tmp_path / "2", workers=2)
+    together = tokenizing.write_tokens(documents, tmp_path / "2", workers=2)
     assert used == [(2,)]
     assert alone == together
     for name in ("train.bin", "val.bin", "meta.json"):
@@ -117,22 +118,22 @@ def test_files_do_not_depend_on_the_number_of_workers_or_the_batches(tmp_path, m
 
 
 def test_little_text_starts_no_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "ProcessPoolExecutor", None)
-    data.write_tokens(SMALL, tmp_path, workers=8)
+    monkeypatch.setattr(tokenizing, "ProcessPoolExecutor", None)
+    tokenizing.write_tokens(SMALL, tmp_path, workers=8)
 
 
 def test_progress_adds_up_to_the_bytes_of_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BATCH_BYTES", 30_000)
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 30_000)
     done = []
-    meta = data.write_tokens(some_documents(6), tmp_path, done.append, workers=1)
+    meta = tokenizing.write_tokens(some_documents(6), tmp_path, done.append, workers=1)
     assert len(done) > 2
     assert sum(done) == sum(meta["splits"][split]["bytes"] for split in data.SPLITS)
 
 
 def test_reading_is_never_more_than_a_few_batches_ahead_of_writing(tmp_path, monkeypatch):
     """What bounds the memory, whatever the size of the corpus."""
-    monkeypatch.setattr(data, "ALONE_BYTES", 20_000)
-    monkeypatch.setattr(data, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(tokenizing, "ALONE_BYTES", 20_000)
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 10_000)
     taken, done, ahead = [0], [0], []
 
     def documents():
@@ -144,29 +145,30 @@ def test_reading_is_never_more_than_a_few_batches_ahead_of_writing(tmp_path, mon
     def progress(text_bytes):
         done[0] += text_bytes
 
-    data.write_tokens(documents(), tmp_path, progress, workers=2)
+    tokenizing.write_tokens(documents(), tmp_path, progress, workers=2)
     assert done[0] == taken[0] > 200_000
     assert max(ahead) < 100_000
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("left", ["train", "val"])
 def test_an_empty_split_is_an_input_error_and_leaves_nothing(tmp_path, left):
     with pytest.raises(InputError, match="split is empty.*corpus.val_fraction"):
-        data.write_tokens([d for d in SMALL if d.split == left], tmp_path)
+        tokenizing.write_tokens([d for d in SMALL if d.split == left], tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_documents_at_all_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="train split is empty"):
-        data.write_tokens([], tmp_path)
+        tokenizing.write_tokens([], tmp_path)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_failure_on_the_way_leaves_the_old_files_and_nothing_partial(
     written, monkeypatch, workers
 ):
-    monkeypatch.setattr(data, "ALONE_BYTES", 20_000)
-    monkeypatch.setattr(data, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(tokenizing, "ALONE_BYTES", 20_000)
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 10_000)
     before = {path.name: path.read_bytes() for path in written.iterdir()}
 
     def documents():
@@ -174,7 +176,7 @@ def test_a_failure_on_the_way_leaves_the_old_files_and_nothing_partial(
         raise InputError("broken source")
 
     with pytest.raises(InputError, match="broken source"):
-        data.write_tokens(documents(), written, workers=workers)
+        tokenizing.write_tokens(documents(), written, workers=workers)
     assert {path.name: path.read_bytes() for path in written.iterdir()} == before
 
 
@@ -184,19 +186,25 @@ def test_a_crash_between_renames_leaves_no_record_that_looks_whole(written, monk
 
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError, match="crash"):
-        data.write_tokens(list(some_documents(6)), written)
+        tokenizing.write_tokens(list(some_documents(6)), written)
     with pytest.raises(InputError, match="meta.json.*tokenize again"):
         data.open_tokens(written, "train")
 
 
+@pytest.mark.fault(13)
 def test_a_vocabulary_over_uint16_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "VOCAB_SIZE", 70_000)
     with pytest.raises(ConfigError, match="70000 does not fit into uint16"):
-        data.write_tokens(SMALL, tmp_path)
+        tokenizing.write_tokens(SMALL, tmp_path)
+
+
+@pytest.mark.fault(13, control=True)
+def test_numpy_wraps_a_token_over_uint16_silently():
+    assert np.array([69_999]).astype(np.uint16).tolist() == [4463]
 
 
 def test_processes_that_tokenize_do_without_torch():
-    code = "import sys; from pipeline import corpus, data; print(*sys.modules)"
+    code = "import sys; from pipeline import corpus, data, tokenizing; print(*sys.modules)"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -206,20 +214,20 @@ def test_processes_that_tokenize_do_without_torch():
 KILLED = """
 import time
 from pathlib import Path
-from pipeline import data
+from pipeline import tokenizing
 from pipeline.corpus import Document
 
 def documents():
     for i in range(30):
         yield Document(str(i), "train", "some text " * 500)
-    for child in data.multiprocessing.active_children():
+    for child in tokenizing.multiprocessing.active_children():
         print(child.pid)
     print(flush=True)
     time.sleep(60)
 
 if __name__ == "__main__":
-    data.ALONE_BYTES, data.BATCH_BYTES = 20_000, 1_000
-    data.write_tokens(documents(), Path(r"{folder}"), workers=2)
+    tokenizing.ALONE_BYTES, tokenizing.BATCH_BYTES = 20_000, 1_000
+    tokenizing.write_tokens(documents(), Path(r"{folder}"), workers=2)
 """
 
 
@@ -271,17 +279,51 @@ def test_a_missing_folder_or_split_is_an_input_error(tmp_path, written):
         data.open_tokens(written, "val")
 
 
-@pytest.mark.parametrize(
-    "change", [lambda b: b[:-1], lambda b: b[:-2], lambda b: b"", lambda b: b + b"\0\0"]
-)
+SIZES = [
+    pytest.param(lambda content: content[:-1], marks=pytest.mark.fault(9)),
+    pytest.param(lambda content: content[:-2], marks=pytest.mark.fault(10)),
+    pytest.param(lambda content: b"", marks=pytest.mark.fault(10)),
+    pytest.param(lambda content: content + b"\0\0", marks=pytest.mark.fault(10)),
+    pytest.param(
+        lambda content: np.frombuffer(content, "<u2").astype("<u4").tobytes(),
+        marks=pytest.mark.fault(11),
+    ),
+]
+
+
+@pytest.mark.parametrize("change", SIZES)
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_file_of_another_size_is_refused(written, change, verify):
     path = written / "train.bin"
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(InputError, match="train.bin: .* bytes, meta.json says .* bytes"):
+    size = path.stat().st_size
+    with pytest.raises(InputError, match=f"train.bin: {size} bytes, meta.json says .* bytes; tok"):
         data.open_tokens(written, "train", verify=verify)
 
 
+DAMAGES = {
+    9: lambda content: content[:-1],
+    10: lambda content: content[:-2],
+    11: lambda content: np.frombuffer(content, "<u2").astype("<u4").tobytes(),
+    12: lambda content: content[:-2] + b"\xff\xff",
+    14: lambda content: bytes([content[0] ^ 1]) + content[1:],
+    18: lambda content: b"",
+}
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.fault(row, control=True)) for row in DAMAGES]
+)
+def test_numpy_reads_the_damaged_file_without_a_word(written, row):
+    path = written / "train.bin"
+    before = np.fromfile(path, np.uint16)
+    path.write_bytes(DAMAGES[row](path.read_bytes()))
+    after = np.fromfile(path, np.uint16)
+    assert after.tolist() != before.tolist()
+
+
+@pytest.mark.fault(14)
+@pytest.mark.fault(54)
 def test_one_flipped_bit_is_refused(written):
     content = bytearray((written / "train.bin").read_bytes())
     content[5] ^= 1
@@ -290,6 +332,7 @@ def test_one_flipped_bit_is_refused(written):
         data.open_tokens(written, "train")
 
 
+@pytest.mark.fault(12)
 def test_a_token_over_the_vocabulary_is_refused_at_the_start(written):
     content = np.array([50256, 5, 50257], dtype="<u2").tobytes()
     rewrite(written, "train", content, sha256=hashlib.sha256(content).hexdigest())
@@ -297,6 +340,7 @@ def test_a_token_over_the_vocabulary_is_refused_at_the_start(written):
         data.open_tokens(written, "train")
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize(
     ("key", "value"),
     [("dtype", "uint32"), ("tokenizer", "r50k"), ("byte_order", "big"), ("vocab_size", 70_000)],
@@ -309,12 +353,35 @@ def test_tokens_of_another_kind_are_refused(written, key, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"splits": []}', '{"splits": {"train": 3}}']
+    "text",
+    [
+        *("", "{", "[]", "{}", '{"splits": []}', '{"splits": {"train": 3}}'),
+        *("[" * 100_000, " " * (1 << 20) + "{}"),
+    ],
 )
 def test_a_damaged_record_is_refused(written, text):
     (written / "meta.json").write_text(text)
     with pytest.raises(InputError, match="meta.json: .*tokenize again"):
         data.open_tokens(written, "train")
+
+
+@pytest.mark.parametrize("key", ["documents", "bytes"])
+def test_a_count_that_the_tokens_do_not_bear_out_is_refused(written, key):
+    meta = json.loads((written / "meta.json").read_text())
+    meta["splits"]["train"][key] += 1
+    (written / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="train.bin: 2 documents and .* meta.json says"):
+        data.open_tokens(written, "train")
+
+
+def test_all_that_is_wrong_with_both_splits_is_one_error(written):
+    for split in data.SPLITS:
+        content = (written / f"{split}.bin").read_bytes()
+        (written / f"{split}.bin").write_bytes(content[:-2] + b"\xff\xff")
+    with pytest.raises(InputError) as caught:
+        together(*(partial(data.open_tokens, written, split) for split in data.SPLITS))
+    found = [line.split(": ")[1][:8] for line in str(caught.value).split("\n  ")]
+    assert found == ["SHA-256 ", "token 65", "SHA-256 ", "token 65"]
 
 
 def test_counts_that_are_none_are_refused(written):
@@ -330,10 +397,69 @@ def test_fewer_than_two_tokens_are_refused(written):
         data.open_tokens(written, "val")
 
 
+@pytest.mark.fault(7)
 def test_data_shorter_than_one_sequence_is_refused():
     data.check_length(made_of(range(9)), 8)
     with pytest.raises(InputError, match="train.sequence_length=8: at least 9 are needed"):
         data.check_length(made_of(range(8)), 8)
+
+
+@pytest.mark.fault(7, control=True)
+def test_a_slice_beyond_the_tokens_is_shorter_without_a_word():
+    assert len(made_of(range(8)).ids[0:9]) == 8
+
+
+@pytest.mark.fault(15)
+def test_tokenizing_again_leaves_an_open_split_as_it_was(written):
+    tokens = data.open_tokens(written, "train")
+    before = tokens.ids.tolist()
+    tokenizing.write_tokens([*SMALL[:2], SMALL[0]], written)
+    assert tokens.ids.tolist() == before
+    assert data.open_tokens(written, "train").ids.tolist() != before
+
+
+@pytest.mark.fault(15, control=True)
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps a mapped file from being truncated")
+def test_a_mapped_file_truncated_in_place_kills_its_reader(tmp_path):
+    code = (
+        "import sys, numpy as np\n"
+        "np.zeros(1 << 20, 'u1').tofile(sys.argv[1])\n"
+        "ids = np.memmap(sys.argv[1], mode='r')\n"
+        "open(sys.argv[1], 'wb').close()\n"
+        "print(ids.sum())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x"], capture_output=True)
+    assert done.returncode == -signal.SIGBUS
+
+
+def verified(folder, caplog):
+    """The exit code and the lines of `python -m pipeline.data verify FOLDER`."""
+    caplog.set_level("INFO")
+    caplog.clear()
+    with pytest.raises(SystemExit) as ended:
+        data.main(["verify", str(folder)])
+    return ended.value.code, caplog.messages
+
+
+def test_verify_tells_what_each_whole_split_holds(written, caplog):
+    code, lines = verified(written, caplog)
+    assert code == 0
+    path = written / "val.bin"
+    tokens = path.stat().st_size // 2
+    assert lines[1] == f"{path}: whole, {tokens:,} tokens, 1 documents, 18 bytes of text"
+
+
+def test_verify_says_what_is_wrong_with_one_split_and_that_the_other_is_whole(written, caplog):
+    content = (written / "train.bin").read_bytes()
+    (written / "train.bin").write_bytes(content[:-1])
+    code, lines = verified(written, caplog)
+    assert code == 3 and len(lines) == 2
+    assert "train.bin: " in lines[0] and "tokenize again" in lines[0] and ": whole, " in lines[1]
+
+
+def test_verify_says_once_that_there_is_nothing(tmp_path, caplog):
+    code, lines = verified(tmp_path / "none", caplog)
+    assert code == 3 and len(lines) == 1 and "meta.json" in lines[0]
 
 
 # --- batches
@@ -490,14 +616,14 @@ MEASURED = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from pipeline import corpus, data
+from pipeline import corpus, tokenizing
 
 if __name__ == "__main__":
     source, path, folder = sys.argv[1:]
     config = SimpleNamespace(
         source=source, path=path, pattern="**/*", field="text", val_fraction=0.1
     )
-    data.write_tokens(corpus.documents(config), Path(folder), workers=2)
+    tokenizing.write_tokens(corpus.documents(config), Path(folder), workers=2)
 """
 
 
@@ -559,8 +685,8 @@ def test_a_corpus_goes_from_files_to_batches(tmp_path):
     )
     folder = tmp_path / "tokens"
     about = corpus.describe(config)
-    first = data.write_tokens(corpus.documents(config), folder, source=about)
-    again = data.write_tokens(corpus.documents(config), folder, source=about)
+    first = tokenizing.write_tokens(corpus.documents(config), folder, source=about)
+    again = tokenizing.write_tokens(corpus.documents(config), folder, source=about)
     assert first == again
     tokens = data.open_tokens(folder, "train")
     x, _ = data.batch_at(tokens, 0, 0, batch_size=2, sequence_length=32, accumulate=1, seed=0)

@@ -20,7 +20,7 @@ import torch
 from omegaconf import OmegaConf
 
 from pipeline import config as configuration
-from pipeline import data, debugging, passages, paths, snapshot, training
+from pipeline import data, debugging, passages, paths, snapshot, tokenizing, training
 from pipeline.checkpoint import save_model
 from pipeline.corpus import Document
 from pipeline.errors import NumericsError, StorageError
@@ -207,7 +207,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
         Document(path.name, "val" if n % 3 == 0 else "train", path.read_text("utf-8"))
         for n, path in enumerate(texts)
     ]
-    data.write_tokens(documents, repo.folder / paths.TOKENS)
+    tokenizing.write_tokens(documents, repo.folder / paths.TOKENS)
     save_model(import_hf_weights.build(made), repo.folder / paths.INIT)
     return repo
 

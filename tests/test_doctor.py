@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pipeline import config as configuration
-from pipeline import data, doctor, paths, records, tracking, training
+from pipeline import doctor, paths, records, tokenizing, tracking, training
 from pipeline.checkpoint import save_model
 from pipeline.experiments import Experiment
 from pipeline.init import initialize
@@ -230,7 +230,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split, count in for_split.items()
         for _ in range(count)
     ]
-    data.write_tokens(iter(_documents(documents)), made / paths.TOKENS, workers=1)
+    tokenizing.write_tokens(iter(_documents(documents)), made / paths.TOKENS, workers=1)
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=16))
     initialize(model, configuration.from_dict(params()).init, generator(0, "init"))
     save_model(model, made / paths.INIT)

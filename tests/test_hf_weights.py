@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -418,18 +420,24 @@ def test_a_config_that_is_no_json_object_is_refused_with_its_path(
         import_pretrained(str(folder))
 
 
+@pytest.mark.fault(26)
 def test_heads_that_do_not_fit_a_published_size_are_refused(folder: Path) -> None:
     edit_config(folder, n_layer=12, n_embd=768, n_head=16)
     with pytest.raises(InputError, match="n_head: expected 12 for 12 layers of 768"):
         import_pretrained(str(folder))
 
 
+@pytest.mark.fault(26)
 def test_a_size_nobody_published_brings_a_warning(folder: Path) -> None:
     with pytest.warns(UserWarning, match="n_head=2 cannot be checked"):
         import_pretrained(str(folder))
 
 
 # Refusals: the tensors
+
+
+def marked(row: int, *values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.fault(row))
 
 
 def fill(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -447,25 +455,41 @@ def replace(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callab
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (drop("transformer.h.1.mlp.c_fc.bias"), r"h.1.mlp.c_fc.bias: missing, expected \(128,\)"),
-        (lambda t: t.update(x=torch.ones(3)), r"x: not a tensor of this GPT-2, got \(3,\)"),
-        (
+        marked(
+            21,
+            drop("transformer.h.1.mlp.c_fc.bias"),
+            r"h.1.mlp.c_fc.bias: missing, expected \(128,\)",
+        ),
+        marked(
+            22,
+            lambda t: t.update(x=torch.ones(3)),
+            r"x: not a tensor of this GPT-2, got \(3,\)",
+        ),
+        marked(
+            22,
             lambda t: t.update({"h.0.attn.c_attn.masked_bias": torch.ones(3)}),
             "c_attn.masked_bias: not a tensor",
         ),
-        (
+        marked(
+            23,
             replace("transformer.wte.weight", lambda w: torch.cat([w, w[:1]])),
             r"wte.weight: expected shape \(50257, 32\), got \(50258, 32\)",
         ),
-        (
+        marked(
+            23,
             replace("transformer.h.0.attn.c_attn.weight", lambda w: w.T.contiguous()),
             r"c_attn.weight: expected shape \(32, 96\), got \(96, 32\)",
         ),
-        (fill(torch.nan), "h.1.ln_2.bias: expected finite values, got 1"),
-        (fill(-torch.inf), "h.1.ln_2.bias: expected finite values, got 1"),
-        (replace("transformer.ln_f.bias", torch.Tensor.int), "ln_f.bias: expected fp32.*int32"),
+        marked(24, fill(torch.nan), "h.1.ln_2.bias: expected finite values, got 1"),
+        marked(24, fill(-torch.inf), "h.1.ln_2.bias: expected finite values, got 1"),
+        marked(
+            25,
+            replace("transformer.ln_f.bias", torch.Tensor.int),
+            "ln_f.bias: expected fp32.*int32",
+        ),
         (replace("transformer.ln_f.bias", torch.Tensor.double), "ln_f.bias: expected.*float64"),
-        (
+        marked(
+            27,
             lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}),
             "lm_head.weight: expected wte.weight's own values",
         ),
@@ -482,6 +506,61 @@ def test_spoilt_tensors_are_refused_by_name(folder: Path, edit: Callable, messag
     assert str(folder) in str(caught.value)
 
 
+def test_all_that_is_wrong_with_the_tensors_is_one_error_of_bounded_length(folder: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {n: t.int() if "bias" in n else t for n, t in tensors.items()} | {"x": torch.ones(1)}
+
+    edit_tensors(folder, spoil)
+    with pytest.raises(InputError) as caught:
+        import_pretrained(str(folder))
+    lines = str(caught.value).split("\n  ")
+    biases = sum("bias" in name for name in load_file(folder / "model.safetensors"))
+    assert len(lines) == 9 and lines[-1] == f"and {biases + 1 - 8} more"
+
+
+def with_transformers(folder: Path) -> Any:
+    """What its own loader makes of a folder, without a word to us."""
+    from transformers import GPT2LMHeadModel
+
+    with hf_weights._quiet_transformers():
+        return GPT2LMHeadModel.from_pretrained(folder, local_files_only=True).eval()
+
+
+def naive(row: int, *values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.fault(row, control=True))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        naive(21, drop("transformer.h.1.mlp.c_fc.bias")),
+        naive(22, lambda t: t.update(x=torch.ones(3))),
+        naive(24, fill(torch.nan)),
+        naive(25, replace("transformer.ln_f.bias", torch.Tensor.int)),
+        naive(27, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1})),
+    ],
+)
+def test_transformers_takes_the_spoilt_tensors(folder: Path, edit: Callable) -> None:
+    edit_tensors(folder, edit)
+    assert with_transformers(folder).config.n_layer == 2
+
+
+@pytest.mark.fault(23, control=True)
+def test_safetensors_alone_takes_a_wrong_shape(folder: Path) -> None:
+    edit_tensors(folder, replace("transformer.wte.weight", lambda w: torch.cat([w, w[:1]])))
+    assert load_file(folder / "model.safetensors")["transformer.wte.weight"].shape[0] == 50258
+
+
+@pytest.mark.fault(21, control=True)
+@pytest.mark.fault(26, control=True)
+def test_transformers_takes_a_config_that_lies(saved: Path, folder: Path) -> None:
+    edit_config(folder, n_layer=3, n_head=1)
+    with torch.no_grad():
+        true, lied = (with_transformers(where)(PROBE).logits for where in (saved, folder))
+    assert not torch.allclose(true, lied)
+
+
+@pytest.mark.fault(21)
 @pytest.mark.parametrize(("layers", "message"), [(1, "not a tensor"), (3, "missing")])
 def test_a_lying_layer_count_is_refused(folder: Path, layers: int, message: str) -> None:
     edit_config(folder, n_layer=layers)
@@ -517,19 +596,47 @@ def duplicate(raw: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (truncate, "not a whole safetensors file"),
-        (garbage, "not a whole safetensors file"),
-        (huge_header, "not a whole safetensors file"),
-        (lambda raw: b"", "not a whole safetensors file"),
-        (lambda raw: raw[:5], "not a whole safetensors file"),
-        (relabel, "torch.int32"),
-        (duplicate, "transformer.ln_f.bias: twice in the header"),
+        marked(19, truncate, "not a whole safetensors file"),
+        marked(19, garbage, "not a whole safetensors file"),
+        marked(
+            19,
+            huge_header,
+            "header of 18,446,744,073,709,551,615 bytes; expected at most 16,777,216",
+        ),
+        marked(19, lambda raw: b"", "not a whole safetensors file"),
+        marked(19, lambda raw: raw[:5], "not a whole safetensors file"),
+        marked(20, relabel, "torch.int32"),
+        marked(20, duplicate, "transformer.ln_f.bias: twice in the header"),
     ],
 )
 def test_a_damaged_file_is_refused(folder: Path, spoil: Callable, message: str) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
+        import_pretrained(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.fault(19, control=True)
+def test_reading_to_the_end_of_a_truncated_file_gives_fewer_values(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    whole = np.fromfile(path, np.float32)
+    path.write_bytes(truncate(path.read_bytes()))
+    assert 0 < len(np.fromfile(path, np.float32)) < len(whole)
+
+
+@pytest.mark.fault(20, control=True)
+@pytest.mark.parametrize("spoil", [relabel, duplicate])
+def test_safetensors_alone_takes_a_crafted_header(folder: Path, spoil: Callable) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(spoil(path.read_bytes()))
+    assert load_file(path)
+
+
+def test_a_file_too_large_to_be_json_is_not_read(folder: Path) -> None:
+    with open(folder / "config.json", "r+b") as file:
+        file.truncate((1 << 24) + 1)
+    with pytest.raises(InputError, match=r"config\.json: .*expected at most 16,777,216 bytes"):
         import_pretrained(str(folder))
 
 
@@ -545,6 +652,7 @@ def shard(folder: Path, place: str) -> None:
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
     "place", ["../outside.safetensors", "/etc/passwd", "gone.safetensors", "..", "a\0b", 7, None]
 )
@@ -553,6 +661,27 @@ def test_a_shard_index_may_name_plain_files_of_its_folder_only(folder: Path, pla
     shard(folder, place)
     with pytest.raises(InputError, match="expected a file of this folder, got"):
         import_pretrained(str(folder))
+
+
+@pytest.mark.fault(28)
+def test_every_shard_that_is_missing_is_named(folder: Path) -> None:
+    shard(folder, "gone.safetensors")
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": places | {"transformer.ln_f.weight": "../x"}}))
+    with pytest.raises(InputError, match=r"(?s)got '../x'.*got 'gone.safetensors'"):
+        import_pretrained(str(folder))
+
+
+@pytest.mark.fault(28, control=True)
+def test_transformers_follows_a_shard_out_of_the_folder(folder: Path) -> None:
+    inside = folder / "inside"
+    inside.mkdir()
+    (folder / "config.json").rename(inside / "config.json")
+    places = dict.fromkeys(load_file(folder / "model.safetensors"), "../model.safetensors")
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (inside / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert with_transformers(inside).config.n_layer == 2
 
 
 def test_a_shard_that_differs_from_its_index_is_refused(folder: Path) -> None:
@@ -584,6 +713,13 @@ class Hostile:
         return Path.touch, (self.mark,)
 
 
+@pytest.mark.fault(29, control=True)
+def test_unpickling_the_hostile_file_executes_it(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Hostile(tmp_path / "executed")))
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.fault(29)
 def test_a_folder_of_pickles_is_refused_and_nothing_is_executed(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     mark = folder / "executed"
@@ -594,6 +730,24 @@ def test_a_folder_of_pickles_is_refused_and_nothing_is_executed(folder: Path) ->
     assert not mark.exists()
 
 
+@pytest.mark.fault(30, control=True)
+def test_trusting_custom_code_executes_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoConfig, dynamic_module_utils
+
+    mark = folder / "executed"
+    (folder / "evil.py").write_text(
+        "from transformers import GPT2Config\n"
+        f"open({str(mark)!r}, 'w').close()\n"
+        "class C(GPT2Config): pass\n"
+    )
+    edit_config(folder, auto_map={"AutoConfig": "evil.C"})
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert mark.exists()
+
+
+@pytest.mark.fault(30)
 def test_custom_code_is_neither_executed_nor_asked_about(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

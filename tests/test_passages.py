@@ -98,7 +98,7 @@ def said(tmp_path: Path, monkeypatch, caplog) -> Callable[..., str]:
     """The command in a workspace of two documents of training text."""
     texts = ["The first text.", "And the second one, which is longer than that."]
     made = [Document(f"{n}", "train", text) for n, text in enumerate(texts)]
-    data.write_tokens([*made, Document("v", "val", "Held out.")], tmp_path / paths.TOKENS)
+    tokenizing.write_tokens([*made, Document("v", "val", "Held out.")], tmp_path / paths.TOKENS)
     monkeypatch.chdir(tmp_path)
     caplog.set_level("INFO")
 

@@ -24,13 +24,13 @@ import stages
 from pipeline import (
     checkpoint,
     course,
-    data,
     folders,
     paths,
     records,
     resume,
     runs,
     snapshot,
+    tokenizing,
     tracking,
     training,
 )
@@ -72,7 +72,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = np.random.default_rng(0).choice(["on", "in", "up", "off", "to"], 80)
     texts = {"train": " ".join(words), "val": " ".join(words[:50])}
     documents = [Document(split, split, text, True) for split, text in texts.items()]
-    data.write_tokens(iter(documents), made / paths.TOKENS, workers=1)
+    tokenizing.write_tokens(iter(documents), made / paths.TOKENS, workers=1)
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
     initialize(model, configuration.from_dict(params()).init, generator(0, "init"))
     save_model(model, made / paths.INIT)
@@ -487,7 +487,7 @@ def test_going_on_that_is_forced_names_every_difference(
         monkeypatch.setattr(records, "code_digest", lambda: "other")
     if change == "data":
         documents = [Document(s, s, f"{s} off up in to on " * 20, True) for s in ("train", "val")]
-        data.write_tokens(iter(documents), paths.TOKENS, workers=1)
+        tokenizing.write_tokens(iter(documents), paths.TOKENS, workers=1)
     with pytest.raises(
         ResumeError, match=words.get(change, "other bytes in train; other")
     ) as error:

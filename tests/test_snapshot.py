@@ -62,6 +62,7 @@ def test_a_restored_step_and_those_after_it_are_done_again_to_the_bit(
     assert facts["why"] == "test" and facts["step"] == 3
     snapshot.restore(other, snapshot.Tensors(kept), facts)
     assert other.loss == numbers[3][0]
+    assert other.norms == [norm for _, norm, _ in numbers[:3]]
     assert torch.equal(other.batches[2][1], batches(3)[2][1])
     torch.manual_seed(6)  # dropout draws from the state that the snapshot holds, not from this
     runtime.set_rng_state(other.rng, CPU)

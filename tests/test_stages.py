@@ -14,7 +14,7 @@ import torch
 
 from pipeline import course, init_study, paths, records, scaling, training
 from pipeline.checkpoint import save_model
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, InputError, together
 from pipeline.hf_weights import parameter_table
 from pipeline.precision import Precision, choose_precision
 from stages import announce, evaluate, import_hf_weights, run, sample, train, write_json
@@ -27,6 +27,22 @@ SMALL = {
     "model__block_size": 16,
     "train__sequence_length": 16,
 }
+
+
+def test_inputs_that_are_refused_together_are_one_error_of_the_first_kind() -> None:
+    def refuse(error: Exception):
+        def call() -> None:
+            raise error
+
+        return call
+
+    one, two = InputError("a: empty"), ConfigError("b: unknown")
+    with pytest.raises(InputError) as caught:
+        together(lambda: 1, refuse(one), refuse(two), refuse(InputError("a: empty")))
+    assert str(caught.value) == "a: empty\n  b: unknown"
+    with pytest.raises(RuntimeError):
+        together(refuse(one), refuse(RuntimeError("a bug")))
+    assert together(lambda: 1, lambda: 2) == [1, 2]
 
 
 def test_a_user_error_is_one_message_and_its_exit_code(capsys, monkeypatch) -> None:
@@ -239,22 +255,81 @@ def test_a_written_metric_file_never_writes_into_a_linked_one(tmp_path: Path) ->
 def test_a_hellaswag_file_becomes_a_task_beside_the_made_items(
     make_config, tmp_path: Path, monkeypatch
 ) -> None:
-    from pipeline import data, evaluation
+    from pipeline import data, evaluation, tokenizing
     from pipeline.corpus import Document
 
     monkeypatch.chdir(tmp_path)
     words = " ".join(f"word{n}" for n in range(400))
     documents = [Document(f"d{n}", split, words) for n, split in enumerate(["train", "val", "val"])]
-    data.write_tokens(documents, paths.TOKENS)
+    tokenizing.write_tokens(documents, paths.TOKENS)
     val = data.open_tokens(paths.TOKENS, "val")
     items = evaluation.choice_items(val, 3, seed=0)
     evaluation.write_hellaswag(items, "hellaswag.jsonl")
     given = make_config(evaluate__choice_items=2, evaluate__hellaswag="hellaswag.jsonl")
-    found = evaluate.materials(given, val)
+    found = evaluate.materials(given, val) | evaluate.hellaswag(given)
     assert list(found) == ["validation", "choice", "hellaswag"]
     assert found["hellaswag"] == items and len(found["choice"]) == 2
     assert len(paths.ARTIFACTS.joinpath("choice_items.jsonl").read_text().splitlines()) == 2
     assert list(evaluate.materials(make_config(), val)) == ["validation", "choice"]
+    assert evaluate.hellaswag(make_config()) == {}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch) -> Path:
+    """An empty workspace of its own, and no store."""
+    from pipeline import tracking
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setattr(tracking, "Shipper", NoShipper)
+    return tmp_path
+
+
+@pytest.mark.fault(14)
+def test_evaluate_names_all_that_is_wrong_with_its_inputs_before_it_computes(
+    make_config, workspace: Path, monkeypatch
+) -> None:
+    from pipeline import tokenizing
+    from pipeline.corpus import Document
+
+    documents = [Document(split, split, "some text") for split in ("train", "val")]
+    tokenizing.write_tokens(documents, paths.TOKENS)
+    content = (paths.TOKENS / "val.bin").read_bytes()
+    (paths.TOKENS / "val.bin").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (workspace / "h.jsonl").write_text("{\n[]\n", "utf-8")
+    monkeypatch.setattr(evaluate, "materials", lambda *_: pytest.fail("it has begun"))
+    with pytest.raises(InputError) as caught:
+        evaluate.main(make_config(evaluate__hellaswag="h.jsonl"))
+    lines = str(caught.value).split("\n  ")
+    starts = [paths.TOKENS / "val.bin", "h.jsonl, line 1", "h.jsonl, line 2"]
+    starts += [paths.INIT / "config.json", paths.MODEL / "config.json"]
+    for line, start in zip(lines, starts, strict=True):
+        assert line.startswith(f"{start}: ")
+
+
+def test_sample_looks_at_both_models_before_it_writes_a_text(make_config, workspace: Path) -> None:
+    with pytest.raises(InputError, match=r"(?s)init.config\.json: .*model.config\.json: "):
+        sample.main(make_config())
+
+
+@pytest.mark.fault(16)
+@pytest.mark.fault(18)
+def test_a_corpus_is_looked_at_as_a_whole_before_any_of_it_is_tokenized(
+    make_config, workspace: Path, monkeypatch
+) -> None:
+    from stages import tokenize_corpus
+
+    text = workspace / "text"
+    text.mkdir()
+    given = make_config(corpus__source="text", corpus__path=str(text), corpus__val_fraction=0.1)
+    monkeypatch.setattr(tokenize_corpus.tokenizing, "write_tokens", lambda *_, **__: pytest.fail())
+    (text / "a.txt").write_text("one short text, so one document", "utf-8")
+    with pytest.raises(InputError, match="split is empty: documents: .* in train, . in val"):
+        tokenize_corpus.main(given)
+    for name in "bc":
+        (text / f"{name}.txt").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="(?s)b.txt: invalid UTF-8 at byte 0.*c.txt: invalid"):
+        tokenize_corpus.main(given)
 
 
 def test_the_forecast_comes_before_the_first_step_and_stops_no_training(

@@ -47,7 +47,8 @@ OTHER_FILES = {
 }
 READING_ORDER = [
     *("model", "init", "loss", "precision", "emulation", "training", "optimizer"),
-    *("data", "corpus", "overlap", "tokenizer", "hf_weights", "weight_files", "checkpoint"),
+    *("data", "tokenizing", "corpus", "fields", "python_docs", "overlap", "tokenizer"),
+    *("hf_weights", "weight_files", "checkpoint"),
     *("generation", "evaluation", "throughput", "runtime", "budget"),
     *("init_study", "formats", "sensitivity", "roofline", "dtypes", "scaling"),
     *("course", "resume", "snapshot", "interruption", "debugging", "nonfinite", "passages"),
@@ -55,7 +56,7 @@ READING_ORDER = [
     *("doctor", "symptoms", "forecast", "report", "report_run", "report_figures", "figures"),
     *("plots", "tables"),
     *("records", "tracking", "history", "rows", "logged_models", "notes", "view", "runs"),
-    *("config", "paths", "folders", "errors", "buffers"),
+    *("config", "yaml_text", "paths", "cache", "folders", "errors", "buffers"),
 ]
 
 

@@ -1,0 +1,221 @@
+"""Documents into token files, by all cores; data.py reads what this writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from pipeline import tokenizer
+from pipeline.data import DTYPE, SPLITS
+from pipeline.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from pipeline.corpus import Document
+
+BATCH_BYTES = 1 << 20  # of text in one task of a worker
+ALONE_BYTES = 4 << 20  # up to here starting workers costs more than they save
+
+Batch = list["Document"]
+Encoded = dict[str, tuple[bytes, int, int]]  # split: (tokens as on disk, documents, bytes of text)
+
+
+def write_tokens(
+    documents: Iterable[Document],
+    folder: Path,
+    progress: Callable[[int], None] = lambda text_bytes: None,
+    *,
+    workers: int | None = None,
+    source: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Tokenize into `folder`: train.bin and val.bin (uint16, little endian) and meta.json.
+
+    One end-of-text token before each document; text is text, a literal `<|endoftext|>` too. The
+    files depend on the documents alone, not on `workers` (None: one for each usable core).
+    `progress` gets the bytes of text done since its last call; `source` goes into meta.json,
+    which is returned. A file gets its final name when it is complete, meta.json the last.
+
+    Raises InputError for an empty split, and what `documents` raises.
+    """
+    if tokenizer.VOCAB_SIZE > 1 << 16:
+        raise ConfigError(f"a vocabulary of {tokenizer.VOCAB_SIZE} does not fit into uint16 tokens")
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        writers = {split: stack.enter_context(_Writer(folder, split)) for split in SPLITS}
+        for encoded in _encode_all(_batches(documents), workers or _usable_cores()):
+            for split, part in encoded.items():
+                writers[split].add(*part)
+            progress(sum(text_bytes for _, _, text_bytes in encoded.values()))
+        refuse_empty({split: writer.documents for split, writer in writers.items()})
+        meta = _meta(writers, source)
+        (folder / "meta.json").unlink(missing_ok=True)  # no old record beside new files
+        for writer in writers.values():
+            writer.publish()
+    _replace(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+    return meta
+
+
+class _Writer:
+    """One split's file in the making: under a temporary name until `publish`."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.path = folder / f"{split}.bin"
+        self.partial = folder / f"{split}.bin.partial"
+        self.digest = hashlib.sha256()
+        self.tokens = self.documents = self.text_bytes = 0
+
+    def __enter__(self) -> _Writer:
+        self.file: BinaryIO = self.partial.open("wb")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+        self.partial.unlink(missing_ok=True)
+
+    def add(self, content: bytes, documents: int, text_bytes: int) -> None:
+        self.file.write(content)
+        self.digest.update(content)
+        self.tokens += len(content) // DTYPE.itemsize
+        self.documents += documents
+        self.text_bytes += text_bytes
+
+    def publish(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.partial, self.path)
+
+
+def refuse_empty(documents: dict[str, int]) -> None:
+    """Raise InputError where a split has no document; `documents` counts them by split."""
+    counts = ", ".join(f"{documents[split]} in {split}" for split in SPLITS)
+    for split in SPLITS:
+        if not documents[split]:
+            raise InputError(
+                f"the {split} split is empty: documents: {counts}; give the corpus more documents "
+                "or change corpus.val_fraction"
+            )
+
+
+def _meta(writers: dict[str, _Writer], source: dict[str, Any] | None) -> dict[str, Any]:
+    """What meta.json says."""
+    return {
+        "tokenizer": "gpt2",
+        "dtype": "uint16",
+        "byte_order": "little",
+        "vocab_size": tokenizer.VOCAB_SIZE,
+        "source": source or {},
+        "splits": {
+            split: {
+                "tokens": writer.tokens,
+                "documents": writer.documents,
+                "bytes": writer.text_bytes,
+                "sha256": writer.digest.hexdigest(),
+            }
+            for split, writer in writers.items()
+        },
+    }
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[Batch]:
+    """Documents in lists of some BATCH_BYTES of text."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_all(batches: Iterator[Batch], workers: int) -> Iterator[Encoded]:
+    """Every batch encoded, in order; by processes where there is enough for them to do."""
+    tokenizer.gpt2()  # a missing tokenizer fails here, with its own message
+    head, size = [], 0
+    for batch in batches if workers > 1 else ():
+        head.append(batch)
+        size += sum(len(document.text) for document in batch)
+        if size > ALONE_BYTES:
+            yield from _encode_in_processes(chain(head, batches), workers)
+            return
+    yield from map(_encode, chain(head, batches))
+
+
+def _encode_in_processes(batches: Iterable[Batch], workers: int) -> Iterator[Encoded]:
+    """In order, with at most two batches a worker on the way, so that memory stays bounded."""
+    # Spawned on every platform: a fork of a process with torch's threads may hang.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    on_the_way: deque[Future[Encoded]] = deque()
+    try:
+        for batch in batches:
+            on_the_way.append(pool.submit(_encode, batch))
+            if len(on_the_way) > 2 * workers:
+                yield on_the_way.popleft().result()
+        while on_the_way:
+            yield on_the_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Ctrl-C is for the parent to handle, whose end, however violent, ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    tokenizer.gpt2()
+
+
+def _encode(batch: Batch) -> Encoded:
+    """{split: (tokens as on disk, documents begun, bytes of text)}."""
+    encoded: Encoded = {}
+    for split in SPLITS:
+        pieces, begun, text_bytes = [], 0, 0
+        for document in batch:
+            if document.split == split:
+                pieces += [_EOT] if document.starts else []
+                pieces.append(tokenizer.encode(document.text))
+                begun += document.starts
+                text_bytes += len(document.text.encode())
+        if pieces:
+            content = np.concatenate(pieces).astype(DTYPE, copy=False).tobytes()
+            encoded[split] = (content, begun, text_bytes)
+    return encoded
+
+
+_EOT = np.array([tokenizer.EOT], dtype=np.uint16)
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
