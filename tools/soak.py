@@ -1,6 +1,7 @@
 """Random faults against a small real pipeline, for a given time, and whether anything was lost.
 
-    python tools/soak.py --minutes 20            --seed N chooses the same faults again
+    python tools/soak.py --minutes 20
+    python tools/soak.py --minutes 5 --only dvc --seed 7    faults with that word, chosen as before
 
 A round is one training by `dvc repro train` in a fresh workspace, disturbed up to three times and
 then run to its end. Its weights, its record and its row in MLflow are held against those of a
@@ -65,28 +66,29 @@ def send(name: str, *targets: str) -> Callable[[Round], bool]:
 
     def fault(round_: Round) -> bool:
         attempt = round_.start()
-        trainer = round_.moment()
-        if not trainer:
-            return False
-        chosen = {"trainer": trainer, "dvc": attempt.dvc}
-        for target in targets:
-            chosen[target].send_signal(getattr(signal, name))
+        if trainer := round_.moment():
+            chosen = {"trainer": trainer, "dvc": attempt.dvc}
+            for target in targets:
+                chosen[target].send_signal(getattr(signal, name))
         round_.settle()
-        return True
+        return trainer is not None
 
     return fault
 
 
 def terminate_twice(round_: Round) -> bool:
-    round_.start()
-    trainer = round_.moment()
-    if trainer:
+    """The second one while the first is obeyed, as far as that takes long enough."""
+    attempt = round_.start()
+    again = None
+    if trainer := round_.moment():
         trainer.terminate()
         time.sleep(round_.dice.uniform(0, 0.2))
-        hit = trainer.is_running()
-        trainer.terminate() if hit else None
+        if again := attempt.trainer():
+            again.terminate()
+        else:
+            round_.injected.append("SIGTERM to the trainer")
     round_.settle()
-    return bool(trainer and hit)
+    return again is not None
 
 
 def flip_a_byte(round_: Round) -> bool:
@@ -222,10 +224,10 @@ class Played:
     attempts: int
 
 
-def deck(dice: random.Random) -> Iterator[str]:
+def deck(dice: random.Random, names: list[str]) -> Iterator[str]:
     """Every fault, in a new order each time, so that a short soak has most of them."""
     while True:
-        yield from dice.sample(list(FAULTS), len(FAULTS))
+        yield from dice.sample(names, len(names))
 
 
 def play(round_: Round, chosen: list[str], reference: Outcome) -> Played:
@@ -267,7 +269,7 @@ def table(rounds: list[Played]) -> str:
     return markdown(["fault", "injected", "survived", "lost"], rows)
 
 
-def soak(minutes: float, seed: int, work: Path) -> list[Played]:
+def soak(minutes: float, names: list[str], seed: int, work: Path) -> list[Played]:
     """Rounds until the time is up, each as it comes on stderr; one that has begun is ended."""
     until_then = time.monotonic() + 60 * minutes
     dice = random.Random(seed)
@@ -279,7 +281,7 @@ def soak(minutes: float, seed: int, work: Path) -> list[Played]:
     if lost := undisturbed.lost + differences(reference, reference):
         sys.exit("the undisturbed training is not whole:\n" + "\n".join(lost))
     print(f"an undisturbed training takes {time.monotonic() - began:.0f} s", file=sys.stderr)
-    played, faults = [], deck(dice)
+    played, faults = [], deck(dice, names)
     while time.monotonic() < until_then:
         number = f"round-{len(played) + 1:03}"
         round_ = Round.of(work / "ready", work / number, dice, undisturbed.trained_seconds)
@@ -307,11 +309,15 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=int(time.time()), help="of the choice of faults"
     )
+    parser.add_argument("--only", default="", help="faults whose name holds this")
     asked = parser.parse_args()
+    names = [name for name in FAULTS if asked.only in name]
+    if not names:
+        parser.error(f"--only {asked.only!r}: no such fault; there are: {', '.join(FAULTS)}")
     if os.name == "nt":
         sys.exit("error: the faults are POSIX signals and limits: run this on Linux or macOS")
     work = Path(tempfile.mkdtemp(prefix="soak-"))
-    played = soak(asked.minutes, asked.seed, work)
+    played = soak(asked.minutes, names, asked.seed, work)
     lost = sum(bool(one.lost) for one in played)
     print(table(played))
     print(

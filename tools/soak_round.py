@@ -130,7 +130,7 @@ class Round:
         """The trainer, at a random moment of its usual time; None if it is over by then."""
         attempt = self.runs[-1]
         until(lambda: attempt.trainer() is not None or attempt.over())
-        time.sleep(self.some())
+        time.sleep(self.some(0.85))
         return attempt.trainer()
 
     def settle(self) -> None:
