@@ -298,9 +298,11 @@ def report(number: str, played: Played, folder: Path) -> None:
     what = ", then ".join(played.faults) or "nothing injected in time"
     print(f"{number}: {what}: {played.attempts} attempts", file=sys.stderr)
     for problem in played.lost:
-        print(f"  LOST {problem} (see {folder})", file=sys.stderr)
-    if not played.lost:
-        shutil.rmtree(folder.parent / folder.name)
+        print(f"  LOST {problem}", file=sys.stderr)
+    if played.lost:
+        print(f"  the workspace, and what each call said beside it: {folder}", file=sys.stderr)
+    else:
+        shutil.rmtree(folder)
 
 
 def main() -> None:
