@@ -48,7 +48,7 @@ OTHER_FILES = {
     "benchmarks/": "measurements anyone can repeat, and their results",
     "tools/readme.py": "fills the marked blocks of this page and of docs/",
     "tools/fault_table.py": "the table of faults on this page, from the results of their tests",
-    "tools/soak.py": "random faults against a small real pipeline, and whether anything was lost",
+    "tools/soak*.py": "random faults against a small real pipeline, and whether anything was lost",
     "constraints.txt": "every version, for every platform",
     "Makefile": "repro, test, faults, ui, report, lint, clean",
 }
