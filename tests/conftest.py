@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 NANO = ROOT / "recipes" / "nano.yaml"
 
+pytest_plugins = ["tests.faults", "pytester"]
+
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 
 

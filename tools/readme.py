@@ -3,11 +3,12 @@
     python tools/readme.py            settings and tree, in a second
     python tools/readme.py --run      the commands as well, in a fresh clone of the last commit
     python tools/readme.py --run README.md    those of one page only
+    python tools/readme.py --faults   runs the tests that inject faults, for the fault table
 
 A block stands between `<!-- KIND ARGUMENT -->` and `<!-- end -->`. Kinds: `run` (a command whose
 output is shown), `do` (one whose output is not), `page` (a Markdown file that a command before it
 wrote, without its title), `figure` (a PNG likewise, copied below docs/figures; its alternative
-text follows a bar), `settings`, `tree`.
+text follows a bar), `settings`, `tree`, `faults` (from the results of the last `--faults`).
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 PAGES = [ROOT / "README.md", ROOT / "docs" / "notes.md"]  # the second builds on what the first ran
 FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(
-    r"(<!-- (run|do|page|figure|settings|tree)(?: ([^\n]+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL
+    r"(<!-- (run|do|page|figure|settings|tree|faults)(?: ([^\n]+))? -->\n)(.*?)(<!-- end -->)",
+    re.DOTALL,
 )
 LONGEST = 100  # lines of output shown; the middle of a longer one is left out
 BAR = re.compile(r"\w+: [^]\n]*\[\d+:\d\d[^]\n]*\]")  # one redrawing of a progress bar
@@ -39,11 +43,14 @@ OTHER_FILES = {
     "recipes/": "complete params files: the default, GPT-2 124M to XL, continued training",
     "docs/notes.md": "the notes behind this project, answered with figures from a run",
     "tests/": "one file a module, and the claims seen from outside",
+    "tests/faults.yaml": "the fault table's rows; tests name theirs by @pytest.mark.fault(ROW)",
     "tests/NUMERICS.md": "details that reimplementations get wrong, and the test of each",
     "benchmarks/": "measurements anyone can repeat, and their results",
-    "tools/readme.py": "fills the outputs, settings, tree and figures of this page and of docs/",
+    "tools/readme.py": "fills the marked blocks of this page and of docs/",
+    "tools/fault_table.py": "the table of faults on this page, from the results of their tests",
+    "tools/soak*.py": "random faults against a small real pipeline, and whether anything was lost",
     "constraints.txt": "every version, for every platform",
-    "Makefile": "repro, test, ui, report, lint, clean",
+    "Makefile": "repro, test, faults, ui, report, lint, clean",
 }
 READING_ORDER = [
     *("model", "init", "loss", "precision", "emulation", "training", "optimizer"),
@@ -61,7 +68,6 @@ READING_ORDER = [
 
 
 def settings() -> str:
-    sys.path.insert(0, str(ROOT))
     from pipeline import config
 
     defaults = config.flatten(config.load(ROOT / "recipes/nano.yaml"))
@@ -83,6 +89,18 @@ def tree() -> str:
     rows += OTHER_FILES.items()
     width = max(len(name) for name, _ in rows) + 2
     return "```text\n" + "\n".join(f"{name:<{width}}{text}" for name, text in rows) + "\n```"
+
+
+def faults() -> str:
+    from tools import fault_table
+
+    return fault_table.page(*fault_table.results())
+
+
+def run_faults() -> bool:
+    from tools import fault_table
+
+    return fault_table.run()
 
 
 def phrase(path: Path) -> str:
@@ -147,17 +165,19 @@ def figure(argument: str, clone: Path) -> str:
 
 
 FROM_A_RUN = {"run": run, "do": do, "page": page, "figure": figure}
+FROM_THE_CODE = {"settings": settings, "tree": tree, "faults": faults}
 
 
 def main() -> None:
     commands = "--run" in sys.argv
+    passed = "--faults" not in sys.argv or run_faults()
     clone = Path()
     if commands:
         clone = Path(tempfile.mkdtemp()) / "gpt2"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         print(f"the clone stays at {clone}", file=sys.stderr)
 
-    asked = set(sys.argv[1:]) - {"--run"}
+    asked = set(sys.argv[1:]) - {"--run", "--faults"}
     if commands and asked and "README.md" not in asked:
         run("dvc repro", clone)  # which README.md has among its own commands
     for path in PAGES:
@@ -170,12 +190,14 @@ def main() -> None:
             if kind in FROM_A_RUN and commands:
                 new = FROM_A_RUN[kind](argument, clone)
             elif kind not in FROM_A_RUN:
-                new = settings() if kind == "settings" else tree()
+                new = FROM_THE_CODE[kind]()
             filled = f"{match[1]}{new}\n{match[5]}"
             text = text[: match.start()] + filled + text[match.end() :]
             at = match.start() + len(filled)
             # At once: what has been measured is not lost to a command that fails later.
             path.write_text(text, "utf-8", newline="\n")
+    if not passed:
+        sys.exit("a test failed: the fault table says which row is not held")
 
 
 if __name__ == "__main__":
