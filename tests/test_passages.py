@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import data, passages, paths, training
+from pipeline import data, passages, paths, tokenizing, training
 from pipeline.corpus import Document
 from pipeline.data import Tokens
 from pipeline.nonfinite import Place
