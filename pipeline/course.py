@@ -63,8 +63,8 @@ class Course:
                 "checkpoint.resume=never starts it anew"
             )
         self.curve = [self._earlier[step] for step in range(state.step)]
-        losses = written.curves.get("train/val_loss", [])
-        self.validations = [(step + 1, loss) for step, loss in losses if step < state.step]
+        losses = written.curves.get("train/val_loss", [])[: facts["validations"]]
+        self.validations = [(step + 1, loss) for step, loss in losses]
         self.best, self.best_step = float(facts["best_loss"]), facts["best_step"]
         self.budget = Budget(self.config.train, first=state.step, **facts["budget"])
         return state
@@ -107,6 +107,7 @@ class Course:
         facts = {
             "best_loss": repr(self.best),  # JSON knows no infinity
             "best_step": self.best_step,
+            "validations": len(self.validations),  # the record may know of later ones
             "budget": self.budget.facts(),
             "machine": machine(state.precision),
         }

@@ -103,7 +103,8 @@ def of_workspace(root: Path, stages: tuple[str, ...] = tuple(UPSTREAM)) -> Exper
         part = path.with_suffix(".jsonl.part")
         if stage not in here and part.exists():
             events = _events(part.read_text("utf-8"))
-            if events and events[0]["time"] >= newest:
+            began = (e["time"] for e in events if e["kind"] in ("start", "resume"))
+            if max(began, default=-1) >= newest:
                 here[stage] = events
     return Experiment(WORKSPACE, "", _of_one_chain(WORKSPACE, here))
 

@@ -102,8 +102,10 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], facts: dict[str, A
         state.scaler.load_state_dict(facts["scaler"])
     for name in state.before.keys() - {"scaler"} | {"step"}:
         setattr(state, name, facts[name])
-    state.begin([(tensors[f"x.{n}"], tensors[f"y.{n}"]) for n in range(facts["micro_batches"])])
-    state.rng = {n.removeprefix("rng."): tensors[n] for n in tensors if n.startswith("rng.")}
+    count = range(facts["micro_batches"])
+    state.begin([(tensors[f"x.{n}"].clone(), tensors[f"y.{n}"].clone()) for n in count])
+    names = [name for name in tensors if name.startswith("rng.")]
+    state.rng = {name.removeprefix("rng."): tensors[name].clone() for name in names}
     state.loss = float(facts["loss"])
 
 

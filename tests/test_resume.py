@@ -295,6 +295,21 @@ def test_a_signal_during_validation_leaves_it_for_later(
 
 
 @needs_fork
+def test_a_validation_after_the_newest_checkpoint_keeps_its_best_model(
+    workspace: Path, settings, monkeypatch
+) -> None:
+    with monkeypatch.context() as patch:  # saved after step 4, before its validation
+        patch.setattr(course.Course, "validation_due", lambda self: False)
+        stopped_at(3, settings())
+    with at_step(5, kill):  # validated, and killed before the next checkpoint
+        assert in_a_child(lambda: train.main(settings())) == -signal.SIGKILL
+    stopped_at(6, settings())
+    facts = snapshot.read_facts(the_run() / "checkpoints" / checkpoints()[-1])
+    assert facts["best_step"] == 4
+    assert (the_run() / "best" / "step-00000004" / "model.safetensors").exists()
+
+
+@needs_fork
 @pytest.mark.fault(37)
 def test_a_second_signal_during_the_save_ends_at_once_and_harms_nothing(
     workspace: Path, settings, monkeypatch
