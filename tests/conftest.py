@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from pipeline import config as configuration
+from pipeline import records
 from pipeline.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +39,28 @@ def params(**changes: Any) -> dict[str, Any]:
 def make_config() -> Callable[..., Config]:
     """make_config(train__lr=1e-3) -> a checked Config."""
     return lambda **changes: configuration.from_dict(params(**changes))
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database, made once as `connect` makes it: the schema takes seconds."""
+    from pipeline.store import _create_sqlite
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    _create_sqlite(path)
+    return path
+
+
+@pytest.fixture
+def own_store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory is a workspace of its own with an empty store, which is returned."""
+    (tmp_path / ".dvc").mkdir()
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    for name in ("DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(records, "_invocation", lambda: "one")
+    return tmp_path / "mlflow.db"
 
 
 class NoShipper:
