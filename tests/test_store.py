@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
 import sqlite3
+import subprocess
 import sys
 import tempfile
 import threading
@@ -17,7 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import config as configuration
 from pipeline import paths, records, store, tracking
+from tests.conftest import NANO, ROOT, params
 
 pytestmark = [
     pytest.mark.usefixtures("own_store"),
@@ -72,7 +76,7 @@ def warnings(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
 
 
-def rows_of_all_steps(steps: int, key: str = "tokenize/value") -> list:
+def rows_of_all_steps(steps: int, key: str = "train/value") -> list:
     """Every active row; of the newest one each step is there once."""
     client = store.connect()
     experiment = client.get_experiment_by_name("gpt2")
@@ -83,8 +87,8 @@ def rows_of_all_steps(steps: int, key: str = "tokenize/value") -> list:
 
 
 def record_is_complete(steps: int) -> bool:
-    events = records.read(paths.record("tokenize"))
-    points = [e["step"] for e in events if "tokenize/value" in e.get("values", {})]
+    events = records.read(paths.record("train"))
+    points = [e["step"] for e in events if "train/value" in e.get("values", {})]
     return points == list(range(steps)) and events[-1]["status"] == "FINISHED"
 
 
@@ -215,10 +219,10 @@ def test_a_store_that_fails_costs_one_warning_and_sync_fills_it_later(
 ) -> None:
     with fault(monkeypatch, own_store) as heal:
         began = time.monotonic()
-        with tracking.record("tokenize", make_config()) as record:
+        with tracking.record("train", make_config()) as record:
             started = time.monotonic() - began
             for step in range(3):
-                record.metrics({"tokenize/value": step / 3}, step)
+                record.metrics({"train/value": step / 3}, step)
         ended = time.monotonic() - began
         (warned,) = warnings(caplog)
         assert warned.startswith("MLflow at ") and "`python -m pipeline.tracking sync`" in warned
@@ -254,15 +258,16 @@ def test_a_naive_call_raises_or_hangs_on_it(monkeypatch, own_store: Path, fault)
 
 
 @pytest.fixture
-def rest_server(own_store: Path) -> Iterator[Callable[[int], tuple[int, Heal]]]:
+def rest_server(own_store: Path, monkeypatch) -> Iterator[Callable[[int], tuple[int, Heal]]]:
     """start(port) -> (port, stop): MLflow's own REST handlers over the test's store."""
     from mlflow.server import app, handlers
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from werkzeug.serving import make_server
 
     running = []
 
     def start(port: int = 0) -> tuple[int, Heal]:
-        server = make_server("127.0.0.1", port, app, threaded=True)
+        server = make_server("127.0.0.1", port, app)  # one request at a time
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         running.append(server)
@@ -274,7 +279,8 @@ def rest_server(own_store: Path) -> Iterator[Callable[[int], tuple[int, Heal]]]:
 
         return server.server_port, stop
 
-    handlers.initialize_backend_stores(store.store_uri(), default_artifact_root=str(own_store))
+    behind = SqlAlchemyStore(store.store_uri(), store.artifact_root())
+    monkeypatch.setattr(handlers, "_tracking_store", behind)
     yield start
     for server in running:
         server.shutdown()
@@ -283,14 +289,281 @@ def rest_server(own_store: Path) -> Iterator[Callable[[int], tuple[int, Heal]]]:
 def write_until_shipped(record: records.Record, steps: range) -> str:
     """Points that have arrived, all of them; the id of their row."""
     for step in steps:
-        record.metrics({"tokenize/value": step / 3}, step)
+        record.metrics({"train/value": step / 3}, step)
+    client, found = store.connect(), []
+
+    def arrived() -> bool:
+        if not (experiment := client.get_experiment_by_name("gpt2")):
+            return False
+        for run in client.search_runs([experiment.experiment_id]):
+            history = client.get_metric_history(run.info.run_id, "train/value")
+            if steps[-1] in {point.step for point in history}:
+                found.append(run.info.run_id)
+        return bool(found)
+
+    wait_for(arrived)
+    return found[0]
+
+
+def wait_for(what: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def delete_row(database: Path, row: str) -> Heal:
+    store.connect().delete_run(row)
+    return lambda: None
+
+
+def delete_experiment(database: Path, row: str) -> Heal:
     client = store.connect()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if experiment := client.get_experiment_by_name("gpt2"):
-            for run in client.search_runs([experiment.experiment_id], order_by=["start_time DESC"]):
-                history = client.get_metric_history(run.info.run_id, "tokenize/value")
-                if steps[-1] in {point.step for point in history}:
-                    return run.info.run_id
-        time.sleep(0.05)
-    raise AssertionError(f"step {steps[-1]} never arrived")
+    client.delete_experiment(client.get_run(row).info.experiment_id)
+    return lambda: None
+
+
+def delete_database(database: Path, row: str) -> Heal:
+    database.unlink()
+    return lambda: None
+
+
+def lock_database(database: Path, row: str) -> Heal:
+    other = sqlite3.connect(database, timeout=20)
+    other.execute("BEGIN EXCLUSIVE")
+
+    def heal() -> None:
+        other.rollback()
+        other.close()
+
+    return heal
+
+
+def fill_disk(database: Path, row: str) -> Heal:
+    resource = pytest.importorskip("resource", reason="limits of Unix")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, before[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+DELETIONS = [
+    pytest.param(delete_row, id="row-deleted", marks=pytest.mark.fault(48)),
+    pytest.param(delete_experiment, id="experiment-deleted", marks=pytest.mark.fault(48)),
+    pytest.param(delete_database, id="database-deleted", marks=pytest.mark.fault(47)),
+]
+STOPPAGES = [
+    # MLflow itself waits 20 s for a lock, without a word.
+    pytest.param(lock_database, id="locked", marks=[pytest.mark.fault(47), pytest.mark.slow]),
+    pytest.param(fill_disk, id="full-disk", marks=pytest.mark.fault(47)),
+]
+
+
+@pytest.mark.parametrize("fault", [*DELETIONS, *STOPPAGES])
+def test_what_is_lost_or_stuck_in_mid_run_is_whole_when_the_stage_ends(
+    make_config, own_store: Path, caplog, fault
+) -> None:
+    with tracking.record("tokenize", make_config()) as upstream:
+        upstream.metrics({"data/value": 1.0})
+    with tracking.record("train", make_config()) as record:
+        before = write_until_shipped(record, range(3))
+        heal = fault(own_store, before)
+        try:
+            for step in range(3, 6):
+                record.metrics({"train/value": step / 3}, step)
+            wait_for(lambda: warnings(caplog))
+        finally:
+            heal()
+        after = write_until_shipped(record, range(6, 9))
+    assert len(warnings(caplog)) == 1
+    assert record_is_complete(9)
+    (row,) = rows_of_all_steps(9)
+    assert (row.info.run_id, row.info.status) == (after, "FINISHED")
+    assert row.data.metrics["data/value"] == 1.0
+    assert (before == after) == (fault in (lock_database, fill_disk))
+    assert tracking.sync() == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(*case.values, id=case.id, marks=pytest.mark.fault(row, control=True))
+        for case, row in zip([*DELETIONS, STOPPAGES[1]], (48, 48, 47, 47), strict=True)
+    ],
+)
+def test_a_naive_training_loop_ends_there(own_store: Path, fault) -> None:
+    client = store.connect()
+    run = client.create_run(client.create_experiment("naive"))
+    client.log_metric(run.info.run_id, "loss", 1.0, step=0)
+    heal = fault(own_store, run.info.run_id)
+    try:
+        with pytest.raises(store.store_errors()):
+            client.log_metric(run.info.run_id, "loss", 1.0, step=1)
+        if fault is delete_experiment:
+            with pytest.raises(store.store_errors(), match="already exists"):
+                client.create_experiment("naive")
+    finally:
+        heal()
+
+
+def test_a_deleted_experiment_stays_deleted_and_can_be_restored(make_config) -> None:
+    with tracking.record("train", make_config()):
+        pass
+    client = store.connect()
+    deleted = client.get_experiment_by_name("gpt2")
+    client.delete_experiment(deleted.experiment_id)
+    with tracking.record("train", make_config()) as record:
+        record.metrics({"train/value": 0.0})
+    (row,) = rows_of_all_steps(1)
+    assert row.info.experiment_id != deleted.experiment_id
+    kept = client.get_experiment(deleted.experiment_id)
+    assert (kept.lifecycle_stage, kept.name) == ("deleted", f"gpt2 (deleted, {kept.experiment_id})")
+
+
+@pytest.mark.fault(45)
+def test_a_server_that_dies_in_mid_run_and_comes_back_gets_every_point_once(
+    make_config, monkeypatch, rest_server, caplog
+) -> None:
+    port, stop = rest_server()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with tracking.record("train", make_config()) as record:
+        row = write_until_shipped(record, range(3))
+        stop()
+        for step in range(3, 6):
+            record.metrics({"train/value": step / 3}, step)
+        wait_for(lambda: warnings(caplog))
+        rest_server(port)
+        assert write_until_shipped(record, range(6, 9)) == row
+    assert len(warnings(caplog)) == 1
+    assert record_is_complete(9)
+    (found,) = rows_of_all_steps(9)
+    assert found.info.status == "FINISHED"
+
+
+@pytest.mark.fault(45, control=True)
+def test_a_naive_training_loop_ends_where_its_server_does(monkeypatch, rest_server) -> None:
+    port, stop = rest_server()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    assert naive(log_a_point) == "works"
+    stop()
+    assert naive(log_a_point) == "raises"
+
+
+@pytest.mark.fault(46)
+def test_a_write_is_a_put_into_a_queue_whatever_the_store_does(make_config, monkeypatch) -> None:
+    released, callers = threading.Event(), set()
+
+    def hang() -> None:
+        callers.add(threading.current_thread())
+        released.wait()
+        raise ConnectionError("it never answered")
+
+    monkeypatch.setattr(tracking, "connect", hang)
+    shipper = tracking.Shipper("train", make_config())
+    record = records.Record("train", make_config(), shipper)
+    wait_for(lambda: callers)
+    for step in range(1000):
+        record.metrics({"train/value": step / 3}, step)
+    assert not released.is_set() and shipper._events.qsize() == 1000
+    assert threading.current_thread() not in callers
+    released.set()
+    record.close("FINISHED")
+    shipper.close()
+    assert shipper.problem == "ConnectionError: it never answered"
+    assert record_is_complete(1000)
+
+
+# A training that goes on in another process
+
+CHILD = """
+import sys, json
+from pathlib import Path
+from pipeline import config, tracking
+tracking.SHIP_EVERY_SECONDS = 0.05
+shipper = tracking.Shipper("train", config.load(Path(sys.argv[1])))
+for line in Path("journal.jsonl").read_text("utf-8").splitlines():
+    shipper(json.loads(line))
+print("handed over", flush=True)
+sys.stdin.read()
+"""
+
+
+def journal(make_config, steps: int) -> list[records.Event]:
+    """What a training of so many steps wrote, without its end, as it lies in the scratch folder."""
+    record = records.Record("train", make_config())
+    record.dataset("tokens", "d" * 64, "data/tokens/train.bin", "train")
+    for step in range(steps):
+        record.metrics({"train/value": step / 3, "train/loss": 9.0 - step}, step)
+        if step % 4 == 3:
+            record.metrics({"train/val_loss": 9.5 - step}, step)
+    events = record.so_far()
+    record.close("FINISHED")
+    return events + records.read(paths.record("train"))[-2:]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
+    """A workspace whose trainer was killed (SIGKILL) after it had shipped 8 of its 12 steps."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / ".dvc").mkdir()
+    shutil.copyfile(empty_store, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setattr(records, "_invocation", lambda: "one")
+        events = journal(lambda: configuration.from_dict(params()), 12)
+        shutil.rmtree(paths.RECORDS)
+        lines = [json.dumps(event) + "\n" for event in events]
+        (folder / "whole.jsonl").write_text("".join(lines), "utf-8")
+        early = next(n for n, event in enumerate(events) if event.get("step") == 8)
+        (folder / "journal.jsonl").write_text("".join(lines[:early]), "utf-8")
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(NANO)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        try:
+            assert child.stdout and child.stdout.readline() == b"handed over\n"
+            wait_for(lambda: shipped_steps() == list(range(8)))
+        finally:
+            child.kill()
+            child.communicate()
+    return folder
+
+
+def shipped_steps() -> list[int]:
+    client = store.connect()
+    if not (experiment := client.get_experiment_by_name("gpt2")):
+        return []
+    return sorted(
+        point.step
+        for run in client.search_runs([experiment.experiment_id])
+        for point in client.get_metric_history(run.info.run_id, "train/value")
+    )
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    ["nothing", pytest.param("row deleted", marks=pytest.mark.fault(48)), "database deleted"],
+)
+def test_a_training_that_was_killed_goes_on_in_its_row(
+    make_config, killed: Path, own_store: Path, caplog, meanwhile: str
+) -> None:
+    shutil.copyfile(killed / "mlflow.db", own_store)
+    client = store.connect()
+    (before,) = client.search_runs([client.get_experiment_by_name("gpt2").experiment_id])
+    assert before.info.status == "RUNNING"
+    if meanwhile == "row deleted":
+        client.delete_run(before.info.run_id)
+    if meanwhile == "database deleted":
+        own_store.unlink()
+    shipper = tracking.Shipper("train", make_config())
+    for event in records.read(killed / "whole.jsonl"):
+        shipper(event)
+    shipper.close()
+    (row,) = rows_of_all_steps(12)
+    assert row.info.status == "FINISHED"
+    assert (row.info.run_id == before.info.run_id) == (meanwhile == "nothing")
+    for key, steps in (("train/loss", range(12)), ("train/val_loss", range(3, 12, 4))):
+        history = store.connect().get_metric_history(row.info.run_id, key)
+        assert [point.step for point in history] == list(steps)
+    assert not warnings(caplog)
