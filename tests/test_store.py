@@ -26,6 +26,7 @@ from tests.conftest import NANO, ROOT, params
 pytestmark = [
     pytest.mark.usefixtures("own_store"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:starlette.middleware.wsgi"),  # of MLflow's server
 ]
 
 Heal = Callable[[], None]
