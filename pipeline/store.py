@@ -108,10 +108,11 @@ def said(error: Exception) -> str:
 def without_secrets(text: str) -> str:
     """Leave out what a URI says of its user, and every value that a name calls a secret.
 
-    Names are those in the text (`token=...`) and those of environment variables, whose values a
-    server may well repeat in what it answers.
+    Names are those in the text (`token=...`, an Authorization header) and those of environment
+    variables, whose values a server may well repeat in what it answers.
     """
     text = _ASSIGNED.sub(r"\1***", re.sub(r"//\S*@", "//", text))
+    text = re.sub(r"\b(Basic|Bearer) \S+", r"\1 ***", text)
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= 6:  # shorter ones stand in any text
             text = text.replace(value, "***")

@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,39 @@ def own_store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(records, "_invocation", lambda: "one")
     return tmp_path / "mlflow.db"
+
+
+@pytest.fixture
+def rest_server(
+    own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[int], tuple[int, Callable[[], None]]]]:
+    """start(port) -> (port, stop): MLflow's own REST handlers over the test's store."""
+    from mlflow.server import app, handlers
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from werkzeug.serving import make_server
+
+    from pipeline import store
+
+    running = []
+
+    def start(port: int = 0) -> tuple[int, Callable[[], None]]:
+        server = make_server("127.0.0.1", port, app)  # one request at a time
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        running.append(server)
+
+        def stop() -> None:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+        return server.server_port, stop
+
+    behind = SqlAlchemyStore(store.store_uri(), store.artifact_root())
+    monkeypatch.setattr(handlers, "_tracking_store", behind)
+    yield start
+    for server in running:
+        server.shutdown()
 
 
 class NoShipper:

@@ -258,35 +258,6 @@ def test_a_naive_call_raises_or_hangs_on_it(monkeypatch, own_store: Path, fault)
 # In mid-run
 
 
-@pytest.fixture
-def rest_server(own_store: Path, monkeypatch) -> Iterator[Callable[[int], tuple[int, Heal]]]:
-    """start(port) -> (port, stop): MLflow's own REST handlers over the test's store."""
-    from mlflow.server import app, handlers
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-    from werkzeug.serving import make_server
-
-    running = []
-
-    def start(port: int = 0) -> tuple[int, Heal]:
-        server = make_server("127.0.0.1", port, app)  # one request at a time
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        running.append(server)
-
-        def stop() -> None:
-            server.shutdown()
-            thread.join()
-            server.server_close()
-
-        return server.server_port, stop
-
-    behind = SqlAlchemyStore(store.store_uri(), store.artifact_root())
-    monkeypatch.setattr(handlers, "_tracking_store", behind)
-    yield start
-    for server in running:
-        server.shutdown()
-
-
 def write_until_shipped(record: records.Record, steps: range) -> str:
     """Points that have arrived, all of them; the id of their row."""
     for step in steps:
