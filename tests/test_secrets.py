@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import threading
+import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,15 +26,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # whole stages run here: theirs is tested elsewhere
 ]
 
-PASSWORD = "canary-of-the-uri"
-CANARIES = {
-    "MLFLOW_TRACKING_TOKEN": "canary-of-mlflow-token",
-    "MLFLOW_TRACKING_PASSWORD": "canary-of-mlflow-password",
-    "HF_TOKEN": "canary-of-the-hub",
-    "AWS_SECRET_ACCESS_KEY": "canary-of-the-cloud",
-    "DB_PASSWORD": "canary-of-the-database",
-    "WANDB_API_KEY": "canary-of-another-tracker",
-}
+PASSWORD = uuid.uuid4().hex
+NAMES = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "WANDB_API_KEY")
+NAMES += ("AWS_SECRET_ACCESS_KEY", "DB_PASSWORD")
+CANARIES = {name: uuid.uuid4().hex for name in NAMES}
 STAGES = ("tokenize_corpus", "import_hf_weights", "train", "evaluate", "numerics", "sample")
 
 
