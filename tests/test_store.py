@@ -117,6 +117,8 @@ def closed_port(monkeypatch, database: Path) -> Iterator[Heal]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # each has a warning of urllib3
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     yield lambda: monkeypatch.delenv("MLFLOW_TRACKING_URI")
 
 
@@ -218,12 +220,15 @@ FAULTS = [
 def test_a_store_that_fails_costs_one_warning_and_sync_fills_it_later(
     make_config, monkeypatch, own_store: Path, caplog, fault
 ) -> None:
+    attempts = []
+    monkeypatch.setattr(tracking, "connect", lambda: attempts.append(1) or store.connect())
     with fault(monkeypatch, own_store) as heal:
         began = time.monotonic()
         with tracking.record("train", make_config()) as record:
             started = time.monotonic() - began
             for step in range(3):
                 record.metrics({"train/value": step / 3}, step)
+            wait_for(lambda: len(attempts) > 1)
         ended = time.monotonic() - began
         (warned,) = warnings(caplog)
         assert warned.startswith("MLflow at ") and "`python -m pipeline.tracking sync`" in warned
@@ -353,6 +358,19 @@ def test_what_is_lost_or_stuck_in_mid_run_is_whole_when_the_stage_ends(
     assert row.data.metrics["data/value"] == 1.0
     assert (before == after) == (fault in (lock_database, fill_disk))
     assert tracking.sync() == []
+
+
+@pytest.mark.fault(48)
+@pytest.mark.parametrize("deletion", [delete_row, delete_experiment])
+def test_what_is_deleted_right_before_the_end_is_made_again_at_once(
+    make_config, monkeypatch, own_store: Path, caplog, deletion
+) -> None:
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 3600.0)
+    with tracking.record("train", make_config()) as record:
+        deletion(own_store, write_until_shipped(record, range(3)))
+    (row,) = rows_of_all_steps(3)
+    assert row.info.status == "FINISHED"
+    assert len(warnings(caplog)) == 1
 
 
 @pytest.mark.parametrize(
