@@ -100,9 +100,20 @@ def _check_sqlite(path: Path) -> None:
 
 
 def said(error: Exception) -> str:
-    """An error's kind and message in one line, without secrets."""
-    lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result")]
-    return without_secrets(f"{type(error).__name__}: {lines[0] if lines else ''}")[:LONGEST]
+    """What went wrong, in one line, without secrets."""
+    origin = _origin(error)
+    first = str(origin).partition("\n")[0]
+    return without_secrets(f"{type(origin).__name__}: {first}")[:LONGEST]
+
+
+def _origin(error: Exception) -> BaseException:
+    """What the system or the database said, which libraries wrap in words of their own."""
+    found: BaseException = error
+    inner: BaseException | None = error
+    while inner := inner.__cause__ or inner.__context__:
+        if isinstance(inner, (OSError, sqlite3.Error)):
+            found = inner
+    return found
 
 
 def without_secrets(text: str) -> str:

@@ -216,6 +216,18 @@ FAULTS = [
 ]
 
 
+SAID = {
+    closed_port: "ConnectionRefusedError",
+    silent_socket: "TimeoutError",
+    server_of_errors: "500 error",
+    garbage: "file is not a database",
+    a_folder: "unable to open database file",
+    read_only: "attempt to write a readonly database",
+    locked: "database is locked",
+    full_disk: "disk",
+}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_store_that_fails_costs_one_warning_and_sync_fills_it_later(
     make_config, monkeypatch, own_store: Path, caplog, fault
@@ -231,7 +243,8 @@ def test_a_store_that_fails_costs_one_warning_and_sync_fills_it_later(
             wait_for(lambda: len(attempts) > 1)
         ended = time.monotonic() - began
         (warned,) = warnings(caplog)
-        assert warned.startswith("MLflow at ") and "`python -m pipeline.tracking sync`" in warned
+        assert warned.startswith(f"MLflow at {store.store_uri()}: ") and SAID[fault] in warned
+        assert "`python -m pipeline.tracking sync`" in warned
         assert started < 2, "a stage does not wait for the store to begin"
         assert ended < 10
         assert record_is_complete(3)
