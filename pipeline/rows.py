@@ -59,8 +59,12 @@ class Row:
         self.client.update_run(self.id, status="RUNNING")
 
     def leave(self, head: Event, end: Event) -> None:
-        """The stage is over and all of its record has arrived."""
-        self.tag({shipped_tag(head): head["id"]})
+        """The stage is over and all of its record has arrived.
+
+        One that was interrupted may go on under the same id, so it has not arrived whole.
+        """
+        if end["status"] == "FINISHED":
+            self.tag({shipped_tag(head): head["id"]})
         self._describe(head)
         self.client.set_terminated(self.id, end["status"], end_time=end["time"])
 

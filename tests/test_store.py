@@ -570,3 +570,26 @@ def test_a_training_that_was_killed_goes_on_in_its_row(
         history = store.connect().get_metric_history(row.info.run_id, key)
         assert [point.step for point in history] == list(steps)
     assert not warnings(caplog)
+
+
+def test_a_resumption_that_the_store_missed_comes_with_sync(
+    make_config, monkeypatch, own_store: Path, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal.jsonl"
+    with (
+        pytest.raises(KeyboardInterrupt),
+        tracking.record("train", make_config(), journal) as record,
+    ):
+        record.metrics({"train/value": 0.0}, 0)
+        raise KeyboardInterrupt
+    (killed_row,) = rows_of_all_steps(1)
+    with (
+        closed_port(monkeypatch, own_store) as heal,
+        tracking.record("train", make_config(), journal) as record,
+    ):
+        record.metrics({"train/value": 0.5}, 1)
+    heal()
+    assert len(tracking.sync()) == 1
+    (row,) = rows_of_all_steps(2)
+    assert (killed_row.info.status, row.info.status) == ("KILLED", "FINISHED")
+    assert row.info.run_id == killed_row.info.run_id
