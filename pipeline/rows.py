@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
-from pipeline import notes, paths, records, view
+from pipeline import notes, records, view
 from pipeline.logged_models import LoggedModels
 from pipeline.records import Event
 from pipeline.runs import is_alive, this_process
+from pipeline.store import artifact_root, connect, lock, said, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 log = logging.getLogger(__name__)
 
@@ -27,64 +25,8 @@ NOTE = "mlflow.note.content"
 OWN_NOTE = "pipeline.note"  # a mark of what we wrote there last
 
 BATCH = 1000  # MLflow's limit of metrics a request
-LOCK_SECONDS = 30.0
 
 Fetch = Callable[[str, str], Path | None]  # (path, sha256) -> where those very bytes lie, or None
-
-
-def store_uri() -> str:
-    """MLFLOW_TRACKING_URI, else one sqlite file at the main repository root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.root().as_posix()}/mlflow.db"
-
-
-def connect() -> MlflowClient:
-    """A client for the store, which is created under a lock if it does not exist.
-
-    Import and limits come first: MLflow reads its environment when it is imported, and its
-    defaults wait minutes for a server that is gone.
-    """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    from mlflow import MlflowClient
-
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    uri = store_uri()
-    if uri.startswith("sqlite:///"):
-        with _lock():
-            _create_sqlite(Path(uri.removeprefix("sqlite:///")))
-    return MlflowClient(tracking_uri=uri)
-
-
-def store_errors() -> tuple[type[Exception], ...]:
-    """What a store raises that is not there or does not answer."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return MlflowException, SQLAlchemyError, OSError
-
-
-def _create_sqlite(path: Path) -> None:
-    """Build the schema in a temporary file and rename it: a reader never meets half a database."""
-    if path.exists():
-        return
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    store = SqlAlchemyStore(f"sqlite:///{temporary.as_posix()}", _artifact_root())
-    store.engine.dispose()
-    os.replace(temporary, path)
-
-
-def _artifact_root() -> str:
-    return (paths.root() / "mlartifacts").as_uri()
-
-
-def _lock() -> FileLock:
-    paths.runs().mkdir(parents=True, exist_ok=True)
-    return FileLock(paths.runs() / "tracking.lock", timeout=LOCK_SECONDS)
 
 
 class Row:
@@ -117,8 +59,12 @@ class Row:
         self.client.update_run(self.id, status="RUNNING")
 
     def leave(self, head: Event, end: Event) -> None:
-        """The stage is over and all of its record has arrived."""
-        self.tag({shipped_tag(head): head["id"]})
+        """The stage is over and all of its record has arrived.
+
+        One that was interrupted may go on under the same id, so it has not arrived whole.
+        """
+        if end["status"] == "FINISHED":
+            self.tag({shipped_tag(head): head["id"]})
         self._describe(head)
         self.client.set_terminated(self.id, end["status"], end_time=end["time"])
 
@@ -234,7 +180,7 @@ def open_row(client: MlflowClient, head: Event, others: list[list[Event]]) -> Ro
     edited input under the same params, or two equal experiments at a time never double points.
     """
     parts = {f"record.{r[0]['stage']}": r[0]["id"] for r in others}
-    with _lock():
+    with lock():
         experiment_id = _experiment(client, head["experiment"])
         _sweep(client, experiment_id)
         rows = client.search_runs(
@@ -272,7 +218,7 @@ def attach(training_records: Iterable[str], folder: Path, name: str) -> None:
             for run in client.search_runs(everywhere, f"tags.`record.train` = '{record}'"):
                 client.log_artifacts(run.info.run_id, str(folder), name)
     except Exception as error:  # a store's errors are of every kind
-        log.warning("MLflow did not take %s: %s: %s", folder, type(error).__name__, error)
+        log.warning("MLflow did not take %s: %s", folder, said(error))
 
 
 def shipped(client: MlflowClient) -> list[set[str]]:
@@ -335,12 +281,27 @@ def _sweep(client: MlflowClient, experiment_id: str) -> None:
 
 def _experiment(client: MlflowClient, name: str) -> str:
     found = client.get_experiment_by_name(name)
+    if found and found.lifecycle_stage == "deleted":
+        _make_way(client, found)
+        found = None
     if found:
         if found.tags.get(view.TAG) != view.state():
             client.set_experiment_tag(found.experiment_id, view.TAG, view.state())
         return found.experiment_id
     local = store_uri().startswith("sqlite:///")
-    location = f"{_artifact_root()}/{name}" if local else None
+    location = f"{artifact_root()}/{name}" if local else None
     experiment_id = client.create_experiment(name, artifact_location=location)
     client.set_experiment_tag(experiment_id, view.TAG, view.state())
     return experiment_id
+
+
+def _make_way(client: MlflowClient, deleted: Experiment) -> None:
+    """A deleted experiment keeps its name from a new one, and only one in use can be renamed.
+
+    What a person deleted stays deleted, and can still be restored under the other name.
+    """
+    client.restore_experiment(deleted.experiment_id)
+    client.rename_experiment(
+        deleted.experiment_id, f"{deleted.name} (deleted, {deleted.experiment_id})"
+    )
+    client.delete_experiment(deleted.experiment_id)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import queue
-import re
 import subprocess
 import sys
 import tempfile
@@ -20,15 +20,8 @@ from pipeline import experiments, history, paths, records, view
 from pipeline.config import Config, load
 from pipeline.errors import StorageError, UserError
 from pipeline.records import Event, Record
-from pipeline.rows import (
-    Row,
-    connect,
-    from_workspace,
-    open_row,
-    shipped,
-    store_errors,
-    store_uri,
-)
+from pipeline.rows import Row, from_workspace, open_row, shipped
+from pipeline.store import connect, said, store_errors, store_uri, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,6 +31,7 @@ log = logging.getLogger(__name__)
 SHIP_EVERY_SECONDS = 2.0
 END_SECONDS = 60.0  # how long a finished stage waits for its last points ...
 SLOWEST_UPLOAD = 1e6  # ... and artifacts, in bytes a second
+DOWN_SECONDS = 10.0  # how long it waits for a store that had failed before
 RETRY_SECONDS = 10.0
 
 
@@ -49,12 +43,13 @@ class Shipper:
     """
 
     def __init__(self, stage: str, config: Config):
-        self._events: queue.Queue[Event | None] = queue.Queue()
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._taken: list[Event] = []
         self._upstream = list(records.upstream(stage))
         self._checkpoints = config.tracking.checkpoints
         self._patience = END_SECONDS
         self._closing = threading.Event()
+        self._has_row = False
         self.problem = ""
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
@@ -65,27 +60,37 @@ class Shipper:
 
     def close(self) -> None:
         """Ship what is left; bounded, whatever the store does."""
-        self._events.put(None)
         self._closing.set()
-        self._thread.join(self._patience)
+        self._events.put(None)
+        down = self.problem and not self._has_row
+        patience = DOWN_SECONDS if down else self._patience
+        self._thread.join(patience)
         if self._thread.is_alive():
-            self._warn(f"the store did not answer within {self._patience:.0f} s")
+            self._warn(f"the store did not answer within {patience:.0f} s")
 
     def _run(self) -> None:
         first = self._events.get()
         assert first and first["kind"] == "start"
         self._taken.append(first)
-        while True:
-            try:
-                self._ship(self._taken[0])
-                return
-            except Exception as error:  # a store's errors are of every kind; none may stop a run
-                self._warn(f"{type(error).__name__}: {error}")
-            if self._closing.wait(RETRY_SECONDS):
-                return
+        while not self._attempt():
+            self._closing.wait(RETRY_SECONDS)
+
+    def _attempt(self) -> bool:
+        """Ship from the first event to the last one; whether there is nothing left to try."""
+        last, self._has_row = self._closing.is_set(), False
+        try:
+            self._ship(self._taken[0])
+            return True
+        except Exception as error:  # a store's errors are of every kind; none may stop a run
+            self._warn(said(error))
+        if not self._closing.is_set():
+            return False
+        self._events.put(None)  # the attempt may have taken it
+        return last or not self._has_row  # a row that was lost in the end is worth another one
 
     def _ship(self, head: Event) -> None:
         row = open_row(connect(), head, [*self._upstream, *records.beside(head)])
+        self._has_row = True
         row.enter(head)
         for record in self._upstream:
             row.replay(record, self._checkpoints, from_workspace)
@@ -114,16 +119,12 @@ class Shipper:
             return
         self.problem = problem
         log.warning(
-            "MLflow at %s: %s. The record keeps it all; `python -m pipeline.tracking sync` ships "
-            "the records of finished stages later.",
-            _without_secrets(store_uri()),
-            _without_secrets(problem.partition("\n")[0])[:300],
+            "MLflow at %s: %s. The stage goes on and its record keeps it all: what is missing is "
+            "shipped as soon as that can be, or by `python -m pipeline.tracking sync` once the "
+            "stage is finished.",
+            without_secrets(store_uri()),
+            problem,
         )
-
-
-def _without_secrets(text: str) -> str:
-    """URIs may carry a user and a password."""
-    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 @contextlib.contextmanager
@@ -196,8 +197,7 @@ def main(words: list[str]) -> None:
         log.error("error: %s", error)
         sys.exit(error.exit_code)
     except store_errors() as error:
-        said = _without_secrets(str(error).partition("\n")[0])[:300]
-        log.error("error: MLflow at %s: %s", _without_secrets(store_uri()), said)
+        log.error("error: MLflow at %s: %s", without_secrets(store_uri()), said(error))
         sys.exit(StorageError.exit_code)
 
 
@@ -205,16 +205,17 @@ def show(port: int) -> int:
     """Print the link to the prepared table and serve it, unless a server has the store already."""
     found = connect().get_experiment_by_name(load().tracking.experiment)
     remote = store_uri().startswith("http")
-    server = _without_secrets(store_uri()) if remote else f"http://127.0.0.1:{port}"
+    server = without_secrets(store_uri()) if remote else f"http://127.0.0.1:{port}"
     link = view.link(server.rstrip("/"), found.experiment_id if found else "0")
     log.info("The prepared comparison:\n  %s", link)
     if remote:
         return 0
     log.info("MLflow takes half a minute to start; Ctrl-C ends it.")
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", store_uri()]
+    # Not among the words of the command, where everybody on the machine could read a password.
+    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": store_uri()}
     with contextlib.suppress(KeyboardInterrupt):
-        return subprocess.call(command, cwd=paths.root())
+        return subprocess.call(command, cwd=paths.root(), env=environment)
     return 0
 
 

@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from pipeline import config as configuration
+from pipeline import records
 from pipeline.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +40,61 @@ def params(**changes: Any) -> dict[str, Any]:
 def make_config() -> Callable[..., Config]:
     """make_config(train__lr=1e-3) -> a checked Config."""
     return lambda **changes: configuration.from_dict(params(**changes))
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database, made once as `connect` makes it: the schema takes seconds."""
+    from pipeline.store import _create_sqlite
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    _create_sqlite(path)
+    return path
+
+
+@pytest.fixture
+def own_store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory is a workspace of its own with an empty store, which is returned."""
+    (tmp_path / ".dvc").mkdir()
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    for name in ("DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(records, "_invocation", lambda: "one")
+    return tmp_path / "mlflow.db"
+
+
+@pytest.fixture
+def rest_server(
+    own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[int], tuple[int, Callable[[], None]]]]:
+    """start(port) -> (port, stop): MLflow's own REST handlers over the test's store."""
+    from mlflow.server import app, handlers
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from werkzeug.serving import make_server
+
+    from pipeline import store
+
+    running = []
+
+    def start(port: int = 0) -> tuple[int, Callable[[], None]]:
+        server = make_server("127.0.0.1", port, app)  # one request at a time
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        running.append(server)
+
+        def stop() -> None:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+        return server.server_port, stop
+
+    behind = SqlAlchemyStore(store.store_uri(), store.artifact_root())
+    monkeypatch.setattr(handlers, "_tracking_store", behind)
+    yield start
+    for server in running:
+        server.shutdown()
 
 
 class NoShipper:

@@ -12,7 +12,7 @@ from tests.imports import ROOT, imports, tree
 PIPELINE = sorted((ROOT / "pipeline").glob("*.py"))
 STAGES = sorted((ROOT / "stages").glob("*.py"))
 OWNERS = {
-    "mlflow": {"rows", "logged_models"},  # runs; models
+    "mlflow": {"store", "rows", "logged_models"},  # the client; runs; models
     "omegaconf": {"config"},
     "yaml": {"config", "yaml_text"},
     "transformers": {"hf_weights"},

@@ -11,30 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import paths, records, rows, tracking, view
+from pipeline import paths, records, rows, store, tracking, view
 from tests.conftest import NANO
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database, made once as `connect` makes it: the schema takes seconds."""
-    from pipeline.rows import _create_sqlite
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    _create_sqlite(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _workspace(tmp_path: Path, empty_store: Path, monkeypatch) -> None:
-    (tmp_path / ".dvc").mkdir()
-    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
-    monkeypatch.chdir(tmp_path)
-    for name in ("DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(records, "_invocation", lambda: "one")
+pytestmark = [
+    pytest.mark.usefixtures("own_store"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 def run_stage(stage: str, config, points: int = 3) -> None:
@@ -44,7 +27,7 @@ def run_stage(stage: str, config, points: int = 3) -> None:
 
 
 def all_rows() -> list:
-    client = rows.connect()
+    client = store.connect()
     experiment = client.get_experiment_by_name("gpt2")
     return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
 
@@ -57,7 +40,7 @@ def test_a_row_gathers_the_stages_of_one_experiment(make_config) -> None:
     assert row.info.status == "FINISHED"
     assert row.data.params["train.lr"] == "0.002"
     assert "tracking.experiment" not in row.data.params
-    history = rows.connect().get_metric_history(row.info.run_id, "train/value")
+    history = store.connect().get_metric_history(row.info.run_id, "train/value")
     assert [(m.step, m.value) for m in history] == [(0, 0.0), (1, 0.333333), (2, 0.666667)]
 
 
@@ -67,7 +50,7 @@ def test_an_edited_input_under_the_same_params_opens_a_new_row(make_config) -> N
         run_stage(stage, config)
     old, new = all_rows()
     assert old.data.tags["superseded"] == new.info.run_id
-    client = rows.connect()
+    client = store.connect()
     for row in (old, new):
         for stage in ("tokenize", "import_hf_weights", "train"):
             assert len(client.get_metric_history(row.info.run_id, f"{stage}/value")) == 3
@@ -76,7 +59,7 @@ def test_an_edited_input_under_the_same_params_opens_a_new_row(make_config) -> N
 def test_shipping_a_record_twice_changes_nothing(make_config) -> None:
     run_stage("tokenize", make_config())
     (row,) = all_rows()
-    client = rows.connect()
+    client = store.connect()
     events = records.read(paths.record("tokenize"))
     shown = rows.Row(client, row.info.run_id, row.info.experiment_id)
     shown.write(events, "best", rows.from_workspace)
@@ -98,44 +81,11 @@ def test_the_row_ends_as_the_stage_does(make_config, error: BaseException, statu
 def test_a_row_whose_process_is_gone_does_not_run_for_ever(make_config) -> None:
     run_stage("tokenize", make_config())
     (row,) = all_rows()
-    client = rows.connect()
+    client = store.connect()
     client.update_run(row.info.run_id, status="RUNNING")
     client.set_tag(row.info.run_id, "pipeline.process", "999999-1.00")
     run_stage("tokenize", make_config(sample__seed=9))
     assert sorted(r.info.status for r in all_rows()) == ["FINISHED", "KILLED"]
-
-
-def silent_socket() -> socket.socket:
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    listening.listen()
-    return listening
-
-
-@pytest.mark.parametrize("fault", ["refuses", "hangs", "garbage"])
-def test_a_store_that_fails_costs_one_warning_and_no_record(
-    make_config, monkeypatch, tmp_path: Path, caplog, fault: str
-) -> None:
-    monkeypatch.setattr(tracking, "END_SECONDS", 3.0)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    server = silent_socket()
-    port = server.getsockname()[1]
-    if fault == "refuses":
-        server.close()
-    if fault == "garbage":
-        (tmp_path / "mlflow.db").write_bytes(b"not a database" * 500)
-    else:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
-    began = time.monotonic()
-    run_stage("tokenize", make_config())
-    assert time.monotonic() - began < 30
-    server.close()
-    warnings = [r.getMessage() for r in caplog.records if "MLflow at" in r.getMessage()]
-    assert len(warnings) == 1
-    assert "secret" not in caplog.text
-    values = [e["values"] for e in records.read(paths.record("tokenize")) if "values" in e]
-    assert [v["tokenize/value"] for v in values if "tokenize/value" in v] == [0, 0.333333, 0.666667]
 
 
 def train_with_checkpoints(config) -> None:
@@ -154,7 +104,7 @@ def train_with_checkpoints(config) -> None:
 
 
 def all_models() -> dict:
-    client = rows.connect()
+    client = store.connect()
     experiment = client.get_experiment_by_name("gpt2")
     found = client.search_logged_models([experiment.experiment_id])
     assert len(found) == len({model.name for model in found})
@@ -175,7 +125,7 @@ def test_checkpoints_are_copied_or_referred_to_as_asked(
 ) -> None:
     train_with_checkpoints(make_config(tracking__checkpoints=mode))
     (row,) = all_rows()
-    listed = rows.connect().list_artifacts(row.info.run_id, "checkpoints")
+    listed = store.connect().list_artifacts(row.info.run_id, "checkpoints")
     assert {Path(f.path).name for f in listed} == copied
     assert row.data.tags["checkpoint.best.path"] == "artifacts/model"
     models = all_models()
@@ -211,7 +161,7 @@ def test_a_model_tells_its_step_losses_and_where_dvc_keeps_its_files(make_config
 def test_replaying_checkpoints_doubles_neither_models_nor_points(make_config) -> None:
     train_with_checkpoints(make_config())
     (row,) = all_rows()
-    client = rows.connect()
+    client = store.connect()
     before = {name: sorted(map(str, model.metrics)) for name, model in all_models().items()}
     again = rows.Row(client, row.info.run_id, row.info.experiment_id)
     again.write(records.read(paths.record("train")), "best", rows.from_workspace)
@@ -224,7 +174,7 @@ def test_rows_that_stand_together_have_colours_of_their_own(make_config) -> None
     number = len(view.COLORS)
     for seed in range(number + 1):
         head = records.start_event("tokenize", make_config(sample__seed=seed))
-        rows.open_row(rows.connect(), head | {"time": head["time"] + seed}, [])
+        rows.open_row(store.connect(), head | {"time": head["time"] + seed}, [])
     colors = [row.data.tags["mlflow.runColor"] for row in all_rows()]
     assert len(set(colors[:number])) == len(set(colors[1:])) == number
 
@@ -259,7 +209,7 @@ def test_a_note_says_what_changed_and_how_it_came_out(make_config, commit_has) -
 def test_a_note_that_a_person_wrote_stays(make_config) -> None:
     run_stage("tokenize", make_config())
     (row,) = all_rows()
-    rows.connect().set_tag(row.info.run_id, "mlflow.note.content", "mine")
+    store.connect().set_tag(row.info.run_id, "mlflow.note.content", "mine")
     run_stage("import_hf_weights", make_config())
     (row,) = all_rows()
     assert note_of(row) == "mine"
@@ -319,8 +269,9 @@ def test_a_store_that_is_not_there_ends_sync_and_ui_in_one_message(
 ) -> None:
     run_stage("tokenize", make_config())
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with silent_socket() as server:
-        port = server.getsockname()[1]
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
     with pytest.raises(SystemExit) as ended:
         tracking.main([command])
@@ -328,28 +279,6 @@ def test_a_store_that_is_not_there_ends_sync_and_ui_in_one_message(
     errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert [e.startswith(f"error: MLflow at http://127.0.0.1:{port}") for e in errors] == [True]
     assert "secret" not in caplog.text
-
-
-def test_a_store_that_comes_back_gets_what_it_missed(make_config, monkeypatch) -> None:
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.2)
-    monkeypatch.setattr(tracking, "SHIP_EVERY_SECONDS", 0.1)
-    real, calls = rows.Row.write, []
-
-    def fails_twice(self, events, *rest) -> None:
-        calls.append(1)
-        if len(calls) in (2, 3):
-            raise ConnectionError("gone")
-        real(self, events, *rest)
-
-    monkeypatch.setattr(rows.Row, "write", fails_twice)
-    with tracking.record("tokenize", make_config()) as record:
-        for step in range(20):
-            record.metrics({"tokenize/value": step}, step)
-            time.sleep(0.1)
-    (row,) = all_rows()
-    assert row.info.status == "FINISHED"
-    history = rows.connect().get_metric_history(row.info.run_id, "tokenize/value")
-    assert [m.step for m in history] == list(range(20))
 
 
 def test_two_experiments_of_one_key_at_a_time_get_a_row_each(make_config) -> None:
@@ -360,7 +289,7 @@ def test_two_experiments_of_one_key_at_a_time_get_a_row_each(make_config) -> Non
             place.mkdir(exist_ok=True)
             with contextlib.chdir(place):
                 run_stage(stage, config)
-    client = rows.connect()
+    client = store.connect()
     assert len(all_rows()) == 2
     for row in all_rows():
         for stage in ("tokenize", "import_hf_weights", "train"):

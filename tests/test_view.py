@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import config as configuration
-from pipeline import paths, records, rows, tracking, view
+from pipeline import paths, records, store, tracking, view
 from tests.conftest import ROOT, params, tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -86,7 +86,7 @@ def shipped(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
             patch.setenv("DVC_EXP_NAME", name)
             patch.setattr(records, "_invocation", lambda name=name: name)
             ship(loss)
-        experiment = rows.connect().get_experiment_by_name("gpt2")
+        experiment = store.connect().get_experiment_by_name("gpt2")
         yield view.link(server, experiment.experiment_id)
 
 
@@ -186,7 +186,7 @@ def test_the_models_tab_shows_checkpoints_with_step_metrics_path_and_md5(
 
 @needs_browser
 def test_a_runs_page_shows_its_note(shipped: str, visit: Callable[..., str]) -> None:
-    client = rows.connect()
+    client = store.connect()
     found = client.search_runs([shipped.partition("experiments/")[2].partition("/")[0]])
     (best,) = [run.info.run_id for run in found if run.info.run_name == "best"]
     page = visit(shipped.partition("?")[0] + f"/{best}", "Came out")

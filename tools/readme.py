@@ -62,7 +62,7 @@ READING_ORDER = [
     *("experiments", "sweep", "queueing", "comparison", "contrast"),
     *("doctor", "symptoms", "forecast", "report", "report_run", "report_figures", "figures"),
     *("plots", "tables"),
-    *("records", "tracking", "history", "rows", "logged_models", "notes", "view", "runs"),
+    *("records", "tracking", "history", "store", "rows", "logged_models", "notes", "view", "runs"),
     *("config", "yaml_text", "paths", "cache", "folders", "errors", "buffers"),
 ]
 
