@@ -85,7 +85,8 @@ class Record:
             self._files.append(open(journal, "a", encoding="utf-8", newline="\n"))  # noqa: SIM115
         self.resumed = bool(earlier)
         self.head = earlier[0] if earlier else start_event(stage, config)
-        self._write({"kind": "resume", "time": _now()} if earlier else self.head)
+        again = {"kind": "resume", "time": _now(), "name": os.environ.get("DVC_EXP_NAME", "")}
+        self._write(again if earlier else self.head)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """One point for each key, rounded: six digits, four of rates and times."""

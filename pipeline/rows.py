@@ -110,6 +110,11 @@ class Row:
         tags |= {f"env.{key}": value for key, value in event["environment"].items()}
         self.tag(tags)
 
+    def _resumed(self, event: Event, *_: Any) -> None:
+        """The experiment that goes on may have another name, and is the one that DVC will keep."""
+        if name := event["name"]:
+            self.tag({"dvc.exp_name": name, "mlflow.runName": name})
+
     def _tagged(self, event: Event, *_: Any) -> None:
         self.tag(event["values"])
 
@@ -158,6 +163,7 @@ def shipped_tag(head: Event) -> str:
 
 _SHIP: dict[str, Callable[..., None]] = {
     "start": Row._start,
+    "resume": Row._resumed,
     "tags": Row._tagged,
     "dataset": Row._dataset,
     "artifact": Row._artifact,

@@ -58,12 +58,12 @@ class Shipper:
         self._patience += event.get("bytes", 0) / SLOWEST_UPLOAD
         self._events.put(event)
 
-    def close(self) -> None:
-        """Ship what is left; bounded, whatever the store does."""
+    def close(self, hurried: bool = False) -> None:
+        """Ship what is left; bounded, whatever the store does, and by seconds if `hurried`."""
         self._closing.set()
         self._events.put(None)
         down = self.problem and not self._has_row
-        patience = DOWN_SECONDS if down else self._patience
+        patience = DOWN_SECONDS if down or hurried else self._patience
         self._thread.join(patience)
         if self._thread.is_alive():
             self._warn(f"the store did not answer within {patience:.0f} s")
@@ -142,7 +142,7 @@ def record(stage: str, config: Config, journal: Path | None = None) -> Iterator[
     finally:
         entry.tags({f"env.{name}": version for name, version in records.versions().items()})
         entry.close(status)
-        shipper.close()
+        shipper.close(hurried=status == "KILLED")
 
 
 def sync() -> list[str]:
