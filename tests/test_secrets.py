@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import importlib
 import json
-import re
 import shutil
 import subprocess
 import threading
@@ -19,7 +18,7 @@ from omegaconf import OmegaConf
 
 from pipeline import config as configuration
 from pipeline import paths, records, rows, store, tracking
-from tests.conftest import NANO, ROOT, tiny_pipeline
+from tests.conftest import NANO, tiny_pipeline
 
 pytestmark = [
     pytest.mark.usefixtures("own_store"),
@@ -184,44 +183,3 @@ def test_the_page_is_served_on_loopback_and_its_password_is_on_no_command_line(
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert "mlflow.db" not in " ".join(command)
     assert called["env"]["MLFLOW_BACKEND_STORE_URI"] == uri
-
-
-# Words are put together here, so that this file does not find itself.
-FORBIDDEN = (
-    "--disable-security" + "-middleware",
-    "DISABLE_SECURITY" + "_MIDDLEWARE",
-    "0.0." + "0.0",
-    "allowed" + "-hosts",
-    *(f"mlflow.{flavour}" for flavour in ("pytorch", "pyfunc", "sklearn", "transformers")),
-    "log" + "_model(",
-)
-
-
-def unsafe(text: str) -> list[str]:
-    """What opens a server to others or puts a pickle into MLflow; a server without loopback."""
-    found = [word for word in FORBIDDEN if word in text]
-    starts = re.findall(r"mlflow[\"', ]+(?:ui|server)\b.*", text)
-    return found + [start for start in starts if "127.0.0.1" not in start]
-
-
-def published() -> list[Path]:
-    """What a person may run or copy: code, makefile, settings, pages."""
-    folders = ("pipeline", "stages", "tools", "benchmarks", "recipes", "docs", ".ci")
-    inside = [path for folder in folders for path in (ROOT / folder).rglob("*")]
-    kinds = {".py", ".yaml", ".toml", ".md", ".txt", ""}
-    return [p for p in [*ROOT.iterdir(), *inside] if p.is_file() and p.suffix in kinds]
-
-
-def test_no_server_is_opened_to_others_and_no_model_is_a_pickle() -> None:
-    files = published()
-    assert {ROOT / "pipeline/tracking.py", ROOT / "Makefile", ROOT / "README.md"} <= set(files)
-    found = {path.name: unsafe(path.read_text("utf-8")) for path in files}
-    assert {name: words for name, words in found.items() if words} == {}
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["mlflow ui --host 0.0.0.0", "mlflow server", "mlflow.pytorch.log_model(model)"],
-)
-def test_the_search_finds_an_unsafe_line(line: str) -> None:
-    assert unsafe(line)
