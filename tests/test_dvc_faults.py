@@ -154,7 +154,7 @@ def test_an_orphaned_training_is_waited_for_and_its_result_adopted(
     assert "busy" not in repo.dvc("repro", "-s", "-f", "tokenize")
     said = repo.dvc("repro", "-s", "train")
     assert f"process {pid} trains this very configuration: waiting for its result" in said
-    assert "another process has just trained this very configuration; adopted" in said
+    assert "train: this very training has been done; its checked result is taken" in said
     client = MlflowClient(f"sqlite:///{(repo.folder / 'mlflow.db').as_posix()}")
     found = client.search_runs([client.get_experiment_by_name("gpt2").experiment_id])
     trained = [run for run in found if "record.train" in run.data.tags]
