@@ -184,7 +184,7 @@ def unfinished(but: Path) -> Path | None:
     found = [
         folder
         for folder in _folders()
-        if folder != but and _json(folder / STATUS).get("state") != "finished"
+        if folder != but and _state(folder) in ("killed", "preempted", "failed")
     ]
     return max(found, key=lambda f: _json(f / STATUS).get("time", 0), default=None)
 
@@ -202,6 +202,13 @@ def differences(mine: dict[str, Any], other: Path) -> list[str]:
     inputs = theirs.get("inputs", {})
     changed += [f"other bytes in {n}" for n, d in mine["inputs"].items() if inputs.get(n) != d]
     return changed + (["other code"] if theirs.get("code") != mine["code"] else [])
+
+
+def _state(folder: Path) -> str:
+    said = _json(folder / STATUS)
+    state = said.get("state", "unknown")
+    dead = state == "running" and not psutil.pid_exists(said.get("pid", -1))
+    return "killed" if dead else state
 
 
 def _folders() -> list[Path]:
@@ -272,12 +279,9 @@ def lines() -> list[str]:
     for folder in _folders():
         said, params = _json(folder / STATUS), _json(folder / IDENTITY).get("params", {})
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-        state = said.get("state", "unknown")
-        if state == "running" and not psutil.pid_exists(said.get("pid", -1)):
-            state = "killed"
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(said.get("time", 0)))
         found.append(
-            f"{folder.name}  {state} at step {said.get('step', 0):,} of "
+            f"{folder.name}  {_state(folder)} at step {said.get('step', 0):,} of "
             f"{params.get('train.steps', 0):,}, {when}, {size / 2**20:,.0f} MiB"
         )
     return found or ["no training is at work or interrupted"]

@@ -117,27 +117,6 @@ def test_a_killed_experiment_goes_on_in_its_row(repo: Checkout, way: str) -> Non
     assert "val/loss" in row.data.metrics
 
 
-@pytest.mark.fault(57)
-def test_a_training_that_dvc_left_behind_is_waited_for_and_taken_over(repo: Checkout) -> None:
-    command = [sys.executable, "-m", "dvc", "repro"]
-    raw = OmegaConf.load(repo.folder / "params.yaml")
-    OmegaConf.update(raw, "train.lr", 0.006)
-    OmegaConf.save(raw, repo.folder / "params.yaml")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    dvc = subprocess.Popen(command, cwd=repo.folder, env=repo.env, **quiet)
-    for _ in range(1200):
-        said = status(repo)
-        if said.get("state") == "running" and said.get("step", 0) >= 20:
-            break
-        time.sleep(0.05)
-    dvc.kill()
-    dvc.wait()
-    os.kill(said["pid"], 0)  # the training lives on
-    done = repo.dvc("repro")
-    assert f"process {said['pid']} trains this very configuration" in done
-    assert "its checked result is taken over" in done
-
-
 def test_nothing_is_left_in_the_scratch_folder(repo: Checkout) -> None:
     left = [path.name for path in Path(repo.folder / ".runs").iterdir() if path.is_dir()]
     assert left == []

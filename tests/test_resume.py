@@ -124,12 +124,14 @@ def at_step(step: int, act: Callable[[], None]) -> contextlib.AbstractContextMan
     def patched() -> Iterator[None]:
         original = training.gradients
 
-        def gradients(state: training.TrainState, batches: list[training.Batch]) -> float:
+        def gradients(
+            state: training.TrainState, batches: list[training.Batch], *each: Any
+        ) -> float:
             if state.step == step:
                 if act is kill:
                     original(state, batches[:1])
                 act()
-            return original(state, batches)
+            return original(state, batches, *each)
 
         training.gradients = gradients
         try:
@@ -711,8 +713,8 @@ def test_a_run_that_left_the_numbers_keeps_its_checkpoints_and_says_why(
 ) -> None:
     original = training.gradients
 
-    def nan(state: training.TrainState, batches: list[training.Batch]) -> float:
-        return float("nan") if state.step == 7 else original(state, batches)
+    def nan(state: training.TrainState, batches: list[training.Batch], *each: Any) -> float:
+        return float("nan") if state.step == 7 else original(state, batches, *each)
 
     monkeypatch.setattr(training, "gradients", nan)
     with pytest.raises(NumericsError):

@@ -169,3 +169,9 @@ def test_a_training_whose_process_is_gone_is_called_killed() -> None:
         raise RuntimeError
     (held.folder / "run_status.json").write_text(status.replace(str(os.getpid()), "999999"))
     assert "killed at step 0 of 9" in runs.lines()[0]
+    assert runs.unfinished(but=Path("another")) == held.folder
+
+
+def test_a_training_at_work_is_not_called_interrupted() -> None:
+    with runs.claim(IDENTITY):
+        assert runs.unfinished(but=Path("another")) is None
