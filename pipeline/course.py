@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,8 @@ class Course:
                 *(report.step, report.loss, earlier.loss),
             )
             self.record.tags({"resume.not_bit_equal_at": report.step})
-        self.curve.append(earlier or report)
+        # How many steps there are to be is the plan of now, with a time budget another one.
+        self.curve.append(replace(earlier, steps=report.steps) if earlier else report)
 
     def validation_due(self) -> bool:
         """Whether the model as it stands is to be validated and was not yet."""
@@ -94,8 +96,8 @@ class Course:
         self.validations.append((done, loss))
         self.record.metrics({"train/val_loss": loss}, done - 1)
         if loss < self.best:
-            self.checkpoints.keep_best(state.model, done)
             self.best, self.best_step = loss, done
+            self.checkpoints.keep_best(state.model, done)
 
     def checkpoint_due(self) -> bool:
         """Whether it is time to save; after the last step the result itself is written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,7 @@ def exit_code(error: BaseException) -> int:
         return 130
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return StorageError.exit_code if out_of_memory(error) else 1
+    return StorageError.exit_code if out_of_memory(error) or disk_full(error) else 1
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -81,3 +82,9 @@ def together(*inputs: Callable[[], Any]) -> list[Any]:
     if refused:
         raise type(refused[0])("\n  ".join(dict.fromkeys(map(str, refused))))
     return given
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written for want of space, or of the right to take more."""
+    codes = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
+    return isinstance(error, OSError) and error.errno in codes

@@ -92,8 +92,13 @@ def copy(source: Path, target: Path) -> None:
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-        shutil.copyfile(source, partial)
-        os.replace(partial, target)
+        try:
+            shutil.copyfile(source, partial)
+            with open(partial, "r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        finally:
+            remove(partial)
 
 
 def recover(folder: Path) -> None:

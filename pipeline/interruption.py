@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while training: noted for the end of the step; a second one ends at once."""
+"""Signals to end while training: noted for the end of the step; a second one ends at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A closed terminal is a third way to say it, where the system has that signal.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 class Stopped(Exception):
@@ -22,7 +23,9 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        # One that is ignored, as under nohup, was not to end this process.
+        self._before = {n: kept for n, kept in before.items() if kept is not signal.SIG_IGN}
 
     def asked(self) -> bool:
         return self.signal is not None
@@ -50,12 +53,12 @@ class Interruption:
             self._listen()
 
     def _listen(self) -> None:
-        self._handle(dict.fromkeys(SIGNALS, self._note))
+        self._handle(dict.fromkeys(self._before, self._note))
 
     def _note(self, number: int, _frame: object) -> None:
         self.signal = signal.Signals(number)
         # The system's own way to end needs no Python: it works in the middle of a long product.
-        self._handle(dict.fromkeys(SIGNALS, signal.SIG_DFL))
+        self._handle(dict.fromkeys(self._before, signal.SIG_DFL))
         words = f"\n{self.signal.name}: this step and a checkpoint first; again ends at once\n"
         with contextlib.suppress(OSError):
             os.write(2, words.encode())  # a handler may come in the middle of another print
@@ -67,7 +70,7 @@ class Interruption:
 
 @contextlib.contextmanager
 def listening() -> Iterator[Interruption]:
-    """Take both signals over, and give them back in the end."""
+    """Take the signals over, and give them back in the end."""
     interruption = Interruption()
     interruption._listen()
     try:

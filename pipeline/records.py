@@ -22,7 +22,7 @@ import psutil
 
 from pipeline import paths
 from pipeline.config import ASIDE, Config, flatten, settings_of
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, InputError
 
 # Every stage with those whose records it waits for, in the order of the chain. `numerics` stands
 # beside the chain: it measures the machine, and its record joins the row with the last stage.
@@ -83,7 +83,6 @@ class Record:
             self._write(event)
         if journal:
             self._files.append(open(journal, "a", encoding="utf-8", newline="\n"))  # noqa: SIM115
-        self.resumed = bool(earlier)
         self.head = earlier[0] if earlier else start_event(stage, config)
         again = {"kind": "resume", "time": _now(), "name": os.environ.get("DVC_EXP_NAME", "")}
         self._write(again if earlier else self.head)
@@ -152,15 +151,22 @@ def read(path: Path) -> list[Event]:
 
 
 def reopen(journal: Path) -> list[Event]:
-    """The events of a journal to go on with; what a kill cut off, and the word that it ended, go.
+    """The events of a journal to go on with; a line that a kill cut off, and the end, go.
 
-    None where there is no journal yet.
+    None where there is no journal yet. Raises InputError for a line that is damaged otherwise.
     """
     if not journal.exists():
         return []
+    lines = journal.read_bytes().splitlines(keepends=True)
     events, size = [], 0
-    for line in journal.read_bytes().splitlines(keepends=True):
+    for number, line in enumerate(lines, 1):
         event = _event(line)
+        if event is None and number < len(lines):
+            raise InputError(
+                f"{journal}: line {number} is damaged, so that this training cannot go on: put it "
+                f"right (where it was stopped there is a copy, {paths.RECORDS}/*.part), or begin "
+                "anew with checkpoint.resume=never"
+            )
         if event is None or event["kind"] == "end":
             break
         events.append(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
@@ -14,7 +15,7 @@ import torch
 from pipeline import runtime
 from pipeline.checkpoint import save_model
 from pipeline.errors import InputError, StorageError
-from pipeline.folders import discard, problems, recover_all
+from pipeline.folders import SUMS, discard, problems, recover_all
 from pipeline.snapshot import Tensors, read_facts, restore, save_snapshot
 
 if TYPE_CHECKING:
@@ -62,16 +63,27 @@ class Checkpoints:
         state.begin([])
         save_snapshot(self.folder / _name(state.step), state, facts)
         self._saved = self._clock()
-        kept = self._all()[-self._settings.keep :]
-        for old in set(self._all()) - set(kept):
-            discard(old)
-        named = {_name(read_facts(path)["best_step"]) for path in kept}
-        for model in self._best.glob("step-*"):
-            if model.name not in named:
-                discard(model)
+        with contextlib.suppress(OSError):  # where somebody reads an old one, the next save tries
+            for old in self._all()[: -self._settings.keep]:
+                discard(old)
+        self._prune_best(facts["best_step"])
 
     def keep_best(self, model: GPT, step: int) -> None:
+        """The best model so far; those before it go, unless a checkpoint names them."""
         save_model(model, self.best(step))
+        self._prune_best(step)
+
+    def _prune_best(self, newest: int) -> None:
+        named = {_name(newest)}
+        for path in self._all():
+            try:
+                named.add(_name(read_facts(path)["best_step"]))
+            except (InputError, KeyError):  # damaged since: which one it names is not known
+                return
+        with contextlib.suppress(OSError):
+            for model in self._best.glob("step-*"):
+                if model.name not in named:
+                    discard(model)
 
     def best(self, step: int) -> Path:
         """Where the best model of that step lies."""
@@ -86,8 +98,12 @@ class Checkpoints:
         damaged = []
         for path in reversed(self._all()):
             try:
-                facts = read_facts(path)
-                damage = problems(path) + problems(self.best(facts["best_step"]))
+                facts: Facts = {}
+                damage = _damage(path)
+                if not damage:
+                    facts = read_facts(path)
+                    best = facts["best_step"]
+                    damage = _damage(self.best(best)) if best else []
             except InputError as error:
                 damage = [str(error)]
             if not damage:
@@ -106,11 +122,12 @@ class Checkpoints:
     def check_room(self, parameters: int) -> None:
         """Raise StorageError where the disk cannot take what this training will keep at a time.
 
-        A checkpoint holds three times the weights; one more than `keep` lies there while it is
-        written, beside the best and the last model and their copies for the pipeline.
+        A checkpoint holds three times the weights and may name a best model of its own; one more
+        than `keep` lies there while it is written, beside the last model and the copies of both
+        for the pipeline.
         """
         weights = 4 * parameters
-        needed = (3 * (self._settings.keep + 1) + 5) * weights - _size(self.folder.parent)
+        needed = (4 * (self._settings.keep + 1) + 5) * weights - _size(self.folder.parent)
         free = shutil.disk_usage(_existing(self.folder)).free
         if free < needed:
             raise StorageError(
@@ -146,6 +163,13 @@ def warn_of_differences(then: dict[str, str], now: dict[str, str]) -> None:
         log.warning(
             "this training goes on, but not bit-equal to an unbroken one: %s", "; ".join(changed)
         )
+
+
+def _damage(folder: Path) -> list[str]:
+    """What is not as it was written; a folder without sums was not written by us."""
+    if not (folder / SUMS).exists():
+        return [f"{folder / SUMS}: missing"]
+    return problems(folder)
 
 
 def _name(step: int) -> str:

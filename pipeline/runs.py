@@ -58,15 +58,18 @@ class Run:
     def say(self, state: str, **facts: Any) -> None:
         """Write run_status.json: `dvc repro` turns every exit code into one."""
         known = _json(self.folder / STATUS)
-        facts = {"state": state, "pid": os.getpid(), "time": int(time.time())} | facts
+        me = {"pid": os.getpid(), "process": this_process()}
+        facts = {"state": state, **me, "time": int(time.time())} | facts
         kept = {"step": known["step"]} if "step" in known else {}
-        _write(self.folder / STATUS, kept | facts)
+        with contextlib.suppress(OSError):  # a full disk, or a reader on Windows: no reason to end
+            _write(self.folder / STATUS, kept | facts)
 
     def start_over(self) -> None:
         """Forget what earlier processes left here."""
         discard(self.folder)
         self.folder.mkdir()
         _write(self.folder / IDENTITY, self.identity)
+        self.say("running")
 
     def adopt(self) -> bool:
         """Take over the result of another process for this very identity, if it is whole.
@@ -90,17 +93,13 @@ class Run:
     def share(self, outputs: list[Path]) -> None:
         """Leave the result for those that wait, and for DVC's next try if this one is stopped."""
         for output in outputs:
-            (self.folder / output).parent.mkdir(parents=True, exist_ok=True)
+            recover(self.folder / output)
             copy(output, self.folder / output)
         digests = {output.as_posix(): tree_digest(output) for output in outputs}
         made = {"digests": digests, "md5": dvc_md5(outputs[0]), "by_dvc": _under_dvc()}
         _write(self.folder / RESULT, made)
         for name in ("checkpoints", "best", "study", JOURNAL):
             discard(self.folder / name)
-
-    def awaited(self) -> bool:
-        """Whether another living process waits for this training."""
-        return _awaited(self.folder)
 
 
 @contextlib.contextmanager
@@ -128,8 +127,7 @@ def claim(identity: dict[str, Any], wait: bool = True) -> Iterator[Run]:
         except BaseException as error:
             code = exit_code(error)
             state = "preempted" if code >= 128 else "failed"
-            with contextlib.suppress(OSError):  # a full disk is what may have ended it
-                run.say(state, exit_code=code, message=str(error))
+            run.say(state, exit_code=code, message=str(error))
             raise
         run.say("finished", exit_code=0)
 
@@ -163,7 +161,8 @@ def _holding(folder: Path, wait: bool) -> Iterator[bool]:
         holder.write_text(str(os.getpid()), "utf-8")
         yield waited
     finally:
-        holder.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Windows: somebody may be reading it
+            holder.unlink(missing_ok=True)
         lock.release()
 
 
@@ -184,7 +183,9 @@ def unfinished(but: Path) -> Path | None:
     found = [
         folder
         for folder in _folders()
-        if folder != but and _state(folder) in ("killed", "preempted", "failed")
+        if folder != but
+        and _state(folder) in ("killed", "preempted", "failed")
+        and any(folder.glob("checkpoints/step-*"))
     ]
     return max(found, key=lambda f: _json(f / STATUS).get("time", 0), default=None)
 
@@ -207,7 +208,7 @@ def differences(mine: dict[str, Any], other: Path) -> list[str]:
 def _state(folder: Path) -> str:
     said = _json(folder / STATUS)
     state = said.get("state", "unknown")
-    dead = state == "running" and not psutil.pid_exists(said.get("pid", -1))
+    dead = state == "running" and not is_alive(said.get("process", ""))
     return "killed" if dead else state
 
 
@@ -226,6 +227,7 @@ def _drop(folder: Path) -> bool:
 
 
 def _awaited(folder: Path) -> bool:
+    """Whether another living process waits for this training."""
     marks = folder.parent.glob(f"{folder.name}.waiting-*")
     return any(is_alive(mark.name.partition(".waiting-")[2]) for mark in marks)
 
@@ -253,7 +255,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, values: dict[str, Any]) -> None:
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
+    with open(part, "w", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(values, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
 
 

@@ -73,6 +73,9 @@ class Tensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # without reading the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 

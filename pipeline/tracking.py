@@ -140,9 +140,11 @@ def record(stage: str, config: Config, journal: Path | None = None) -> Iterator[
         status = "KILLED"
         raise
     finally:
-        entry.tags({f"env.{name}": version for name, version in records.versions().items()})
-        entry.close(status)
-        shipper.close(hurried=status == "KILLED")
+        try:  # a full disk may be what ended the stage
+            entry.tags({f"env.{name}": version for name, version in records.versions().items()})
+            entry.close(status)
+        finally:
+            shipper.close(hurried=status == "KILLED")
 
 
 def sync() -> list[str]:

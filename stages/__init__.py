@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from pipeline import config as configuration
 from pipeline import plots
 from pipeline.config import Config
-from pipeline.errors import UserError, exit_code, out_of_memory
+from pipeline.errors import UserError, disk_full, exit_code, out_of_memory
 
 if TYPE_CHECKING:
     from pipeline.precision import Precision
@@ -55,6 +55,11 @@ def run(main: Callable[[Config], None]) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
+        sys.exit(exit_code(error))
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        print(f"error: {error}; make room, and say the same again", file=sys.stderr)
         sys.exit(exit_code(error))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

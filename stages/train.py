@@ -77,20 +77,19 @@ def main(config: Config) -> None:
         "init": records.tree_digest(paths.INIT),
     }
     with runs.claim(identity(config, inputs), config.checkpoint.wait) as run:
+        for output in OUTPUTS:
+            recover(output)
+        if config.checkpoint.resume == "never" and not run.waited:
+            run.start_over()
         if run.adopt():
             print("train: this very training has been done; its checked result is taken over")
             return
-        if config.checkpoint.resume == "never":
-            run.start_over()
-        for folder in (paths.MODEL, paths.LAST):
-            recover(folder)
         checkpoints = Checkpoints(run.folder, config.checkpoint)
         found = checkpoints.newest()
         announce_start(config, run, found)
         with tracking.record("train", config, run.journal) as record:
-            if not record.resumed:
-                record.dataset("tokens", tokens.sha256, str(tokens.path), "train")
-                record.tags({f"digest.{name}": digest for name, digest in inputs.items()})
+            record.dataset("tokens", tokens.sha256, str(tokens.path), "train")
+            record.tags({f"digest.{name}": digest for name, digest in inputs.items()})
             course = Course(config, record, run, checkpoints)
             train(course, found, tokens, held_out)
         run.share(OUTPUTS)
@@ -176,17 +175,24 @@ def loop(
                 if report.step + 1 == forecast.MEASURED_AT:
                     foresee_time(config, record, course.curve)
                 validate_if_due(course, state, held_out, stop, told)
-                if stop.asked() or course.checkpoint_due():
+                if course.checkpoint_due() and not stop.asked():
                     course.save(state)
-                if stop.asked():
-                    tqdm.write(
-                        f"train: saved after step {state.step:,}; `dvc repro`, or the same "
-                        "experiment, goes on from there"
-                    )
-                    stop.leave()
+                leave_if_asked(course, state, stop)
+            leave_if_asked(course, state, stop)  # no step was left, and validation was stopped
         except NumericsError as error:
             keep_for_a_look(state, config, record, str(error))
             raise
+
+
+def leave_if_asked(course: Course, state: training.TrainState, stop: Interruption) -> None:
+    """After a signal: save, say so, and end."""
+    if stop.asked():
+        course.save(state)
+        tqdm.write(
+            f"train: saved after step {state.step:,}; `dvc repro`, or the same experiment, "
+            "goes on from there"
+        )
+        stop.leave()
 
 
 def watched(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -207,12 +208,10 @@ def test_killed_twice_and_resumed_equals_unbroken_to_the_bit(
     config = settings(precision=precision)
     train.main(config)
     unbroken = seen.take()
-    ids = [records.read(paths.record("train"))[0]["id"]]
     folders.discard(the_run())
     for step in kills:
         with at_step(step, kill):
             assert in_a_child(lambda: train.main(config)) == -signal.SIGKILL
-        assert not paths.record("train").exists() or ids
     assert checkpoints()
     train.main(config)
     assert seen.take() == unbroken
@@ -277,9 +276,7 @@ def test_without_the_handler_the_step_is_lost(workspace: Path, settings, monkeyp
     assert checkpoints()[-1] == "step-00000006"
 
 
-def test_a_signal_during_validation_leaves_it_for_later(
-    workspace: Path, settings, monkeypatch
-) -> None:
+def stopped_in_validation(config: configuration.Config, monkeypatch) -> None:
     windows = train.data.validation_windows
 
     def interrupted(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -289,7 +286,26 @@ def test_a_signal_during_validation_leaves_it_for_later(
     with monkeypatch.context() as patch:
         patch.setattr(train.data, "validation_windows", interrupted)
         with pytest.raises(SystemExit):
-            train.main(settings())
+            train.main(config)
+
+
+def test_a_signal_in_the_last_validation_leaves_it_for_later_twice(
+    workspace: Path, settings, monkeypatch
+) -> None:
+    config = settings(train__val_every=50)
+    for _ in range(2):  # the second time no step is left
+        stopped_in_validation(config, monkeypatch)
+        assert checkpoints()[-1] == "step-00000012"
+    train.main(config)
+    events = records.read(paths.record("train"))
+    assert [e["step"] for e in events if "train/val_loss" in e.get("values", {})] == [11]
+    assert checkpoint.load_model(paths.MODEL)
+
+
+def test_a_signal_during_validation_leaves_it_for_later(
+    workspace: Path, settings, monkeypatch
+) -> None:
+    stopped_in_validation(settings(), monkeypatch)
     assert checkpoints() == ["step-00000003", "step-00000004"]
     train.main(settings())
     events = records.read(paths.record("train"))
@@ -421,11 +437,13 @@ def stopped_at(step: int, config: configuration.Config) -> None:
 
 
 @pytest.mark.fault(43)
-@pytest.mark.parametrize("harm", ["flip", "truncate", "facts", "missing", "best"])
+@pytest.mark.parametrize(
+    "harm", ["flip", "truncate", "facts", "key", "missing", "sums", "best", "no best"]
+)
 def test_a_damaged_checkpoint_is_passed_over_aloud(
     workspace: Path, settings, caplog, capsys, harm: str
 ) -> None:
-    stopped_at(8 if harm == "best" else 7, settings())
+    stopped_at(8 if "best" in harm else 7, settings())
     newest = the_run() / "checkpoints" / checkpoints()[-1]
     tensors = newest / "exp_avg.safetensors"
     if harm == "flip":
@@ -434,6 +452,13 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
         tensors.write_bytes(tensors.read_bytes()[:-100])
     elif harm == "facts":
         (newest / "snapshot.json").write_text("{")
+    elif harm == "key":
+        text = (newest / "snapshot.json").read_text()
+        (newest / "snapshot.json").write_text(text.replace("best_step", "bess_step"))
+    elif harm == "sums":
+        (newest / "sha256.json").unlink()
+    elif harm == "no best":
+        folders.remove(the_run() / "best" / "step-00000008")
     elif harm == "missing":
         tensors.unlink()
     else:
@@ -670,6 +695,43 @@ def test_the_newest_are_kept_and_the_best_models_that_they_name(
     ]
 
 
+def test_best_models_do_not_pile_up_between_checkpoints(
+    tmp_path: Path, make_config, small_state
+) -> None:
+    saved = kept(tmp_path, make_config)
+    small_state.step = 1
+    saved.keep_best(small_state.model, 1)
+    saved.save(small_state, {"best_step": 1})
+    for step in (2, 3, 4):
+        saved.keep_best(small_state.model, step)
+    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == [
+        "step-00000001",
+        "step-00000004",
+    ]
+
+
+def test_a_disk_that_is_full_for_the_record_is_storage_and_costs_nothing(
+    workspace: Path, settings, monkeypatch, capsys
+) -> None:
+    write = records.Record._write
+
+    def full(self: records.Record, event: records.Event) -> None:
+        if event.get("step") == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, event)
+
+    OmegaConf.save(OmegaConf.create(params(**SMALL)), "params.yaml")
+    monkeypatch.setattr(stages.plots, "keep_script", lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(records.Record, "_write", full)
+        with pytest.raises(SystemExit) as ended:
+            stages.run(train.main)
+    assert ended.value.code == 5 and "No space left on device" in capsys.readouterr().err
+    assert json.loads((the_run() / "run_status.json").read_text())["exit_code"] == 5
+    train.main(settings())
+    assert recorded() == list(range(12))
+
+
 def test_checkpoints_come_by_steps_and_by_minutes(tmp_path: Path, make_config) -> None:
     now = 0.0
     changes = {"checkpoint__every_steps": 10, "checkpoint__every_minutes": 2.0}
@@ -799,3 +861,36 @@ def test_a_journal_cut_by_a_kill_is_gone_on_with(tmp_path: Path, monkeypatch, ma
     ]
     assert events[0]["id"] == first.head["id"] == again.head["id"]
     assert [e["kind"] for e in events if e["kind"] != "metrics"] == ["start", "resume", "end"]
+
+
+def test_a_damaged_line_in_a_journal_is_named_and_nothing_is_thrown_away(
+    workspace: Path, settings
+) -> None:
+    stopped_at(7, settings())
+    journal = the_run() / runs.JOURNAL
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[5] = lines[5].replace(b":", b"?", 1)
+    journal.write_bytes(b"".join(lines))
+    with pytest.raises(InputError, match=r"record\.jsonl: line 6 is damaged.*resume=never"):
+        train.main(settings())
+    assert journal.read_bytes() == b"".join(lines)
+
+
+def test_never_begins_anew_even_where_a_result_was_left_behind(
+    workspace: Path, settings, capsys
+) -> None:
+    train.main(settings())
+    train.main(settings(checkpoint__resume="never"))
+    assert "taken over" not in capsys.readouterr().out
+
+
+def test_a_plan_that_became_shorter_ends_with_a_validation(
+    workspace: Path, settings, monkeypatch
+) -> None:
+    config = settings(train__val_every=50, train__time_budget=5.0)
+    with at_step(11, kill):
+        assert in_a_child(lambda: train.main(config)) == -signal.SIGKILL
+    monkeypatch.setattr(course.Budget, "steps", lambda self, step: 10)
+    train.main(config)
+    events = records.read(paths.record("train"))
+    assert [e["step"] for e in events if "train/val_loss" in e.get("values", {})] == [9]

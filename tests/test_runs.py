@@ -44,9 +44,9 @@ def second(done: dict[str, object]) -> threading.Thread:
     return thread
 
 
-def wait_until_awaited(held: runs.Claim) -> None:
+def wait_until_awaited(held: runs.Run) -> None:
     for _ in range(200):
-        if held.awaited():
+        if runs._awaited(held.folder):
             return
         time.sleep(0.02)
     raise AssertionError("the second process never said that it waits")
@@ -87,7 +87,7 @@ def test_a_damaged_result_is_not_adopted() -> None:
 def test_a_dead_waiter_does_not_count() -> None:
     with runs.claim(IDENTITY) as held:
         held.folder.with_name(held.folder.name + ".waiting-999999-1.00").touch()
-        assert not held.awaited()
+        assert not runs._awaited(held.folder)
 
 
 def test_a_failed_training_lets_the_next_one_train() -> None:
@@ -169,6 +169,8 @@ def test_a_training_whose_process_is_gone_is_called_killed() -> None:
         raise RuntimeError
     (held.folder / "run_status.json").write_text(status.replace(str(os.getpid()), "999999"))
     assert "killed at step 0 of 9" in runs.lines()[0]
+    assert runs.unfinished(but=Path("another")) is None  # it has nothing to go on from
+    (held.folder / "checkpoints" / "step-00000001").mkdir(parents=True)
     assert runs.unfinished(but=Path("another")) == held.folder
 
 
