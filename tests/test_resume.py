@@ -401,6 +401,7 @@ def test_forty_kills_in_the_middle_of_saves_lose_no_checkpoint(
 
 
 @needs_fork
+@pytest.mark.fault(37, control=True)
 @pytest.mark.fault(38, control=True)
 @pytest.mark.fault(41, control=True)
 def test_a_save_in_place_is_torn_by_a_kill(tmp_path: Path, small_state) -> None:
@@ -638,6 +639,34 @@ def test_a_folder_that_cannot_be_written_ends_before_training(
     finally:
         workspace.chmod(mode)
     assert ".runs" in told.read_text() and "cannot be written" in told.read_text()
+
+
+@needs_fork
+@pytest.mark.fault(42, control=True)
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of another kind")
+def test_a_naive_training_learns_of_a_folder_like_that_when_it_saves(
+    tmp_path: Path, small_state
+) -> None:
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    ended_steps, tell = os.pipe()
+    tmp_path.chmod(0o555)
+
+    def work() -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        for _ in range(3):
+            training.train_step(small_state, [(ids, ids)], 1e-3, 1.0)
+        os.write(tell, b"trained")
+        torch.save({}, tmp_path / "naive.pt")
+
+    try:
+        assert in_a_child(work) == 1
+    finally:
+        tmp_path.chmod(0o755)
+        os.close(tell)
+    assert os.read(ended_steps, 16) == b"trained"
+    os.close(ended_steps)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.fault(41)
