@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "recipes" / "nano.yaml"
 
 pytest_plugins = ["tests.faults", "pytester"]
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it puts aside
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 

@@ -623,12 +623,15 @@ def test_a_folder_that_cannot_be_written_ends_before_training(
     for folder in [workspace, *workspace.parents][:4]:
         folder.chmod(folder.stat().st_mode | 0o055)
 
+    config = settings()  # read before the child gives its rights up, as are the sources
+    monkeypatch.setattr(records, "code_digest", lambda: "code")
+
     def work() -> None:
         if os.geteuid() == 0:
             os.setuid(65534)
         monkeypatch.setattr(train, "train", lambda *_: told.write_text("it trained"))
         try:
-            train.main(settings())
+            train.main(config)
         except StorageError as error:
             told.write_text(str(error))
 
