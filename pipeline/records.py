@@ -76,6 +76,7 @@ class Record:
         earlier = reopen(journal) if journal else []
         self._spent = sum(end - began for began, end in _sessions(earlier))
         self._started = time.time()
+        self.head = earlier[0] if earlier else start_event(stage, config)
         self._held = {key: e["step"] for e in _metrics(earlier) for key in e["values"]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._files = [open(self._part, "w", encoding="utf-8", newline="\n")]  # noqa: SIM115
@@ -83,7 +84,6 @@ class Record:
             self._write(event)
         if journal:
             self._files.append(open(journal, "a", encoding="utf-8", newline="\n"))  # noqa: SIM115
-        self.head = earlier[0] if earlier else start_event(stage, config)
         again = {"kind": "resume", "time": _now(), "name": os.environ.get("DVC_EXP_NAME", "")}
         self._write(again if earlier else self.head)
 
