@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,11 @@ def read_only(monkeypatch, database: Path) -> Iterator[Heal]:
             for path in (Path(folder), *Path(folder).iterdir()):
                 os.chown(path, 65534, -1)
             os.seteuid(65534)
+            try:
+                open(find_spec("mlflow").origin).close()
+            except PermissionError:
+                os.seteuid(0)
+                pytest.skip("the environment lies where its owner alone may read it")
 
         def heal() -> None:
             if root:
