@@ -68,7 +68,7 @@ def _row(case: Case, result: Result) -> tuple[object, ...]:
         *result.speed(case.base),
         memory,
         memory / base if memory and base else None,
-        "",
+        result.remark,
     )
 
 

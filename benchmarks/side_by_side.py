@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -23,7 +23,16 @@ LOOK_EVERY = 0.01  # seconds between looks at the memory, in turns that are not 
 ANSWERED, BROKEN = "answered", "broken"
 
 Turn = Callable[[], Any]  # does the work once; what it returns is the answer
-Agree = Callable[[list[Any], list[Any]], str]  # (own answers, the reference's) -> "" or the reason
+
+
+class Verdict(NamedTuple):
+    """Why no time of a contestant counts, or "" where it does; and what else to say of it."""
+
+    refused: str = ""
+    remark: str = ""
+
+
+Agree = Callable[[list[Any], list[Any]], Verdict]  # (own answers, those of the reference)
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class Result:
     seconds: list[float] = field(default_factory=list)
     memory_mib: float | None = None  # the most that it and its processes held, shared pages once
     refused: str = ""
+    remark: str = ""
 
     @property
     def median(self) -> float | None:
@@ -86,8 +96,9 @@ def measure(
         if reference not in running:
             raise ValueError(f"{reference} gives the answers: {results[reference].refused}")
         for name in list(running):
-            results[name].refused = agree(answers[name], answers[reference])
-            if results[name].refused:
+            result = results[name]
+            result.refused, result.remark = agree(answers[name], answers[reference])
+            if result.refused:
                 running.pop(name).end()
         _take_turns(running, results, rounds, tell)
     return list(results.values())

@@ -31,7 +31,7 @@ from benchmarks import checkouts, outcomes, side_by_side
 from benchmarks.checkouts import BUILD_NANOGPT, NANOGPT
 from benchmarks.outcomes import OURS
 from benchmarks.peers import HF, SIZES, Task, build_nanogpt_model, hf_model, nanogpt_model
-from benchmarks.side_by_side import Contestant, Turn
+from benchmarks.side_by_side import Contestant, Turn, Verdict
 from pipeline import runtime, training
 from pipeline.optimizer import learning_rate
 from pipeline.precision import PRECISIONS, choose_precision
@@ -118,8 +118,8 @@ def _steps(
     return turn
 
 
-def agree(losses: list[float], others: list[float], precision: str = "fp32") -> str:
-    """Whether the first losses are those of the reference: "" or in words how far they are off.
+def agree(losses: list[float], others: list[float], precision: str = "fp32") -> Verdict:
+    """Refuses whose first losses are not those of the reference, in words that say how far off.
 
     In bf16 and fp16 every step may be off by the format's own rounding, half an epsilon.
     """
@@ -128,8 +128,8 @@ def agree(losses: list[float], others: list[float], precision: str = "fp32") -> 
         bound = max(rounding, NEXT_LOSSES if step else FIRST_LOSS)
         if not math.isclose(loss, other, rel_tol=bound):
             off = f"{loss:.5f} instead of {other:.5f}"
-            return f"loss of step {step}: {off}, more than {bound:g} apart"
-    return ""
+            return Verdict(f"loss of step {step}: {off}, more than {bound:g} apart")
+    return Verdict()
 
 
 def contestants(task: Task, nano: str | None, build: str | None) -> list[Contestant]:
