@@ -87,7 +87,7 @@ def texts(path: Path) -> Iterator[str]:
 # --- the contestants: each turn writes its files and says where end-of-text stands in them
 
 
-def ours(path: Path, folder: Path) -> Turn:
+def ours(path: Path, folder: Path, workers: int | None = None) -> Turn:
     """The tokenize stage without its record."""
     changes = {"source": "jsonl", "path": str(path), "field": "text", "val_fraction": VAL_FRACTION}
     settings = [f"corpus.{name}={json.dumps(value)}" for name, value in changes.items()]
@@ -96,7 +96,7 @@ def ours(path: Path, folder: Path) -> Turn:
     def turn() -> Answer:
         tokenizing.refuse_empty(corpus.check(config))
         documents, about = corpus.documents(config), corpus.describe(config)
-        tokenizing.write_tokens(documents, folder, source=about)
+        tokenizing.write_tokens(documents, folder, workers=workers, source=about)
         return "by split", [str(folder / "train.bin"), str(folder / "val.bin")]
 
     return turn

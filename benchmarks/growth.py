@@ -1,0 +1,324 @@
+"""How time and memory grow, along every axis that a user may turn, beside what is expected.
+
+    python benchmarks/growth.py [AXIS ...] [--rounds N]
+
+An axis is a list of points; each point works in a process of its own and they take turns. What
+grows faster than its work does shows as a number above 1 in the column "over expected": measured
+growth since the first point by the growth of the work. Memory is what a turn holds beyond a
+process that only imported the pipeline. Writes benchmarks/results/growth.{json,md,svg}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+from benchmarks import outcomes, side_by_side, tokenizing
+from benchmarks.peers import RECIPE
+from benchmarks.side_by_side import Contestant, Result, Turn, Verdict
+from pipeline import config as configuration
+from pipeline import data, doctor, generation, paths, runtime, training
+from pipeline.config import Config
+from pipeline.course import step_metrics
+from pipeline.experiments import Experiment
+from pipeline.figures import OTHERS, sheet, svg
+from pipeline.model import GPT, GPTConfig
+from pipeline.precision import choose_precision
+from pipeline.records import Record
+from pipeline.tables import markdown
+
+IDLE = "idle"
+HEADS = 4
+
+Expected = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What is turned, the work at a point, and by what law its time and memory should grow."""
+
+    label: str
+    points: tuple[float, ...]
+    start: Callable[[float], Turn]
+    time: Expected
+    memory: Expected
+    law: str  # both laws, in words
+
+
+def constant(_: float) -> float:
+    return 1.0
+
+
+def linear(x: float) -> float:
+    return x
+
+
+# --- training: one step
+
+
+def shape(channels: int = 128, block_size: int = 1024) -> GPTConfig:
+    return GPTConfig(max(1, channels // 32), HEADS, channels, block_size)
+
+
+def step_of(model: GPTConfig, batch: int, tokens: int, accumulate: int = 1) -> Turn:
+    """One optimizer step a turn, of `accumulate` batches (batch, tokens)."""
+    device = runtime.choose_device("auto")
+    settings = configuration.load(RECIPE).train
+    draws = runtime.generator(0, "ids")
+    ids = torch.randint(50257, (accumulate, batch, tokens + 1), generator=draws)
+    batches = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids]
+    state = training.start(GPT(model).to(device), settings, choose_precision("fp32", device))
+    steps = training.fit(state, dataclasses.replace(settings, steps=10**6), lambda _: batches)
+    return lambda: next(steps).loss
+
+
+def model_size(channels: float) -> Turn:
+    return step_of(shape(int(channels), 128), 8, 128)
+
+
+def sequence(tokens: float) -> Turn:
+    return step_of(shape(), 2, int(tokens))
+
+
+def batch_size(batch: float) -> Turn:
+    return step_of(shape(), int(batch), 128)
+
+
+def accumulation(count: float) -> Turn:
+    return step_of(shape(), 2, 128, int(count))
+
+
+def threads(count: float) -> Turn:
+    torch.set_num_threads(int(count))
+    return step_of(shape(), 8, 128)
+
+
+def flops(channels: float = 128, tokens: float = 128) -> float:
+    with torch.device("meta"):
+        return GPT(shape(int(channels))).flops_per_token(int(tokens))
+
+
+def parameters(channels: float) -> float:
+    with torch.device("meta"):
+        return GPT(shape(int(channels), 128)).parameter_count()
+
+
+# --- around the steps
+
+
+def bookkeeping(steps: float) -> Turn:
+    """Record, curve and the doctor's looks at every validation, for so many steps."""
+    config, folder = configuration.load(RECIPE), tempfile.TemporaryDirectory()
+
+    def turn() -> None:
+        with contextlib.chdir(folder.name):
+            record = Record("train", config)
+            for step in range(int(steps)):
+                record.metrics(step_metrics(_report(step, config)), step)
+                if step % config.train.val_every == 0:
+                    record.metrics({"val/loss": 5.0}, step)
+                    doctor.examine(Experiment("", "", {"train": record.so_far()}), doctor.URGENT)
+            record.close("FINISHED")
+
+    return turn
+
+
+def _report(step: int, config: Config) -> training.StepReport:
+    loss = 4 + 6 / (1 + step)
+    return training.StepReport(step, loss, 1.0, 1e-3, 1.0, False, 0.3, 0.001, 1024, 10**6)
+
+
+def batches(tokens: float) -> Turn:
+    """A thousand batches out of a corpus of so many tokens."""
+    settings = configuration.load(RECIPE).train
+    ids = np.zeros(int(tokens), data.DTYPE)
+    corpus = data.Tokens(ids, len(ids), "", 1, Path())
+
+    def turn() -> None:
+        for step in range(1000):
+            training.micro_batches(corpus, settings, step)
+
+    return turn
+
+
+# --- text in, text out
+
+
+def new_tokens(count: float) -> Turn:
+    """Greedy continuation of one token by so many, with the cache."""
+    model = GPT(shape(256))
+    sample = configuration.load(RECIPE).sample
+    sample = dataclasses.replace(sample, max_new_tokens=int(count), temperature=0.0)
+    idx = torch.full((1, 1), 464)
+    return partial(generation.generate, model, idx, sample, runtime.generator(0, "sample"))
+
+
+def corpus_size(megabytes: float) -> Turn:
+    return _tokenize(megabytes, None)
+
+
+def processes(count: float) -> Turn:
+    return _tokenize(16, int(count))
+
+
+def _tokenize(megabytes: float, workers: int | None) -> Turn:
+    folder = tempfile.TemporaryDirectory()  # goes with its process
+    text = Path(folder.name) / tokenizing.TEXT
+    tokenizing.write_text(text, megabytes)
+    work = tokenizing.ours(text, Path(folder.name), workers)
+
+    def turn() -> None:
+        assert Path(folder.name).is_dir()
+        work()
+
+    return turn
+
+
+AXES = {
+    "model": Axis(
+        "channels",
+        (64, 128, 256, 512),
+        model_size,
+        lambda x: flops(x),
+        parameters,
+        "time as the floating-point operations, memory as the parameters",
+    ),
+    "sequence": Axis(
+        "tokens a sequence",
+        (128, 256, 512, 1024),
+        sequence,
+        lambda x: x * flops(tokens=x),
+        linear,
+        "time as tokens and the attention between them, memory as tokens",
+    ),
+    "batch": Axis(
+        "sequences a batch", (2, 4, 8, 16, 32), batch_size, linear, linear, "both as sequences"
+    ),
+    "accumulate": Axis(
+        "micro-batches a step",
+        (1, 2, 4, 8),
+        accumulation,
+        linear,
+        constant,
+        "time as micro-batches, memory not at all",
+    ),
+    "threads": Axis(
+        "threads of a step",
+        (1, 2),
+        threads,
+        lambda x: 1 / x,
+        constant,
+        "time as one over threads, memory not at all",
+    ),
+    "steps": Axis(
+        "steps recorded",
+        (500, 2000, 8000, 20000),
+        bookkeeping,
+        linear,
+        linear,
+        "time and memory as steps",
+    ),
+    "batches": Axis(
+        "tokens of the corpus",
+        (1e6, 1e7, 1e8),
+        batches,
+        constant,
+        linear,
+        "time of a thousand batches not at all; memory as the tokens, which lie in it here",
+    ),
+    "generate": Axis(
+        "new tokens", (64, 128, 256, 512), new_tokens, linear, constant, "time as new tokens"
+    ),
+    "corpus": Axis(
+        "megabytes of text",
+        (4, 16, 64),
+        corpus_size,
+        linear,
+        constant,
+        "time as text, memory not at all",
+    ),
+    "processes": Axis(
+        "processes that tokenize 16 MB",
+        (1, 2, 4),
+        processes,
+        lambda x: 1 / min(x, tokenizing.cores()),
+        linear,
+        "time as one over processes up to the cores, memory as processes",
+    ),
+}
+
+
+# --- the measurement
+
+
+def idle() -> Turn:
+    return lambda: None
+
+
+def measured(axis: Axis, rounds: int) -> tuple[list[Result], float]:
+    """A result for each point, and the MiB of a process that does nothing."""
+    points = [Contestant(f"{x:g}", partial(axis.start, x)) for x in axis.points]
+    base, *found = side_by_side.measure(
+        [Contestant(IDLE, idle), *points],
+        lambda own, others: Verdict(),
+        reference=IDLE,
+        rounds=rounds,
+        tell=lambda line: print(f"growth: {axis.label}: {line}", file=sys.stderr),
+    )
+    return found, base.memory_mib
+
+
+def rows(axis: Axis, found: list[Result], idle_mib: float) -> list[tuple[object, ...]]:
+    first, least = axis.points[0], found[0]
+    table = []
+    for x, result in zip(axis.points, found, strict=True):
+        work, room = axis.time(x) / axis.time(first), axis.memory(x) / axis.memory(first)
+        mib, mib_first = result.memory_mib - idle_mib, least.memory_mib - idle_mib
+        table.append(
+            (
+                x,
+                result.median,
+                min(result.seconds),
+                max(result.seconds),
+                result.median / least.median / work,
+                mib,
+                mib / mib_first / room,
+            )
+        )
+    return table
+
+
+COLUMNS = ("median s", "least s", "most s", "time over expected", "MiB", "memory over expected")
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("axes", nargs="*", choices=[[], *AXES], default=list(AXES), metavar="AXIS")
+    parser.add_argument("--rounds", type=int, default=5)
+    asked = parser.parse_args(words)
+    for name in asked.axes:
+        axis = AXES[name]
+        found, idle_mib = measured(axis, asked.rounds)
+        print(
+            f"{name}: {axis.law}\n" + markdown([axis.label, *COLUMNS], rows(axis, found, idle_mib))
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
