@@ -34,6 +34,7 @@ from benchmarks.outcomes import OURS
 from benchmarks.side_by_side import Contestant, Turn, Verdict
 from pipeline import config as configuration
 from pipeline import corpus, python_docs, tokenizer, tokenizing
+from pipeline.tokenizing import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "text.jsonl"
@@ -109,7 +110,7 @@ def one_process(path: Path, folder: Path) -> Turn:
 
 def threads(path: Path, folder: Path) -> Turn:
     encode = tokenizer.gpt2().encode_ordinary_batch
-    return partial(_write, folder, lambda: encode(list(texts(path)), num_threads=cores()))
+    return partial(_write, folder, lambda: encode(list(texts(path)), num_threads=usable_cores()))
 
 
 def hf_tokenizers(path: Path, folder: Path) -> Turn:
@@ -137,7 +138,7 @@ def pool(path: Path, folder: Path, checkout: Path) -> Turn:
     def turn() -> Answer:
         buffer, filled = np.empty(SHARD, dtype=np.uint16), 0
         documents = ({"text": text} for text in texts(path))
-        with multiprocessing.Pool(cores()) as workers:
+        with multiprocessing.Pool(usable_cores()) as workers:
             for ids in workers.imap(partial(_fineweb_tokens, script), documents, chunksize=16):
                 buffer[filled : filled + len(ids)] = ids
                 filled += len(ids)
@@ -174,7 +175,7 @@ def mapped(path: Path, folder: Path, checkout: Path) -> Turn:
         found = data.map(
             theirs.process,
             remove_columns=["text"],
-            num_proc=cores(),
+            num_proc=usable_cores(),
             load_from_cache_file=False,
         )
         total, done = int(np.sum(found["len"])), 0
@@ -189,10 +190,6 @@ def mapped(path: Path, folder: Path, checkout: Path) -> Turn:
         return "last", [str(file)]
 
     return turn
-
-
-def cores() -> int:
-    return tokenizing._usable_cores()
 
 
 # --- the same ids?

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from itertools import product
@@ -103,23 +104,23 @@ def test_files_do_not_depend_on_the_number_of_workers_or_the_batches(tmp_path, m
     monkeypatch.setattr(tokenizing, "BATCH_BYTES", 50_000)
     documents = list(some_documents(12))
     alone = tokenizing.write_tokens(documents, tmp_path / "1", workers=1)
-    monkeypatch.setattr(tokenizing, "ALONE_BYTES", 60_000)
     monkeypatch.setattr(tokenizing, "BATCH_BYTES", 30_000)
-    used = []
-    pool = tokenizing.ProcessPoolExecutor
-    monkeypatch.setattr(
-        tokenizing, "ProcessPoolExecutor", lambda *a, **k: used.append(a) or pool(*a, **k)
-    )
     together = tokenizing.write_tokens(documents, tmp_path / "2", workers=2)
-    assert used == [(2,)]
     assert alone == together
     for name in ("train.bin", "val.bin", "meta.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
-def test_little_text_starts_no_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizing, "ProcessPoolExecutor", None)
-    tokenizing.write_tokens(SMALL, tmp_path, workers=8)
+def test_workers_encode_at_the_same_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizing, "BATCH_BYTES", 10_000)
+    both, encode = threading.Barrier(2, timeout=20), tokenizing._encode
+
+    def meeting(batch):
+        both.wait()  # passes when another is in here as well
+        return encode(batch)
+
+    monkeypatch.setattr(tokenizing, "_encode", meeting)
+    tokenizing.write_tokens(some_documents(6), tmp_path, workers=2)
 
 
 def test_progress_adds_up_to_the_bytes_of_the_text(tmp_path, monkeypatch):
@@ -132,7 +133,6 @@ def test_progress_adds_up_to_the_bytes_of_the_text(tmp_path, monkeypatch):
 
 def test_reading_is_never_more_than_a_few_batches_ahead_of_writing(tmp_path, monkeypatch):
     """What bounds the memory, whatever the size of the corpus."""
-    monkeypatch.setattr(tokenizing, "ALONE_BYTES", 20_000)
     monkeypatch.setattr(tokenizing, "BATCH_BYTES", 10_000)
     taken, done, ahead = [0], [0], []
 
@@ -167,7 +167,6 @@ def test_no_documents_at_all_is_an_input_error(tmp_path):
 def test_a_failure_on_the_way_leaves_the_old_files_and_nothing_partial(
     written, monkeypatch, workers
 ):
-    monkeypatch.setattr(tokenizing, "ALONE_BYTES", 20_000)
     monkeypatch.setattr(tokenizing, "BATCH_BYTES", 10_000)
     before = {path.name: path.read_bytes() for path in written.iterdir()}
 
@@ -203,60 +202,12 @@ def test_numpy_wraps_a_token_over_uint16_silently():
     assert np.array([69_999]).astype(np.uint16).tolist() == [4463]
 
 
-def test_processes_that_tokenize_do_without_torch():
+def test_tokenizing_does_without_torch():
     code = "import sys; from pipeline import corpus, data, tokenizing; print(*sys.modules)"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not {"torch", "pyarrow", "transformers", "mlflow"} & set(ran.stdout.split())
-
-
-KILLED = """
-import time
-from pathlib import Path
-from pipeline import tokenizing
-from pipeline.corpus import Document
-
-def documents():
-    for i in range(30):
-        yield Document(str(i), "train", "some text " * 500)
-    for child in tokenizing.multiprocessing.active_children():
-        print(child.pid)
-    print(flush=True)
-    time.sleep(60)
-
-if __name__ == "__main__":
-    tokenizing.ALONE_BYTES, tokenizing.BATCH_BYTES = 20_000, 1_000
-    tokenizing.write_tokens(documents(), Path(r"{folder}"), workers=2)
-"""
-
-
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
-def test_workers_end_with_a_parent_that_was_killed(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(KILLED.format(folder=tmp_path / "tokens"))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True
-    ) as parent:
-        workers = []
-        while line := parent.stdout.readline().strip():
-            workers.append(int(line))
-        parent.send_signal(signal.SIGKILL)
-    assert workers
-    for _ in range(100):
-        if not any(alive(pid) for pid in workers):
-            break
-        time.sleep(0.1)
-    assert not any(alive(pid) for pid in workers)
-    assert not (tmp_path / "tokens" / "train.bin").exists()
-
-
-def alive(pid):
-    stat = Path(f"/proc/{pid}/stat")
-    if stat.parent.parent.joinpath("self").exists():
-        return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    return not subprocess.run(["kill", "-0", str(pid)], capture_output=True).returncode
 
 
 # --- reading

@@ -55,6 +55,20 @@ def test_known_texts_have_their_published_tokens(text):
     assert tokenizer.gpt2().encode_ordinary(text) == KNOWN[text]
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["one", " two ", "\n\nthree\n", "", "it's", "naïve 中文 🦜", "<|endof", "text|>", "<"],
+        ["one", "a literal <|endoftext|> stays text", "  "],
+        [],
+    ],
+)
+def test_documents_encoded_at_once_have_the_tokens_of_each(texts):
+    ordinary = tokenizer.gpt2().encode_ordinary
+    expected = [token for text in texts for token in (tokenizer.EOT, *ordinary(text))]
+    assert tokenizer.encode_documents(texts).tolist() == expected
+
+
 def test_any_text_comes_back_from_its_tokens():
     text = "naïve 中文 🦜\r\n\t  x ''' <|endoftext|> \x00 end  "
     tokens = tokenizer.encode(text)
