@@ -14,10 +14,9 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
-import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,10 +32,9 @@ from benchmarks import outcomes, side_by_side, tokenizing
 from benchmarks.peers import RECIPE
 from benchmarks.side_by_side import Contestant, Result, Turn, Verdict
 from pipeline import config as configuration
-from pipeline import data, doctor, generation, paths, runtime, training
+from pipeline import data, doctor, generation, runtime, training
 from pipeline.config import Config
 from pipeline.course import step_metrics
-from pipeline.experiments import Experiment
 from pipeline.figures import OTHERS, sheet, svg
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
@@ -128,12 +126,12 @@ def bookkeeping(steps: float) -> Turn:
 
     def turn() -> None:
         with contextlib.chdir(folder.name):
-            record = Record("train", config)
+            record, rounds = Record("train", config), doctor.Rounds()
             for step in range(int(steps)):
                 record.metrics(step_metrics(_report(step, config)), step)
                 if step % config.train.val_every == 0:
                     record.metrics({"val/loss": 5.0}, step)
-                    doctor.examine(Experiment("", "", {"train": record.so_far()}), doctor.URGENT)
+                    rounds.look(step, record.so_far)
             record.close("FINISHED")
 
     return turn
@@ -268,7 +266,7 @@ AXES = {
 
 
 def idle() -> Turn:
-    return lambda: None
+    return partial(time.sleep, 0.2)  # long enough for its memory to be looked at
 
 
 def measured(axis: Axis, rounds: int) -> tuple[list[Result], float]:
@@ -284,40 +282,79 @@ def measured(axis: Axis, rounds: int) -> tuple[list[Result], float]:
     return found, base.memory_mib
 
 
-def rows(axis: Axis, found: list[Result], idle_mib: float) -> list[tuple[object, ...]]:
-    first, least = axis.points[0], found[0]
-    table = []
+def growth(axis: Axis, found: list[Result], idle_mib: float) -> list[dict[str, float]]:
+    """A row for each point; `over` is measured growth since the first by that of the work."""
+    table: list[dict[str, float]] = []
     for x, result in zip(axis.points, found, strict=True):
-        work, room = axis.time(x) / axis.time(first), axis.memory(x) / axis.memory(first)
-        mib, mib_first = result.memory_mib - idle_mib, least.memory_mib - idle_mib
-        table.append(
-            (
-                x,
-                result.median,
-                min(result.seconds),
-                max(result.seconds),
-                result.median / least.median / work,
-                mib,
-                mib / mib_first / room,
-            )
-        )
+        if result.refused:
+            raise RuntimeError(f"{axis.label} {x:g}: {result.refused}")
+        row = {"x": x, "median s": result.median, "least s": min(result.seconds)}
+        row |= {"most s": max(result.seconds), "MiB": result.memory_mib - idle_mib}
+        first, start = (table or [row])[0], axis.points[0]
+        row["time over"] = row["median s"] / first["median s"] / (axis.time(x) / axis.time(start))
+        row["memory over"] = row["MiB"] / first["MiB"] / (axis.memory(x) / axis.memory(start))
+        table.append(row)
     return table
 
 
-COLUMNS = ("median s", "least s", "most s", "time over expected", "MiB", "memory over expected")
+# --- what people read
+
+
+def publish(name: str, table: list[dict[str, float]]) -> None:
+    """Put an axis into the three files; the others in them stay as they were measured."""
+    path = outcomes.RESULTS / "growth.json"
+    kept = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    kept[name] = {"points": table, "run": outcomes.circumstances()}
+    kept = {name: kept[name] for name in AXES if name in kept}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = "\n".join(part(name, entry) for name, entry in kept.items())
+    for file, text in [(path, json.dumps(kept, indent=1) + "\n"), (path.with_suffix(".md"), page)]:
+        file.write_text(text, encoding="utf-8", newline="\n")
+    path.with_suffix(".svg").write_bytes(picture(kept))
+
+
+def part(name: str, entry: dict[str, Any]) -> str:
+    axis, run = AXES[name], entry["run"]
+    head = "# growth\n\n![time along each axis](growth.svg)\n\n" if name == next(iter(AXES)) else ""
+    return (
+        f"{head}## {name}\n\nExpected: {axis.law}. `{run['command']}` on {run['date']} at "
+        f"{run['commit'] or 'no commit'}; {run['machine']}; {run['versions']}\n\n"
+        + markdown([axis.label, *list(entry["points"][0])[1:]], map(dict.values, entry["points"]))
+    )
+
+
+def picture(kept: dict[str, Any]) -> bytes:
+    """Time and memory along every axis, the expected growth dashed from the first point."""
+    figure, panels = sheet(len(kept), width=3.4, height=3.0, rows=2)
+    for panel, (name, entry) in zip(panels, kept.items(), strict=True):
+        axis, rows = AXES[name], entry["points"]
+        xs = [row["x"] for row in rows]
+        for column, law, colour in [
+            ("median s", axis.time, OTHERS[0]),
+            ("MiB", axis.memory, OTHERS[2]),
+        ]:
+            first = rows[0][column]
+            panel.plot(xs, [row[column] / first for row in rows], "o-", color=colour, label=column)
+            expected = [law(x) / law(xs[0]) for x in xs]
+            panel.plot(xs, expected, "--", color=colour, lw=0.9)
+        panel.set(xscale="log", yscale="log", title=name, xlabel=axis.label)
+        panel.set_xticks(xs, [f"{x:g}" for x in xs])
+        panel.minorticks_off()
+    panels[0].legend(title="first point = 1, dashed: expected", fontsize=7, title_fontsize=7)
+    return svg(figure)
 
 
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("axes", nargs="*", choices=[[], *AXES], default=list(AXES), metavar="AXIS")
+    parser.add_argument("axes", nargs="*", metavar="AXIS", help=f"of {', '.join(AXES)}; all")
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args(words)
-    for name in asked.axes:
-        axis = AXES[name]
-        found, idle_mib = measured(axis, asked.rounds)
-        print(
-            f"{name}: {axis.law}\n" + markdown([axis.label, *COLUMNS], rows(axis, found, idle_mib))
-        )
+    if unknown := set(asked.axes) - set(AXES):
+        parser.error(f"AXIS {', '.join(unknown)}: expected some of {', '.join(AXES)}")
+    for name in asked.axes or AXES:
+        table = growth(AXES[name], *measured(AXES[name], asked.rounds))
+        publish(name, table)
+        print(part(name, json.loads((outcomes.RESULTS / "growth.json").read_text("utf-8"))[name]))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def publish(benchmark: str, case: Case, folder: Path | None = None) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}.json"
     kept = read(path) if path.is_file() else {}
-    kept[case.name] = (case, _circumstances())
+    kept[case.name] = (case, circumstances())
     entries = {name: {**asdict(c), "run": run} for name, (c, run) in kept.items()}
     _write(path, json.dumps(entries, indent=1) + "\n")
     _write(path.with_suffix(".md"), _page(benchmark, kept))
@@ -104,7 +104,8 @@ def _write(path: Path, text: str) -> None:
 # --- the circumstances
 
 
-def _circumstances() -> dict[str, str]:
+def circumstances() -> dict[str, str]:
+    """Machine, versions, date, commit and command of the measurement at hand."""
     versions = [f"Python {platform.python_version()}"]
     for name in LIBRARIES:
         try:

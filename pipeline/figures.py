@@ -35,15 +35,21 @@ DPI = 130
 Points = list[tuple[float, float]]  # (step, value)
 
 
-def sheet(panels: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Any]]:
-    """A figure of `panels` axes side by side, each `width` by `height` inches.
+def sheet(
+    panels: int = 1, width: float = 6.4, height: float = 4.2, rows: int = 1
+) -> tuple[Figure, list[Any]]:
+    """A figure of `panels` axes in `rows`, each `width` by `height` inches.
 
     Without pyplot: no window, no global state, nothing to close.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * panels, height), layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    columns = -(-panels // rows)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in places[panels:]:
+        unused.remove()
+    axes = list(places[:panels])
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
