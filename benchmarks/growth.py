@@ -40,6 +40,7 @@ from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
 from pipeline.records import Record
 from pipeline.tables import markdown
+from pipeline.tokenizing import usable_cores
 
 IDLE = "idle"
 HEADS = 4
@@ -171,7 +172,7 @@ def corpus_size(megabytes: float) -> Turn:
     return _tokenize(megabytes, None)
 
 
-def processes(count: float) -> Turn:
+def workers(count: float) -> Turn:
     return _tokenize(16, int(count))
 
 
@@ -251,13 +252,13 @@ AXES = {
         constant,
         "time as text, memory not at all",
     ),
-    "processes": Axis(
-        "processes that tokenize 16 MB",
+    "workers": Axis(
+        "threads that tokenize 16 MB",
         (1, 2, 4),
-        processes,
-        lambda x: 1 / min(x, tokenizing.cores()),
+        workers,
+        lambda x: 1 / min(x, usable_cores()),
         linear,
-        "time as one over processes up to the cores, memory as processes",
+        "time as one over threads up to the cores, memory as threads",
     ),
 }
 
