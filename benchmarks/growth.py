@@ -14,6 +14,8 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import multiprocessing.util
+import shutil
 import sys
 import tempfile
 import time
@@ -123,10 +125,10 @@ def parameters(channels: float) -> float:
 
 def bookkeeping(steps: float) -> Turn:
     """Record, curve and the doctor's looks at every validation, for so many steps."""
-    config, folder = configuration.load(RECIPE), tempfile.TemporaryDirectory()
+    config = configuration.load(RECIPE)
 
     def turn() -> None:
-        with contextlib.chdir(folder.name):
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             record, rounds = Record("train", config), doctor.Rounds()
             for step in range(int(steps)):
                 record.metrics(step_metrics(_report(step, config)), step)
@@ -177,16 +179,12 @@ def workers(count: float) -> Turn:
 
 
 def _tokenize(megabytes: float, workers: int | None) -> Turn:
-    folder = tempfile.TemporaryDirectory()  # goes with its process
-    text = Path(folder.name) / tokenizing.TEXT
+    folder = Path(tempfile.mkdtemp())
+    # A process of multiprocessing ends without what `atexit` and garbage collection would do.
+    multiprocessing.util.Finalize(None, shutil.rmtree, (folder,), exitpriority=0)
+    text = folder / tokenizing.TEXT
     tokenizing.write_text(text, megabytes)
-    work = tokenizing.ours(text, Path(folder.name), workers)
-
-    def turn() -> None:
-        assert Path(folder.name).is_dir()
-        work()
-
-    return turn
+    return tokenizing.ours(text, folder, workers)
 
 
 AXES = {
