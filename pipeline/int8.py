@@ -30,12 +30,11 @@ class Int8Linear:
         self.kernel = weight.device.type == "cpu" and exact_kernel()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.kernel:
-            y = F.linear(x, self.weight.to(x.dtype)).float().mul_(self.scale)
-        else:
-            y = _product(x.reshape(-1, x.size(-1)).float(), self.weight, self.scale)
-        y = y if self.bias is None else y.add_(self.bias)
-        return y.to(self.dtype).view(*x.shape[:-1], -1)
+        if self.kernel:
+            y = _product(x.reshape(-1, x.size(-1)).float(), self.weight, self.scale, self.bias)
+            return y.view(*x.shape[:-1], -1).to(self.dtype)
+        y = F.linear(x, self.weight.to(x.dtype)).float().mul_(self.scale)
+        return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,18 +54,20 @@ def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
 def _step(x: Tensor) -> Tensor:
     """(N, K) -> (N, 1): what one unit is worth if the largest number of a row is 127 of them."""
     smallest = torch.finfo(torch.float32).tiny  # a row of zeros stays zeros
-    return x.abs().amax(1, keepdim=True).div_(LARGEST).clamp_(min=smallest)
+    return torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True).div_(LARGEST).clamp_(smallest)
 
 
-def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x (M, K) fp32, int8 weight (N, K), scale (N,) -> (M, N) fp32."""
+def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K) fp32, int8 weight (N, K), scale and bias (N,) -> (M, N) fp32."""
     rows, step = len(x), _step(x)
+    parts = torch.empty(2 * rows, x.size(1), dtype=torch.int8)  # the weights are read once
     units = x / step
     coarse = units.round()
-    fine = units.sub_(coarse).mul_(FINER).round_()
-    parts = torch.cat([coarse, fine]).to(torch.int8)  # (2M, K): the weights are read once
+    parts[:rows] = coarse
+    parts[rows:] = units.sub_(coarse).mul_(FINER).round_()
     sums = torch._int_mm(parts, weight.t()).float()  # (2M, N)
-    return sums[:rows].add_(sums[rows:], alpha=1 / FINER).mul_(scale).mul_(step)
+    y = sums[:rows].add_(sums[rows:], alpha=1 / FINER).mul_(step)
+    return y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
 
 
 @functools.cache
