@@ -149,6 +149,10 @@ class SampleConfig:
         "keep the likeliest tokens of this total mass; 1 keeps all", above=0, high=1
     )
     kv_cache: bool = setting("keep keys and values between tokens")
+    weights: str = setting(
+        "int8 reads a quarter of the memory, and its cost in loss is measured",
+        choices=("fp32", "int8"),
+    )
     precision: str = setting("of sampling", choices=("fp32", "tf32", "bf16", "fp16"))
     seed: int = setting("of sampling", low=0)
 

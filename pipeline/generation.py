@@ -10,49 +10,125 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pipeline.decoding import Decoder, Step
 from pipeline.errors import InputError, NumericsError
-from pipeline.model import GPT, KVCache
 from pipeline.tokenizer import EOT
 
 if TYPE_CHECKING:
     import tiktoken
 
     from pipeline.config import SampleConfig
+    from pipeline.model import GPT, KVCache
+
+    Generators = torch.Generator | Sequence[torch.Generator]
 
 
-def generate(model: GPT, idx: Tensor, config: SampleConfig, generator: torch.Generator) -> Tensor:
-    """Prompts of one length (B, T) int64 -> prompts and continuations (B, T + max_new_tokens).
+def generate(
+    model: GPT | Decoder,
+    idx: Tensor,
+    config: SampleConfig,
+    generator: Generators,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """Prompts (B, T) int64 -> prompts and continuations (B, T + max_new_tokens).
 
-    Nothing stops at end-of-text: `until_eot` cuts there. Raises as `stream` does.
+    Nothing stops at end-of-text: `until_eot` cuts there. Prompts of unequal length come from
+    `pad`, and what is raised and what else is taken from `stream`.
     """
     batch, prompt = idx.shape
     tokens = idx.new_empty(batch, prompt + config.max_new_tokens)
     tokens[:, :prompt] = idx
-    for step, column in enumerate(stream(model, idx, config, generator)):
+    for step, column in enumerate(stream(model, idx, config, generator, padding)):
         tokens[:, prompt + step] = column
     return tokens
 
 
+def pad(prompts: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Prompts of any lengths -> (B, T) int64 filled up on the left, and by how much (B,)."""
+    longest = max(len(prompt) for prompt in prompts)
+    rows = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    padding = [longest - len(prompt) for prompt in prompts]
+    return torch.tensor(rows, device=device), torch.tensor(padding, device=device)
+
+
 @torch.inference_mode()
 def stream(
-    model: GPT, idx: Tensor, config: SampleConfig, generator: torch.Generator
+    model: GPT | Decoder,
+    idx: Tensor,
+    config: SampleConfig,
+    generator: Generators,
+    padding: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Continue prompts (B, T) int64 by `max_new_tokens`, yielding one column (B,) int64 a step.
 
-    The model sees the last `block_size` tokens. Randomness comes from `generator` alone, and
-    the result is the same with `kv_cache` on or off. Raises InputError for an empty prompt or an
-    id beyond the vocabulary, NumericsError where the prompt's logits are not finite.
+    The model sees the last `block_size` tokens. Randomness comes from `generator` alone, one for
+    all rows or one for each of as many equal groups of rows, and the result is the same with
+    `kv_cache` on or off. `padding` (B,) says how many tokens on the left of a row are none: the
+    row continues as it would alone. Whoever samples often makes a `Decoder` once: sorting or
+    rounding the weights takes as long as some tokens.
+
+    Raises InputError for an empty prompt or an id beyond the vocabulary, NumericsError where the
+    prompt's logits are not finite.
     """
-    _check_prompt(model, idx)
-    context = idx[:, -model.config.block_size :]
-    cache = _new_cache(model, idx) if config.kv_cache else None
+    _check_prompt(model, idx, padding)
+    if padding is not None and not padding.any():
+        padding = None  # the kernels without a mask are faster
+    decoder = model if isinstance(model, Decoder) else Decoder(model, config.weights, len(idx))
+    window = Window(decoder, idx, config, padding)
     for step in range(config.max_new_tokens):
-        logits = next_logits(model, context, cache)  # (B, V)
+        logits = window.next_logits()  # (B, V)
         if step == 0 and not logits.isfinite().all():  # once: on a GPU each look waits for it
             raise NumericsError("the logits of the prompt are not finite: the weights are broken")
-        column = choose(logits, config, generator)  # (B,)
+        column = draw(logits, config, generator)  # (B,)
         yield column
-        context = torch.cat([context, column[:, None]], dim=1)[:, -model.config.block_size :]
+        window.append(column)
+
+
+class Window:
+    """The last `block_size` tokens of every row, and the logits of those after them.
+
+    With `kv_cache` the prompt takes one pass, each token after it a pass of its own, until the
+    window slides: positions are learned, so every token then stands at another one and what was
+    cached is void. Padding leaves the window first.
+    """
+
+    def __init__(
+        self, decoder: Decoder, idx: Tensor, config: SampleConfig, padding: Tensor | None
+    ) -> None:
+        batch, self._end = idx.shape
+        self._decoder, self._padding, self._keep = decoder, padding, config.kv_cache
+        self._tokens = idx.new_empty(batch, self._end + config.max_new_tokens)
+        self._tokens[:, : self._end] = idx
+        self._cache: KVCache | None = None
+        if config.kv_cache or padding is not None:  # without the former for its mask alone
+            self._cache = decoder.new_cache(idx, config.max_new_tokens)
+        self._step: Step | None = None
+
+    def append(self, column: Tensor) -> None:
+        """One more token (B,) a row."""
+        self._tokens[:, self._end] = column
+        self._end += 1
+
+    def next_logits(self) -> Tensor:
+        """(B, V): of the tokens after the newest; valid until the next call."""
+        cache, start = self._cache, max(0, self._end - self._decoder.config.block_size)
+        if self._keep and cache.length == self._end - start - 1 > 0:
+            return self._extended(self._tokens[:, self._end - 1 : self._end])
+        if cache is not None:
+            cache.reset()
+        if self._padding is not None:
+            cache.padding = (self._padding - start).clamp(min=0)
+        newest = self._decoder.hidden(self._tokens[:, start : self._end], cache)[:, -1]  # (B, C)
+        return self._decoder.logits(newest)  # the head is needed once a step
+
+    def _extended(self, newest: Tensor) -> Tensor:
+        """Logits (B, V) of a step that adds tokens (B, 1) to what is cached."""
+        if newest.device.type != "cuda":
+            return self._decoder.logits(self._decoder.hidden(newest, self._cache)[:, -1])
+        self._step = self._step or Step(self._decoder, self._cache)
+        logits = self._step(newest, self._cache.length)
+        self._cache.length += 1
+        return logits
 
 
 def stream_text(
@@ -86,25 +162,14 @@ def until_eot(tokens: Sequence[int]) -> list[int]:
     return tokens[: tokens.index(EOT)] if EOT in tokens else tokens
 
 
-def next_logits(model: GPT, context: Tensor, cache: KVCache | None) -> Tensor:
-    """Tokens (B, T), T at most block_size -> logits of the token after them (B, V).
-
-    A cache that holds all but the newest token is extended by that one. Any other is built anew:
-    positions are learned, so once the window slides every token stands at another position and
-    what was cached is void. Dropout is off meanwhile.
-    """
-    fresh = context
-    if cache is not None and cache.length == context.size(1) - 1:
-        fresh = context[:, -1:]
-    elif cache is not None:
-        cache.reset()
-    was_training = model.training
-    model.eval()
-    try:
-        newest = model.hidden(fresh, cache)[:, -1]  # (B, C): the head is needed once a step
-        return model.logits(newest)  # (B, V)
-    finally:
-        model.train(was_training)
+def draw(logits: Tensor, config: SampleConfig, generator: Generators) -> Tensor:
+    """Logits (B, V) -> one token each (B,): `choose`, each generator for its part of the rows."""
+    if isinstance(generator, torch.Generator):
+        return choose(logits, config, generator)
+    parts = logits.split(len(logits) // len(generator))
+    return torch.cat(
+        [choose(part, config, own) for part, own in zip(parts, generator, strict=True)]
+    )
 
 
 def choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> Tensor:
@@ -145,21 +210,13 @@ def candidates(
     return values, ids.expand_as(values)
 
 
-def _check_prompt(model: GPT, idx: Tensor) -> None:
-    if idx.numel() == 0:
-        raise InputError(f"prompt of shape {tuple(idx.shape)}: expected at least one token")
+def _check_prompt(model: GPT | Decoder, idx: Tensor, padding: Tensor | None) -> None:
+    short = padding is not None and bool((padding >= idx.size(1)).any())
+    if idx.numel() == 0 or short:
+        raise InputError(f"prompt of shape {tuple(idx.shape)}: expected at least one token a row")
     vocabulary, low, high = model.config.vocab_size, int(idx.min()), int(idx.max())
     if low < 0 or high >= vocabulary:
         raise InputError(f"prompt: token ids {low} to {high}, expected 0 to {vocabulary - 1}")
-
-
-def _new_cache(model: GPT, idx: Tensor) -> KVCache:
-    """A cache in the format that keys and values come in, so that no step converts it."""
-    device = idx.device.type
-    dtype = model.transformer.wte.weight.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return KVCache(model.config, idx.size(0), idx.device, dtype)
 
 
 def _device(model: GPT) -> torch.device:

@@ -42,26 +42,31 @@ class GPTConfig:
             raise ValueError(f"attention={self.attention}: one of {', '.join(ATTENTION)}")
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def naive_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, no query seeing a later key (Vaswani et al. 2017, eq. 1).
 
     q (B, H, T, D), k and v (B, H, S, D) with T <= S, the queries being the last T of the S
-    positions. Returns (B, H, T, D).
+    positions unless a boolean `mask` (B, 1, T, S) says what they see. Returns (B, H, T, D).
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-    scores = scores.masked_fill(~visible(q, k), -math.inf)
+    scores = scores.masked_fill(~(visible(q, k) if mask is None else mask), -math.inf)
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)
     return weights @ v.to(weights.dtype)  # (B, H, T, D)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None
+) -> Tensor:
     """The same formula in one fused kernel, which never stores the (T, S) scores."""
     queries, keys = q.size(-2), k.size(-2)
     # is_causal counts positions from 0 on both sides, which is right only without a past:
     # a lone query behind a cache would see key 0 and nothing else.
-    mask = visible(q, k) if 1 < queries < keys else None
+    if mask is None and 1 < queries < keys:
+        mask = visible(q, k)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=1 < queries == keys
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and queries > 1
     )
 
 
@@ -93,9 +98,11 @@ class Attention(nn.Module):
             part.view(batch, tokens, self.n_head, channels // self.n_head).transpose(1, 2)
             for part in self.c_attn(x).split(channels, dim=2)
         )  # each (B, H, T, D)
+        mask = None
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, H, S, D)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0)
+            mask = cache.mask
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0, mask)
         y = y.transpose(1, 2).reshape(batch, tokens, channels)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -159,7 +166,10 @@ class GPT(nn.Module):
                 f"{tokens} tokens behind {past} cached ones: "
                 f"expected at most block_size={self.config.block_size} together"
             )
-        positions = torch.arange(past, past + tokens, device=idx.device)
+        if cache is not None:
+            positions = cache.begin(tokens)  # (T,), or (B, T) where rows are padded
+        else:
+            positions = torch.arange(tokens, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
@@ -195,10 +205,14 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in buffers of `block_size` made once.
+    """Keys and values of the tokens seen so far, in buffers of `capacity` columns made once.
 
-    Memory: 2 L B C block_size numbers. `length` is the number of tokens held; a forward pass
-    advances it. For inference under `torch.no_grad()`: the buffers are written in place.
+    Memory: 2 L B C capacity numbers; `block_size` columns where none are asked for. `length` is
+    the number of tokens held; a forward pass advances it. For inference under `torch.no_grad()`:
+    the buffers are written in place.
+
+    `padding` (B,) int64 is for rows of unequal length: that many columns on the left of a row
+    are none of its tokens. Its positions count from behind them, and no token of it sees them.
     """
 
     def __init__(
@@ -207,16 +221,36 @@ class KVCache:
         batch_size: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        capacity: int | None = None,
     ) -> None:
         head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, head_size)
+        columns = config.block_size if capacity is None else capacity
+        shape = (config.n_layer, batch_size, config.n_head, columns, head_size)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.padding: Tensor | None = None
         self.length = 0
+        self.mask: Tensor | None = None  # what the tokens of this pass see; None: all before them
 
     def reset(self) -> None:
         """Forget every token and keep the memory; what lies beyond `length` is never read."""
         self.length = 0
+
+    def begin(self, tokens: int) -> Tensor:
+        """Positions of the next `tokens` columns, (T,) or (B, T), and the mask that they need."""
+        columns = torch.arange(self.length + tokens, device=self.keys.device)
+        queries = columns[self.length :]
+        if self.padding is not None:
+            return self._unpadded(queries, columns)
+        self.mask = None
+        return queries
+
+    def _unpadded(self, queries: Tensor, columns: Tensor) -> Tensor:
+        first, query = self.padding[:, None, None], queries[:, None]  # (B, 1, 1), (T, 1)
+        # A column of padding sees itself, or its softmax would divide nothing by nothing.
+        self.mask = ((columns <= query) & ((columns >= first) | (columns == query)))[:, None]
+        return (queries - self.padding[:, None]).clamp_(min=0)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, H, T, D) behind the cached ones; return all of them (B, H, S, D)."""

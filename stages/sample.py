@@ -11,18 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pipeline import paths, records, report, runtime, tokenizer, tracking
+from pipeline import data, paths, records, report, runtime, tokenizer, tracking
 from pipeline.checkpoint import load_model
 from pipeline.config import Config
+from pipeline.decoding import Decoder, mean_loss
 from pipeline.errors import together
-from pipeline.generation import generate, stream_text, until_eot
+from pipeline.generation import generate, pad, stream_text, until_eot
 from pipeline.model import GPT
 from pipeline.precision import choose_precision
 from stages import announce, check_model, run
 
 MODELS = {"before": paths.INIT, "after": paths.MODEL}
+ROWS = 32  # texts sampled together at most, but always all of a prompt
+LOSS_TOKENS = 8192  # the difference of two losses on the same tokens has little noise
+LOSS_BATCH = 2  # 400 MB of logits at 1024 tokens a sequence
 
 
 def main(config: Config) -> None:
@@ -30,21 +32,28 @@ def main(config: Config) -> None:
         together(*(partial(check_model, folder) for folder in MODELS.values()))
         device = runtime.choose_device(config.device)
         announce("sample", choose_precision(config.sample.precision, device), record)
-        samples = [
-            {"when": when, **sample}
-            for when, folder in MODELS.items()
-            for sample in continuations(load(folder, config), config)
-        ]
+        samples, losses = [], {}
+        for when, folder in MODELS.items():
+            model = load(folder, config)
+            samples += [{"when": when, **sample} for sample in continuations(model, config)]
+            if when == "after" and config.sample.weights != "fp32":
+                losses = cost_of_weights(model, config)
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
         write(paths.SAMPLES_JSONL, "".join(lines))
         write(paths.SAMPLES_MD, readable(samples, config))
         for path in (paths.SAMPLES_JSONL, paths.SAMPLES_MD):
             record.artifact(path, "samples")
-        record.metrics({"sample/count": len(samples)})
+        record.metrics({"sample/count": len(samples), **losses})
         # Last, as it shows all the others: the chain's records and the files that they name.
         chain = [*records.upstream("sample"), record.so_far()]
         write(paths.REPORT, report.of_chain(chain))
         record.artifact(paths.REPORT, "report")
+    if losses:
+        fp32, other = losses.values()
+        print(
+            f"sample: validation loss {fp32:.4f} with fp32 weights, {other:.4f} with "
+            f"{config.sample.weights} weights, over the first {LOSS_TOKENS} tokens at most"
+        )
     print(f"sample: the whole run on one page: {paths.REPORT}")
     last = samples[-config.sample.samples * len(config.sample.prompts)]
     print(f"sample: {len(samples)} texts in {paths.SAMPLES_MD}, the first one after training:")
@@ -65,15 +74,41 @@ def continuations(model: GPT, config: Config) -> Iterator[dict[str, Any]]:
     """`samples` continuations of every prompt, the same draws for every model."""
     device = next(model.parameters()).device
     precision = choose_precision(config.sample.precision, device)
-    for number, prompt in enumerate(config.sample.prompts):
-        ids = tokenizer.gpt2().encode_ordinary(prompt)
-        idx = torch.tensor([ids] * config.sample.samples, device=device)  # (B, T)
-        generator = runtime.generator(config.sample.seed, f"sample {number}", device)
+    numbered = list(enumerate(config.sample.prompts))
+    together = max(1, ROWS // config.sample.samples)
+    for first in range(0, len(numbered), together):
+        part = numbered[first : first + together]
+        prompts = [prompt for _, prompt in part for _ in range(config.sample.samples)]
+        ids = [tokenizer.gpt2().encode_ordinary(prompt) for prompt in prompts]
+        idx, padding = pad(ids, device)  # (B, T), (B,)
+        # One generator a prompt: what others stand beside it changes none of its draws.
+        generators = [
+            runtime.generator(config.sample.seed, f"sample {number}", device) for number, _ in part
+        ]
         with precision.products(), precision.autocast():
-            tokens = generate(model, idx, config.sample, generator)
-        for row in tokens.tolist():
-            new = until_eot(row[len(ids) :])
+            tokens = generate(model, idx, config.sample, generators, padding)
+        for prompt, row in zip(prompts, tokens[:, idx.size(1) :].tolist(), strict=True):
+            new = until_eot(row)
             yield {"prompt": prompt, "text": tokenizer.gpt2().decode(new), "tokens": new}
+
+
+def cost_of_weights(model: GPT, config: Config) -> dict[str, float]:
+    """Validation loss by the products of sampling, with fp32 weights and with those set."""
+    val = data.open_tokens(paths.TOKENS, "val")
+    device = next(model.parameters()).device
+    precision = choose_precision(config.sample.precision, device)
+    losses = {}
+    for weights in ("fp32", config.sample.weights):
+        windows = data.validation_windows(
+            val,
+            batch_size=LOSS_BATCH,
+            sequence_length=config.train.sequence_length,
+            limit=LOSS_TOKENS,
+        )
+        with precision.products(), precision.autocast():
+            decoder = Decoder(model, weights, rows=LOSS_BATCH * config.train.sequence_length)
+            losses[f"sample/val_loss_{weights}"] = mean_loss(decoder, windows, device)
+    return losses
 
 
 def readable(samples: list[dict[str, Any]], config: Config) -> str:

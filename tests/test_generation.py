@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline import generation
+from pipeline import decoding, generation
 from pipeline.config import SampleConfig
+from pipeline.decoding import Decoder
 from pipeline.errors import InputError, NumericsError
 from pipeline.generation import (
+    Window,
     candidates,
     choose,
     generate,
-    next_logits,
+    pad,
     stream,
     stream_text,
     until_eot,
@@ -27,9 +29,10 @@ VOCABULARY = 61
 BLOCK = 16
 
 
-def tiny(*, dropout: float = 0.0, vocab_size: int = VOCABULARY) -> GPT:
+def tiny(*, dropout: float = 0.0, vocab_size: int = VOCABULARY, attention: str = "sdpa") -> GPT:
     """Random weights large enough that greedy text wanders; padded rows that would always win."""
-    model = GPT(GPTConfig(2, 4, 32, BLOCK, vocab_size, vocab_size + 2, dropout=dropout))
+    shape = GPTConfig(2, 4, 32, BLOCK, vocab_size, vocab_size + 2, dropout, attention)
+    model = GPT(shape)
     random = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -57,6 +60,7 @@ def settings(**changes: object) -> SampleConfig:
         top_k=0,
         top_p=1.0,
         kv_cache=True,
+        weights="fp32",
         precision="fp32",
         seed=0,
     )
@@ -83,16 +87,20 @@ def seen_lengths(model: GPT) -> list[int]:
 # --- greedy
 
 
-def test_temperature_zero_equals_transformers_greedy_tokens():
+def transformers_model(model: GPT) -> torch.nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import GPT2Config, GPT2LMHeadModel
-    model, idx = tiny(), prompts()
     special = {"bos_token_id": None, "eos_token_id": None}  # beyond a vocabulary this small
     reference = GPT2LMHeadModel(GPT2Config(**hf_config(model.config) | special)).eval()
     weights = to_hf(model.state_dict(), model.config)
     reference.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
-    theirs = reference.generate(
+    return reference
+
+
+def test_temperature_zero_equals_transformers_greedy_tokens():
+    model, idx = tiny(), prompts()
+    theirs = transformers_model(model).generate(
         idx,
         attention_mask=torch.ones_like(idx),
         do_sample=False,
@@ -124,12 +132,12 @@ def test_rows_of_a_batch_do_not_see_each_other():
 
 def test_cached_logits_equal_uncached_logits_to_block_size_plus_five():
     model, idx = tiny(), prompts(tokens=BLOCK + 5)
-    cache = KVCache(model.config, idx.size(0))
+    window = Window(Decoder(model, rows=2), idx[:, :4], settings(max_new_tokens=BLOCK + 1), None)
     with torch.inference_mode():
-        for end in range(4, BLOCK + 6):
-            context = idx[:, :end][:, -BLOCK:]
-            cached = next_logits(model, context, cache)
-            torch.testing.assert_close(cached, model(context)[:, -1], rtol=1e-5, atol=1e-5)
+        for end in range(4, BLOCK + 5):
+            expected = model(idx[:, :end][:, -BLOCK:])[:, -1]
+            torch.testing.assert_close(window.next_logits(), expected, rtol=1e-5, atol=1e-5)
+            window.append(idx[:, end])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -182,7 +190,12 @@ def test_a_stream_computes_no_further_than_it_is_read():
 
 def test_the_cache_holds_the_format_that_autocast_computes_in(monkeypatch):
     made = []
-    monkeypatch.setattr(generation, "KVCache", lambda *args: made.append(args[3]) or KVCache(*args))
+
+    def noted(*args: object, **kwargs: object) -> KVCache:
+        made.append(args[3])
+        return KVCache(*args, **kwargs)
+
+    monkeypatch.setattr(decoding, "KVCache", noted)
     for name in ("fp32", "tf32", "bf16", "fp16"):
         precision = choose_precision(name, torch.device("cpu"))
         with precision.products(), precision.autocast():
@@ -370,3 +383,80 @@ def test_tokens_are_cut_before_the_first_end_of_text():
     assert until_eot([4, 5, EOT, 6, EOT]) == [4, 5]
     assert until_eot([EOT]) == []
     assert until_eot(torch.tensor([4, 5]).tolist()) == [4, 5]
+
+
+# --- prompts of unequal length
+
+
+UNEQUAL = (1, 5, 3, 7, 2, 5, 4, 6)
+
+
+def unequal(lengths: tuple[int, ...] = UNEQUAL) -> list[list[int]]:
+    return [prompts(1, length, seed=40 + n)[0].tolist() for n, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("lengths", [(6,), UNEQUAL], ids=["one row", "eight rows"])
+def test_unequal_prompts_continue_as_in_transformers(lengths):
+    model, rows = tiny(), unequal(lengths)
+    idx, padding = pad(rows, "cpu")
+    new = BLOCK - idx.size(1)
+    theirs = transformers_model(model).generate(
+        idx,
+        attention_mask=(torch.arange(idx.size(1)) >= padding[:, None]).long(),
+        do_sample=False,
+        max_new_tokens=new,
+        pad_token_id=0,
+    )
+    greedy = settings(temperature=0.0, max_new_tokens=new)
+    assert generate(model, idx, greedy, seeded(), padding).tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("kv_cache", [True, False])
+@pytest.mark.parametrize("attention", ["sdpa", "naive"])
+def test_a_padded_row_continues_as_it_would_alone_beyond_the_block_size(kv_cache, attention):
+    model, rows = tiny(attention=attention), unequal()
+    greedy = settings(temperature=0.0, max_new_tokens=BLOCK + 9, kv_cache=kv_cache)
+    idx, padding = pad(rows, "cpu")
+    together = generate(model, idx, greedy, seeded(), padding)[:, idx.size(1) :]
+    alone = [generate(model, torch.tensor([row]), greedy, seeded())[0, len(row) :] for row in rows]
+    assert together.tolist() == torch.stack(alone).tolist()
+
+
+def test_prompts_longer_than_the_block_are_padded_and_cropped_alike():
+    model, rows = tiny(), unequal((3, BLOCK + 4, BLOCK - 1))
+    greedy = settings(temperature=0.0)
+    idx, padding = pad(rows, "cpu")
+    together = generate(model, idx, greedy, seeded(), padding)[:, idx.size(1) :]
+    alone = [generate(model, torch.tensor([row]), greedy, seeded())[0, len(row) :] for row in rows]
+    assert together.tolist() == torch.stack(alone).tolist()
+
+
+def test_no_token_sees_what_stands_in_the_padding():
+    model = tiny()
+    idx, padding = pad(unequal(), "cpu")
+    other = torch.where(torch.arange(idx.size(1)) < padding[:, None], 17, idx)
+    assert not torch.equal(idx, other)
+    first, second = (
+        Window(Decoder(model, rows=8), ids, settings(), padding) for ids in (idx, other)
+    )
+    with torch.inference_mode():
+        assert torch.equal(first.next_logits(), second.next_logits())
+        for window in (first, second):
+            window.append(idx[:, -1])
+        assert torch.equal(first.next_logits(), second.next_logits())
+
+
+def test_a_generator_of_its_own_gives_a_group_of_rows_the_draws_that_it_has_alone():
+    model, rows = tiny(), unequal((4, 4, 6, 6))
+    idx, padding = pad(rows, "cpu")
+    mixed = generate(model, idx, settings(), [seeded(1), seeded(2)], padding)
+    first = generate(model, torch.tensor(rows[:2]), settings(), seeded(1))
+    second = generate(model, torch.tensor(rows[2:]), settings(), seeded(2))
+    assert mixed[:2, 2:].tolist() == first.tolist()
+    assert mixed[2:].tolist() == second.tolist()
+
+
+def test_a_row_of_padding_alone_is_refused():
+    idx = prompts(batch=2)
+    with pytest.raises(InputError, match="at least one token a row"):
+        generate(tiny(), idx, settings(), seeded(), torch.tensor([0, idx.size(1)]))

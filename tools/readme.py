@@ -56,7 +56,7 @@ READING_ORDER = [
     *("model", "init", "loss", "precision", "emulation", "training", "optimizer"),
     *("data", "tokenizing", "corpus", "fields", "python_docs", "overlap", "tokenizer"),
     *("hf_weights", "weight_files", "checkpoint"),
-    *("generation", "evaluation", "throughput", "runtime", "budget"),
+    *("generation", "decoding", "int8", "evaluation", "throughput", "runtime", "budget"),
     *("init_study", "formats", "sensitivity", "roofline", "dtypes", "scaling"),
     *("course", "resume", "snapshot", "interruption", "debugging", "nonfinite", "passages"),
     *("experiments", "sweep", "queueing", "comparison", "contrast"),
