@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.buffers import reused
+from pipeline.buffers import reused, taken
 from pipeline.emulation import LOW, emulated, exact_products, round_to
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def linear_cross_entropy(
     before it is rounded to a low precision, so put fp16's loss scale and 1 / tokens here.
 
     The gradients are made in the forward pass, in the buffer of the logits, so that these are
-    never held twice and never mapped afresh; the backward pass only hands them out. Without a
+    never held twice and never mapped afresh; the backward pass only hands them out, once. Without a
     need for gradients only the loss is computed. Under autocast the products, the logits and
     their gradient are low, as with `F.linear`, and softmax and loss fp32.
     """
@@ -64,13 +64,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, scale: Any
     ) -> Tensor:
         head = _Head(hidden, weight, targets, vocab_size, scale, gradients=True)
-        ctx.save_for_backward(head.grad_hidden, head.grad_weight)
+        ctx.grads = [head.grad_hidden, head.grad_weight]
         return head.loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grads = ctx.saved_tensors
+        # Let go of both: of a tensor that is autograd's alone no copy is made to add to it.
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("linear_cross_entropy went backward before: its gradients are gone")
         # Asking a GPU whether the factor is one would stall it for longer than multiplying.
         if grad_output.device.type != "cpu" or grad_output != 1:
             grads = [grad * grad_output for grad in grads]
@@ -106,8 +109,9 @@ class _Head:
     def _run(self, hidden: Tensor, weight: Tensor, targets: Tensor, gradients: bool) -> None:
         h, w = self._operand("hidden", hidden), self._operand("weight", weight)
         total = torch.zeros((), device=hidden.device)
-        grad_hidden = torch.empty_like(h)
-        grad_weight = torch.empty_like(weight, dtype=torch.float32)
+        if gradients:
+            grad_hidden = torch.empty_like(h)
+            grad_weight = taken("grad_weight", weight.shape, torch.float32, weight.device)
         step = max(1, MAX_LOGIT_BYTES // (4 * weight.size(0)))
         for start in range(0, len(h), step):
             rows = slice(start, start + step)

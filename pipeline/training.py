@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pipeline.buffers import hand_back
 from pipeline.data import batch_at
 from pipeline.errors import InputError, NumericsError
 from pipeline.loss import IGNORE, linear_cross_entropy, token_losses
-from pipeline.optimizer import build_optimizer, learning_rate
+from pipeline.optimizer import build_optimizer, clipping, gradient_norm, learning_rate
 from pipeline.runtime import derived_seed, rng_state
 from pipeline.throughput import Stopwatch
 
@@ -103,6 +104,9 @@ class TrainState:
 def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
     """The state before the first step."""
     eager, scaler = _fused_loss(model), precision.make_scaler()
+    # The look-up's gradient is a few rows, which autograd adds to the head's where that lies; as a
+    # matrix of its own it is zeroed, filled and added. A GPU does that in no time, and in order.
+    model.transformer.wte.sparse = precision.device.type == "cpu" and not config.compile
     return TrainState(
         model=model,
         optimizer=build_optimizer(model, config, scaled=scaler.is_enabled()),
@@ -198,14 +202,16 @@ def train_step(
     mean = state.loss = gradients(state, batches)
     if look:
         look(state)
-    limit = grad_clip or math.inf
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit).item()
+    length = gradient_norm(optimizer)
+    norm = length.item()
     _check(state, mean, norm)
     scale = scaler.get_scale()
     spike = _is_spike(state, norm, skip_spikes)
     if not spike:
-        scaler.step(optimizer)
+        with clipping(optimizer, length, grad_clip):
+            scaler.step(optimizer)
     scaler.update()  # a spike's gradients are finite: the scale was right
+    hand_back("grad_weight", state.model.transformer.wte.weight.grad)
     optimizer.zero_grad(set_to_none=True)
     # The scale falls only after an inf gradient.
     return mean, norm, scale, spike or scaler.get_scale() < scale
