@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.buffers import hand_back
 from pipeline.data import batch_at
 from pipeline.errors import InputError, NumericsError
-from pipeline.loss import IGNORE, linear_cross_entropy, token_losses
+from pipeline.loss import IGNORE, linear_cross_entropy, look_up, token_losses
 from pipeline.optimizer import build_optimizer, clipping, gradient_norm, learning_rate
 from pipeline.runtime import derived_seed, rng_state
 from pipeline.throughput import Stopwatch
@@ -104,9 +104,6 @@ class TrainState:
 def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
     """The state before the first step."""
     eager, scaler = _fused_loss(model), precision.make_scaler()
-    # The look-up's gradient is a few rows, which autograd adds to the head's where that lies; as a
-    # matrix of its own it is zeroed, filled and added. A GPU does that in no time, and in order.
-    model.transformer.wte.sparse = precision.device.type == "cpu" and not config.compile
     return TrainState(
         model=model,
         optimizer=build_optimizer(model, config, scaled=scaler.is_enabled()),
@@ -313,11 +310,11 @@ def _scale_stop(state: TrainState) -> str:
 
 
 def _fused_loss(model: GPT) -> LossFunction:
-    """(x, y, factor) -> factor * sum of token losses."""
+    """(x, y, factor) -> factor * sum of token losses; its gradients come by `backward()` alone."""
 
     def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
         return linear_cross_entropy(
-            model.hidden(x),
+            model.hidden(x, looked_up=look_up(model.transformer.wte, x)),
             model.transformer.wte.weight,
             y,
             vocab_size=model.config.vocab_size,
