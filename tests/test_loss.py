@@ -121,6 +121,34 @@ def test_row_chunks_equal_one_buffer(case, name, monkeypatch):
     assert all(distance(a, b) < bound for a, b in zip(chunked, whole, strict=True))
 
 
+def test_blocks_of_the_softmax_leave_no_trace(case, monkeypatch):
+    whole = measured(linear_cross_entropy, *case)
+    monkeypatch.setattr(loss_module, "BLOCK", 7)
+    blocks = measured(linear_cross_entropy, *case)
+    assert all(torch.equal(a, b) for a, b in zip(blocks, whole, strict=True))
+
+
+@pytest.mark.parametrize("name", ["tf32", "bf16", "fp16"])
+def test_emulated_gradients_are_exact_where_products_and_sums_are(name):
+    """64 equal logits, so that their gradient is 1 and, at the target, -63: all is whole."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-4, 5, (24, 16), generator=generator).float()
+    weight = torch.randint(-4, 5, (64, 16), generator=generator).float()
+    hidden[:, 8:], weight[:, :8] = 0, 1  # what tells the rows apart is multiplied by zero
+    targets = torch.randint(0, 64, (24,), generator=generator)
+    parts = torch.ones(24, 64, dtype=torch.float64) - 64 * F.one_hot(targets, 64)
+    once = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    low = torch.autocast("cpu", once) if name != "tf32" else nullcontext()
+    with EmulatedProducts(name):
+        with low:
+            loss = linear_cross_entropy(*leaves, targets, vocab_size=64, scale=64.0)
+        loss.backward()
+    exact = (parts @ weight.double(), parts.t() @ hidden.double())
+    for leaf, expected in zip(leaves, exact, strict=True):
+        assert torch.equal(leaf.grad, expected.to(once).float()) and expected.any()
+
+
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 @pytest.mark.parametrize("products", ["emulated", "native"])
 def test_low_precision_equals_linear_under_autocast(case, name, products):
