@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import faulthandler
 import json
 import logging
 import math
@@ -37,8 +38,11 @@ CURVE_POINTS = 2000  # DVC's page holds the table of a curve once for every char
 def run(main: Callable[[Config], None]) -> None:
     """A stage as a process: checked settings in, an exit code out.
 
-    A mistake that the user can mend ends in one message; a bug keeps its traceback.
+    A mistake that the user can mend ends in one message; a bug keeps its traceback, a crash in a
+    library's machine code too.
     """
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
     # requests silences this, but in the tracking thread, where it may be undone by another's

@@ -57,6 +57,16 @@ def test_a_user_error_is_one_message_and_its_exit_code(capsys, monkeypatch) -> N
     assert capsys.readouterr().err == "error: data/tokens: no such folder\n"
 
 
+def test_a_crash_in_machine_code_says_where_it_was() -> None:
+    crash = "import faulthandler, stages\nstages.run(lambda config: faulthandler._sigsegv())"
+    done = subprocess.run(
+        [sys.executable, "-c", crash], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "Segmentation fault" in done.stderr or "access violation" in done.stderr
+    assert "in <lambda>" in done.stderr
+
+
 def test_wrong_settings_end_a_stage_with_2_and_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("precision: fp8\n", "utf-8")
     done = subprocess.run(
