@@ -61,7 +61,7 @@ def clipping(optimizer: torch.optim.Optimizer, norm: Tensor, limit: float) -> It
     once the step is made. `limit` 0 clips nothing.
     """
     if limit and optimizer.defaults.get("fused") and norm.device.type in SKIPPING:
-        optimizer.grad_scale = (norm / limit).clamp(min=1)
+        optimizer.grad_scale = (norm.float() / limit).clamp(min=1)
     elif limit:
         nn.utils.clip_grads_with_norm_(_with_gradients(optimizer), limit, norm)
     try:
