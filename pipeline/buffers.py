@@ -11,6 +11,7 @@ from torch import Tensor
 # One set of buffers a thread: a buffer is filled and used up within one call, so calls of one
 # thread can share it, and threads never meet in it. It goes with its thread.
 _kept = threading.local()
+_spare = threading.local()  # what was handed back, until somebody takes it
 
 
 def reused(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -31,6 +32,27 @@ def reused(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
     return buffers[key][:size].view(shape)
 
 
+def taken(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A contiguous tensor of `shape` with arbitrary contents, the caller's own.
+
+    The one handed back by `name` last, where it fits: see `hand_back`.
+    """
+    spare = _spare.__dict__.pop(name, None)
+    if spare is not None and (spare.shape, spare.dtype, spare.device) == (shape, dtype, device):
+        return spare
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def hand_back(name: str, tensor: Tensor | None) -> None:
+    """Let the next `taken` by `name` have this tensor's memory: nobody may read it any more.
+
+    For the CPU alone, as in `reused`; elsewhere, and for what is not dense, nothing happens.
+    """
+    if tensor is not None and tensor.device.type == "cpu" and tensor.layout is torch.strided:
+        _spare.__dict__[name] = tensor.detach()
+
+
 def release() -> None:
     """Give this thread's buffers back to the allocator."""
     _kept.__dict__.clear()
+    _spare.__dict__.clear()

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipeline.buffers import reused
+from pipeline.buffers import reused, taken
 from pipeline.emulation import LOW, emulated, exact_products, round_to
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100  # a target that counts for nothing, as in torch.nn.functional.cross_entropy
 MAX_LOGIT_BYTES = 1 << 30  # of the fp32 logits held at once; more tokens come in row chunks
+BLOCK = 32  # rows of logits, 6 MB: the softmax's passes over one block meet a CPU's warm cache
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def linear_cross_entropy(
     before it is rounded to a low precision, so put fp16's loss scale and 1 / tokens here.
 
     The gradients are made in the forward pass, in the buffer of the logits, so that these are
-    never held twice and never mapped afresh; the backward pass only hands them out. Without a
+    never held twice and never mapped afresh; the backward pass only hands them out, once. Without a
     need for gradients only the loss is computed. Under autocast the products, the logits and
     their gradient are low, as with `F.linear`, and softmax and loss fp32.
     """
@@ -64,13 +65,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, scale: Any
     ) -> Tensor:
         head = _Head(hidden, weight, targets, vocab_size, scale, gradients=True)
-        ctx.save_for_backward(head.grad_hidden, head.grad_weight)
+        ctx.grads = [head.grad_hidden, head.grad_weight]
         return head.loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grads = ctx.saved_tensors
+        # Let go of both: of a tensor that is autograd's alone no copy is made to add to it.
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("linear_cross_entropy went backward before: its gradients are gone")
         # Asking a GPU whether the factor is one would stall it for longer than multiplying.
         if grad_output.device.type != "cpu" or grad_output != 1:
             grads = [grad * grad_output for grad in grads]
@@ -106,8 +110,9 @@ class _Head:
     def _run(self, hidden: Tensor, weight: Tensor, targets: Tensor, gradients: bool) -> None:
         h, w = self._operand("hidden", hidden), self._operand("weight", weight)
         total = torch.zeros((), device=hidden.device)
-        grad_hidden = torch.empty_like(h)
-        grad_weight = torch.empty_like(weight, dtype=torch.float32)
+        if gradients:
+            grad_hidden = torch.empty_like(h)
+            grad_weight = taken("grad_weight", weight.shape, torch.float32, weight.device)
         step = max(1, MAX_LOGIT_BYTES // (4 * weight.size(0)))
         for start in range(0, len(h), step):
             rows = slice(start, start + step)
@@ -143,10 +148,14 @@ class _Head:
 
     def _losses(self, logits: Tensor, indices: Tensor) -> Tensor:
         """(n,) losses; turns the logits into probabilities."""
-        target, top = logits.gather(1, indices).squeeze(1), logits.amax(1)
-        torch.softmax(logits, 1, out=logits)
-        # softmax keeps the sum of exponentials to itself: it is one over the top probability.
-        return top - target - logits.amax(1).log()
+        size = BLOCK if logits.device.type == "cpu" else len(logits)
+        losses = []
+        for block, index in zip(logits.split(size), indices.split(size), strict=True):
+            target, top = block.gather(1, index).squeeze(1), block.amax(1)
+            torch.softmax(block, 1, out=block)
+            # softmax keeps the sum of exponentials to itself: it is one over the top probability.
+            losses.append(top - target - block.amax(1).log())
+        return torch.cat(losses)
 
     def _gradients(
         self, logits: Tensor, valid: Tensor, h: Tensor, w: Tensor, grad_weight: Tensor, start: int
@@ -190,6 +199,28 @@ def _formats(hidden: Tensor) -> tuple[str | None, torch.dtype | None]:
     if name and emulated():
         return name, None
     return None, dtype if name else None
+
+
+def look_up(wte: nn.Embedding, idx: Tensor) -> Tensor:
+    """`wte(idx)` (B, T, C), whose gradient `backward()` adds to rows of the weight's `.grad`.
+
+    For a weight that is tied to the head, which gives every row a gradient anyhow: as torch has it,
+    the look-up's would be a second matrix of that size, zeroed, filled and added (1.08x at 124M).
+    A GPU does that quickly, and in a fixed order, which its scattered additions lack.
+    """
+    if wte.weight.device.type != "cpu" or not torch.is_grad_enabled():
+        return wte(idx)
+
+    def add_rows(rows: Tensor) -> None:
+        if wte.weight.grad is None:  # no head gave one, or not yet
+            wte.weight.grad = torch.zeros_like(wte.weight)
+        wte.weight.grad.index_add_(0, idx.flatten(), rows.grad.flatten(0, 1))
+
+    with torch.no_grad():
+        rows = wte(idx)
+    if wte.weight.requires_grad:
+        rows.requires_grad_().register_post_accumulate_grad_hook(add_rows)
+    return rows
 
 
 def mean_loss(

@@ -155,9 +155,12 @@ class GPT(nn.Module):
             }
         )
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, idx: Tensor, cache: KVCache | None = None, looked_up: Tensor | None = None
+    ) -> Tensor:
         """Token ids (B, T) int64 -> (B, T, C) after the last norm, behind what the cache holds.
 
+        `looked_up` is `wte(idx)`, from a caller who wants its gradient handled in a way of its own.
         Raises ValueError where the positions run beyond `block_size`.
         """
         tokens, past = idx.size(1), cache.length if cache is not None else 0
@@ -170,7 +173,8 @@ class GPT(nn.Module):
             positions = cache.begin(tokens)  # (T,), or (B, T) where rows are padded
         else:
             positions = torch.arange(tokens, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = self.transformer.wte(idx) if looked_up is None else looked_up
+        x = x + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, layer, cache)

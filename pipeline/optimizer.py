@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from pipeline.config import TrainConfig
@@ -43,6 +45,33 @@ def build_optimizer(
         eps=1e-8,
         fused=device in (SKIPPING if scaled else FUSED),
     )
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """The norm of all gradients together as one vector: 0-dim, on their device."""
+    return nn.utils.get_total_norm([p.grad for p in _with_gradients(optimizer)])
+
+
+@contextmanager
+def clipping(optimizer: torch.optim.Optimizer, norm: Tensor, limit: float) -> Iterator[None]:
+    """Inside, a step uses gradients of `norm` scaled down to `limit` where they are longer.
+
+    One-kernel AdamW divides each gradient as it reads it, which saves a pass over all of them:
+    `grad_scale` is made for loss scales and divides by what it is given. `.grad` is clipped only
+    once the step is made. `limit` 0 clips nothing.
+    """
+    if limit and optimizer.defaults.get("fused") and norm.device.type in SKIPPING:
+        optimizer.grad_scale = (norm.float() / limit).clamp(min=1)
+    elif limit:
+        nn.utils.clip_grads_with_norm_(_with_gradients(optimizer), limit, norm)
+    try:
+        yield
+    finally:
+        vars(optimizer).pop("grad_scale", None)  # a GradScaler takes it away by itself
+
+
+def _with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def update_ratio(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> float | None:

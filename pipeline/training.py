@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pipeline.buffers import hand_back
 from pipeline.data import batch_at
 from pipeline.errors import InputError, NumericsError
-from pipeline.loss import IGNORE, linear_cross_entropy, token_losses
-from pipeline.optimizer import build_optimizer, learning_rate
+from pipeline.loss import IGNORE, linear_cross_entropy, look_up, token_losses
+from pipeline.optimizer import build_optimizer, clipping, gradient_norm, learning_rate
 from pipeline.runtime import derived_seed, rng_state
 from pipeline.throughput import Stopwatch
 
@@ -198,14 +199,16 @@ def train_step(
     mean = state.loss = gradients(state, batches)
     if look:
         look(state)
-    limit = grad_clip or math.inf
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit).item()
+    length = gradient_norm(optimizer)
+    norm = length.item()
     _check(state, mean, norm)
     scale = scaler.get_scale()
     spike = _is_spike(state, norm, skip_spikes)
     if not spike:
-        scaler.step(optimizer)
+        with clipping(optimizer, length, grad_clip):
+            scaler.step(optimizer)
     scaler.update()  # a spike's gradients are finite: the scale was right
+    hand_back("grad_weight", state.model.transformer.wte.weight.grad)
     optimizer.zero_grad(set_to_none=True)
     # The scale falls only after an inf gradient.
     return mean, norm, scale, spike or scaler.get_scale() < scale
@@ -307,11 +310,11 @@ def _scale_stop(state: TrainState) -> str:
 
 
 def _fused_loss(model: GPT) -> LossFunction:
-    """(x, y, factor) -> factor * sum of token losses."""
+    """(x, y, factor) -> factor * sum of token losses; its gradients come by `backward()` alone."""
 
     def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
         return linear_cross_entropy(
-            model.hidden(x),
+            model.hidden(x, looked_up=look_up(model.transformer.wte, x)),
             model.transformer.wte.weight,
             y,
             vocab_size=model.config.vocab_size,

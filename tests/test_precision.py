@@ -295,9 +295,63 @@ def test_products_are_within_one_unit_of_the_exact_value_rounded_once(name):
         with EmulatedProducts(name):
             ours = product()
         once = exact[kind]().to(LOW[name])
-        up, down = (torch.nextafter(once, once.new_full((), s)) for s in (torch.inf, -torch.inf))
-        assert ((down <= ours) & (ours <= up)).all(), kind
-        assert (ours == once).float().mean() > 0.95, kind
+        assert within_one_unit(ours, once), kind
+
+
+def backward(a, b, outer, bias):
+    """(name, gradients) of every kind of product that has matrix products for gradients."""
+    forms = {
+        "mm": lambda a, b: a @ b,
+        "linear": lambda a, b: F.linear(a, b.t(), bias),
+        "bmm": lambda a, b: (a[None] @ b[None])[0],
+        "baddbmm": lambda a, b: torch.baddbmm(bias, a[None], b[None])[0],
+    }
+    for name, form in forms.items():
+        leaves = [x.clone().requires_grad_() for x in (a, b)]
+        yield name, torch.autograd.grad(form(*leaves), leaves, outer)
+
+
+@pytest.mark.parametrize("name", ["tf32", "bf16", "fp16"])
+def test_gradients_of_small_integers_are_exact(name):
+    dtype = LOW.get(name, torch.float32)
+    shapes = (8, 16), (16, 5), (8, 5), (5,)
+    operands = [torch.randint(-4, 5, shape).to(dtype) for shape in shapes]
+    exact = dict(backward(*(x.double() for x in operands)))
+    with EmulatedProducts(name) as mode:
+        found = dict(backward(*operands))
+    assert mode.count == 3 * len(exact)
+    for kind, gradients in found.items():
+        for ours, double in zip(gradients, exact[kind], strict=True):
+            assert ours.dtype is dtype and ours.equal(double.to(dtype)), kind
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_gradients_are_within_one_unit_of_the_exact_value_rounded_once(name):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (32, 64), (64, 24), (32, 24), (24,)
+    operands = [torch.randn(s, generator=generator).to(LOW[name]) for s in shapes]
+    exact = dict(backward(*(x.double() for x in operands)))
+    with EmulatedProducts(name):
+        found = dict(backward(*operands))
+    for kind, gradients in found.items():
+        for ours, double in zip(gradients, exact[kind], strict=True):
+            assert within_one_unit(ours, double.to(LOW[name])), kind
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_attention_is_within_one_unit_of_the_exact_value_rounded_once(name):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 16, 8, generator=generator).to(LOW[name]) for _ in range(3))
+    with EmulatedProducts(name):
+        ours = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    assert within_one_unit(ours, exact.to(LOW[name]))
+
+
+def within_one_unit(ours, once):
+    up, down = (torch.nextafter(once, once.new_full((), s)) for s in (torch.inf, -torch.inf))
+    near = ((down <= ours) & (ours <= up)).all()
+    return bool(near) and (ours == once).float().mean() > 0.95
 
 
 def test_tf32_rounds_operands_and_neither_bias_nor_result():

@@ -90,7 +90,7 @@ def workspace(prepared: Path, tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.setattr(tracking, "Shipper", NoShipper)
     monkeypatch.setattr(train, "foresee", lambda *_: None)
     monkeypatch.setattr(train, "judge", lambda *_: {})
-    monkeypatch.setattr(train, "speak_up", lambda *_: None)
+    monkeypatch.setattr(train.doctor.Rounds, "look", lambda *_: [])
     monkeypatch.setattr(train.scaling, "demonstrate", lambda *_: None)
     monkeypatch.setattr(train.throughput, "matrix_rate", lambda *_: 1e9)
     monkeypatch.setattr(

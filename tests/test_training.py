@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline import training
+from pipeline import buffers, loss, precision, training
 from pipeline.errors import InputError, NumericsError
 from pipeline.init import initialize
-from pipeline.loss import IGNORE
+from pipeline.loss import IGNORE, token_losses
 from pipeline.model import GPT, GPTConfig
 from pipeline.optimizer import parameter_groups
 from pipeline.precision import choose_precision
@@ -82,6 +82,102 @@ def test_the_norm_is_reported_before_clipping_and_the_update_uses_the_clipped_on
     assert (weights(states[0]) - before).norm().item() == pytest.approx(norm, rel=1e-4)
     assert training.train_step(states[1], [batch(2)], 1.0, norm / 4)[1] == pytest.approx(norm)
     assert (weights(states[1]) - before).norm().item() == pytest.approx(norm / 4, rel=1e-4)
+
+
+def of_every_parameter(state: training.TrainState, batches: list[training.Batch]) -> torch.Tensor:
+    training.gradients(state, batches)
+    return torch.cat([p.grad.flatten() for p in state.model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("name", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_gradients_equal_the_plain_formulas_in_every_precision(
+    model, train_config, monkeypatch, name: str, accumulate: int
+) -> None:
+    """Look-up by rows, one-buffer loss and all, with ragged masks, against autograd's own way."""
+    monkeypatch.setattr(precision, "_cpu_capabilities", dict)  # the same roundings on every CPU
+    batches = [batch(2, seed=seed, ignored=5 * seed) for seed in range(accumulate)]
+    ours, plain = start(model, train_config, name), start(model, train_config, name)
+
+    def formula(x, y, factor):
+        return token_losses(plain.model(x), y).sum() * factor
+
+    plain.loss_function = formula
+    found, expected = of_every_parameter(ours, batches), of_every_parameter(plain, batches)
+    # What fp32 leaves open in its last bits a low format rounds up or down; tf32 logits' gradients
+    # are rounded before they are scaled. Half a unit of the formats: 2e-3, and twice 2.4e-4.
+    bound = {"fp32": 2e-6, "tf32": 5e-4, "bf16": 2e-3, "fp16": 5e-4}[name]
+    assert ((found - expected).norm() / expected.norm()).item() < bound
+
+
+def test_the_look_ups_gradient_reaches_its_rows_before_and_after_the_heads(model) -> None:
+    wte, (idx, _) = model.transformer.wte, batch(3)
+    outer = torch.randn(*idx.shape, SHAPE.n_embd, generator=torch.Generator().manual_seed(3))
+    (wte(idx) * outer).sum().backward()  # tokens occur more than once in 48
+    expected, wte.weight.grad = wte.weight.grad, None
+    for before in (None, torch.ones_like(wte.weight)):
+        wte.weight.grad = before
+        (loss.look_up(wte, idx) * outer).sum().backward()
+        base = 0 if before is None else 1
+        torch.testing.assert_close(wte.weight.grad, expected + base, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(loss.look_up(wte, idx), wte(idx))
+
+
+def test_a_frozen_embedding_gets_no_gradient_and_the_rest_the_same(model, train_config) -> None:
+    free = start(model, train_config)
+    model.transformer.wte.weight.requires_grad_(False)
+    frozen = start(model, train_config)
+    everything = of_every_parameter(free, [batch(2)])
+    assert torch.equal(
+        of_every_parameter(frozen, [batch(2)]), everything[SHAPE.vocab_rows * SHAPE.n_embd :]
+    )
+    assert frozen.model.transformer.wte.weight.grad is None
+
+
+def test_the_tied_gradient_keeps_its_memory_from_step_to_step(model, train_config) -> None:
+    state, places = start(model, train_config), []
+
+    def look(state: training.TrainState) -> None:
+        places.append(state.model.transformer.wte.weight.grad.data_ptr())
+
+    buffers.release()
+    for seed in range(3):
+        training.train_step(state, [batch(2, seed)], 1e-3, 1.0, look)
+        with torch.no_grad():  # a validation in between takes nothing away
+            state.loss_function(*batch(2), torch.ones(()))
+    assert len(set(places)) == 1
+
+
+def test_clipping_inside_the_fused_kernel_equals_a_pass_of_its_own(model, train_config) -> None:
+    fused, passes = start(model, train_config), start(model, train_config)
+    for seed in range(3):
+        norm = training.train_step(fused, [batch(2, seed)], 1e-3, 0.1)[1]
+        training.gradients(passes, [batch(2, seed)])
+        for group in passes.optimizer.param_groups:
+            group["lr"] = 1e-3
+        before = torch.nn.utils.clip_grad_norm_(passes.model.parameters(), 0.1).item()
+        assert norm == pytest.approx(before, rel=1e-6) and norm > 0.1
+        passes.optimizer.step()
+        passes.optimizer.zero_grad()
+        assert not hasattr(fused.optimizer, "grad_scale"), "the next step would be scaled, too"
+    for ours, theirs in zip(
+        fused.optimizer.state.values(), passes.optimizer.state.values(), strict=True
+    ):
+        for key in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-9)
+    assert (weights(fused) - weights(passes)).abs().mean() < 1e-6
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e9])
+def test_a_gradient_within_the_limit_is_not_touched(model, train_config, limit: float) -> None:
+    clipped, free = start(model, train_config), start(model, train_config)
+    training.train_step(clipped, [batch(2)], 1e-3, limit)
+    training.gradients(free, [batch(2)])
+    for group in free.optimizer.param_groups:
+        group["lr"] = 1e-3
+    free.optimizer.step()
+    assert torch.equal(weights(clipped), weights(free))
 
 
 def test_fp16_clips_the_same_gradient_at_scales_1_and_65536(model, train_config) -> None:
