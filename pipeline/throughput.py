@@ -97,13 +97,12 @@ def matrix_rate(precision: Precision) -> float:
     """FLOP/s of a large square product in this mode, here and now: the median of some."""
     device = precision.device
     side = SQUARE.get(device.type, 1024)
-    a, b = (torch.randn(side, side, device=device).to(precision.dtype) for _ in range(2))
+    multiply = precision.multiplication(*(torch.randn(side, side, device=device) for _ in range(2)))
     watch = Stopwatch(device)
     seconds = []
     for _ in range(ROUNDS + 1):
         watch.start()
-        with precision.products():
-            a @ b
+        multiply()
         seconds.append(watch.stop())
     return 2.0 * side**3 / statistics.median(seconds[1:])
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import statistics
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.compiling import LossFunction, compiled_loss
 from pipeline.data import batch_at
 from pipeline.errors import InputError, NumericsError
-from pipeline.loss import IGNORE, linear_cross_entropy, token_losses
+from pipeline.loss import IGNORE, linear_cross_entropy
 from pipeline.optimizer import build_optimizer, learning_rate
 from pipeline.runtime import derived_seed, rng_state
 from pipeline.throughput import Stopwatch
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from pipeline.precision import Precision
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64
-LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 Look = Callable[["TrainState"], None]
 
 RECENT = 64  # steps whose gradient norms say what is usual ...
@@ -108,7 +106,7 @@ def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
         optimizer=build_optimizer(model, config, scaled=scaler.is_enabled()),
         scaler=scaler,
         precision=precision,
-        loss_function=_compiled_loss(model, precision, eager) if config.compile else eager,
+        loss_function=compiled_loss(model, precision, eager) if config.compile else eager,
         eager_loss=eager,
     )
 
@@ -319,54 +317,3 @@ def _fused_loss(model: GPT) -> LossFunction:
         )
 
     return loss
-
-
-def _compiled_loss(model: GPT, precision: Precision, eager: LossFunction) -> LossFunction:
-    """The plain formula, whose parts the compiler fuses by itself; `eager` where it cannot."""
-
-    def plain(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
-        return token_losses(model(x), y).sum() * factor
-
-    reason = why_not_compile(precision)
-    if reason:
-        warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
-        return eager
-    return _compiled_or(eager, torch.compile(plain))
-
-
-def _compiled_or(eager: LossFunction, compiled: LossFunction) -> LossFunction:
-    """`compiled`, until the compiler fails at it: what is missing shows on the first call only."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    function = compiled
-
-    def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
-        nonlocal function
-        try:
-            return function(x, y, factor)
-        except TorchDynamoException as error:
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
-            function = eager
-            return eager(x, y, factor)
-
-    return loss
-
-
-def why_not_compile(precision: Precision) -> str:
-    """Why torch.compile cannot work here, or ""."""
-    if precision.emulated:
-        return f"{precision.asked} is emulated on this device, by a mode that no compiler sees"
-    if precision.device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if precision.device.type == "mps":
-        return "it is not supported on MPS"
-    if precision.device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            return "no C++ compiler was found"
-    return ""

@@ -53,7 +53,8 @@ OTHER_FILES = {
     "Makefile": "repro, test, faults, ui, report, lint, clean",
 }
 READING_ORDER = [
-    *("model", "init", "loss", "precision", "emulation", "training", "optimizer"),
+    *("model", "init", "loss", "precision", "emulation", "fp8", "training"),
+    *("compiling", "optimizer"),
     *("data", "tokenizing", "corpus", "fields", "python_docs", "overlap", "tokenizer"),
     *("hf_weights", "weight_files", "checkpoint"),
     *("generation", "evaluation", "throughput", "runtime", "budget"),
