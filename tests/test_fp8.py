@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_rounding_equals_a_float64_reference_at_every_kind_of_number(dtype, larg
     assert np.array_equal(found.values.double().numpy(), expected)
     top = found.values.abs().max().item()
     limit = torch.finfo(dtype).max
-    assert limit / 2 < top <= limit, "the range is used to its last power of two"
+    assert limit / 2 <= top <= limit, "the range is used to its last power of two"
 
 
 @pytest.mark.parametrize("dtype", [FORWARD, BACKWARD])
@@ -200,12 +201,17 @@ def test_a_tiny_training_learns(model, make_config) -> None:
     config = make_config(train__steps=30, train__warmup_steps=2, train__lr=3e-3).train
     ids = torch.randint(97, (2, 17), generator=torch.Generator().manual_seed(8))
     batches = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
-    state = training.start(model, config, choose_precision("fp8", CPU))
-    losses = [report.loss for report in training.fit(state, config, lambda step: batches)]
-    assert losses[0] == pytest.approx(math.log(97), rel=0.05)
-    assert losses[-1] < losses[0] / 2
+    ends = {}
+    for name in ("fp32", "fp8"):
+        state = training.start(copy.deepcopy(model), config, choose_precision(name, CPU))
+        losses = [report.loss for report in training.fit(state, config, lambda step: batches)]
+        assert losses[0] == pytest.approx(math.log(97), rel=0.05)
+        ends[name] = losses[-1]
+    assert ends["fp8"] < losses[0] - 1.5
+    assert ends["fp8"] == pytest.approx(ends["fp32"], rel=0.02) and ends["fp8"] != ends["fp32"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
 def test_the_compiler_takes_the_products_in_one_graph(model) -> None:
     """The mode is Python that a compiled step has to see through."""
     torch._dynamo.reset()
