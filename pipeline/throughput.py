@@ -22,11 +22,11 @@ WARM_UP_STEPS = 3  # first steps pay for allocation, compilation and clocks that
 # Dense peaks in TFLOP/s as their makers state them, by a part of the device's name. Kept to what
 # can be looked up: a device that is not here gets no utilisation rather than another card's.
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    "H200": {"fp32": 67, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4},
-    "H100 PCIe": {"fp32": 51, "tf32": 378, "bf16": 756, "fp16": 756},
-    "H100": {"fp32": 67, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4},
+    "H200": {"fp32": 67, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4, "fp8": 1978.9},
+    "H100 PCIe": {"fp32": 51, "tf32": 378, "bf16": 756, "fp16": 756, "fp8": 1513},
+    "H100": {"fp32": 67, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4, "fp8": 1978.9},
     "A100": {"fp32": 19.5, "tf32": 156, "bf16": 312, "fp16": 312},
-    "L40S": {"fp32": 91.6, "tf32": 183, "bf16": 362, "fp16": 362},
+    "L40S": {"fp32": 91.6, "tf32": 183, "bf16": 362, "fp16": 362, "fp8": 733},
     "A10G": {"fp32": 31.2, "tf32": 35, "bf16": 70, "fp16": 70},
     "RTX 4090": {"fp32": 82.6, "tf32": 82.6, "bf16": 165.2, "fp16": 165.2},
     "RTX 3090": {"fp32": 35.6, "tf32": 35.6, "bf16": 71, "fp16": 71},

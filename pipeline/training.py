@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import statistics
@@ -16,7 +17,8 @@ from pipeline.compiling import LossFunction, compiled_loss
 from pipeline.data import batch_at
 from pipeline.errors import InputError, NumericsError
 from pipeline.loss import IGNORE, linear_cross_entropy
-from pipeline.optimizer import build_optimizer, learning_rate
+from pipeline.optimizer import build_optimizer, learning_rate, skips_by_itself
+from pipeline.prefetch import Batch, Prefetch
 from pipeline.runtime import derived_seed, rng_state
 from pipeline.throughput import Stopwatch
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from pipeline.model import GPT
     from pipeline.precision import Precision
 
-Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64
 Look = Callable[["TrainState"], None]
 
 RECENT = 64  # steps whose gradient norms say what is usual ...
@@ -126,7 +127,7 @@ def fit(
     step how many the run is to have, where that is not `config.steps`; the learning rate follows.
     Raises NumericsError before an update that would spoil the parameters.
     """
-    watch = Stopwatch(state.precision.device)
+    watch, source = Stopwatch(state.precision.device), Prefetch(batches_of, state.precision.device)
 
     def aside(state: TrainState) -> None:
         with watch.paused():
@@ -134,13 +135,19 @@ def fit(
 
     while state.step < (steps := steps_at(state.step) if steps_at else config.steps):
         watch.start()
-        state.begin(batches_of(state.step))
+        state.begin(source(state.step))
         data_seconds = watch.so_far()
         tokens = sum(x.numel() for x, _ in state.batches)
         rate = learning_rate(state.step, config, steps)
         now = aside if look and state.step == look_at else None
         loss, norm, scale, skipped = train_step(
-            state, state.batches, rate, config.grad_clip, now, config.skip_spikes
+            state,
+            state.batches,
+            rate,
+            config.grad_clip,
+            now,
+            config.skip_spikes,
+            functools.partial(source.prepare, state.step + 1, steps),
         )
         seconds = watch.stop()
         report = StepReport(
@@ -183,30 +190,57 @@ def train_step(
     grad_clip: float,
     look: Look | None = None,
     skip_spikes: float = 0.0,
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[float, float, float, bool]:
     """Gradients, clip, step, update: mean loss, gradient norm, scale, skipped.
 
     Skipped are an fp16 overflow and, with `skip_spikes` above 0, a gradient norm of more than
     that many times the recent median. Such a step leaves parameters, moments and the counts of
     AdamW as they were; it uses up its batch and its place in the schedule.
+
+    The host waits for the device once, when all has been launched; just before, `meanwhile` is
+    called. fp16 waits twice more, for its scale.
     """
     scaler, optimizer = state.scaler, state.optimizer
     for group in optimizer.param_groups:
         group["lr"] = rate
-    mean = state.loss = gradients(state, batches)
+    mean = _gradients(state, batches)
     if look:
+        state.loss = mean.item()
         look(state)
     limit = grad_clip or math.inf
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit).item()
-    _check(state, mean, norm)
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+    most = _spike_limit(state, skip_spikes)
+    allowed = mean.isfinite() & norm.isfinite() & (norm <= most)
+    if skips_by_itself(optimizer):
+        _step_if(optimizer, allowed)
+    if meanwhile:
+        meanwhile()
+    state.loss, length = _read(mean, norm)
+    _check(state, state.loss, length)
+    if not skips_by_itself(optimizer) and allowed:
+        optimizer.step()
     scale = scaler.get_scale()
-    spike = _is_spike(state, norm, skip_spikes)
-    if not spike:
-        scaler.step(optimizer)
     scaler.update()  # a spike's gradients are finite: the scale was right
     optimizer.zero_grad(set_to_none=True)
-    # The scale falls only after an inf gradient.
-    return mean, norm, scale, spike or scaler.get_scale() < scale
+    return state.loss, length, scale, not (math.isfinite(length) and length <= most)
+
+
+def _step_if(optimizer: torch.optim.Optimizer, allowed: Tensor) -> None:
+    """The update, if `allowed` (0-dim, bool) says so on the device: nobody waits for it.
+
+    This is how GradScaler tells a fused optimizer of an overflow.
+    """
+    optimizer.found_inf = (~allowed).float()
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf
+
+
+def _read(*numbers: Tensor) -> list[float]:
+    """0-dim tensors of one device as numbers, in one transfer: here the host waits for it."""
+    return torch.stack(numbers).tolist()
 
 
 def gradients(
@@ -218,6 +252,13 @@ def gradients(
     N micro-batches of one equal one of N, ragged masks included. `each` gets every micro-batch's
     loss once its gradients are there. Raises InputError where no target is valid.
     """
+    return _gradients(state, batches, each).item()
+
+
+def _gradients(
+    state: TrainState, batches: list[Batch], each: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """`gradients`, the mean loss left on the device: 0-dim fp32."""
     scaler, device = state.scaler, state.precision.device
     valid = sum(int((y != IGNORE).sum()) for _, y in batches)
     if valid == 0:
@@ -240,7 +281,7 @@ def gradients(
             if each:
                 each(loss.detach())
     scaler.unscale_(state.optimizer)
-    return (total / scaler.scale(torch.ones((), device=device))).item()
+    return total / scaler.scale(torch.ones((), device=device))
 
 
 def _check(state: TrainState, loss: float, norm: float) -> None:
@@ -251,9 +292,10 @@ def _check(state: TrainState, loss: float, norm: float) -> None:
         raise NumericsError(f"step {state.step}: the gradient norm is {norm}; no update was made")
 
 
-def _is_spike(state: TrainState, norm: float, factor: float) -> bool:
+def _spike_limit(state: TrainState, factor: float) -> float:
+    """The largest gradient norm that is no spike; infinity as long as nobody can say."""
     enough = factor > 0 and len(state.norms) >= ENOUGH
-    return enough and norm > factor * statistics.median(state.norms)
+    return factor * statistics.median(state.norms) if enough else math.inf
 
 
 def _count(state: TrainState, report: StepReport, config: TrainConfig) -> None:

@@ -54,7 +54,7 @@ OTHER_FILES = {
 }
 READING_ORDER = [
     *("model", "init", "loss", "precision", "emulation", "fp8", "training"),
-    *("compiling", "optimizer"),
+    *("compiling", "prefetch", "optimizer"),
     *("data", "tokenizing", "corpus", "fields", "python_docs", "overlap", "tokenizer"),
     *("hf_weights", "weight_files", "checkpoint"),
     *("generation", "evaluation", "throughput", "runtime", "budget"),
