@@ -37,13 +37,13 @@ class GPT(torch.nn.Module):
         made = model.GPT(model.GPTConfig(
             config.n_layer, config.n_head, config.n_embd, config.block_size,
             config.vocab_size, config.vocab_size))
-        self.transformer, self.forward_hidden, self.logits = made.transformer, made.hidden, made.logits
+        self.transformer, self.hidden, self.logits = made.transformer, made.hidden, made.logits
 
     def configure_optimizers(self, decay, rate, device):
         return torch.optim.AdamW(self.parameters(), lr=rate, weight_decay=decay)
 
     def forward(self, x, y):
-        logits = self.logits(self.forward_hidden(x))
+        logits = self.logits(self.hidden(x))
         return logits, torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), y.flatten())
 
 raise SystemExit("this is the training, which nobody asked for")
@@ -81,6 +81,7 @@ def test_the_whole_script_runs_and_shows_every_rung(tmp_path, checkout, capsys) 
         "... with autotuning",
         "... in fp8",
     ]
+    assert "--build-nanogpt CHECKOUT`" in page and str(checkout) not in page
     assert table[-2:] == ["build-nanogpt", "ours"]
     assert "Kernels seen: _scaled_dot_product_flash_attention_for_cpu" in page
     assert "_fused_adamw_" in page
@@ -99,7 +100,7 @@ def test_a_rung_adds_one_lever_and_keeps_the_others() -> None:
 def test_every_lever_is_really_pulled() -> None:
     first, last = (gpu.state_of(gpu.ladder()[n], "tiny", CPU) for n in (0, -1))
     assert (first.precision.effective, last.precision.effective) == ("fp32", "bf16")
-    assert (first.model.config.vocab_rows, last.model.config.vocab_rows) == (97, 128)
+    assert (first.model.config.vocab_rows, last.model.config.vocab_rows) == (127, 128)
     assert (first.model.config.attention, last.model.config.attention) == ("naive", "sdpa")
     assert not first.optimizer.defaults["fused"] and last.optimizer.defaults["fused"]
 
