@@ -112,6 +112,13 @@ def tokens_per_second(step_seconds: list[float], tokens_per_step: int) -> float:
     return tokens_per_step / statistics.median(step_seconds[WARM_UP_STEPS:] or step_seconds)
 
 
+def warm_up_seconds(step_seconds: list[float]) -> float:
+    """What the first steps took longer than later ones: compilation, allocation, clocks."""
+    usual = statistics.median(step_seconds[WARM_UP_STEPS:] or step_seconds)
+    first = step_seconds[:WARM_UP_STEPS]
+    return max(0.0, sum(first) - usual * len(first))
+
+
 def forget_peak(device: torch.device) -> None:
     """Memory that was held so far shall not count, where the device can tell."""
     if device.type == "cuda":
