@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 from pipeline.errors import InputError, UserError
 from pipeline.experiments import WORKSPACE, Experiment, experiments
+from pipeline.records import Event
 from pipeline.symptoms import (
     BEFORE_SPIKE,
     CUT_TO,
@@ -51,6 +52,7 @@ STILL_FALLING = 0.1  # share of the whole fall that the second half of the run b
 OF_MATRIX_RATE = 0.15
 DATA_SHARE = 0.2  # of a step's time
 LEAK = 0.1  # share of validation passages
+WAITS = 0.05  # of the steps so far, between two looks at a training under way
 
 
 Rule = Callable[[Experiment], Finding | None]
@@ -172,7 +174,8 @@ def spike(found: Experiment) -> Finding | None:
         before = losses[step - BEFORE_SPIKE : step]
         usual = statistics.median(before)
         above = losses[step] - usual
-        if above > max(SPIKE, SPIKE_NOISE * statistics.stdev(before), worst[0]):
+        # In this order: the deviation is exact and slow, and few steps come as far.
+        if above > max(SPIKE, worst[0]) and above > SPIKE_NOISE * statistics.stdev(before):
             worst = above, step, usual
     above, step, usual = worst
     if not above:
@@ -338,6 +341,28 @@ RULES: tuple[Rule, ...] = (
     data_bound,
     leak,
 )
+
+
+class Rounds:
+    """The doctor's looks at a training under way: what is urgent, once each.
+
+    A look reads all steps so far. The next one waits until these have grown by a twentieth, so
+    that all looks of a run together read some twenty times its steps, however often it validates.
+    """
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+        self._next = 0.0
+
+    def look(self, steps: int, events: Callable[[], list[Event]]) -> list[Finding]:
+        """After so many steps, what has not been told before; `events` gives the record."""
+        if steps < self._next:
+            return []
+        self._next = (1 + WAITS) * steps
+        findings = examine(Experiment("", "", {"train": events()}), URGENT)
+        new = [finding for finding in findings if finding.rule not in self._told]
+        self._told |= {finding.rule for finding in new}
+        return new
 
 
 def main(words: list[str]) -> None:

@@ -155,7 +155,7 @@ def loop(
     """Every step that is left, and what comes between them."""
     config, record = course.config, course.record
     watch = dtypes.Watch(state)
-    told: set[str] = set()
+    rounds = doctor.Rounds()
     with interruption.listening() as stop:
         reports = training.fit(
             state,
@@ -168,13 +168,13 @@ def loop(
         text = functools.partial(passages.of_step, tokens, config.train)
         steps = nonfinite.explaining(watched(reports, watch, course.study), state, text)
         try:
-            validate_if_due(course, state, held_out, stop, told)  # a stopped one may owe it
+            validate_if_due(course, state, held_out, stop, rounds)  # a stopped one may owe it
             for report in progress(steps, config, state.step):
                 course.step(report)
                 record.metrics(step_metrics(report) | update_metric(state, report), report.step)
                 if report.step + 1 == forecast.MEASURED_AT:
                     foresee_time(config, record, course.curve)
-                validate_if_due(course, state, held_out, stop, told)
+                validate_if_due(course, state, held_out, stop, rounds)
                 if course.checkpoint_due() and not stop.asked():
                     course.save(state)
                 leave_if_asked(course, state, stop)
@@ -215,13 +215,14 @@ def validate_if_due(
     state: training.TrainState,
     held_out: data.Tokens,
     stop: Interruption,
-    told: set[str],
+    rounds: doctor.Rounds,
 ) -> None:
     """Validation, and the doctor's word on it; left undone where somebody asks to stop."""
     if course.validation_due():
         with contextlib.suppress(Stopped):
             course.validated(state, validate(state, held_out, course.config, stop))
-            speak_up(course.record, told)
+            for finding in rounds.look(len(course.curve), course.record.so_far):
+                log.warning("%s", doctor.line(finding))
 
 
 def foresee(config: Config, precision: Precision, record: Record, corpus_tokens: int) -> None:
@@ -243,14 +244,6 @@ def foresee_time(config: Config, record: Record, curve: list[training.StepReport
     seconds = [report.seconds for report in curve]
     record.metrics({"time/forecast_seconds": forecast.run_seconds(seconds, config.train)})
     tqdm.write(f"train: {forecast.time_words(seconds, config.train)}", file=sys.stdout)
-
-
-def speak_up(record: Record, told: set[str]) -> None:
-    """While training goes on: what the doctor finds, once each."""
-    for finding in doctor.examine(Experiment("", "", {"train": record.so_far()}), doctor.URGENT):
-        if finding.rule not in told:
-            told.add(finding.rule)
-            log.warning("%s", doctor.line(finding))
 
 
 def stop_and_look(

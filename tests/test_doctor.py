@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,27 @@ def trained(folder: Path, monkeypatch, make_config) -> Callable[..., Experiment]
 
 def rules(found: Experiment) -> set[str]:
     return {finding.rule for finding in doctor.examine(found)} - {"slow for this machine"}
+
+
+def test_all_looks_at_a_training_read_a_constant_number_of_times_its_steps() -> None:
+    events = run(train__loss=[5.0]).records["train"]
+    read = {}
+    for steps in (2000, 8000):
+        looked: list[int] = []
+        rounds = doctor.Rounds()
+        for step in range(1, steps + 1):
+            rounds.look(step, lambda step=step, looked=looked: looked.append(step) or events)
+        assert all(later <= 1.05 * earlier + 1 for earlier, later in pairwise(looked))
+        read[steps] = sum(looked) / steps
+    assert read[8000] <= 1.1 * read[2000] < 25
+
+
+def test_what_is_urgent_is_told_once() -> None:
+    calm, wild = [5.0] * 60, [5.0] * 40 + [9.0] + [5.0] * 19
+    rounds = doctor.Rounds()
+    for steps, losses, told in [(60, calm, []), (70, wild, ["loss spike"]), (80, wild, [])]:
+        events = run(train__loss=losses).records["train"]
+        assert [f.rule for f in rounds.look(steps, lambda events=events: events)] == told
 
 
 def test_a_real_training_at_a_sound_rate_is_healthy(trained) -> None:

@@ -1,0 +1,324 @@
+"""What the pipeline around the training loop costs: by part, and by how much steps slow down.
+
+    python benchmarks/overhead.py [--size nano|124m] [--steps N] [--rounds N]
+
+Whole train stages, store, record, checkpoints and all, take turns with the bare loop over the
+same model and batches: tokens, `fit`, and nothing else. Whatever the stage does is timed by the
+function that does it, without what that calls of the others. Validation is training, not cost.
+Nano is the default recipe, whole: every cost of the run counts. At 124m a few steps stand for a
+run of an hour: checkpoints count at the 124M recipe's one in so many minutes, and what comes once
+against the hour. Then the imports of each stage, and a `dvc repro` that has nothing to do beside
+one of a project with a single empty stage. Writes benchmarks/results/overhead-SIZE.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from omegaconf import OmegaConf
+
+from pipeline import config as configuration
+from pipeline import paths
+from pipeline.config import Config
+from pipeline.folders import remove
+from stages import train
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SIZES = {
+    "nano": (),
+    "124m": (
+        *("model.n_layer=12", "model.n_head=12", "model.n_embd=768", "model.block_size=256"),
+        *("train.batch_size=2", "train.sequence_length=256", "train.val_tokens=512"),
+        *("train.steps=8", "train.warmup_steps=2", "train.val_every=8"),
+        *("checkpoint.every_steps=4", "checkpoint.every_minutes=0"),
+    ),
+}
+MINUTES = 10  # between checkpoints of the 124M recipe
+STAGES = ("tokenize_corpus", "import_hf_weights", "train", "evaluate", "sample", "numerics")
+STEPS, VALIDATION, CHECKPOINT = "steps", "validation", "checkpoints"
+DEMONSTRATION = "matrix rate, loss-scale demonstration"
+INSTANT = 0.05  # seconds: what is shorter at 124m only asked for free space
+EACH_STEP = ("batches", "record", "tracking")  # what grows with the steps
+HOUR = 3600.0  # the run that costs which come once are held against at 124m
+# Who does what in `stages.train`: the label, and where the function is looked up.
+PARTS = {
+    STEPS: ("training.train_step",),
+    VALIDATION: ("mean_loss",),
+    "batches": ("training.micro_batches",),
+    CHECKPOINT: ("Checkpoints.save", "Checkpoints.keep_best", "Checkpoints.check_room"),
+    "verification": (
+        "data.open_tokens",
+        "check_model",
+        "records.tree_digest",
+        "Checkpoints.newest",
+    ),
+    "record": ("Record.metrics", "Record.tags", "Record.artifact", "Record.checkpoint"),
+    "tracking": (
+        "tracking.Shipper.__init__",
+        "tracking.Shipper.__call__",
+        "tracking.Shipper.close",
+    ),
+    "forecast": ("foresee", "foresee_time"),
+    "doctor": ("speak_up", "judge"),
+    DEMONSTRATION: ("throughput.matrix_rate", "scaling.demonstrate"),
+    "loading the model": ("load_model", "training.start"),
+    "results and study": ("write_results", "write_study", "save_model", "copy", "runs.Run.share"),
+}
+
+
+class Clock:
+    """Seconds by label, each without those of the labels that it called."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[float]] = defaultdict(list)
+        self._inner: list[float] = []  # seconds of inner labels, for each label that is open
+        self._thread = threading.get_ident()
+
+    @contextlib.contextmanager
+    def timing(self, label: str) -> Iterator[None]:
+        began = time.perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            whole = time.perf_counter() - began
+            self.calls[label].append(whole - self._inner.pop())
+            if self._inner:
+                self._inner[-1] += whole
+
+    @contextlib.contextmanager
+    def watching(self, module: Any) -> Iterator[None]:
+        """While entered, the functions of PARTS, as `module` finds them, are timed."""
+        with contextlib.ExitStack() as stack:
+            for label, names in PARTS.items():
+                for name in names:
+                    *owners, last = name.split(".")
+                    owner = functools.reduce(getattr, owners, module)
+                    plain = getattr(owner, last)
+                    setattr(owner, last, self._timed(label, plain))
+                    stack.callback(setattr, owner, last, plain)
+            yield
+
+    def _timed(self, label: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(plain)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread:  # the shipping thread is not waited for
+                return plain(*args, **kwargs)
+            with self.timing(label):
+                return plain(*args, **kwargs)
+
+        return call
+
+
+Seconds = dict[str, list[float]]  # of every call, by label
+
+
+def whole_stage(config: Config) -> tuple[float, Seconds]:
+    """Seconds of `stages.train.main` from tokens and model to its last byte, and by part."""
+    for made in (paths.runs(), *train.OUTPUTS):
+        remove(made)
+    clock = Clock()
+    began = time.perf_counter()
+    with clock.watching(train), contextlib.redirect_stdout(sys.stderr):
+        train.main(config)
+    whole, calls = time.perf_counter() - began, clock.calls
+    # The demonstration makes steps of its own, before those of the training.
+    calls[DEMONSTRATION] += calls[STEPS][: -config.train.steps]
+    calls[STEPS] = calls[STEPS][-config.train.steps :]
+    return whole, calls
+
+
+def bare_loop(config: Config) -> tuple[float, Seconds]:
+    """The same of `fit` on the same tokens from the same weights, and nothing else."""
+    clock, c = Clock(), config.model
+    device = train.runtime.choose_device(config.device)
+    began = time.perf_counter()
+    with clock.watching(train):
+        tokens = train.data.open_tokens(paths.TOKENS, "train")
+        model = train.load_model(
+            paths.INIT,
+            vocab_rows=c.vocab_rows,
+            dropout=c.dropout,
+            attention=c.attention,
+            device=device,
+        )
+        precision = train.choose_precision(config.precision, device)
+        state = train.training.start(model, config.train, precision)
+        batches = functools.partial(train.training.micro_batches, tokens, config.train)
+        for _ in train.training.fit(state, config.train, batches):
+            pass
+    return time.perf_counter() - began, clock.calls
+
+
+def in_a_fresh_process(work: Callable[..., Any], config: Config) -> Any:
+    """So that every turn pays for its own imports and has its own memory."""
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+        return pool.submit(work, config).result()
+
+
+def costs_of(
+    bare: list[tuple[float, Seconds]], stages: list[tuple[float, Seconds]], every_minutes: float
+) -> tuple[float, dict[str, float]]:
+    """Seconds of training, and what each part costs beyond it in seconds.
+
+    `every_minutes` 0: the run as it was. Else a run of an hour: its steps, its checkpoints at one
+    in so many minutes, and once what comes once.
+    """
+
+    def total(turns: list[tuple[float, Seconds]], label: str) -> float:
+        return statistics.median(sum(calls.get(label, [])) for _, calls in turns)
+
+    costs = {label: total(stages, label) - total(bare, label) for label in PARTS}
+    trained = statistics.median(whole for whole, _ in bare) + costs.pop(VALIDATION)
+    known = [whole - sum(map(sum, calls.values())) for whole, calls in stages]
+    costs["the rest of the stage"] = statistics.median(known)
+    costs["steps slower than the bare loop's"] = costs.pop(STEPS)
+    if not every_minutes:
+        return trained, costs
+    longer = HOUR / total(bare, STEPS)
+    for label in ("steps slower than the bare loop's", *EACH_STEP):
+        costs[label] *= longer
+    saves = [s for _, calls in stages for s in calls[CHECKPOINT] if s > INSTANT]
+    costs[CHECKPOINT] = statistics.median(saves) * HOUR / (60 * every_minutes)
+    return HOUR, costs
+
+
+def table(
+    bare: list[tuple[float, Seconds]], stages: list[tuple[float, Seconds]], every_minutes: float
+) -> list[str]:
+    """The costs, the largest first, with their sum."""
+    trained, costs = costs_of(bare, stages, every_minutes)
+    steps = [seconds for _, calls in bare for seconds in calls[STEPS]]
+    rows = [
+        f"| {name} | {cost:.2f} | {cost / trained:.2%} |"
+        for name, cost in sorted(costs.items(), key=lambda item: -item[1])
+    ]
+    whole = sum(costs.values())
+    return [
+        f"A step of the bare loop: {statistics.median(steps):.3f} s, median of {len(steps)} "
+        f"({min(steps):.3f} to {max(steps):.3f}). Costs against {trained:,.0f} s of training:",
+        "",
+        "| | seconds | of training |",
+        "|---|---:|---:|",
+        *rows,
+        f"| **all of it** | **{whole:.2f}** | **{whole / trained:.2%}** |",
+    ]
+
+
+def imports(stage: str) -> str:
+    """A table row: seconds until a stage's imports are done, the large libraries among them."""
+    libraries = ["torch", "transformers", "mlflow", "matplotlib", "pyarrow", "tiktoken"]
+    code = (
+        f"import sys, time; t = time.perf_counter(); import stages.{stage}; "
+        f"print(f'{{time.perf_counter() - t:.2f}} |', "
+        f"', '.join(n for n in {libraries} if n in sys.modules) or '-')"
+    )
+    return f"| {stage} | {said(ROOT, sys.executable, '-c', code).strip()} |"
+
+
+def nothing_to_do(rounds: int) -> list[str]:
+    """`dvc repro` in this checkout, where all is up to date, beside one of a single empty stage."""
+    repro = (sys.executable, "-m", "dvc", "repro")
+    with tempfile.TemporaryDirectory() as name:
+        alone = Path(name)
+        (alone / "one").write_text("1")
+        (alone / "dvc.yaml").write_text("stages: {one: {cmd: echo, deps: [one]}}\n")
+        said(alone, "git", "init", "--quiet")
+        said(alone, sys.executable, "-m", "dvc", "init", "--quiet")
+        seconds: dict[Path, list[float]] = {alone: [], ROOT: []}
+        said(alone, *repro)
+        if "up to date" not in said(ROOT, sys.executable, "-m", "dvc", "status"):
+            return ["This checkout is not up to date: after `dvc repro`, its no-op is timed, too."]
+        for _ in range(rounds):
+            for folder, found in seconds.items():
+                began = time.perf_counter()
+                said(folder, *repro)
+                found.append(time.perf_counter() - began)
+    theirs, ours = (statistics.median(found) for found in seconds.values())
+    return [
+        f"A `dvc repro` with nothing to do: {ours:.2f} s; in a project of one empty stage "
+        f"{theirs:.2f} s, DVC's own; {ours - theirs:.2f} s are this pipeline's."
+    ]
+
+
+def said(folder: Path, *words: str) -> str:
+    return subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def prepare(config: Config, changes: tuple[str, ...]) -> None:
+    """Tokens and an initial model in the working directory, whose root it becomes."""
+    from stages import import_hf_weights, tokenize_corpus
+
+    Path(".dvc").mkdir()
+    settings = OmegaConf.merge(
+        OmegaConf.load(ROOT / "recipes" / "nano.yaml"), OmegaConf.from_dotlist(list(changes))
+    )
+    OmegaConf.save(settings, paths.PARAMS)
+    with contextlib.redirect_stdout(sys.stderr):
+        tokenize_corpus.main(config)
+        import_hf_weights.main(config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", choices=list(SIZES), default="nano")
+    parser.add_argument("--steps", type=int, help="instead of the size's own")
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    changes = SIZES[asked.size] + ((f"train.steps={asked.steps}",) if asked.steps else ())
+    config = configuration.load(ROOT / "recipes" / "nano.yaml", changes)
+    home, bare, stages = Path.cwd(), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            prepare(config, changes)
+            for _ in range(asked.rounds):
+                bare.append(in_a_fresh_process(bare_loop, config))
+                stages.append(in_a_fresh_process(whole_stage, config))
+        finally:
+            os.chdir(home)
+    c = config.model
+    text = [
+        f"{asked.size}: {c.n_layer} layers, {c.n_embd} channels, batches of "
+        f"{config.train.batch_size}x{config.train.sequence_length}; torch {torch.__version__}, "
+        f"{platform.machine()}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}",
+        "",
+        f"`python benchmarks/overhead.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        "",
+        *table(bare, stages, 0 if asked.size == "nano" else MINUTES),
+        "",
+        "| imports of stage | seconds | large libraries among them |",
+        "|---|---:|---|",
+        *map(imports, STAGES),
+        "",
+        *nothing_to_do(asked.rounds),
+    ]
+    page = "\n".join(text) + "\n"
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"overhead-{asked.size}.md").write_text(page, encoding="utf-8", newline="\n")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
