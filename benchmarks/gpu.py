@@ -11,7 +11,8 @@ checkout of build-nanogpt its model, optimizer and loop body take turns with our
 compiled, from the same weights and batches. A first loss that disagrees voids a time.
 
 On CUDA it writes benchmarks/results/gpu.md and gpu.png, elsewhere it only prints. What is expected
-of it on paper stands in benchmarks/results/gpu_expectation.md; as long as there is no gpu.md it has not been measured.
+of it on paper stands in benchmarks/results/gpu_expectation.md; as long as there is no gpu.md it has
+not been measured.
 """
 
 from __future__ import annotations
