@@ -130,7 +130,7 @@ class CheckpointConfig:
 class EvaluateConfig:
     precision: str = setting(
         "one for all experiments, so that only training differs",
-        choices=("fp32", "tf32", "bf16", "fp16"),
+        choices=("fp32", "tf32", "bf16", "fp16", "fp8"),
     )
     batch_size: int = setting("sequences a forward pass", low=1)
     choice_items: int = setting("multiple-choice items made from validation; 0 for none", low=0)
@@ -153,7 +153,7 @@ class SampleConfig:
         "int8 reads a quarter of the memory, and its cost in loss is measured",
         choices=("fp32", "int8"),
     )
-    precision: str = setting("of sampling", choices=("fp32", "tf32", "bf16", "fp16"))
+    precision: str = setting("of sampling", choices=("fp32", "tf32", "bf16", "fp16", "fp8"))
     seed: int = setting("of sampling", low=0)
 
 
@@ -177,7 +177,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    precision: str = setting("of training", choices=("fp32", "tf32", "bf16", "fp16"))
+    precision: str = setting("of training", choices=("fp32", "tf32", "bf16", "fp16", "fp8"))
     device: str = setting("where to compute", choices=("auto", "cpu", "cuda", "mps"))
     corpus: CorpusConfig
     model: ModelConfig

@@ -136,6 +136,7 @@ class Course:
             "model/parameters": float(model.parameter_count()),
             "perf/tokens_per_second": rate,
             "perf/peak_memory_mib": throughput.peak_memory_mib(precision.device),
+            "perf/warm_up_seconds": throughput.warm_up_seconds([r.seconds for r in curve]),
             "perf/matrix_gflops": matrix_rate / 1e9,
             **({"perf/mfu": mfu} if mfu is not None else {}),
             "perf/of_matrix_rate": rate * flops / matrix_rate,

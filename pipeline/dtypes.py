@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.emulation import LOW, OPERANDS, round_to, rounding
+from pipeline.emulation import LOW, OPERANDS, rounding
+from pipeline.formats import round_to_format
 from pipeline.tables import markdown
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ NAMES = {
     torch.float8_e5m2: "fp8_e5m2",
 }
 NO_WORK = ("empty_like", "zeros_like", "ones_like", "_unsafe_view")  # they read no value
+FP8 = ("fp8_e4m3", "fp8_e5m2")  # the narrower range first
 SAMPLE = 1 << 16  # values of an operand that are looked at
 
 COLUMNS = ("phase", "where", "operation", "mode", "kernel", "calls")
@@ -57,6 +59,7 @@ class Row:
 
 
 PRODUCTS = {op.overloadpacket.__name__: positions for op, positions in OPERANDS.items()} | {
+    "_scaled_mm": (0, 1),  # of fp8
     "linear": (0, 1),  # one operation on MPS, as is its gradient
     "linear_backward": (0, 1, 2),
     "_scaled_dot_product_attention_math_for_mps": (0, 1, 2),
@@ -151,6 +154,8 @@ class Watch(TorchDispatchMode):
         operands = [args[position] for position in PRODUCTS[name]]
         if any(operand.dtype is not torch.float32 for operand in operands):
             return ""
+        if effective == "fp8":
+            return _fp8_arrow(operands)
         result = effective if effective in LOW else "fp32"
         if self.precision.emulated and all(_fits(operand, effective) for operand in operands):
             return f"{effective} -> {result}"
@@ -285,13 +290,21 @@ def _arrow(operands: list[Tensor], results: list[Tensor]) -> str:
     return " -> ".join(sides)
 
 
+def _fp8_arrow(operands: list[Tensor]) -> str:
+    """The formats of an emulated product in mode fp8, whose rest is bf16, or ""."""
+    eight = [next((n for n in FP8 if _fits(operand, n)), "") for operand in operands]
+    if all(eight):
+        return f"{'+'.join(dict.fromkeys(eight))} -> bf16"
+    return "bf16 -> bf16" if all(_fits(operand, "bf16") for operand in operands) else ""
+
+
 def _fits(x: Tensor, name: str) -> bool:
     """Whether the values (the first ones of a large tensor) are numbers of the format."""
     x = x.detach()
     while x.dim() > 1 and x.numel() > SAMPLE:
         x = x[0]
     x = x.reshape(-1)[:SAMPLE].contiguous()
-    return torch.equal(round_to(x, name).nan_to_num(), x.nan_to_num())
+    return torch.equal(round_to_format(x, name).nan_to_num(), x.nan_to_num())
 
 
 def _joined(formats: Counter[str]) -> str:

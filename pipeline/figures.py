@@ -26,6 +26,7 @@ COLOURS = {
     "tf32": "#0072B2",
     "bf16": "#009E73",
     "fp16": "#D55E00",
+    "fp8": "#CC79A7",  # its operands are e4m3
     "fp8_e4m3": "#CC79A7",
     "fp8_e5m2": "#E69F00",
 }

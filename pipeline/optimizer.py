@@ -74,6 +74,12 @@ def _with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
+def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's kernel reads on the device whether to make the step."""
+    device = optimizer.param_groups[0]["params"][0].device.type
+    return bool(optimizer.defaults.get("fused")) and device in SKIPPING
+
+
 def update_ratio(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> float | None:
     """Norm of AdamW's last step on `weight` by the norm of the weight; None before a first step.
 

@@ -1,4 +1,4 @@
-"""fp32 | tf32 | bf16 | fp16: what was asked, what is effective on this device, and why.
+"""fp32 | tf32 | bf16 | fp16 | fp8: what was asked, what is effective on this device, and why.
 
 | precision | exponent, mantissa bits | operands of products | results, and all the rest |
 |-----------|-------------------------|----------------------|---------------------------|
@@ -6,6 +6,9 @@
 | tf32      | 8, 10                   | rounded to tf32      | fp32                      |
 | bf16      | 8, 7                    | rounded to bf16      | bf16 by autocast's table  |
 | fp16      | 5, 10                   | rounded to fp16      | fp16 by autocast's table  |
+| fp8       | 4, 3; gradients 5, 2    | scaled, then rounded | bf16 by autocast's table  |
+
+fp8 is for the products of linear layers, by far the most; attention and the head are as in bf16.
 
 Products accumulate in fp32 in every mode, on CUDA because torch is told so: by default it lets
 cuBLAS add up parts of a low product in that low format. Parameters, their gradients and the loss
@@ -17,17 +20,19 @@ is the one that readers know and that torch.compile asks. The newer
 `torch.backends.cuda.matmul.fp32_precision` calls the same two "tf32" and "ieee".
 
 A CPU without instructions for a format computes it in torch's reference kernels, some 20 times
-slower than fp32. There the mode is emulated: see `emulation.py`.
+slower than fp32. There the mode is emulated: see `emulation.py`, and for fp8 `fp8.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from pipeline import fp8
 from pipeline.emulation import EmulatedProducts
 from pipeline.errors import ConfigError
 
@@ -36,6 +41,7 @@ PRECISIONS = {
     "tf32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
+    "fp8": torch.bfloat16,  # of what is not multiplied in fp8
 }
 
 # Instructions that multiply the format, as torch.cpu.get_capabilities() names them.
@@ -43,9 +49,15 @@ CPU_INSTRUCTIONS = {
     "bf16": ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"),
     "fp16": ("avx512_fp16", "amx_fp16", "avx10_2", "fp16_arith"),
     "tf32": (),
+    "fp8": (),  # torch has no kernel that uses any
 }
 AMPERE = (8, 0)  # the first compute capability whose tensor cores take tf32 and bf16
 VOLTA = (7, 0)  # the first that has tensor cores; they take fp16
+ADA = (8, 9)  # the first whose tensor cores take fp8
+FP8_EMULATED = (
+    "this CPU has no fp8 instructions: operands of linear layers are scaled and rounded to fp8, "
+    "products accumulate in fp32 (emulated); attention and the head are bf16"
+)
 # Settings of torch.backends.cuda.matmul; each is set with its `_split_k`, which stays as it is.
 LOW_SUMS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 
@@ -69,11 +81,51 @@ class Precision:
 
     def products(self) -> AbstractContextManager:
         """Around the forward and the backward pass; leaves torch's settings as they were."""
+        if self.effective == "fp8":
+            return self._fp8_products()
         if self.emulated:
             return EmulatedProducts(self.effective)
         if self.device.type == "cuda":
             return _cuda_products("high" if self.effective == "tf32" else "highest")
         return nullcontext()
+
+    @contextmanager
+    def _fp8_products(self) -> Iterator[None]:
+        """What is not multiplied in fp8 is as bf16 is on this device."""
+        with self.of_the_rest().products(), fp8.Fp8Linears(self.emulated):
+            yield
+
+    def of_the_rest(self) -> Precision:
+        """Of the products that are no linear layer's."""
+        return choose_precision("bf16", self.device) if self.effective == "fp8" else self
+
+    @property
+    def operand_bytes(self) -> int:
+        """Of a number that a product's kernel reads; an emulated one is held in fp32."""
+        if self.emulated:
+            return 4
+        return 1 if self.effective == "fp8" else self.dtype.itemsize
+
+    @property
+    def result_bytes(self) -> int:
+        return 4 if self.emulated else self.dtype.itemsize
+
+    def multiplication(self, a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+        """A call of a @ b, both fp32 matrices, as this mode's linear layers multiply.
+
+        The operands are put into the mode's format here, so the call is the product alone.
+        """
+        if self.effective == "fp8":
+            # Turned, since the tensor cores want the second operand column by column.
+            x, y = (fp8.scaled(m, fp8.FORWARD, self.emulated) for m in (a, b.t().contiguous()))
+            return lambda: fp8.product(x, y.t())
+        low, other = a.to(self.dtype), b.to(self.dtype)
+
+        def call() -> Tensor:
+            with self.products():
+                return low @ other
+
+        return call
 
     def make_scaler(self) -> torch.amp.GradScaler:
         """A loss scaler, working in fp16 only: bf16 has fp32's exponents."""
@@ -91,6 +143,9 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 def _on_cpu(name: str, device: torch.device) -> tuple[str, str, bool]:
     if name == "fp32" or _cpu_has(CPU_INSTRUCTIONS[name]):
         return name, "", False
+    if name == "fp8":
+        rest = ", emulated as well" if _on_cpu("bf16", device)[2] else ""
+        return name, f"{FP8_EMULATED}{rest}", True
     result = "are fp32" if name == "tf32" else f"are rounded to {name}"
     reason = (
         f"this CPU has no {name} instructions: operands are rounded to {name}, "
@@ -114,8 +169,11 @@ def _cpu_capabilities() -> dict[str, bool]:
 def _on_cuda(name: str, device: torch.device) -> tuple[str, str, bool]:
     capability = torch.cuda.get_device_capability(device)
     this = f"this GPU has {capability[0]}.{capability[1]}"
-    if name in ("tf32", "bf16") and capability < AMPERE:
-        return "fp32", f"{name} needs compute capability 8.0, {this}: fp32 instead", False
+    if name in ("tf32", "bf16", "fp8") and capability < AMPERE:
+        least = "8.9" if name == "fp8" else "8.0"
+        return "fp32", f"{name} needs compute capability {least}, {this}: fp32 instead", False
+    if name == "fp8" and capability < ADA:
+        return "bf16", f"fp8 needs compute capability 8.9, {this}: bf16 instead", False
     if name == "fp16" and capability < VOLTA:
         return name, f"tensor cores need compute capability 7.0, {this}: fp16 goes without", False
     return name, "", False
@@ -124,6 +182,8 @@ def _on_cuda(name: str, device: torch.device) -> tuple[str, str, bool]:
 def _elsewhere(name: str, device: torch.device) -> tuple[str, str, bool]:
     if name == "tf32":
         return "fp32", f"{device.type} devices have no tf32: fp32 instead", False
+    if name == "fp8":
+        return "bf16", f"no products in fp8 on {device.type} devices: bf16 instead", False
     return name, "", False
 
 

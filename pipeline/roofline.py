@@ -41,6 +41,7 @@ class Shape:
     inner: int
     columns: int
     batch: int = 1
+    linear: bool = True  # a linear layer's: where those are fp8, the others are bf16
 
     def __str__(self) -> str:
         return f"{self.batch} x ({self.rows}, {self.inner}) ({self.columns})"
@@ -91,6 +92,11 @@ class Product(Work):
     @property
     def name(self) -> str:
         return self.shape.name
+
+    @property
+    def mode(self) -> Precision:
+        """That this very product is in."""
+        return self.precision if self.shape.linear else self.precision.of_the_rest()
 
     @property
     def flops(self) -> float:
@@ -151,7 +157,7 @@ class Roofline:
                 p.name,
                 str(p.shape),
                 p.precision.asked,
-                p.precision.effective + (" emulated" if p.precision.emulated else ""),
+                p.mode.effective + (" emulated" if p.mode.emulated else ""),
                 p.error,
                 p.seconds * 1e3,
                 p.rate / 1e9,
@@ -218,12 +224,12 @@ def shapes(n_embd: int, n_head: int, vocab_rows: int, sequences: int, tokens: in
     c, rows, heads = n_embd, sequences * tokens, sequences * n_head
     return [
         Shape("attn.c_attn", rows, c, 3 * c),
-        Shape("attn q k^T", tokens, c // n_head, tokens, heads),
-        Shape("attn weights v", tokens, tokens, c // n_head, heads),
+        Shape("attn q k^T", tokens, c // n_head, tokens, heads, linear=False),
+        Shape("attn weights v", tokens, tokens, c // n_head, heads, linear=False),
         Shape("attn.c_proj", rows, c, c),
         Shape("mlp.c_fc", rows, c, 4 * c),
         Shape("mlp.c_proj", rows, 4 * c, c),
-        Shape("head", rows, c, vocab_rows),
+        Shape("head", rows, c, vocab_rows, linear=False),
     ]
 
 
@@ -284,12 +290,12 @@ def _timed_products(shape: Shape, precisions: list[Precision]) -> list[Product]:
     sizes = ((shape.rows, shape.inner), (shape.inner, shape.columns))
     lead = (shape.batch,) if shape.batch > 1 else ()
     a, b = (torch.randn(*lead, *size, generator=chance).to(device) for size in sizes)
-    # Operands have the mode's dtype already: autocast casts a weight once, not a product.
-    calls = [_in_mode(p, a.to(p.dtype), b.to(p.dtype)) for p in precisions]
+    # Operands have the mode's format already: autocast casts a weight once, not a product.
+    modes = [p if shape.linear else p.of_the_rest() for p in precisions]
+    calls = [mode.multiplication(a, b) for mode in modes]
     errors = [relative_error(call(), a, b) for call in calls]
     # An emulated product moves fp32 numbers, whatever format their values are in.
-    widths = [4 if p.emulated else p.dtype.itemsize for p in precisions]
-    moved = [shape.bytes_moved(width, width) for width in widths]
+    moved = [shape.bytes_moved(p.operand_bytes, p.result_bytes) for p in modes]
     times = _medians(calls, device)
     return [
         Product(seconds, bytes_moved, shape, precision, error)
@@ -297,14 +303,6 @@ def _timed_products(shape: Shape, precisions: list[Precision]) -> list[Product]:
             times, moved, precisions, errors, strict=True
         )
     ]
-
-
-def _in_mode(precision: Precision, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with precision.products():
-            return x @ y
-
-    return call
 
 
 def _timed_operations(head: Shape, device: torch.device) -> Iterator[Operation]:

@@ -136,7 +136,7 @@ def checked(choices: Sequence[dict[str, str]]) -> list[Config]:
 
 def machine_problems(config: Config) -> list[str]:
     """What is asked for and would not be in effect here: its figures would be another's."""
-    from pipeline import precision, runtime, training  # torch, only once the settings are right
+    from pipeline import compiling, precision, runtime  # torch, only once the settings are right
 
     try:
         device = runtime.choose_device(config.device)
@@ -146,7 +146,7 @@ def machine_problems(config: Config) -> list[str]:
     problems = []
     if chosen.effective != chosen.asked:
         problems.append(f"precision={chosen.asked}: not in effect here, {chosen.reason}")
-    if config.train.compile and (reason := training.why_not_compile(chosen)):
+    if config.train.compile and (reason := compiling.why_not_compile(chosen)):
         problems.append(f"train.compile=true: not in effect here, {reason}")
     return problems
 

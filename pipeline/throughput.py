@@ -22,11 +22,11 @@ WARM_UP_STEPS = 3  # first steps pay for allocation, compilation and clocks that
 # Dense peaks in TFLOP/s as their makers state them, by a part of the device's name. Kept to what
 # can be looked up: a device that is not here gets no utilisation rather than another card's.
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    "H200": {"fp32": 67, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4},
-    "H100 PCIe": {"fp32": 51, "tf32": 378, "bf16": 756, "fp16": 756},
-    "H100": {"fp32": 67, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4},
+    "H200": {"fp32": 67, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4, "fp8": 1978.9},
+    "H100 PCIe": {"fp32": 51, "tf32": 378, "bf16": 756, "fp16": 756, "fp8": 1513},
+    "H100": {"fp32": 67, "tf32": 494.7, "bf16": 989.4, "fp16": 989.4, "fp8": 1978.9},
     "A100": {"fp32": 19.5, "tf32": 156, "bf16": 312, "fp16": 312},
-    "L40S": {"fp32": 91.6, "tf32": 183, "bf16": 362, "fp16": 362},
+    "L40S": {"fp32": 91.6, "tf32": 183, "bf16": 362, "fp16": 362, "fp8": 733},
     "A10G": {"fp32": 31.2, "tf32": 35, "bf16": 70, "fp16": 70},
     "RTX 4090": {"fp32": 82.6, "tf32": 82.6, "bf16": 165.2, "fp16": 165.2},
     "RTX 3090": {"fp32": 35.6, "tf32": 35.6, "bf16": 71, "fp16": 71},
@@ -97,13 +97,12 @@ def matrix_rate(precision: Precision) -> float:
     """FLOP/s of a large square product in this mode, here and now: the median of some."""
     device = precision.device
     side = SQUARE.get(device.type, 1024)
-    a, b = (torch.randn(side, side, device=device).to(precision.dtype) for _ in range(2))
+    multiply = precision.multiplication(*(torch.randn(side, side, device=device) for _ in range(2)))
     watch = Stopwatch(device)
     seconds = []
     for _ in range(ROUNDS + 1):
         watch.start()
-        with precision.products():
-            a @ b
+        multiply()
         seconds.append(watch.stop())
     return 2.0 * side**3 / statistics.median(seconds[1:])
 
@@ -111,6 +110,13 @@ def matrix_rate(precision: Precision) -> float:
 def tokens_per_second(step_seconds: list[float], tokens_per_step: int) -> float:
     """From the median step after warm-up; from all steps where there are no more."""
     return tokens_per_step / statistics.median(step_seconds[WARM_UP_STEPS:] or step_seconds)
+
+
+def warm_up_seconds(step_seconds: list[float]) -> float:
+    """What the first steps took longer than later ones: compilation, allocation, clocks."""
+    usual = statistics.median(step_seconds[WARM_UP_STEPS:] or step_seconds)
+    first = step_seconds[:WARM_UP_STEPS]
+    return max(0.0, sum(first) - usual * len(first))
 
 
 def forget_peak(device: torch.device) -> None:

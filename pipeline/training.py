@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import logging
 import math
 import statistics
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,18 @@ import torch
 from torch import Tensor
 
 from pipeline.buffers import hand_back
+from pipeline.compiling import LossFunction, compiled_loss
 from pipeline.data import batch_at
 from pipeline.errors import InputError, NumericsError
-from pipeline.loss import IGNORE, linear_cross_entropy, look_up, token_losses
-from pipeline.optimizer import build_optimizer, clipping, gradient_norm, learning_rate
+from pipeline.loss import IGNORE, linear_cross_entropy, look_up
+from pipeline.optimizer import (
+    build_optimizer,
+    clipping,
+    gradient_norm,
+    learning_rate,
+    skips_by_itself,
+)
+from pipeline.prefetch import Batch, Prefetch
 from pipeline.runtime import derived_seed, rng_state
 from pipeline.throughput import Stopwatch
 
@@ -28,8 +35,6 @@ if TYPE_CHECKING:
     from pipeline.model import GPT
     from pipeline.precision import Precision
 
-Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64
-LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 Look = Callable[["TrainState"], None]
 
 RECENT = 64  # steps whose gradient norms say what is usual ...
@@ -109,7 +114,7 @@ def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
         optimizer=build_optimizer(model, config, scaled=scaler.is_enabled()),
         scaler=scaler,
         precision=precision,
-        loss_function=_compiled_loss(model, precision, eager) if config.compile else eager,
+        loss_function=compiled_loss(model, precision, eager) if config.compile else eager,
         eager_loss=eager,
     )
 
@@ -129,7 +134,7 @@ def fit(
     step how many the run is to have, where that is not `config.steps`; the learning rate follows.
     Raises NumericsError before an update that would spoil the parameters.
     """
-    watch = Stopwatch(state.precision.device)
+    watch, source = Stopwatch(state.precision.device), Prefetch(batches_of, state.precision.device)
 
     def aside(state: TrainState) -> None:
         with watch.paused():
@@ -137,13 +142,19 @@ def fit(
 
     while state.step < (steps := steps_at(state.step) if steps_at else config.steps):
         watch.start()
-        state.begin(batches_of(state.step))
+        state.begin(source(state.step))
         data_seconds = watch.so_far()
         tokens = sum(x.numel() for x, _ in state.batches)
         rate = learning_rate(state.step, config, steps)
         now = aside if look and state.step == look_at else None
         loss, norm, scale, skipped = train_step(
-            state, state.batches, rate, config.grad_clip, now, config.skip_spikes
+            state,
+            state.batches,
+            rate,
+            config.grad_clip,
+            now,
+            config.skip_spikes,
+            functools.partial(source.prepare, state.step + 1, steps),
         )
         seconds = watch.stop()
         report = StepReport(
@@ -186,32 +197,58 @@ def train_step(
     grad_clip: float,
     look: Look | None = None,
     skip_spikes: float = 0.0,
+    meanwhile: Callable[[], None] | None = None,
 ) -> tuple[float, float, float, bool]:
     """Gradients, clip, step, update: mean loss, gradient norm, scale, skipped.
 
     Skipped are an fp16 overflow and, with `skip_spikes` above 0, a gradient norm of more than
     that many times the recent median. Such a step leaves parameters, moments and the counts of
     AdamW as they were; it uses up its batch and its place in the schedule.
+
+    The host waits for the device once, when all has been launched; just before, `meanwhile` is
+    called. fp16 waits twice more, for its scale.
     """
     scaler, optimizer = state.scaler, state.optimizer
     for group in optimizer.param_groups:
         group["lr"] = rate
-    mean = state.loss = gradients(state, batches)
+    mean = _gradients(state, batches)
     if look:
+        state.loss = mean.item()
         look(state)
-    length = gradient_norm(optimizer)
-    norm = length.item()
-    _check(state, mean, norm)
+    norm = gradient_norm(optimizer)
+    most = _spike_limit(state, skip_spikes)
+    allowed = mean.isfinite() & norm.isfinite() & (norm <= most)
+    with clipping(optimizer, norm, grad_clip):
+        if skips_by_itself(optimizer):
+            _step_if(optimizer, allowed)
+        if meanwhile:
+            meanwhile()
+        state.loss, length = _read(mean, norm)
+        _check(state, state.loss, length)
+        if not skips_by_itself(optimizer) and allowed:
+            optimizer.step()
     scale = scaler.get_scale()
-    spike = _is_spike(state, norm, skip_spikes)
-    if not spike:
-        with clipping(optimizer, length, grad_clip):
-            scaler.step(optimizer)
     scaler.update()  # a spike's gradients are finite: the scale was right
     hand_back("grad_weight", state.model.transformer.wte.weight.grad)
     optimizer.zero_grad(set_to_none=True)
-    # The scale falls only after an inf gradient.
-    return mean, norm, scale, spike or scaler.get_scale() < scale
+    return state.loss, length, scale, not (math.isfinite(length) and length <= most)
+
+
+def _step_if(optimizer: torch.optim.Optimizer, allowed: Tensor) -> None:
+    """The update, if `allowed` (0-dim, bool) says so on the device: nobody waits for it.
+
+    This is how GradScaler tells a fused optimizer of an overflow.
+    """
+    optimizer.found_inf = (~allowed).float()
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf
+
+
+def _read(*numbers: Tensor) -> list[float]:
+    """0-dim tensors of one device as numbers, in one transfer: here the host waits for it."""
+    return torch.stack(numbers).tolist()
 
 
 def gradients(
@@ -223,6 +260,13 @@ def gradients(
     N micro-batches of one equal one of N, ragged masks included. `each` gets every micro-batch's
     loss once its gradients are there. Raises InputError where no target is valid.
     """
+    return _gradients(state, batches, each).item()
+
+
+def _gradients(
+    state: TrainState, batches: list[Batch], each: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """`gradients`, the mean loss left on the device: 0-dim fp32."""
     scaler, device = state.scaler, state.precision.device
     valid = sum(int((y != IGNORE).sum()) for _, y in batches)
     if valid == 0:
@@ -245,7 +289,7 @@ def gradients(
             if each:
                 each(loss.detach())
     scaler.unscale_(state.optimizer)
-    return (total / scaler.scale(torch.ones((), device=device))).item()
+    return total / scaler.scale(torch.ones((), device=device))
 
 
 def _check(state: TrainState, loss: float, norm: float) -> None:
@@ -256,9 +300,10 @@ def _check(state: TrainState, loss: float, norm: float) -> None:
         raise NumericsError(f"step {state.step}: the gradient norm is {norm}; no update was made")
 
 
-def _is_spike(state: TrainState, norm: float, factor: float) -> bool:
+def _spike_limit(state: TrainState, factor: float) -> float:
+    """The largest gradient norm that is no spike; infinity as long as nobody can say."""
     enough = factor > 0 and len(state.norms) >= ENOUGH
-    return enough and norm > factor * statistics.median(state.norms)
+    return factor * statistics.median(state.norms) if enough else math.inf
 
 
 def _count(state: TrainState, report: StepReport, config: TrainConfig) -> None:
@@ -322,54 +367,3 @@ def _fused_loss(model: GPT) -> LossFunction:
         )
 
     return loss
-
-
-def _compiled_loss(model: GPT, precision: Precision, eager: LossFunction) -> LossFunction:
-    """The plain formula, whose parts the compiler fuses by itself; `eager` where it cannot."""
-
-    def plain(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
-        return token_losses(model(x), y).sum() * factor
-
-    reason = why_not_compile(precision)
-    if reason:
-        warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
-        return eager
-    return _compiled_or(eager, torch.compile(plain))
-
-
-def _compiled_or(eager: LossFunction, compiled: LossFunction) -> LossFunction:
-    """`compiled`, until the compiler fails at it: what is missing shows on the first call only."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    function = compiled
-
-    def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
-        nonlocal function
-        try:
-            return function(x, y, factor)
-        except TorchDynamoException as error:
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
-            function = eager
-            return eager(x, y, factor)
-
-    return loss
-
-
-def why_not_compile(precision: Precision) -> str:
-    """Why torch.compile cannot work here, or ""."""
-    if precision.emulated:
-        return f"{precision.asked} is emulated on this device, by a mode that no compiler sees"
-    if precision.device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if precision.device.type == "mps":
-        return "it is not supported on MPS"
-    if precision.device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            return "no C++ compiler was found"
-    return ""

@@ -329,7 +329,8 @@ def write_results(course: Course, model: GPT, precision: Precision, matrix_rate:
     print(
         f"train: loss {curve[0].loss:.3f} -> {curve[-1].loss:.3f}, best validation loss "
         f"{course.best:.3f}, {summary['perf/tokens_per_second']:,.0f} tokens/s, "
-        f"{summary['perf/peak_memory_mib']:,.0f} MiB"
+        f"{summary['perf/peak_memory_mib']:,.0f} MiB; the first steps took "
+        f"{summary['perf/warm_up_seconds']:.1f} s more than later ones"
     )
 
 

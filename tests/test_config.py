@@ -47,7 +47,7 @@ def test_the_default_recipe_is_complete_and_valid() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"precision": "fp8"}, "precision=fp8: expected one of fp32, tf32, bf16, fp16"),
+        ({"precision": "fp4"}, "precision=fp4: expected one of fp32, tf32, bf16, fp16, fp8"),
         ({"train__lr": "abc"}, "train.lr=abc: expected a number above 0 and at most 10"),
         ({"train__lr": float("nan")}, "train.lr=nan: expected a number"),
         ({"train__lr": float("inf")}, "train.lr=inf: expected a number"),
@@ -88,7 +88,7 @@ def test_an_unknown_key_is_named_with_the_nearest_one() -> None:
 
 
 def test_all_problems_stand_in_one_error() -> None:
-    said = problems(precision="fp8", train__lr="abc", model__dropout=2)
+    said = problems(precision="fp4", train__lr="abc", model__dropout=2)
     assert len(said.splitlines()) == 3
 
 

@@ -231,11 +231,11 @@ def test_editing_generation_runs_sample_alone(story: Story) -> None:
 
 
 def test_wrong_values_end_in_a_line_each_before_any_work(story: Story) -> None:
-    changes = ("precision=fp8", "train.lr=abc", "+train.lrr=1")
+    changes = ("precision=fp4", "train.lr=abc", "+train.lrr=1")
     words = [word for change in changes for word in ("-S", change)]
     said = story.repo.dvc("exp", "run", "--temp", *words, expect=255)
     for problem in (
-        "precision=fp8: expected one of fp32, tf32, bf16, fp16",
+        "precision=fp4: expected one of fp32, tf32, bf16, fp16, fp8",
         "train.lr=abc: expected a number above 0",
         "train.lrr: unknown setting; did you mean train.lr?",
     ):

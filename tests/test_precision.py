@@ -105,6 +105,19 @@ def test_older_torch_without_get_capabilities_is_asked_otherwise(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "capability, effective",
+    [((7, 5), "fp32"), ((8, 0), "bf16"), ((8, 6), "bf16"), ((8, 9), "fp8"), ((9, 0), "fp8")],
+)
+def test_cuda_has_fp8_from_capability_8_9(capability, effective, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    chosen = choose_precision("fp8", CUDA)
+    assert chosen.effective == effective and not chosen.emulated
+    said = f"fp8 needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}"
+    assert (said in chosen.reason) == (effective != "fp8")
+    assert chosen.dtype is PRECISIONS[effective]
+
+
+@pytest.mark.parametrize(
     "capability, effective", [((7, 5), "fp32"), ((8, 0), None), ((9, 0), None)]
 )
 def test_cuda_has_tf32_and_bf16_from_capability_8(capability, effective, monkeypatch):
@@ -129,18 +142,21 @@ def test_fp16_runs_on_a_gpu_without_tensor_cores_and_says_so(monkeypatch):
 
 def test_mps_has_no_tf32():
     assert choose_precision("tf32", MPS).effective == "fp32"
+    assert choose_precision("fp8", MPS).effective == "bf16"
     assert "no tf32" in choose_precision("tf32", MPS).reason
     assert choose_precision("bf16", MPS).effective == "bf16"
 
 
 def test_an_unknown_precision_is_named_with_the_choices():
-    with pytest.raises(ConfigError, match=r"precision=fp8: expected one of fp32, tf32, bf16, fp16"):
-        choose_precision("fp8", CPU)
+    with pytest.raises(
+        ConfigError, match=r"precision=fp4: expected one of fp32, tf32, bf16, fp16, fp8"
+    ):
+        choose_precision("fp4", CPU)
 
 
 def test_only_fp16_scales_its_loss():
     enabled = {name: choose_precision(name, CPU).make_scaler().is_enabled() for name in PRECISIONS}
-    assert enabled == {"fp32": False, "tf32": False, "bf16": False, "fp16": True}
+    assert [name for name, on in enabled.items() if on] == ["fp16"]
 
 
 @pytest.mark.parametrize("name", PRECISIONS)

@@ -199,7 +199,7 @@ def recorded() -> list[int]:
 
 @needs_fork
 @pytest.mark.fault(38)
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
 @pytest.mark.parametrize("kills", [(7, 11), (5, 6)])
 def test_killed_twice_and_resumed_equals_unbroken_to_the_bit(
     workspace: Path, settings, monkeypatch, precision: str, kills: tuple[int, int]

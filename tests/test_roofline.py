@@ -42,7 +42,7 @@ def test_the_shapes_are_those_of_the_models_own_products() -> None:
     }
     assert named["attn.c_attn"] == Shape("attn.c_attn", 4096, 768, 2304)
     assert named["mlp.c_proj"] == Shape("mlp.c_proj", 4096, 3072, 768)
-    assert named["attn q k^T"] == Shape("attn q k^T", 1024, 64, 1024, batch=48)
+    assert named["attn q k^T"] == Shape("attn q k^T", 1024, 64, 1024, 48, linear=False)
     assert named["head"].columns == 50304
     # Forward FLOPs a token of a block's four weights: 2 * 12 C^2.
     weights = [s for s in named.values() if s.name.startswith(("attn.", "mlp."))]
@@ -215,26 +215,26 @@ def test_a_mode_that_is_not_in_effect_has_no_figures_but_a_reason(monkeypatch) -
 
 
 def test_every_product_and_operation_is_measured_in_every_mode(found) -> None:
-    assert len(found.products) == 7 * 4 and len(found.operations) == 7
-    assert list(found.rates) == ["fp32", "tf32", "bf16", "fp16"]
-    assert len(found.product_rows()) == 28 and len(found.operation_rows()) == 14
+    assert len(found.products) == 7 * 5 and len(found.operations) == 7
+    assert list(found.rates) == ["fp32", "tf32", "bf16", "fp16", "fp8"]
+    assert len(found.product_rows()) == 35 and len(found.operation_rows()) == 14
     for row in (*found.product_rows(), *found.operation_rows()):
         assert len(row) in (len(roofline.PRODUCT_COLUMNS), len(roofline.OPERATION_COLUMNS))
-    for mode in ("bf16", "fp16", "tf32"):
+    for mode in ("bf16", "fp16", "tf32", "fp8"):
         assert f"this CPU has no {mode} instructions" in found.products_page()
 
 
 def test_the_figures_mark_every_point(found) -> None:
     (axis,) = figures.roofline(found).axes
     points = [line for line in axis.lines if line.get_marker() == "o"]
-    assert len(points) == 28 + 6  # an embedding look-up computes nothing
+    assert len(points) == 35 + 6  # an embedding look-up computes nothing
     drawn = [f for f in (*found.operations, *found.products) if f.flops]
     places = [(line.get_xdata()[0], line.get_ydata()[0]) for line in points]
     assert places == [(f.flops / f.bytes_moved, f.flops / f.seconds) for f in drawn]
     names = next(t.get_text() for t in axis.texts if "\n" in t.get_text())
     assert all(name in names for name in ("gelu", "AdamW", "attn q k^T", "head"))
     (axis,) = figures.error_and_speed(found).axes
-    assert len([line for line in axis.lines if line.get_marker() == "D"]) == 4
+    assert len([line for line in axis.lines if line.get_marker() == "D"]) == 5
 
 
 def test_a_number_stands_over_its_points_and_close_ones_share_a_place() -> None:

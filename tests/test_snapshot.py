@@ -40,7 +40,7 @@ def weights(state: training.TrainState) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in state.model.parameters()])
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["fp32", "fp16", "fp8"])
 def test_a_restored_step_and_those_after_it_are_done_again_to_the_bit(
     config, tmp_path: Path, name: str
 ) -> None:

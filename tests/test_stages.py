@@ -68,7 +68,7 @@ def test_a_crash_in_machine_code_says_where_it_was() -> None:
 
 
 def test_wrong_settings_end_a_stage_with_2_and_leave_nothing(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text("precision: fp8\n", "utf-8")
+    (tmp_path / "params.yaml").write_text("precision: fp4\n", "utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "stages.tokenize_corpus"],
         cwd=tmp_path,
@@ -77,7 +77,7 @@ def test_wrong_settings_end_a_stage_with_2_and_leave_nothing(tmp_path: Path) -> 
         text=True,
     )
     assert done.returncode == 2
-    assert "precision=fp8: expected one of fp32, tf32, bf16, fp16" in done.stderr
+    assert "precision=fp4: expected one of fp32, tf32, bf16, fp16, fp8" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["params.yaml"]
 

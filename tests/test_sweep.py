@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import comparison, experiments, precision, queueing, sweep, training
+from pipeline import comparison, compiling, experiments, precision, queueing, sweep
 from pipeline.errors import ConfigError, InputError
 from pipeline.experiments import Task
 from pipeline.queueing import Watch
@@ -87,9 +87,9 @@ def test_changes_reach_dvc_as_they_were_checked(value: Any) -> None:
     ("words", "problems"),
     [
         (
-            ["train.lr=0.001,abc,-1.5", "precision=fp8"],
+            ["train.lr=0.001,abc,-1.5", "precision=fp4"],
             [
-                "precision=fp8: expected one of fp32, tf32, bf16, fp16",
+                "precision=fp4: expected one of fp32, tf32, bf16, fp16, fp8",
                 "train.lr=abc: expected a number above 0",
                 "train.lr=-1.5: expected a number above 0",
             ],
@@ -122,7 +122,7 @@ def test_a_seed_that_the_base_has_already_is_the_same_experiment() -> None:
 
 def test_what_would_not_be_in_effect_on_this_machine_is_not_queued(monkeypatch) -> None:
     monkeypatch.setitem(precision.DEVICES, "cpu", precision._elsewhere)
-    monkeypatch.setattr(training, "why_not_compile", lambda chosen: "no compiler")
+    monkeypatch.setattr(compiling, "why_not_compile", lambda chosen: "no compiler")
     with pytest.raises(ConfigError) as error:
         plan(["precision=fp32,tf32", "device=cpu", "train.compile=true"])
     assert str(error.value).splitlines() == [

@@ -20,6 +20,8 @@ from tests.conftest import ROOT
         ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
         ("NVIDIA H100 PCIe", "bf16", 756),
         ("NVIDIA H200", "tf32", 494.7),
+        ("NVIDIA H200", "fp8", 1978.9),
+        ("NVIDIA A100-SXM4-40GB", "fp8", None),
         ("NVIDIA A100-SXM4-40GB", "bf16", 312),
         ("Tesla T4", "fp16", 65),
         ("Tesla T4", "bf16", None),
@@ -35,6 +37,12 @@ from tests.conftest import ROOT
 def test_the_peak_is_of_the_very_device_and_precision(name, precision, tflops) -> None:
     expected = tflops * 1e12 if tflops else None
     assert throughput.peak_flops(name, precision) == expected
+
+
+def test_the_cost_of_the_first_steps_is_what_they_took_beyond_the_usual() -> None:
+    assert throughput.warm_up_seconds([30.0, 1.5, 1.0, *[1.0] * 9]) == 29.5
+    assert throughput.warm_up_seconds([1.0]) == 0.0
+    assert throughput.warm_up_seconds([0.5, 0.5, 0.5, 1.0]) == 0.0, "never less than nothing"
 
 
 def test_an_unknown_peak_gives_no_utilisation() -> None:

@@ -297,7 +297,7 @@ def spike_config(make_config):
 
 @pytest.mark.fault(34)
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "fp8"])
 def test_a_spike_makes_no_step_and_is_told(
     model, spike_config, caplog, precision: str, fused: bool
 ) -> None:
@@ -430,7 +430,7 @@ def test_training_learns_a_batch_by_heart(model, make_config) -> None:
     assert reports[-1].loss < 0.5
 
 
-@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16", "fp8"])
 def test_five_steps_in_a_low_precision_end_near_fp32_and_not_on_it(
     model, make_config, precision: str
 ) -> None:
@@ -459,52 +459,3 @@ def test_validation_between_steps_changes_no_weight(model, make_config) -> None:
                 mean_loss(state.model, [batch(2, seed=9)], state.precision, CPU)
         ends.append(weights(state))
     assert torch.equal(*ends)
-
-
-def test_compile_where_it_cannot_work_warns_and_trains_eagerly(model, make_config) -> None:
-    config = make_config(train__compile=True, train__steps=1, train__warmup_steps=0).train
-    precision = choose_precision("tf32", CPU)
-    assert precision.emulated
-    with pytest.warns(UserWarning, match="train.compile=true runs eagerly: tf32 is emulated"):
-        state = training.start(model, config, precision)
-    assert len(list(training.fit(state, config, lambda step: [batch(2)]))) == 1
-
-
-def test_a_missing_compiler_is_a_reason_not_an_error(monkeypatch) -> None:
-    from torch._inductor import cpp_builder, exc
-
-    def missing() -> str:
-        raise exc.InvalidCxxCompiler
-
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
-    assert training.why_not_compile(choose_precision("fp32", CPU)) == "no C++ compiler was found"
-
-
-def test_a_compiler_that_fails_on_the_first_step_is_left_for_eager(
-    model, make_config, monkeypatch
-) -> None:
-    from torch._dynamo.exc import TorchDynamoException
-
-    def broken(*_: object) -> torch.Tensor:
-        raise TorchDynamoException("no Python.h\nand a long story")
-
-    monkeypatch.setattr(torch, "compile", lambda function: broken)
-    monkeypatch.setattr(training, "why_not_compile", lambda precision: "")
-    config = make_config(train__compile=True, train__steps=2, train__warmup_steps=0).train
-    state = start(model, config)
-    with pytest.warns(UserWarning, match="runs eagerly: no Python.h$"):
-        reports = list(training.fit(state, config, lambda step: [batch(2)]))
-    assert len(reports) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
-def test_a_compiled_step_equals_an_eager_one_and_leaves_names_alone(model, make_config) -> None:
-    results = []
-    for compiled in (False, True):
-        config = make_config(train__compile=compiled, train__steps=3, train__warmup_steps=1).train
-        state = start(model, config)
-        reports = list(training.fit(state, config, lambda step: [batch(2, seed=step)]))
-        assert not [name for name in state.model.state_dict() if "_orig_mod" in name]
-        results.append([report.loss for report in reports])
-    assert results[1] == pytest.approx(results[0], rel=1e-4)

@@ -53,7 +53,8 @@ OTHER_FILES = {
     "Makefile": "repro, test, faults, ui, report, lint, clean",
 }
 READING_ORDER = [
-    *("model", "init", "loss", "precision", "emulation", "training", "optimizer"),
+    *("model", "init", "loss", "precision", "emulation", "fp8", "training"),
+    *("compiling", "prefetch", "optimizer"),
     *("data", "tokenizing", "corpus", "fields", "python_docs", "overlap", "tokenizer"),
     *("hf_weights", "weight_files", "checkpoint"),
     *("generation", "decoding", "int8", "evaluation", "throughput", "runtime", "budget"),
