@@ -110,7 +110,7 @@ def open_bundle(folder: Path, device: str = "") -> tuple[dict[str, Any], str]:
     state = training.start(model, replace(config.train, compile=False), precision)
     restore(state, Tensors(folder), facts)
     runtime.set_rng_state(state.rng, where)
-    then, state.loss = state.loss, training.gradients(state, state.batches)
+    then, state.loss = state.loss, training.gradients(state, state.batches).item()
     same = state.loss == then or (math.isnan(state.loss) and math.isnan(then))
     line = f"step {state.step}: {facts['why']}\nloss {state.loss!r}, "
     line += "the same as then" if same else f"{then!r} then (torch {facts['torch']}, "

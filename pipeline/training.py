@@ -211,7 +211,7 @@ def train_step(
     scaler, optimizer = state.scaler, state.optimizer
     for group in optimizer.param_groups:
         group["lr"] = rate
-    mean = _gradients(state, batches)
+    mean = gradients(state, batches)
     if look:
         state.loss = mean.item()
         look(state)
@@ -253,20 +253,14 @@ def _read(*numbers: Tensor) -> list[float]:
 
 def gradients(
     state: TrainState, batches: list[Batch], each: Callable[[Tensor], None] | None = None
-) -> float:
+) -> Tensor:
     """Accumulate every micro-batch's gradient and unscale once; returns the mean loss in nats.
 
-    The loss is the sum over all tokens by the number of valid ones in all micro-batches, so that
-    N micro-batches of one equal one of N, ragged masks included. `each` gets every micro-batch's
-    loss once its gradients are there. Raises InputError where no target is valid.
+    That is 0-dim, fp32, and stays on the device. The loss is the sum over all tokens by the number
+    of valid ones in all micro-batches, so that N micro-batches of one equal one of N, ragged masks
+    included. `each` gets every micro-batch's loss once its gradients are there. Raises InputError
+    where no target is valid.
     """
-    return _gradients(state, batches, each).item()
-
-
-def _gradients(
-    state: TrainState, batches: list[Batch], each: Callable[[Tensor], None] | None = None
-) -> Tensor:
-    """`gradients`, the mean loss left on the device: 0-dim fp32."""
     scaler, device = state.scaler, state.precision.device
     valid = sum(int((y != IGNORE).sum()) for _, y in batches)
     if valid == 0:

@@ -127,7 +127,7 @@ def at_step(step: int, act: Callable[[], None]) -> contextlib.AbstractContextMan
 
         def gradients(
             state: training.TrainState, batches: list[training.Batch], *each: Any
-        ) -> float:
+        ) -> torch.Tensor:
             if state.step == step:
                 if act is kill:
                     original(state, batches[:1])
