@@ -44,7 +44,7 @@ class Memory:
 
     weights: int
     moments: int  # AdamW's two
-    gradients: int  # at the end of the backward pass, the embedding's parts beside their sum
+    gradients: int  # at the end of the backward pass, the embedding's in all its parts
     activations: int  # at the end of the forward pass: what is kept for the backward pass
     head: int  # logits and operands of the output layer
 
@@ -70,12 +70,14 @@ class Needs:
         embedding = 4 * self.shape.vocab_rows * self.shape.n_embd
         earlier = self.weights if accumulate > 1 else 0  # gradients of the micro-batches before
         activations = self.kept + batch_size * self.kept_per_sequence + embedding
+        # Elsewhere the look-up's part of the tied gradient is a matrix, and so is their sum.
+        parts = 0 if self.precision.device.type == "cpu" else 2
         if self.precision.emulated:  # an operand and a result of the MLP in fp32, for a moment
             activations += 2 * 4 * batch_size * self.length * 4 * self.shape.n_embd
         return Memory(
             weights=self.weights,
             moments=2 * self.weights,
-            gradients=self.weights + (3 if earlier else 2) * embedding,
+            gradients=self.weights + (parts + bool(earlier)) * embedding,
             activations=activations + earlier,
             head=self._head(batch_size * self.length),
         )
