@@ -20,7 +20,7 @@ def tool():
     return module
 
 
-@pytest.mark.parametrize("block", ["settings", "tree", "faults"])
+@pytest.mark.parametrize("block", ["settings", "tree", "faults", "speed"])
 def test_the_readme_shows_what_the_code_says(tool, block: str) -> None:
     page = (ROOT / "README.md").read_text("utf-8")
     assert getattr(tool, block)() in page, "run `python tools/readme.py`"

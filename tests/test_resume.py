@@ -807,8 +807,8 @@ def test_a_run_that_left_the_numbers_keeps_its_checkpoints_and_says_why(
 ) -> None:
     original = training.gradients
 
-    def nan(state: training.TrainState, batches: list[training.Batch], *each: Any) -> float:
-        return float("nan") if state.step == 7 else original(state, batches, *each)
+    def nan(state: training.TrainState, batches: list[training.Batch], *each: Any) -> torch.Tensor:
+        return torch.tensor(torch.nan) if state.step == 7 else original(state, batches, *each)
 
     monkeypatch.setattr(training, "gradients", nan)
     with pytest.raises(NumericsError):

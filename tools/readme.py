@@ -8,7 +8,8 @@
 A block stands between `<!-- KIND ARGUMENT -->` and `<!-- end -->`. Kinds: `run` (a command whose
 output is shown), `do` (one whose output is not), `page` (a Markdown file that a command before it
 wrote, without its title), `figure` (a PNG likewise, copied below docs/figures; its alternative
-text follows a bar), `settings`, `tree`, `faults` (from the results of the last `--faults`).
+text follows a bar), `settings`, `tree`, `faults` (from the results of the last `--faults`) and
+`speed` (from benchmarks/results/).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 PAGES = [ROOT / "README.md", ROOT / "docs" / "notes.md"]  # the second builds on what the first ran
 FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(
-    r"(<!-- (run|do|page|figure|settings|tree|faults)(?: ([^\n]+))? -->\n)(.*?)(<!-- end -->)",
+    r"(<!-- (run|do|page|figure|settings|tree|faults|speed)(?: ([^\n]+))? -->\n)"
+    r"(.*?)(<!-- end -->)",
     re.DOTALL,
 )
 LONGEST = 100  # lines of output shown; the middle of a longer one is left out
@@ -96,6 +98,12 @@ def faults() -> str:
     from tools import fault_table
 
     return fault_table.page(*fault_table.results())
+
+
+def speed() -> str:
+    from benchmarks import summary
+
+    return summary.summary().strip()
 
 
 def run_faults() -> bool:
@@ -166,7 +174,7 @@ def figure(argument: str, clone: Path) -> str:
 
 
 FROM_A_RUN = {"run": run, "do": do, "page": page, "figure": figure}
-FROM_THE_CODE = {"settings": settings, "tree": tree, "faults": faults}
+FROM_THE_CODE = {"settings": settings, "tree": tree, "faults": faults, "speed": speed}
 
 
 def main() -> None:
