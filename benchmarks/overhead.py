@@ -79,7 +79,7 @@ PARTS = {
         "tracking.Shipper.close",
     ),
     "forecast": ("foresee", "foresee_time"),
-    "doctor": ("speak_up", "judge"),
+    "doctor": ("doctor.Rounds.look", "judge"),
     DEMONSTRATION: ("throughput.matrix_rate", "scaling.demonstrate"),
     "loading the model": ("load_model", "training.start"),
     "results and study": ("write_results", "write_study", "save_model", "copy", "runs.Run.share"),

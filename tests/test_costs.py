@@ -76,3 +76,9 @@ def test_every_axis_starts_and_its_laws_are_numbers() -> None:
         assert all(law(axis.points[-1]) > 0 for law in (axis.time, axis.memory))
     for name in ("batches", "steps"):
         growth.AXES[name].start(100_000 if name == "batches" else 60)()
+
+
+def test_every_timed_part_is_one_that_the_train_stage_has() -> None:
+    with overhead.Clock().watching(overhead.train):
+        assert overhead.train.training.train_step.__wrapped__
+    assert not hasattr(overhead.train.training.train_step, "__wrapped__")
