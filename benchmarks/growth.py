@@ -298,6 +298,8 @@ def growth(axis: Axis, found: list[Result], idle_mib: float) -> list[dict[str, f
 
 # --- what people read
 
+HEAD = "# growth\n\n![time and memory along each axis](growth.svg)\n"
+
 
 def publish(name: str, table: list[dict[str, float]]) -> None:
     """Put an axis into the three files; the others in them stay as they were measured."""
@@ -306,7 +308,7 @@ def publish(name: str, table: list[dict[str, float]]) -> None:
     kept[name] = {"points": table, "run": outcomes.circumstances()}
     kept = {name: kept[name] for name in AXES if name in kept}
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = "\n".join(part(name, entry) for name, entry in kept.items())
+    page = "\n".join([HEAD, *(part(name, entry) for name, entry in kept.items())])
     for file, text in [(path, json.dumps(kept, indent=1) + "\n"), (path.with_suffix(".md"), page)]:
         file.write_text(text, encoding="utf-8", newline="\n")
     path.with_suffix(".svg").write_bytes(picture(kept))
@@ -314,9 +316,8 @@ def publish(name: str, table: list[dict[str, float]]) -> None:
 
 def part(name: str, entry: dict[str, Any]) -> str:
     axis, run = AXES[name], entry["run"]
-    head = "# growth\n\n![time along each axis](growth.svg)\n\n" if name == next(iter(AXES)) else ""
     return (
-        f"{head}## {name}\n\nExpected: {axis.law}. `{run['command']}` on {run['date']} at "
+        f"## {name}\n\nExpected: {axis.law}. `{run['command']}` on {run['date']} at "
         f"{run['commit'] or 'no commit'}; {run['machine']}; {run['versions']}\n\n"
         + markdown([axis.label, *list(entry["points"][0])[1:]], map(dict.values, entry["points"]))
     )
