@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pipeline.emulation import emulated
 from pipeline.int8 import Int8Linear
-from pipeline.loss import token_losses
+from pipeline.loss import mean_of, token_losses
 from pipeline.model import GPT, KVCache
 
 Product = Callable[[Tensor], Tensor]
@@ -194,9 +194,8 @@ def mean_loss(
 
     `loss.mean_loss` is the same by those of training: the difference is what int8 costs.
     """
-    total, count = 0.0, 0
-    for x, y in windows:
-        logits = decoder.logits(decoder.hidden(x.to(device)))  # (B, T, V)
-        total += token_losses(logits, y.to(device)).sum().item()
-        count += y.numel()
-    return total / count
+
+    def nats(x: Tensor, y: Tensor) -> Tensor:
+        return token_losses(decoder.logits(decoder.hidden(x)), y).sum()  # of (B, T, V), (B, T)
+
+    return mean_of(nats, windows, device)

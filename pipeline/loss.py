@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -237,15 +237,29 @@ def mean_loss(
     Sums are added in double precision on the host, so that the batch size leaves no trace beyond
     fp32's rounding. No gradient, no dropout, no use of chance. NaN where there is no target.
     """
-    total, count = 0.0, 0
+
+    def nats(x: Tensor, y: Tensor) -> Tensor:
+        with precision.autocast():
+            hidden, weight = model.hidden(x), model.transformer.wte.weight
+            return linear_cross_entropy(hidden, weight, y, vocab_size=model.config.vocab_size)
+
     with evaluating(model), precision.products():
-        for x, y in batches:
-            count += int((y != IGNORE).sum())
-            x, y = x.to(device), y.to(device)
-            with precision.autocast():
-                hidden, weight = model.hidden(x), model.transformer.wte.weight
-                nats = linear_cross_entropy(hidden, weight, y, vocab_size=model.config.vocab_size)
-            total += nats.item()
+        return mean_of(nats, batches, device)
+
+
+def mean_of(
+    nats: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+) -> float:
+    """Mean over all batches' targets (B, T) of what `nats(inputs, targets)`, a 0-dim sum, adds up.
+
+    Targets that are IGNORE do not count. NaN where there is no target.
+    """
+    total, count = 0.0, 0
+    for x, y in batches:
+        count += int((y != IGNORE).sum())
+        total += nats(x.to(device), y.to(device)).item()
     return total / count if count else float("nan")
 
 
