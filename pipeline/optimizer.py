@@ -60,7 +60,7 @@ def clipping(optimizer: torch.optim.Optimizer, norm: Tensor, limit: float) -> It
     `grad_scale` is made for loss scales and divides by what it is given. `.grad` is clipped only
     once the step is made. `limit` 0 clips nothing.
     """
-    if limit and optimizer.defaults.get("fused") and norm.device.type in SKIPPING:
+    if limit and skips_by_itself(optimizer):
         optimizer.grad_scale = (norm.float() / limit).clamp(min=1)
     elif limit:
         nn.utils.clip_grads_with_norm_(_with_gradients(optimizer), limit, norm)
