@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -74,9 +73,9 @@ PARTS = {
     ),
     "record": ("Record.metrics", "Record.tags", "Record.artifact", "Record.checkpoint"),
     "tracking": (
-        "tracking.Shipper.__init__",
-        "tracking.Shipper.__call__",
-        "tracking.Shipper.close",
+        "tracking.Courier.__init__",
+        "tracking.Courier.__call__",
+        "tracking.Courier.close",
     ),
     "forecast": ("foresee", "foresee_time"),
     "doctor": ("doctor.Rounds.look", "judge"),
@@ -92,7 +91,6 @@ class Clock:
     def __init__(self) -> None:
         self.calls: dict[str, list[float]] = defaultdict(list)
         self._inner: list[float] = []  # seconds of inner labels, for each label that is open
-        self._thread = threading.get_ident()
 
     @contextlib.contextmanager
     def timing(self, label: str) -> Iterator[None]:
@@ -122,8 +120,6 @@ class Clock:
     def _timed(self, label: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(plain)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._thread:  # the shipping thread is not waited for
-                return plain(*args, **kwargs)
             with self.timing(label):
                 return plain(*args, **kwargs)
 

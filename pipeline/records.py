@@ -39,8 +39,8 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 # as is stages/__init__.py, which only writes down what the stages found. A figure is a view of
 # numbers that stand beside it: another colour must not train for days again.
 NO_RESULTS = (
-    *("config", "errors", "paths", "records", "rows", "runs", "store", "tracking", "view"),
-    *("cache", "interruption", "resume", "yaml_text"),
+    *("config", "errors", "paths", "records", "rows", "runs", "shipping", "store", "tracking"),
+    *("cache", "interruption", "resume", "view", "yaml_text"),
     *("comparison", "contrast", "debugging", "doctor", "experiments", "figures", "forecast"),
     *("history", "logged_models", "nonfinite", "notes", "passages", "plots", "queueing"),
     *("report", "report_figures", "report_run", "snapshot", "sweep", "symptoms"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import notes, records, view
 from pipeline.logged_models import LoggedModels
 from pipeline.records import Event
-from pipeline.runs import is_alive, this_process
+from pipeline.runs import is_alive
 from pipeline.store import artifact_root, connect, lock, said, store_uri
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ class Row:
             self.write(record, checkpoints, fetch)
             self.tag({shipped_tag(record[0]): record[0]["id"]})
 
-    def enter(self, head: Event) -> None:
-        """A stage starts: this process is at work on the row."""
-        self.tag({"pipeline.process": this_process(), "pipeline.host": head["environment"]["host"]})
+    def enter(self, head: Event, process: str) -> None:
+        """A stage starts: its process, as `runs.this_process` names it, works on the row."""
+        self.tag({"pipeline.process": process, "pipeline.host": head["environment"]["host"]})
         self.client.update_run(self.id, status="RUNNING")
 
     def leave(self, head: Event, end: Event) -> None:

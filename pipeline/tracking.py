@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import queue
@@ -11,16 +12,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import experiments, history, paths, records, view
+from pipeline import experiments, history, paths, records, runs, view
 from pipeline.config import Config, load
 from pipeline.errors import StorageError, UserError
 from pipeline.records import Event, Record
 from pipeline.rows import Row, from_workspace, open_row, shipped
+from pipeline.shipping import CLOSE, SHORT_SECONDS
 from pipeline.store import connect, said, store_errors, store_uri, without_secrets
 
 if TYPE_CHECKING:
@@ -28,30 +29,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHIP_EVERY_SECONDS = 2.0
 END_SECONDS = 60.0  # how long a finished stage waits for its last points ...
 SLOWEST_UPLOAD = 1e6  # ... and artifacts, in bytes a second
-DOWN_SECONDS = 10.0  # how long it waits for a store that had failed before
-RETRY_SECONDS = 10.0
+GRACE_SECONDS = 20.0  # for a process that is still starting, or has to end
 
 
-class Shipper:
-    """A thread that carries one stage's events to its row while the stage computes.
+class Courier:
+    """Carries one stage's events to the process that ships them, `pipeline.shipping`.
 
-    It never raises into the stage: whatever fails is one warning, the record keeps it all, and
-    the thread tries again, from the stage's first event on, which doubles nothing.
+    It never waits for that process while the stage computes, and it never raises into the stage:
+    whatever fails is a warning, and the record keeps it all.
     """
 
-    def __init__(self, stage: str, config: Config):
+    def __init__(self, checkpoints: str):
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._taken: list[Event] = []
-        self._upstream = list(records.upstream(stage))
-        self._checkpoints = config.tracking.checkpoints
         self._patience = END_SECONDS
-        self._closing = threading.Event()
-        self._has_row = False
-        self.problem = ""
-        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+        self._child = self._start(runs.this_process(), checkpoints)
+        self._thread = threading.Thread(target=self._carry, name="courier", daemon=True)
         self._thread.start()
 
     def __call__(self, event: Event) -> None:
@@ -59,70 +53,51 @@ class Shipper:
         self._events.put(event)
 
     def close(self, hurried: bool = False) -> None:
-        """Ship what is left; bounded, whatever the store does, and by seconds if `hurried`."""
-        self._closing.set()
+        """Have the rest shipped; bounded, whatever happens, and by seconds if `hurried`."""
+        patience = SHORT_SECONDS if hurried else self._patience
+        self._events.put({"kind": CLOSE, "patience": patience})
         self._events.put(None)
-        down = self.problem and not self._has_row
-        patience = DOWN_SECONDS if down or hurried else self._patience
-        self._thread.join(patience)
-        if self._thread.is_alive():
-            self._warn(f"the store did not answer within {patience:.0f} s")
-
-    def _run(self) -> None:
-        first = self._events.get()
-        assert first and first["kind"] == "start"
-        self._taken.append(first)
-        while not self._attempt():
-            self._closing.wait(RETRY_SECONDS)
-
-    def _attempt(self) -> bool:
-        """Ship from the first event to the last one; whether there is nothing left to try."""
-        last, self._has_row = self._closing.is_set(), False
+        if not self._child:
+            return
         try:
-            self._ship(self._taken[0])
-            return True
-        except Exception as error:  # a store's errors are of every kind; none may stop a run
-            self._warn(said(error))
-        if not self._closing.is_set():
-            return False
-        self._events.put(None)  # the attempt may have taken it
-        return last or not self._has_row  # a row that was lost in the end is worth another one
+            if code := self._child.wait(patience + GRACE_SECONDS):
+                self._warn(f"ended with exit code {code}")
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+            self._warn(f"did not end within {patience + GRACE_SECONDS:.0f} s")
 
-    def _ship(self, head: Event) -> None:
-        row = open_row(connect(), head, [*self._upstream, *records.beside(head)])
-        self._has_row = True
-        row.enter(head)
-        for record in self._upstream:
-            row.replay(record, self._checkpoints, from_workspace)
-        row.write(self._taken, self._checkpoints, from_workspace)
-        for events in self._batches():
-            self._taken += events
-            row.write(events, self._checkpoints, from_workspace)
-        if self._taken[-1]["kind"] == "end":
-            row.leave(head, self._taken[-1])
+    def _start(self, *words: str) -> subprocess.Popen | None:
+        home = str(Path(__file__).resolve().parent.parent)
+        places = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", "-m", "pipeline.shipping", *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+                # Ctrl-C is for the stage, which then has an end to ship.
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        except OSError as error:
+            self._warn(f"could not be started: {error}")
+            return None
 
-    def _batches(self) -> Iterator[list[Event]]:
-        """What has come, every few seconds, until the stage says that it is over."""
-        while True:
-            events = [self._events.get()]
-            deadline = time.monotonic() + SHIP_EVERY_SECONDS
-            while events[-1] is not None and (left := deadline - time.monotonic()) > 0:
-                with contextlib.suppress(queue.Empty):
-                    events.append(self._events.get(timeout=left))
-            if known := [event for event in events if event is not None]:
-                yield known
-            if events[-1] is None:
-                return
+    def _carry(self) -> None:
+        """Into a pipe in a thread: nobody reads it while that process is suspended."""
+        pipe = self._child.stdin if self._child else open(os.devnull, "wb")  # noqa: SIM115
+        while event := self._events.get():
+            with contextlib.suppress(OSError):  # it has ended, as close will tell
+                pipe.write(json.dumps(event).encode() + b"\n")
+                pipe.flush()
+        with contextlib.suppress(OSError):
+            pipe.close()
 
     def _warn(self, problem: str) -> None:
-        if self.problem:  # a store that did not answer in time may well fail later, too
-            return
-        self.problem = problem
         log.warning(
-            "MLflow at %s: %s. The stage goes on and its record keeps it all: what is missing is "
-            "shipped as soon as that can be, or by `python -m pipeline.tracking sync` once the "
-            "stage is finished.",
-            without_secrets(store_uri()),
+            "MLflow: the process that ships this stage's record %s. The record keeps it all: "
+            "`python -m pipeline.tracking sync` ships what is missing once the stage is finished.",
             problem,
         )
 
@@ -130,8 +105,8 @@ class Shipper:
 @contextlib.contextmanager
 def record(stage: str, config: Config, journal: Path | None = None) -> Iterator[Record]:
     """A stage's record, shipped while it is written; its row ends as the stage does."""
-    shipper = Shipper(stage, config)
-    entry = Record(stage, config, shipper, journal)
+    courier = Courier(config.tracking.checkpoints)
+    entry = Record(stage, config, courier, journal)
     status = "FAILED"
     try:
         yield entry
@@ -144,7 +119,7 @@ def record(stage: str, config: Config, journal: Path | None = None) -> Iterator[
             entry.tags({f"env.{name}": version for name, version in records.versions().items()})
             entry.close(status)
         finally:
-            shipper.close(hurried=status == "KILLED")
+            courier.close(hurried=status == "KILLED")
 
 
 def sync() -> list[str]:

@@ -10,7 +10,6 @@ import math
 import re
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,9 +44,6 @@ def run(main: Callable[[Config], None]) -> None:
         faulthandler.enable()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
-    # requests silences this, but in the tracking thread, where it may be undone by another's
-    # warnings.catch_warnings; a filter from before all threads stays.
-    warnings.filterwarnings("ignore", message="SOCKS support in urllib3")
     for stream in (sys.stdout, sys.stderr):  # a sample may hold what a pipe's encoding does not
         stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed

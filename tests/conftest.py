@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,12 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from pipeline import config as configuration
-from pipeline import records
+from pipeline import records, runs, shipping, tracking
 from pipeline.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,13 +60,17 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own_store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory is a workspace of its own with an empty store, which is returned."""
+    """The current directory is a workspace of its own with an empty store, which is returned.
+
+    What ships does so in this process, where it can be watched and patched.
+    """
     (tmp_path / ".dvc").mkdir()
     shutil.copyfile(empty_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     for name in ("DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(records, "_invocation", lambda: "one")
+    monkeypatch.setattr(tracking, "Courier", InThisProcess)
     return tmp_path / "mlflow.db"
 
 
@@ -101,14 +107,43 @@ def rest_server(
         server.shutdown()
 
 
-class NoShipper:
-    """Stands in for tracking.Shipper: the record is written and no store is asked."""
+class NoCourier:
+    """Stands in for tracking.Courier: the record is written and no store is asked."""
 
     def __init__(self, *_: object) -> None: ...
 
     def __call__(self, event: object) -> None: ...
 
     def close(self, hurried: bool = False) -> None: ...
+
+
+class InThisProcess:
+    """Stands in for tracking.Courier: ships from a thread of the test's own process."""
+
+    def __init__(self, checkpoints: str):
+        self._shipper = shipping.Shipper(runs.this_process(), checkpoints)
+
+    def __call__(self, event: records.Event) -> None:
+        self._shipper(event)
+
+    def close(self, hurried: bool = False) -> None:
+        self._shipper.close(3.0 if hurried else 20.0)
+
+
+HANGS_SECONDS = 600.0  # far more than any command of a tiny pipeline takes
+
+
+def abort(process: subprocess.Popen) -> str:
+    """End a command and all that it started: what ran, and from stages, where each thread was."""
+    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    ran = "\n".join(f"{member.pid} {' '.join(member.cmdline())}" for member in tree)
+    for name in ("SIGABRT", "SIGKILL"):
+        for member in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(getattr(signal, name, signal.SIGTERM))
+        psutil.wait_procs(tree, timeout=10)
+    out, err = process.communicate()
+    return f"{ran}\n{out}\n{err}"
 
 
 class Checkout:
@@ -130,16 +165,21 @@ class Checkout:
         }
 
     def run(self, *words: str, expect: int | None = 0, **env: str) -> subprocess.CompletedProcess:
-        done = subprocess.run(
+        process = subprocess.Popen(
             words,
             cwd=self.folder,
             env=self.env | env,
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            stdin=subprocess.DEVNULL,
-            check=False,
         )
+        try:
+            out, err = process.communicate(timeout=HANGS_SECONDS)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{words} hung\n{abort(process)}")
+        done = subprocess.CompletedProcess(words, process.returncode, out, err)
         if expect is not None:
             assert done.returncode == expect, f"{words}\n{done.stdout}\n{done.stderr}"
         return done

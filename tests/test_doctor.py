@@ -23,7 +23,7 @@ from pipeline.experiments import Experiment
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig
 from pipeline.runtime import generator
-from tests.conftest import NoShipper, params
+from tests.conftest import NoCourier, params
 
 LN_V = math.log(50257)
 
@@ -251,7 +251,7 @@ def trained(folder: Path, monkeypatch, make_config) -> Callable[..., Experiment]
 
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DVC_ROOT", str(folder))
-    monkeypatch.setattr(tracking, "Shipper", NoShipper)
+    monkeypatch.setattr(tracking, "Courier", NoCourier)
 
     def call(**changes: Any) -> Experiment:
         train.main(make_config(**REAL | changes))

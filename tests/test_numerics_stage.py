@@ -12,7 +12,7 @@ import pytest
 from pipeline import config as configuration
 from pipeline import paths, records, roofline
 from stages import numerics
-from tests.conftest import NoShipper, params
+from tests.conftest import NoCourier, params
 from tests.test_stages import SMALL
 
 
@@ -23,7 +23,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         folder = tmp_path_factory.mktemp("numerics")
         patch.chdir(folder)
         patch.delenv("DVC_ROOT", raising=False)
-        patch.setattr(numerics.tracking, "Shipper", NoShipper)
+        patch.setattr(numerics.tracking, "Courier", NoCourier)
         patch.setattr(roofline, "SQUARE", {"cpu": 64})
         patch.setattr(roofline, "STREAM_BYTES", {"cpu": 1 << 16})
         (folder / paths.NUMERICS).mkdir(parents=True)

@@ -44,7 +44,7 @@ from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
 from pipeline.runtime import generator
 from stages import train
-from tests.conftest import NoShipper, params
+from tests.conftest import NoCourier, params
 
 CPU = torch.device("cpu")
 # Five windows of 16 tokens an epoch, four a step: epochs end inside steps and between them.
@@ -87,7 +87,7 @@ def workspace(prepared: Path, tmp_path: Path, monkeypatch) -> Path:
         folders.copy(prepared / folder, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setattr(tracking, "Shipper", NoShipper)
+    monkeypatch.setattr(tracking, "Courier", NoCourier)
     monkeypatch.setattr(train, "foresee", lambda *_: None)
     monkeypatch.setattr(train, "judge", lambda *_: {})
     monkeypatch.setattr(train.doctor.Rounds, "look", lambda *_: [])

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError, InputError, together
 from pipeline.hf_weights import parameter_table
 from pipeline.precision import Precision, choose_precision
 from stages import announce, evaluate, import_hf_weights, run, sample, train, write_json
-from tests.conftest import ROOT, NoShipper
+from tests.conftest import ROOT, NoCourier
 
 SMALL = {
     "model__n_layer": 1,
@@ -96,7 +96,7 @@ def test_an_import_that_transformers_computes_differently_fails(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setattr(import_hf_weights.tracking, "Shipper", NoShipper)
+    monkeypatch.setattr(import_hf_weights.tracking, "Courier", NoCourier)
     monkeypatch.setattr(
         import_hf_weights,
         "parity",
@@ -112,7 +112,7 @@ def test_the_time_of_the_init_study_is_in_its_record(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setattr(import_hf_weights.tracking, "Shipper", NoShipper)
+    monkeypatch.setattr(import_hf_weights.tracking, "Courier", NoCourier)
     import_hf_weights.main(make_config(**SMALL))
     found: dict[str, float] = {}
     for event in records.read(paths.record("import_hf_weights")):
@@ -291,7 +291,7 @@ def workspace(tmp_path: Path, monkeypatch) -> Path:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setattr(tracking, "Shipper", NoShipper)
+    monkeypatch.setattr(tracking, "Courier", NoCourier)
     return tmp_path
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import config as configuration
-from pipeline import paths, records, store, tracking
-from tests.conftest import NANO, ROOT, params
+from pipeline import paths, records, shipping, store, tracking
+from tests.conftest import ROOT, params
 
 pytestmark = [
     pytest.mark.usefixtures("own_store"),
@@ -35,10 +35,9 @@ Heal = Callable[[], None]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch) -> None:
-    monkeypatch.setattr(tracking, "END_SECONDS", 20.0)
-    monkeypatch.setattr(tracking, "DOWN_SECONDS", 3.0)
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.2)
-    monkeypatch.setattr(tracking, "SHIP_EVERY_SECONDS", 0.1)
+    monkeypatch.setattr(shipping, "SHORT_SECONDS", 3.0)
+    monkeypatch.setattr(shipping, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(shipping, "SHIP_EVERY_SECONDS", 0.1)
     monkeypatch.setattr(store, "ANSWER_SECONDS", 0.3)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
@@ -240,7 +239,7 @@ def test_a_store_that_fails_costs_one_warning_and_sync_fills_it_later(
     make_config, monkeypatch, own_store: Path, caplog, fault
 ) -> None:
     attempts = []
-    monkeypatch.setattr(tracking, "connect", lambda: attempts.append(1) or store.connect())
+    monkeypatch.setattr(shipping, "connect", lambda: attempts.append(1) or store.connect())
     config = make_config()  # read before a fault takes the right to
     with fault(monkeypatch, own_store) as heal:
         began = time.monotonic()
@@ -387,7 +386,7 @@ def test_what_is_lost_or_stuck_in_mid_run_is_whole_when_the_stage_ends(
 def test_what_is_deleted_right_before_the_end_is_made_again_at_once(
     make_config, monkeypatch, own_store: Path, caplog, deletion
 ) -> None:
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 3600.0)
+    monkeypatch.setattr(shipping, "RETRY_SECONDS", 3600.0)
     with tracking.record("train", make_config()) as record:
         deletion(own_store, write_until_shipped(record, range(3)))
     (row,) = rows_of_all_steps(3)
@@ -437,6 +436,7 @@ def test_a_server_that_dies_in_mid_run_and_comes_back_gets_every_point_once(
 ) -> None:
     port, stop = rest_server()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # it does answer, on a busy machine late
     with tracking.record("train", make_config()) as record:
         row = write_until_shipped(record, range(3))
         stop()
@@ -469,8 +469,8 @@ def test_a_write_is_a_put_into_a_queue_whatever_the_store_does(make_config, monk
         released.wait()
         raise ConnectionError("it never answered")
 
-    monkeypatch.setattr(tracking, "connect", hang)
-    shipper = tracking.Shipper("train", make_config())
+    monkeypatch.setattr(shipping, "connect", hang)
+    shipper = shipping.Shipper("1-1.00", "best")
     record = records.Record("train", make_config(), shipper)
     wait_for(lambda: callers)
     for step in range(1000):
@@ -479,7 +479,7 @@ def test_a_write_is_a_put_into_a_queue_whatever_the_store_does(make_config, monk
     assert threading.current_thread() not in callers
     released.set()
     record.close("FINISHED")
-    shipper.close()
+    shipper.close(20.0)
     assert shipper.problem == "ConnectionError: it never answered"
     assert record_is_complete(1000)
 
@@ -489,9 +489,9 @@ def test_a_write_is_a_put_into_a_queue_whatever_the_store_does(make_config, monk
 CHILD = """
 import sys, json
 from pathlib import Path
-from pipeline import config, tracking
-tracking.SHIP_EVERY_SECONDS = 0.05
-shipper = tracking.Shipper("train", config.load(Path(sys.argv[1])))
+from pipeline import runs, shipping
+shipping.SHIP_EVERY_SECONDS = 0.05
+shipper = shipping.Shipper(runs.this_process(), "best")
 for line in Path("journal.jsonl").read_text("utf-8").splitlines():
     shipper(json.loads(line))
 print("handed over", flush=True)
@@ -528,7 +528,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
         early = next(n for n, event in enumerate(events) if event.get("step") == 8)
         (folder / "journal.jsonl").write_text("".join(lines[:early]), "utf-8")
         child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(NANO)],
+            [sys.executable, "-c", CHILD],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -568,10 +568,10 @@ def test_a_training_that_was_killed_goes_on_in_its_row(
         client.delete_run(before.info.run_id)
     if meanwhile == "database deleted":
         own_store.unlink()
-    shipper = tracking.Shipper("train", make_config())
+    shipper = shipping.Shipper("1-1.00", "best")
     for event in records.read(killed / "whole.jsonl"):
         shipper(event)
-    shipper.close()
+    shipper.close(20.0)
     (row,) = rows_of_all_steps(12)
     assert row.info.status == "FINISHED"
     assert (row.info.run_id == before.info.run_id) == (meanwhile == "nothing")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -312,22 +311,3 @@ def test_a_resumed_row_has_the_name_of_the_experiment_that_finished_it(
     (row,) = all_rows()
     assert (row.info.run_name, row.data.tags["dvc.exp_name"]) == ("finished", "finished")
     assert row.info.status == "FINISHED"
-
-
-def test_a_stage_that_is_stopped_waits_seconds_for_a_store_and_not_a_minute(
-    make_config, monkeypatch
-) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr(tracking.Shipper, "_ship", lambda self, head: time.sleep(0.2))
-    join = threading.Thread.join
-
-    def noted(self: threading.Thread, timeout: float | None = None) -> None:
-        waited.append(timeout or 0)
-        join(self, timeout)
-
-    monkeypatch.setattr(threading.Thread, "join", noted)
-    with pytest.raises(SystemExit), tracking.record("tokenize", make_config()):
-        raise SystemExit(143)
-    with tracking.record("tokenize", make_config()):
-        pass
-    assert waited == [tracking.DOWN_SECONDS, tracking.END_SECONDS]

@@ -65,7 +65,18 @@ READING_ORDER = [
     *("experiments", "sweep", "queueing", "comparison", "contrast"),
     *("doctor", "symptoms", "forecast", "report", "report_run", "report_figures", "figures"),
     *("plots", "tables"),
-    *("records", "tracking", "history", "store", "rows", "logged_models", "notes", "view", "runs"),
+    *(
+        "records",
+        "tracking",
+        "shipping",
+        "history",
+        "store",
+        "rows",
+        "logged_models",
+        "notes",
+        "view",
+        "runs",
+    ),
     *("config", "yaml_text", "paths", "cache", "folders", "errors", "buffers"),
 ]
 

@@ -1,0 +1,152 @@
+"""One stage's events on their way to its row in MLflow, in a process beside the stage's.
+
+MLflow's client takes seconds to import and holds Python's lock whenever it works, a hundred
+libraries come with it, and a store may hang or crash one of them. None of that is to touch what
+the stage computes: it starts `python -m pipeline.shipping` and writes its events into a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+
+from pipeline import records
+from pipeline.records import Event
+from pipeline.rows import from_workspace, open_row
+from pipeline.store import connect, said, store_uri, without_secrets
+
+log = logging.getLogger(__name__)
+
+SHIP_EVERY_SECONDS = 2.0
+SHORT_SECONDS = 10.0  # how long a stage waits that was stopped, or whose store had failed before
+RETRY_SECONDS = 10.0
+CLOSE = "close"  # the last line of a stage, which is no event
+NICENESS = 5  # where the stage needs every core, it comes first
+
+
+class Shipper:
+    """A thread that ships one stage's events while they come.
+
+    It never raises: whatever fails is one warning, the record keeps it all, and the thread tries
+    again, from the stage's first event on, which doubles nothing. `process` is the stage's, as
+    `runs.this_process` names it, `checkpoints` what tracking.checkpoints says.
+    """
+
+    def __init__(self, process: str, checkpoints: str):
+        self._process, self._checkpoints = process, checkpoints
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._taken: list[Event] = []
+        self._closing = threading.Event()
+        self._has_row = False
+        self.problem = ""
+        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+        self._thread.start()
+
+    def __call__(self, event: Event) -> None:
+        self._events.put(event)
+
+    def close(self, patience: float) -> None:
+        """Ship what is left, within so many seconds, whatever the store does."""
+        self._closing.set()
+        self._events.put(None)
+        if self.problem and not self._has_row:
+            patience = min(patience, SHORT_SECONDS)
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            self._warn(f"the store did not answer within {patience:.0f} s")
+
+    def _run(self) -> None:
+        first = self._events.get()
+        assert first and first["kind"] == "start"
+        self._taken.append(first)
+        while not self._attempt():
+            self._closing.wait(RETRY_SECONDS)
+
+    def _attempt(self) -> bool:
+        """Ship from the first event to the last one; whether there is nothing left to try."""
+        last, self._has_row = self._closing.is_set(), False
+        try:
+            self._ship(self._taken[0])
+            return True
+        except Exception as error:  # a store's errors are of every kind; none may stop a run
+            self._warn(said(error))
+        if not self._closing.is_set():
+            return False
+        self._events.put(None)  # the attempt may have taken it
+        return last or not self._has_row  # a row that was lost in the end is worth another one
+
+    def _ship(self, head: Event) -> None:
+        upstream = list(records.upstream(head["stage"]))
+        row = open_row(connect(), head, [*upstream, *records.beside(head)])
+        self._has_row = True
+        row.enter(head, self._process)
+        for record in upstream:
+            row.replay(record, self._checkpoints, from_workspace)
+        row.write(self._taken, self._checkpoints, from_workspace)
+        for events in self._batches():
+            self._taken += events
+            row.write(events, self._checkpoints, from_workspace)
+        if self._taken[-1]["kind"] == "end":
+            row.leave(head, self._taken[-1])
+
+    def _batches(self) -> Iterator[list[Event]]:
+        """What has come, every few seconds, until the stage says that it is over."""
+        while True:
+            events = [self._events.get()]
+            deadline = time.monotonic() + SHIP_EVERY_SECONDS
+            while events[-1] is not None and (left := deadline - time.monotonic()) > 0:
+                with contextlib.suppress(queue.Empty):
+                    events.append(self._events.get(timeout=left))
+            if known := [event for event in events if event is not None]:
+                yield known
+            if events[-1] is None:
+                return
+
+    def _warn(self, problem: str) -> None:
+        if self.problem:  # a store that did not answer in time may well fail later, too
+            return
+        self.problem = problem
+        log.warning(
+            "MLflow at %s: %s. The stage goes on and its record keeps it all: what is missing is "
+            "shipped as soon as that can be, or by `python -m pipeline.tracking sync` once the "
+            "stage is finished.",
+            without_secrets(store_uri()),
+            problem,
+        )
+
+
+def main(words: list[str]) -> None:
+    """`python -m pipeline.shipping PROCESS CHECKPOINTS`: an event a line, then how long to wait.
+
+    Where that last line never comes the stage was killed, and what has arrived is shipped.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # Windows has no niceness
+        os.nice(NICENESS)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.captureWarnings(True)
+    # requests silences this, but in the thread that ships, where it may be undone by another's
+    # warnings.catch_warnings; a filter from before all threads stays.
+    warnings.filterwarnings("ignore", message="SOCKS support in urllib3")
+    shipper = Shipper(*words)
+    patience = SHORT_SECONDS
+    for line in sys.stdin.buffer:
+        if not line.endswith(b"\n"):  # cut off by a kill
+            break
+        event: Event = json.loads(line)
+        if event["kind"] == CLOSE:
+            patience = event["patience"]
+            break
+        shipper(event)
+    shipper.close(patience)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,192 @@
+"""The process that ships: whatever becomes of it, the stage goes on, says so once and ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline import paths, records, store, tracking
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+Courier = tracking.Courier  # before `own_store` puts another in its place
+
+
+@pytest.fixture(autouse=True)
+def _courier(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "Courier", Courier)
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen]:
+    """The processes that couriers have started."""
+    started: list[subprocess.Popen] = []
+    start = Courier._start
+
+    def noted(self: tracking.Courier, *words: str) -> subprocess.Popen | None:
+        if child := start(self, *words):
+            started.append(child)
+        return child
+
+    monkeypatch.setattr(Courier, "_start", noted)
+    return started
+
+
+def rows() -> list:
+    client = store.connect()
+    experiment = client.get_experiment_by_name("gpt2")
+    return client.search_runs([experiment.experiment_id]) if experiment else []
+
+
+def steps_of(row) -> list[int]:
+    history = store.connect().get_metric_history(row.info.run_id, "train/value")
+    return sorted(point.step for point in history)
+
+
+def wait_for(what: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# A stage as a process, which says what it has imported when its record is closed.
+STAGE = """
+import sys
+from pathlib import Path
+from pipeline import config, tracking
+with tracking.record("train", config.load(Path(sys.argv[1]))) as record:
+    for step in range(5):
+        record.metrics({"train/value": step / 3}, step)
+    if "killed" in sys.argv:
+        print(record._ship._child.pid, flush=True)
+        sys.stdin.read()
+print(*sys.modules)
+"""
+
+
+def stage(*words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", STAGE, str(ROOT / "recipes" / "nano.yaml"), *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_row_is_whole_and_its_stage_has_imported_nothing_of_a_store() -> None:
+    out, said = stage().communicate()
+    assert said == ""
+    (row,) = rows()
+    assert (row.info.status, steps_of(row)) == ("FINISHED", list(range(5)))
+    loaded = set(out.split())
+    assert "pipeline.tracking" in loaded
+    assert not {"mlflow", "sqlalchemy", "pandas", "requests"} & loaded
+
+
+def test_what_a_killed_stage_has_written_arrives_and_no_process_stays() -> None:
+    killed = stage("killed")
+    assert killed.stdout
+    courier = psutil.Process(int(killed.stdout.readline()))
+    killed.kill()
+    _, said = killed.communicate()
+    wait_for(lambda: not courier.is_running() or courier.status() == psutil.STATUS_ZOMBIE)
+    assert said == ""
+    (row,) = rows()
+    assert (row.info.status, steps_of(row)) == ("RUNNING", list(range(5)))
+    assert row.data.tags["pipeline.process"].startswith(f"{killed.pid}-")
+
+
+def train(make_config, meanwhile: Callable[[], None], points: int = 5) -> float:
+    """Record a stage in which something happens; how many seconds its writing took."""
+    with tracking.record("train", make_config()) as record:
+        meanwhile()
+        began = time.monotonic()
+        for step in range(points):
+            record.metrics({"train/value": step / 3}, step)
+        return time.monotonic() - began
+
+
+def record_is_complete(points: int) -> bool:
+    events = records.read(paths.record("train"))
+    written = [e["step"] for e in events if "train/value" in e.get("values", {})]
+    return written == list(range(points)) and events[-1]["status"] == "FINISHED"
+
+
+def test_a_process_that_dies_costs_one_warning_and_sync_ships_the_rest(
+    make_config, children, caplog
+) -> None:
+    train(make_config, lambda: children[0].kill())
+    (warned,) = caplog.messages
+    code = 1 if sys.platform == "win32" else -signal.SIGKILL
+    assert f"ended with exit code {code}" in warned and "sync" in warned
+    assert record_is_complete(5)
+    assert len(tracking.sync()) == 1
+    (row,) = rows()
+    assert (row.info.status, steps_of(row)) == ("FINISHED", list(range(5)))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+def test_a_process_that_reads_nothing_does_not_hold_the_stage_up(
+    make_config, children, caplog, monkeypatch
+) -> None:
+    monkeypatch.setattr(tracking, "END_SECONDS", 1.0)
+    monkeypatch.setattr(tracking, "GRACE_SECONDS", 1.0)
+    points = 2000  # some 200 KB: more than a pipe holds
+    seconds = train(make_config, lambda: children[0].send_signal(signal.SIGSTOP), points)
+    assert seconds < 2
+    (warned,) = caplog.messages
+    assert "did not end within 2 s" in warned
+    assert children[0].returncode == -signal.SIGKILL
+    assert record_is_complete(points)
+
+
+def test_a_process_that_cannot_be_started_is_a_warning(make_config, monkeypatch, caplog) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("no process is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.subprocess, "Popen", refused)
+        patch.setattr(records, "_git", lambda *_: "")
+        train(make_config, lambda: None)
+    (warned,) = caplog.messages
+    assert "could not be started: no process is left" in warned
+    assert record_is_complete(5)
+
+
+@pytest.mark.parametrize(
+    ("hurried", "size", "patience"),
+    [(False, 0, 60.0), (False, 5_000_000, 65.0), (True, 5_000_000, 10.0)],
+)
+def test_a_stage_gives_its_uploads_time_and_waits_seconds_when_it_was_stopped(
+    monkeypatch, hurried: bool, size: int, patience: float
+) -> None:
+    copy = "import pathlib, sys; pathlib.Path('lines').write_bytes(sys.stdin.buffer.read())"
+    monkeypatch.setattr(
+        Courier,
+        "_start",
+        lambda *_: subprocess.Popen([sys.executable, "-c", copy], stdin=subprocess.PIPE),
+    )
+    courier = Courier("best")
+    courier({"kind": "artifact", "bytes": size})
+    courier.close(hurried)
+    *_, last = Path("lines").read_text("utf-8").splitlines()
+    assert json.loads(last) == {"kind": "close", "patience": patience}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sessions of Unix")
+def test_a_signal_to_the_terminal_s_processes_does_not_reach_it(make_config, children) -> None:
+    with tracking.record("train", make_config()):
+        assert os.getsid(children[0].pid) != os.getsid(0)
