@@ -49,6 +49,7 @@ LEVERS = {
     "softmax by blocks of rows": [(loss, "BLOCK", 1 << 30)],
     "reused buffer of logits": [(loss, "reused", fresh)],
     "memory of the tied gradient handed on": [(training, "hand_back", lambda *_: None)],
+    "head's weight gradient by pieces": [(loss, "COLUMNS", 1 << 30)],
     "look-up's gradient by rows": [(training, "look_up", lambda wte, idx: wte(idx))],
     "clipping inside fused AdamW": [(optimizer, "SKIPPING", ())],
 }

@@ -5,8 +5,9 @@
 
 Same weights (random ones: what they are changes no time), same prompts, one token after another
 until all are there; a turn is the whole continuation, prompt included. A time counts only for who
-has the tokens of transformers' `generate`. Weights that are rounded (int8) give their own tokens:
-there the table says how many are equal, and refuses below half.
+has the tokens of transformers' `generate`. Weights that are rounded (int8) give a text of their
+own from the first token on that differs: there the table says how often they choose the token that
+exact ones do after the same text, and refuses below half.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ from benchmarks.peers import HF, Task, hf_model, nanogpt_model
 from benchmarks.side_by_side import Contestant, Turn, Verdict
 from pipeline import generation, runtime
 from pipeline.config import SampleConfig
+from pipeline.decoding import Decoder
+from pipeline.model import GPT
 from pipeline.tokenizer import EOT
 
 PROMPT = 32  # tokens
-EQUAL = 0.5  # share of tokens that rounded weights have to have in common with exact ones
+EQUAL = 0.5  # how often rounded weights have to choose the token that exact ones do
 EXACT = ("", "fp32")  # settings of sample.weights that change no token
 
-Answer = tuple[bool, list[list[int]]]  # exact?, tokens (B, PROMPT + new)
+# Share of next tokens chosen as exact weights do, None for exact ones; tokens (B, PROMPT + new).
+Answer = tuple[float | None, list[list[int]]]
 
 
 def ours(task: Task, batch: int, new: int, weights: str) -> Turn:
@@ -45,8 +49,20 @@ def ours(task: Task, batch: int, new: int, weights: str) -> Turn:
     if weights:
         settings = replace(settings, weights=weights)
     idx, draws = task.ids(0, batch, PROMPT), runtime.generator(0, "sample")
-    exact = weights in EXACT
-    return lambda: (exact, generation.generate(model, idx, settings, draws).tolist())
+    share = None if weights in EXACT else chosen_as_exactly(model, idx, settings)
+    return lambda: (share, generation.generate(model, idx, settings, draws).tolist())
+
+
+@torch.no_grad()
+def chosen_as_exactly(model: GPT, idx: torch.Tensor, settings: SampleConfig) -> float:
+    """How often rounded weights choose the next token of exact weights' greedy text."""
+    exact, draws = replace(settings, weights="fp32"), runtime.generator(0, "sample")
+    text = generation.generate(model, idx, exact, draws)
+    read = text[:, :-1]
+    rounded = Decoder(model, settings.weights, rows=read.numel())
+    behind = idx.size(1) - 1  # the prompt was chosen by nobody
+    chosen = rounded.logits(rounded.hidden(read)[:, behind:]).argmax(-1)
+    return (chosen == text[:, behind + 1 :]).float().mean().item()
 
 
 def transformers(task: Task, batch: int, new: int, cache: str | None) -> Turn:
@@ -55,12 +71,12 @@ def transformers(task: Task, batch: int, new: int, cache: str | None) -> Turn:
     idx = task.ids(0, batch, PROMPT)
     settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": EOT}
     settings |= {"cache_implementation": cache, "attention_mask": torch.ones_like(idx)}
-    return lambda: (True, model.generate(idx, **settings).tolist())
+    return lambda: (None, model.generate(idx, **settings).tolist())
 
 
 def nanogpt(task: Task, batch: int, new: int, checkout: Path) -> Turn:
     model, idx = nanogpt_model(task, checkout).eval(), task.ids(0, batch, PROMPT)
-    return lambda: (True, model.generate(idx, new, top_k=1).tolist())
+    return lambda: (None, model.generate(idx, new, top_k=1).tolist())
 
 
 def weights_settings() -> tuple[str, ...]:
@@ -70,18 +86,18 @@ def weights_settings() -> tuple[str, ...]:
 
 
 def agree(answers: list[Answer], others: list[Answer]) -> Verdict:
-    """Refuses other tokens than the reference's; of rounded weights, more than half."""
-    (exact, tokens), (_, theirs) = answers[0], others[0]
+    """Refuses exact weights with other tokens than the reference's, and too coarse ones."""
+    (share, tokens), (_, theirs) = answers[0], others[0]
+    if share is not None:
+        words = f"chooses {share:.0%} of the tokens as exact weights do"
+        return Verdict(remark=words) if share >= EQUAL else Verdict(words)
     pairs = [
         (a, b)
         for own, other in zip(tokens, theirs, strict=True)
         for a, b in zip(own[PROMPT:], other[PROMPT:], strict=True)
     ]
     equal = sum(a == b for a, b in pairs) / len(pairs)
-    words = f"{equal:.0%} of the tokens are those of {HF}"
-    if equal < (1 if exact else EQUAL):
-        return Verdict(words)
-    return Verdict(remark="" if exact else words)
+    return Verdict("" if equal == 1 else f"{equal:.0%} of the tokens are those of {HF}")
 
 
 def contestants(task: Task, batch: int, new: int, nano: str | None) -> list[Contestant]:

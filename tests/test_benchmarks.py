@@ -7,6 +7,7 @@ import json
 import operator
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -239,15 +240,21 @@ def test_greedy_tokens_of_every_exact_way_are_equal() -> None:
     assert {sample.agree([answer], [answers[0]]).refused for answer in answers} == {""}
 
 
-def test_other_tokens_are_refused_unless_weights_are_rounded_and_half_agree() -> None:
+def test_other_tokens_are_refused_and_rounded_weights_that_choose_by_chance() -> None:
     prompt = [0] * sample.PROMPT
-    theirs = [(True, [prompt + [1, 2, 3, 4]])]
+    theirs = [(None, [prompt + [1, 2, 3, 4]])]
     near, far = [prompt + [1, 2, 3, 9]], [prompt + [1, 9, 9, 9]]
-    assert sample.agree([(True, near)], theirs).refused == f"75% of the tokens are those of {HF}"
-    assert sample.agree([(False, near)], theirs) == Verdict(
-        "", f"75% of the tokens are those of {HF}"
+    assert sample.agree([(None, near)], theirs).refused == f"75% of the tokens are those of {HF}"
+    assert sample.agree([(0.75, far)], theirs) == Verdict(
+        "", "chooses 75% of the tokens as exact weights do"
     )
-    assert sample.agree([(False, far)], theirs).refused
+    assert sample.agree([(0.25, near)], theirs).refused
+
+
+def test_tokens_are_compared_with_those_that_exact_weights_choose_after_the_same_text() -> None:
+    model, idx = NANO.model().eval(), NANO.ids(0, 2, sample.PROMPT)
+    settings = replace(NANO.config().sample, temperature=0.0, max_new_tokens=6, weights="fp32")
+    assert sample.chosen_as_exactly(model, idx, settings) == 1.0
 
 
 # --- tokenizing

@@ -436,7 +436,7 @@ def test_a_server_that_dies_in_mid_run_and_comes_back_gets_every_point_once(
 ) -> None:
     port, stop = rest_server()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # it does answer, on a busy machine late
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # a busy machine answers late
     with tracking.record("train", make_config()) as record:
         row = write_until_shipped(record, range(3))
         stop()
