@@ -363,8 +363,13 @@ def _greedy(logits: Callable[[Tensor], Tensor], new: Tensor, steps: int) -> Tens
 
 
 def _reference(folder: Path) -> Any:
-    """transformers' own model of a local folder, complete and in fp32."""
+    """transformers' own model of a local folder, complete and in fp32.
+
+    Loaded by one thread: several gain little here, and are not waited for.
+    """
     from transformers import GPT2LMHeadModel
+
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
     with _quiet_transformers():
         reference, loading = GPT2LMHeadModel.from_pretrained(

@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from pipeline import records
 from pipeline.records import Event
@@ -65,7 +66,8 @@ class Shipper:
 
     def _run(self) -> None:
         first = self._events.get()
-        assert first and first["kind"] == "start"
+        if first is None:  # the stage failed before its record began
+            return
         self._taken.append(first)
         while not self._attempt():
             self._closing.wait(RETRY_SECONDS)
@@ -130,6 +132,8 @@ def main(words: list[str]) -> None:
     """
     with contextlib.suppress(AttributeError, OSError):  # Windows has no niceness
         os.nice(NICENESS)
+        # Linux weighs sessions against each other first, and this one is a session of its own.
+        Path("/proc/self/autogroup").write_text(str(NICENESS))
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
     # requests silences this, but in the thread that ships, where it may be undone by another's
@@ -150,3 +154,6 @@ def main(words: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(0)  # an orderly end would wait for whatever a store that hangs has begun

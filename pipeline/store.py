@@ -110,7 +110,9 @@ def _origin(error: Exception) -> BaseException:
     """What the system or the database said, which libraries wrap in words of their own."""
     found: BaseException = error
     inner: BaseException | None = error
-    while inner := inner.__cause__ or inner.__context__:
+    seen = {id(error)}  # causes may go round in a circle
+    while (inner := inner.__cause__ or inner.__context__) and id(inner) not in seen:
+        seen.add(id(inner))
         if isinstance(inner, (OSError, sqlite3.Error)):
             found = inner
     return found

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 END_SECONDS = 60.0  # how long a finished stage waits for its last points ...
 SLOWEST_UPLOAD = 1e6  # ... and artifacts, in bytes a second
-GRACE_SECONDS = 20.0  # for a process that is still starting, or has to end
+GRACE_SECONDS = 5.0  # how long the process that ships may take beyond that to start and to end
 
 
 class Courier:
@@ -44,55 +44,59 @@ class Courier:
     def __init__(self, checkpoints: str):
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._patience = END_SECONDS
-        self._child = self._start(runs.this_process(), checkpoints)
         self._thread = threading.Thread(target=self._carry, name="courier", daemon=True)
-        self._thread.start()
+        try:
+            self._child = self._start(runs.this_process(), checkpoints)
+            self._thread.start()
+        except (OSError, RuntimeError) as error:  # no process or thread is left
+            self._child = None
+            self._warn(f"could not be started: {error}")
 
     def __call__(self, event: Event) -> None:
-        self._patience += event.get("bytes", 0) / SLOWEST_UPLOAD
-        self._events.put(event)
+        if self._child:
+            self._patience += event.get("bytes", 0) / SLOWEST_UPLOAD
+            self._events.put(event)
 
     def close(self, hurried: bool = False) -> None:
         """Have the rest shipped; bounded, whatever happens, and by seconds if `hurried`."""
+        if not self._child:
+            return
         patience = SHORT_SECONDS if hurried else self._patience
         self._events.put({"kind": CLOSE, "patience": patience})
         self._events.put(None)
-        if not self._child:
-            return
         try:
             if code := self._child.wait(patience + GRACE_SECONDS):
                 self._warn(f"ended with exit code {code}")
         except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
             self._warn(f"did not end within {patience + GRACE_SECONDS:.0f} s")
+        finally:  # somebody may have asked to stop meanwhile
+            self._child.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # not even then: a dead disk
+                self._child.wait(GRACE_SECONDS)
+            self._thread.join(GRACE_SECONDS)
 
-    def _start(self, *words: str) -> subprocess.Popen | None:
+    def _start(self, *words: str) -> subprocess.Popen:
         home = str(Path(__file__).resolve().parent.parent)
         places = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-        try:
-            return subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", "pipeline.shipping", *words],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
-                # Ctrl-C is for the stage, which then has an end to ship.
-                start_new_session=True,
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-            )
-        except OSError as error:
-            self._warn(f"could not be started: {error}")
-            return None
+        return subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-m", "pipeline.shipping", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+            # Ctrl-C is for the stage, which then has an end to ship.
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
 
     def _carry(self) -> None:
         """Into a pipe in a thread: nobody reads it while that process is suspended."""
-        pipe = self._child.stdin if self._child else open(os.devnull, "wb")  # noqa: SIM115
+        assert self._child and self._child.stdin
         while event := self._events.get():
             with contextlib.suppress(OSError):  # it has ended, as close will tell
-                pipe.write(json.dumps(event).encode() + b"\n")
-                pipe.flush()
+                self._child.stdin.write(json.dumps(event).encode() + b"\n")
+                self._child.stdin.flush()
         with contextlib.suppress(OSError):
-            pipe.close()
+            self._child.stdin.close()
 
     def _warn(self, problem: str) -> None:
         log.warning(
@@ -106,7 +110,11 @@ class Courier:
 def record(stage: str, config: Config, journal: Path | None = None) -> Iterator[Record]:
     """A stage's record, shipped while it is written; its row ends as the stage does."""
     courier = Courier(config.tracking.checkpoints)
-    entry = Record(stage, config, courier, journal)
+    try:
+        entry = Record(stage, config, courier, journal)
+    except BaseException:
+        courier.close(hurried=True)
+        raise
     status = "FAILED"
     try:
         yield entry

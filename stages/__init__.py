@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Here and not in `run`: a stage's module imports the libraries that may crash before it calls it.
+if sys.stderr and not faulthandler.is_enabled():
+    faulthandler.enable()
+
 # `dvc exp show` gives every metric a column: what the settings fix, what all experiments share,
 # and error bars are in the record and in MLflow alone.
 BESIDE = re.compile(
@@ -40,8 +44,6 @@ def run(main: Callable[[Config], None]) -> None:
     A mistake that the user can mend ends in one message; a bug keeps its traceback, a crash in a
     library's machine code too.
     """
-    if not faulthandler.is_enabled():
-        faulthandler.enable()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
     for stream in (sys.stdout, sys.stderr):  # a sample may hold what a pipe's encoding does not

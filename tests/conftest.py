@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,19 +135,6 @@ class InThisProcess:
 HANGS_SECONDS = 600.0  # far more than any command of a tiny pipeline takes
 
 
-def abort(process: subprocess.Popen) -> str:
-    """End a command and all that it started: what ran, and from stages, where each thread was."""
-    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    ran = "\n".join(f"{member.pid} {' '.join(member.cmdline())}" for member in tree)
-    for name in ("SIGABRT", "SIGKILL"):
-        for member in tree:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.send_signal(getattr(signal, name, signal.SIGTERM))
-        psutil.wait_procs(tree, timeout=10)
-    out, err = process.communicate()
-    return f"{ran}\n{out}\n{err}"
-
-
 class Checkout:
     """A copy of this repository's files as a git and DVC repository of its own."""
 
@@ -157,6 +146,7 @@ class Checkout:
             "HF_HUB_OFFLINE": "1",
             "DVC_NO_ANALYTICS": "1",
             "OMP_NUM_THREADS": "1",  # two experiments at a time on two cores
+            "PYTHONFAULTHANDLER": "1",  # whatever crashes or is aborted says where it was
             **{
                 f"GIT_{who}_{what}": f"test{'@example.org' if what == 'EMAIL' else ''}"
                 for who in ("AUTHOR", "COMMITTER")
@@ -165,24 +155,72 @@ class Checkout:
         }
 
     def run(self, *words: str, expect: int | None = 0, **env: str) -> subprocess.CompletedProcess:
-        process = subprocess.Popen(
-            words,
-            cwd=self.folder,
-            env=self.env | env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
-        try:
-            out, err = process.communicate(timeout=HANGS_SECONDS)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"{words} hung\n{abort(process)}")
-        done = subprocess.CompletedProcess(words, process.returncode, out, err)
+        """What a command says, through files: DVC's workers would keep a pipe open for ever."""
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            process = subprocess.Popen(
+                words,
+                cwd=self.folder,
+                env=self.env | env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+            hung = []
+            try:
+                process.wait(HANGS_SECONDS)
+            except subprocess.TimeoutExpired:
+                hung = self.abort()
+            said = []
+            for file in (out, err):
+                file.seek(0)
+                said.append(file.read().decode("utf-8").replace("\r\n", "\n"))
+        done = subprocess.CompletedProcess(words, process.returncode, *said)
+        everything = f"{words}\n{done.stdout}\n{done.stderr}"
+        if hung:
+            pytest.fail(f"hung, with these at work: {hung}\n{everything}\n{self.logs()}")
         if expect is not None:
-            assert done.returncode == expect, f"{words}\n{done.stdout}\n{done.stderr}"
+            assert done.returncode == expect, everything
         return done
+
+    def abort(self) -> list[str]:
+        """End every process at work in this checkout; what they were. Each says where it was."""
+        ran = {}
+        for name in ("SIGABRT", "SIGKILL"):
+            for member in (members := self.at_work()):
+                with contextlib.suppress(psutil.Error):
+                    ran.setdefault(member.pid, " ".join(member.cmdline()))
+                    member.send_signal(getattr(signal, name, signal.SIGTERM))
+            psutil.wait_procs(members, timeout=10)
+        return list(ran.values())
+
+    def at_work(self) -> list[psutil.Process]:
+        """Every process with its working directory in this checkout, but this one."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if Path(process.cwd()).is_relative_to(self.folder.resolve()):
+                    found.append(process)
+        return [process for process in found if process.pid != os.getpid()]
+
+    def logs(self) -> str:
+        """What the queue's tasks and workers have said."""
+        found = sorted((self.folder / ".dvc" / "tmp" / "exps").rglob("*.out"))
+        return "\n".join(f"{path}\n{path.read_text('utf-8', 'replace')}" for path in found)
+
+    def wait_for_queue(self, tasks: int) -> None:
+        """Until so many tasks have ended; one on its way to a worker is in no list for a moment."""
+        deadline = time.monotonic() + HANGS_SECONDS
+        ended = 0
+        while ended < tasks:
+            said = self.dvc("queue", "status", expect=None)
+            ended = said.count("Success") + said.count("Failed")
+            if time.monotonic() > deadline:
+                pytest.fail(f"at work: {self.abort()}\n{said}\n{self.logs()}")
+            time.sleep(1)
+        leaving = time.monotonic() + 60
+        while self.at_work() and time.monotonic() < leaving:
+            time.sleep(0.5)
+        self.abort()  # DVC's worker stays for ever if the word to leave was lost on its way
 
     def dvc(self, *words: str, expect: int | None = 0) -> str:
         done = self.run(sys.executable, "-m", "dvc", *words, expect=expect)

@@ -190,3 +190,58 @@ def test_a_stage_gives_its_uploads_time_and_waits_seconds_when_it_was_stopped(
 def test_a_signal_to_the_terminal_s_processes_does_not_reach_it(make_config, children) -> None:
     with tracking.record("train", make_config()):
         assert os.getsid(children[0].pid) != os.getsid(0)
+
+
+def test_a_record_that_cannot_begin_leaves_no_process_and_no_word_but_its_own(
+    make_config, children, caplog, capfd
+) -> None:
+    paths.RECORDS.write_text("a file where a folder is to be")
+    with pytest.raises(OSError), tracking.record("train", make_config()):
+        pass
+    assert children[0].returncode == 0
+    assert (caplog.messages, capfd.readouterr().err) == ([], "")
+
+
+def test_who_is_interrupted_while_waiting_for_the_store_leaves_no_process(
+    make_config, children, monkeypatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt), tracking.record("train", make_config()):
+        wait, calls = children[0].wait, []
+
+        def interrupted(timeout: float) -> int:
+            calls.append(timeout)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return wait(timeout)
+
+        monkeypatch.setattr(children[0], "wait", interrupted)
+    assert children[0].returncode is not None
+    assert record_is_complete(0)
+
+
+# A store that hangs where Python would wait for it at the end of the process.
+HANGING = """
+import concurrent.futures, runpy, time
+from pipeline import rows, store
+pool = concurrent.futures.ThreadPoolExecutor(1)
+store.connect = lambda: None
+rows.open_row = lambda *_: pool.submit(time.sleep, 120).result()
+runpy.run_module("pipeline.shipping", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_store_that_hangs_for_ever_does_not_keep_its_process() -> None:
+    start = {"kind": "start", "stage": "train", "invocation": "one"}
+    lines = [start, {"kind": "close", "patience": 0.5}]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, "1-1.00", "best"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        input="".join(f"{json.dumps(line)}\n" for line in lines),
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert time.monotonic() - began < 60
+    assert done.returncode == 0
+    assert "the store did not answer within 0 s" in done.stderr

@@ -6,7 +6,6 @@ import csv
 import json
 import shutil
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,10 @@ class Story:
         self.records: dict[str, dict[str, list[dict[str, Any]]]] = {}
         self._known: set[str] = set()
 
-    def tell(self, name: str, *commands: tuple[str, ...], wait_for_queue: bool = False) -> None:
+    def tell(self, name: str, *commands: tuple[str, ...], queued: int = 0) -> None:
         self.said[name] = "".join(self.repo.dvc(*command) for command in commands)
-        deadline = time.monotonic() + 300
-        while wait_for_queue and time.monotonic() < deadline:
-            status = self.repo.dvc("queue", "status")
-            wait_for_queue = "Queued" in status or "Running" in status
-            time.sleep(1)
+        if queued:
+            self.repo.wait_for_queue(queued)
         new = [run.info.run_id for run in self.runs() if run.info.run_id not in self._known]
         self.rows[name] = new
         self._known |= set(new)
@@ -107,7 +103,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         ("exp", "run", "--queue", "-n", "four", "-S", "train.lr=0.001", "-S", "sample.seed=4"),
         ("exp", "run", "--queue", "-n", "five", "-S", "train.lr=0.001", "-S", "sample.seed=5"),
         ("queue", "start", "-j", "2"),
-        wait_for_queue=True,
+        queued=2,
     )
     told.tell("forced", ("repro", "-f"))
     return told

@@ -80,12 +80,8 @@ def finish(repo: Checkout, way: str) -> None:
     process = start(repo, way)
     process.wait(240)
     if way == "queue":
-        done = lambda: "Success" in repo.dvc("queue", "status")  # noqa: E731
-        for _ in range(60):
-            if done():
-                return
-            time.sleep(2)
-        raise AssertionError(repo.dvc("queue", "status"))
+        repo.wait_for_queue(2)
+        assert "Success" in repo.dvc("queue", "status")
     assert process.returncode == 0
 
 
@@ -98,10 +94,7 @@ def test_a_killed_experiment_goes_on_in_its_row(repo: Checkout, way: str) -> Non
     saved = killed_at(repo, 60)
     first.wait(120)
     if way == "queue":
-        for _ in range(30):
-            if "Running" not in repo.dvc("queue", "status"):
-                break
-            time.sleep(1)
+        repo.wait_for_queue(1)
     finish(repo, way)
     client = MlflowClient(f"sqlite:///{repo.folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("gpt2")

@@ -281,6 +281,12 @@ def test_a_naive_call_raises_or_hangs_on_it(monkeypatch, own_store: Path, fault)
         assert naive(log_a_point, heal, patience) == ("hangs" if hangs else "raises")
 
 
+def test_causes_that_go_round_in_a_circle_are_told_in_one_line() -> None:
+    first, second = RuntimeError("first"), OSError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert store.said(first) == "OSError: second"
+
+
 # In mid-run
 
 

@@ -432,12 +432,6 @@ class Story:
         count = lambda: sum(p.read_text("utf-8").count("train/loss") for p in parts())  # noqa: E731
         self._until(lambda: count() >= steps, f"{steps} steps")
 
-    def wait_for_the_queue(self) -> None:
-        words = ("Queued", "Running")
-        self._until(
-            lambda: not any(w in self.repo.dvc("queue", "status") for w in words), "the end"
-        )
-
     def _until(self, happened, what: str) -> None:
         deadline = time.monotonic() + 300
         while not happened():
@@ -467,7 +461,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     os.killpg(process.pid, signal.SIGINT)
     told.code = process.wait(30)  # type: ignore[attr-defined]
     told.first = told.said.read_text("utf-8")  # type: ignore[attr-defined]
-    told.wait_for_the_queue()
+    told.repo.wait_for_queue(4)
     process = told.sweep("train.lr=10,0.004,0.008", *common, "--jobs", "2")
     told.second_code = process.wait(300)  # type: ignore[attr-defined]
     return told
