@@ -1,79 +1,77 @@
-"""Training speed of every precision on the default model, side by side in one process.
+"""Training speed of every precision, side by side in one process.
 
-    python benchmarks/precision.py [ROUNDS]
+    python benchmarks/precision.py [--size nano|mini|124m] [--rounds N] [--emulate]
 
 Modes take turns, so that a machine that slows down slows all of them; medians are shown. The
-gradient's difference from fp32 is taken at the first step, the weights' after five steps.
+gradient's difference from fp32 is taken at the first step, the weights' after five steps. With
+`--emulate` a CPU counts as one without instructions for any low format. Writes
+benchmarks/results/precision-SIZE.md, or precision-SIZE-emulated.md.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import copy
 import statistics
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import Tensor
 
-from pipeline import config as configuration
+from benchmarks import outcomes
+from benchmarks.peers import SIZES, Task
+from pipeline import precision as modes
 from pipeline import runtime, training
-from pipeline.init import initialize
-from pipeline.model import GPT, GPTConfig
 from pipeline.precision import PRECISIONS, choose_precision
 from pipeline.throughput import Stopwatch
 
 STEPS = 5
 
 
-def flat(tensors) -> torch.Tensor:
+def flat(tensors) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
-def main(rounds: int) -> None:
-    config = configuration.load(Path(__file__).resolve().parent.parent / "recipes/nano.yaml")
-    device = runtime.choose_device(config.device)
-    c, t = config.model, config.train
-    model = GPT(GPTConfig(c.n_layer, c.n_head, c.n_embd, c.block_size, attention=c.attention))
-    initialize(model, config.init, runtime.generator(config.init.seed, "init"))
-    model.to(device)
-    draws = torch.Generator().manual_seed(0)
-    shape = (t.batch_size, t.sequence_length + 1)
-    batches = [torch.randint(50257, shape, generator=draws) for _ in range(STEPS)]
-
-    states, ends, gradients = {}, {}, {}
+def table(task: Task, rounds: int) -> list[str]:
+    """A line for each precision: its speed, and how far it is from fp32."""
+    settings, device = task.config().train, runtime.choose_device(task.device)
+    model = task.model().to(device)
+    batches = [task.batch(step) for step in range(STEPS)]
+    states, gradients, ends = {}, {}, {}
     for name in PRECISIONS:
-        state = training.start(copy.deepcopy(model), t, choose_precision(name, device))
-        gradients[name] = first_gradient(state, batches[0])
-        for ids in batches:
-            training.train_step(state, [(ids[:, :-1], ids[:, 1:])], t.lr, t.grad_clip)
+        state = training.start(copy.deepcopy(model), settings, choose_precision(name, device))
+        gradients[name] = first_gradient(state, *batches[0])
+        for batch in batches:
+            training.train_step(state, [batch], settings.lr, settings.grad_clip)
         states[name], ends[name] = state, flat(state.model.parameters())
     watch = Stopwatch(device)
-    seconds = {name: [] for name in PRECISIONS}
+    seconds: dict[str, list[float]] = {name: [] for name in PRECISIONS}
     for turn in range(rounds):
         for name, state in states.items():
-            ids = batches[turn % STEPS]
             watch.start()
-            training.train_step(state, [(ids[:, :-1], ids[:, 1:])], t.lr, t.grad_clip)
+            training.train_step(state, [batches[turn % STEPS]], settings.lr, settings.grad_clip)
             seconds[name].append(watch.stop())
-
-    tokens = t.batch_size * t.sequence_length
     base = statistics.median(seconds["fp32"])
-    print(f"{runtime.device_name(device)}, torch {torch.__version__}, {rounds} rounds")
-    print(f"{'precision':<11}{'tokens/s':>9}{'of fp32':>9}{'gradient off':>14}{'weights off':>13}")
+    lines = [
+        f"{'precision':<11}{'tokens/s':>9}{'of fp32':>9}{'gradient off':>14}{'weights off':>13}"
+    ]
     for name in PRECISIONS:
         median = statistics.median(seconds[name])
         off = (gradients[name] - gradients["fp32"]).norm() / gradients["fp32"].norm()
         moved = (ends[name] - ends["fp32"]).norm() / ends["fp32"].norm()
-        speed = f"{tokens / median:>9,.0f}{base / median:>9.2f}"
+        speed = f"{task.tokens / median:>9,.0f}{base / median:>9.2f}"
         mark = " emulated" if states[name].precision.emulated else ""
-        print(f"{name:<11}{speed}{off:>14.1e}{moved:>13.1e}{mark}")
+        lines.append(f"{name:<11}{speed}{off:>14.1e}{moved:>13.1e}{mark}")
+    return lines
 
 
-def first_gradient(state: training.TrainState, ids: torch.Tensor) -> torch.Tensor:
+def first_gradient(state: training.TrainState, x: Tensor, y: Tensor) -> Tensor:
     """The unscaled gradient of the first batch, left without an update."""
-    x, y = ids[:, :-1], ids[:, 1:]
     device = state.precision.device
     scale = 1024.0  # a power of two: exact to take away again, and fp16 keeps small gradients
     factor = torch.tensor(scale / y.numel(), device=device)
@@ -86,5 +84,25 @@ def first_gradient(state: training.TrainState, ids: torch.Tensor) -> torch.Tenso
     return found
 
 
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", default="nano", choices=SIZES)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--emulate", action="store_true")
+    asked = parser.parse_args(words)
+    bare = mock.patch.object(modes, "_cpu_capabilities", dict)
+    with bare if asked.emulate else contextlib.nullcontext():
+        found = table(Task(asked.size), asked.rounds)
+    name = runtime.device_name(runtime.choose_device("auto"))
+    head = f"{asked.size}: {name}, torch {torch.__version__}, {asked.rounds} rounds"
+    print("\n".join([head, *found]))
+    where = outcomes.circumstances()
+    page = f"`{where['command']}` on {where['date']} at {where['commit']}\n\n{where['machine']}\n"
+    ending = "-emulated" if asked.emulate else ""
+    path = outcomes.RESULTS / f"precision-{asked.size}{ending}.md"
+    text = "\n".join(["```", head, *found, "```"])
+    path.write_text(f"{text}\n\n{page}", encoding="utf-8", newline="\n")
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 15)
+    main(sys.argv[1:])
