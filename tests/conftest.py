@@ -217,7 +217,7 @@ class Checkout:
             if time.monotonic() > deadline:
                 pytest.fail(f"at work: {self.abort()}\n{said}\n{self.logs()}")
             time.sleep(1)
-        leaving = time.monotonic() + 60
+        leaving = time.monotonic() + 20
         while self.at_work() and time.monotonic() < leaving:
             time.sleep(0.5)
         self.abort()  # DVC's worker stays for ever if the word to leave was lost on its way

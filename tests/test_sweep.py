@@ -388,9 +388,11 @@ def test_the_real_queue_goes_on_after_a_kill_and_a_crash(small_repo, monkeypatch
     sleep = time.sleep
 
     def kill_the_first(seconds: float) -> None:
-        if found.named("running") == ["killed"]:
-            small_repo.dvc("queue", "kill", "killed", expect=None)  # it may just be starting
-        sleep(seconds)
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "sleep", sleep)
+            if found.named("running") == ["killed"]:
+                small_repo.dvc("queue", "kill", "killed", expect=None)  # it may just be starting
+            sleep(seconds)
 
     monkeypatch.setattr(queueing.time, "sleep", kill_the_first)
     found.wait()
