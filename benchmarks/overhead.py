@@ -56,8 +56,9 @@ MINUTES = 10  # between checkpoints of the 124M recipe
 STAGES = ("tokenize_corpus", "import_hf_weights", "train", "evaluate", "sample", "numerics")
 STEPS, VALIDATION, CHECKPOINT = "steps", "validation", "checkpoints"
 DEMONSTRATION = "matrix rate, loss-scale demonstration"
+SLOWER = "steps slower than the bare loop's"
 INSTANT = 0.05  # seconds: what is shorter at 124m only asked for free space
-EACH_STEP = ("batches", "record", "tracking")  # what grows with the steps
+EACH_STEP = ("batches", "record: metrics", "tracking: each event")  # what grows with the steps
 HOUR = 3600.0  # the run that costs which come once are held against at 124m
 # Who does what in `stages.train`: the label, and where the function is looked up.
 PARTS = {
@@ -71,12 +72,10 @@ PARTS = {
         "records.tree_digest",
         "Checkpoints.newest",
     ),
-    "record": ("Record.metrics", "Record.tags", "Record.artifact", "Record.checkpoint"),
-    "tracking": (
-        "tracking.Courier.__init__",
-        "tracking.Courier.__call__",
-        "tracking.Courier.close",
-    ),
+    "record: metrics": ("Record.metrics",),
+    "record: tags, artifacts, checkpoints": ("Record.tags", "Record.artifact", "Record.checkpoint"),
+    "tracking: each event": ("tracking.Courier.__call__",),
+    "tracking: to begin and to end": ("tracking.Courier.__init__", "tracking.Courier.close"),
     "forecast": ("foresee", "foresee_time"),
     "doctor": ("doctor.Rounds.look", "judge"),
     DEMONSTRATION: ("throughput.matrix_rate", "scaling.demonstrate"),
@@ -189,15 +188,25 @@ def costs_of(
     trained = statistics.median(whole for whole, _ in bare) + costs.pop(VALIDATION)
     known = [whole - sum(map(sum, calls.values())) for whole, calls in stages]
     costs["the rest of the stage"] = statistics.median(known)
-    costs["steps slower than the bare loop's"] = costs.pop(STEPS)
+    costs[SLOWER] = costs.pop(STEPS)
     if not every_minutes:
         return trained, costs
+    step, here = (statistics.median(steps_of(turns)) for turns in (bare, stages))
     longer = HOUR / total(bare, STEPS)
-    for label in ("steps slower than the bare loop's", *EACH_STEP):
+    for label in EACH_STEP:
         costs[label] *= longer
+    # While the process that ships imports what it needs, the first steps share the cores with it.
+    steady = (here - step) * len(steps_of(bare)) / len(bare)
+    costs["first steps slower than later ones"] = costs[SLOWER] - steady
+    costs[SLOWER] = steady * longer
     saves = [s for _, calls in stages for s in calls[CHECKPOINT] if s > INSTANT]
     costs[CHECKPOINT] = statistics.median(saves) * HOUR / (60 * every_minutes)
     return HOUR, costs
+
+
+def steps_of(turns: list[tuple[float, Seconds]]) -> list[float]:
+    """Seconds of every training step."""
+    return [seconds for _, calls in turns for seconds in calls[STEPS]]
 
 
 def table(
@@ -205,7 +214,7 @@ def table(
 ) -> list[str]:
     """The costs, the largest first, with their sum."""
     trained, costs = costs_of(bare, stages, every_minutes)
-    steps = [seconds for _, calls in bare for seconds in calls[STEPS]]
+    steps = steps_of(bare)
     rows = [
         f"| {name} | {cost:.2f} | {cost / trained:.2%} |"
         for name, cost in sorted(costs.items(), key=lambda item: -item[1])

@@ -6,6 +6,7 @@ import itertools
 import json
 import operator
 import os
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checkouts, outcomes, sample, summary, tokenizing, train
+from benchmarks import checkouts, outcomes, sample, side_by_side, summary, tokenizing, train
 from benchmarks.outcomes import OURS, Case
 from benchmarks.peers import HF, Task
 from benchmarks.side_by_side import Contestant, Result, Verdict, measure
@@ -118,6 +119,21 @@ def test_memory_is_that_of_the_turns() -> None:
     small = Contestant("small", partial(partial, time.sleep, 0.1))
     found = measure([Contestant("large", hold), small], lambda a, b: Verdict(), "small", rounds=1)
     assert found[0].memory_mib - found[1].memory_mib > 40
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process's peak")
+def test_memory_that_is_held_between_two_looks_counts(monkeypatch) -> None:
+    monkeypatch.setattr(side_by_side, "LOOK_EVERY", 30.0)
+    peak, none = (
+        Contestant(f"{size}", partial(partial, hold_for_a_moment, size))
+        for size in (100_000_000, 1)
+    )
+    found = measure([peak, none], lambda a, b: Verdict(), "1", rounds=1)
+    assert 80 < found[0].memory_mib - found[1].memory_mib < 120
+
+
+def hold_for_a_moment(size: int) -> int:
+    return len(b"x" * size)
 
 
 def hold_memory(size: int) -> int:

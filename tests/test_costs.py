@@ -31,6 +31,9 @@ def test_a_label_is_not_charged_for_those_that_it_calls(monkeypatch) -> None:
     assert module.save is save and module.hashes is hashes
 
 
+METRICS = "record: metrics"
+
+
 def turn(step: float, whole: float, **seconds: float) -> tuple[float, overhead.Seconds]:
     calls = {overhead.STEPS: [step] * 10} | {name: [value] for name, value in seconds.items()}
     return whole, calls
@@ -38,20 +41,23 @@ def turn(step: float, whole: float, **seconds: float) -> tuple[float, overhead.S
 
 def test_costs_are_what_the_stage_takes_beyond_the_bare_loop_and_validation() -> None:
     bare = [turn(1.0, 11.0, batches=0.5)] * 3
-    stages = [turn(1.1, 20.0, batches=0.5, validation=4.0, record=1.5)] * 3
+    stages = [turn(1.1, 20.0, batches=0.5, validation=4.0, **{METRICS: 1.5})] * 3
     trained, costs = overhead.costs_of(bare, stages, every_minutes=0)
     assert trained == 15.0
-    assert costs["steps slower than the bare loop's"] == pytest.approx(1.0)
-    assert costs["record"] == 1.5 and costs["batches"] == 0
+    assert costs[overhead.SLOWER] == pytest.approx(1.0)
+    assert costs[METRICS] == 1.5 and costs["batches"] == 0
     assert costs["the rest of the stage"] == pytest.approx(20 - 11 - 0.5 - 4 - 1.5)
 
 
 def test_over_an_hour_steps_and_checkpoints_recur_and_a_forecast_does_not() -> None:
     bare = [turn(1.0, 11.0)]
-    stages = [turn(1.0, 30.0, record=0.1, forecast=3.0, checkpoints=8.0)]
+    stages = [turn(1.0, 30.0, forecast=3.0, checkpoints=8.0, **{METRICS: 0.1})]
+    stages[0][1][overhead.STEPS][0] += 4.0  # the first step alone
     trained, costs = overhead.costs_of(bare, stages, every_minutes=10)
     assert trained == 3600
-    assert costs["record"] == pytest.approx(36)
+    assert costs[METRICS] == pytest.approx(36)
+    assert costs[overhead.SLOWER] == 0
+    assert costs["first steps slower than later ones"] == pytest.approx(4.0)
     assert costs["checkpoints"] == pytest.approx(6 * 8)
     assert costs["forecast"] == 3.0
 
