@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 IGNORE = -100  # a target that counts for nothing, as in torch.nn.functional.cross_entropy
 MAX_LOGIT_BYTES = 1 << 30  # of the fp32 logits held at once; more tokens come in row chunks
 COLUMNS = 4192  # of the logits, at once in the weight's gradient: quicker than all (MKL, nano)
-BLOCK = 32  # rows of logits, 6 MB: the softmax's passes over one block meet a CPU's warm cache
+FAR = 60.0  # nats; the probability of what a model rules out like that has few bits, or none
+BLOCK = 32  # rows of logits, 6 MB, at once where those of such targets are made again
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -117,10 +118,10 @@ class _Head:
         step = max(1, MAX_LOGIT_BYTES // (4 * weight.size(0)))
         for start in range(0, len(h), step):
             rows = slice(start, start + step)
-            logits = self._logits(h[rows], w)  # (n, rows)
+            logits = self._logits(h[rows], w, "logits")  # (n, rows)
             valid = targets[rows] != IGNORE
             indices = targets[rows].where(valid, 0).unsqueeze(1)  # (n, 1)
-            total += self._losses(logits, indices).where(valid, 0).sum()
+            total += self._losses(logits, indices, h[rows], w).where(valid, 0).sum()
             if gradients:
                 p = logits.gather(1, indices)
                 logits.scatter_(1, indices, p - 1)
@@ -135,9 +136,9 @@ class _Head:
             return round_to(x.detach().float(), self.rounding, out=kept)
         return x.detach().to(self.low or torch.float32)
 
-    def _logits(self, h: Tensor, w: Tensor) -> Tensor:
-        """(n, rows) in fp32, with the values that the format has."""
-        logits = reused("logits", (len(h), len(w)), torch.float32, h.device)
+    def _logits(self, h: Tensor, w: Tensor, name: str) -> Tensor:
+        """(n, rows) in fp32, with the values that the format has, in the buffer of that name."""
+        logits = reused(name, (len(h), len(w)), torch.float32, h.device)
         if self.low:
             logits.copy_(h @ w.t())
         else:
@@ -147,16 +148,19 @@ class _Head:
         logits[:, self.vocab_size :] = -torch.inf
         return logits
 
-    def _losses(self, logits: Tensor, indices: Tensor) -> Tensor:
+    def _losses(self, logits: Tensor, indices: Tensor, h: Tensor, w: Tensor) -> Tensor:
         """(n,) losses; turns the logits into probabilities."""
-        size = BLOCK if logits.device.type == "cpu" else len(logits)
-        losses = []
-        for block, index in zip(logits.split(size), indices.split(size), strict=True):
-            target, top = block.gather(1, index).squeeze(1), block.amax(1)
-            torch.softmax(block, 1, out=block)
+        if logits.device.type != "cpu" or torch.compiler.is_compiling():
+            target, top = logits.gather(1, indices).squeeze(1), logits.amax(1)
+            torch.softmax(logits, 1, out=logits)
             # softmax keeps the sum of exponentials to itself: it is one over the top probability.
-            losses.append(top - target - block.amax(1).log())
-        return torch.cat(losses)
+            return top - target - logits.amax(1).log()
+        # Without those passes over all logits (1.03x at nano size), but with a look at the values.
+        torch.softmax(logits, 1, out=logits)
+        losses = logits.gather(1, indices).squeeze(1).log_().neg_()
+        for rows in (losses > FAR).nonzero().squeeze(1).split(BLOCK):
+            losses[rows] = token_losses(self._logits(h[rows], w, "far"), indices[rows].squeeze(1))
+        return losses
 
     def _gradients(
         self, logits: Tensor, valid: Tensor, h: Tensor, w: Tensor, grad_weight: Tensor, start: int

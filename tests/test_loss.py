@@ -121,11 +121,14 @@ def test_row_chunks_equal_one_buffer(case, name, monkeypatch):
     assert all(distance(a, b) < bound for a, b in zip(chunked, whole, strict=True))
 
 
-def test_blocks_of_the_softmax_leave_no_trace(case, monkeypatch):
-    whole = measured(linear_cross_entropy, *case)
-    monkeypatch.setattr(loss_module, "BLOCK", 7)
-    blocks = measured(linear_cross_entropy, *case)
-    assert all(torch.equal(a, b) for a, b in zip(blocks, whole, strict=True))
+@pytest.mark.parametrize("size", [1.0, 1e3])
+def test_the_way_that_looks_at_no_value_gives_the_same(case, size, monkeypatch):
+    """Of other devices and of a compiled step; at 1e3 there are targets that are ruled out."""
+    case = (case[0] * size, *case[1:])
+    looking = measured(linear_cross_entropy, *case)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    blind = measured(linear_cross_entropy, *case)
+    torch.testing.assert_close(blind, looking, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["tf32", "bf16", "fp16"])
@@ -242,14 +245,27 @@ def test_training_works_after_evaluation_in_inference_mode(case):
     measured(linear_cross_entropy, *case)
 
 
-def test_extreme_logits_stay_finite(case):
+@pytest.mark.parametrize("name", ["fp32", "tf32", "bf16", "fp16"])
+def test_extreme_logits_stay_finite(case, name, monkeypatch):
     """A probability that underflows to zero still has its loss: logits are 10,000 apart."""
+    monkeypatch.setattr(loss_module, "BLOCK", 7)
     hidden, weight, targets = case
+    hidden = hidden.clone()
+    hidden[::2] *= 1e3  # every other row
+    precision = choose_precision(name, CPU)
     ours, reference = (
-        measured(f, hidden * 1e3, weight, targets) for f in (linear_cross_entropy, plain)
+        measured(f, hidden, weight, targets, precision) for f in (linear_cross_entropy, plain)
     )
     assert torch.isfinite(ours[0]) and ours[0] > 1e4
-    assert all(distance(a, b) < 1e-5 for a, b in zip(ours, reference, strict=True))
+    bound = 1e-5 if name == "fp32" else 2e-2
+    assert all(distance(a, b) < bound for a, b in zip(ours, reference, strict=True))
+
+
+def test_a_loss_that_is_no_number_stays_none(case):
+    hidden, weight, targets = case
+    hidden[3] = torch.nan
+    loss = linear_cross_entropy(hidden, weight.requires_grad_(), targets, vocab_size=VOCAB)
+    assert torch.isnan(loss)
 
 
 def test_a_second_call_maps_no_new_buffer(case):
