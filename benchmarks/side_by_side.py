@@ -79,9 +79,11 @@ def measure(
 ) -> list[Result]:
     """Results in the contestants' order.
 
-    After `warm_up` turns, which are not timed and during which memory is looked at, the answers
-    are compared with those of the contestant named `reference`; who disagrees is refused. Then
-    `rounds` times one turn each, in an order that turns around from round to round.
+    After `warm_up` turns, which are not timed, the answers are compared with those of the
+    contestant named `reference`; who disagrees is refused. Then `rounds` times one turn each, in
+    an order that turns around from round to round. Memory is that of a contestant's processes as
+    looked at during the turns that are not timed, or the most that its own process ever held, as
+    far as the system notes that: a step's peak lasts for milliseconds, and not every step has it.
     Raises ValueError where the reference itself gives no answer.
     """
     results = {c.name: Result(c.name, c.version, refused=c.missing) for c in contestants}
@@ -102,6 +104,8 @@ def measure(
             if result.refused:
                 running.pop(name).end()
         _take_turns(running, results, rounds, tell)
+        for name, process in running.items():
+            results[name].memory_mib = max(results[name].memory_mib or 0, process.peak_mib())
     return list(results.values())
 
 
@@ -109,7 +113,7 @@ def _warm_up(process: _Process, result: Result, turns: int) -> list[Any]:
     answers = []
     for _ in range(turns):
         _, answer, mib = process.turn(watch=True)
-        result.memory_mib = max(mib, result.memory_mib or 0)
+        result.memory_mib = max(mib, process.peak_mib(), result.memory_mib or 0)
         answers.append(answer)
     return answers
 
@@ -156,6 +160,8 @@ class _Process:
     def __enter__(self) -> _Process:
         try:
             self._reply()  # it is ready
+            with suppress(OSError):  # Linux: its peak counts from now on
+                Path(f"/proc/{self.process.pid}/clear_refs").write_text("5", "ascii")
         except _Broken:
             self.end()
             raise
@@ -175,14 +181,22 @@ class _Process:
         """(seconds, answer, the most memory in MiB that a watched turn was seen to hold)."""
         mib = 0.0
         try:
-            _forget_peak(self.process.pid)
             self.connection.send("turn")
         except OSError:
             raise _Broken(self._death()) from None
         while watch and not self.connection.poll(LOOK_EVERY):
             mib = max(mib, _held_mib(self.process.pid))
         seconds, answer = self._reply()
-        return seconds, answer, max(mib, _peak_mib(self.process.pid)) if watch else mib
+        return seconds, answer, mib
+
+    def peak_mib(self) -> float:
+        """The most that the process itself has held in its turns; 0 where no system notes it."""
+        with suppress(OSError, psutil.Error):
+            lines = Path(f"/proc/{self.process.pid}/status").read_text("ascii").splitlines()
+            (peak,) = (int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+            facts = psutil.Process(self.process.pid).memory_full_info()
+            return peak / 2**10 - (facts.rss - facts.pss) / 2**20  # shared pages once
+        return 0.0
 
     def _reply(self) -> Any:
         try:
@@ -213,25 +227,6 @@ def _serve(connection: Connection, start: Callable[[], Turn]) -> None:
         return
     except Exception as error:  # a peer may raise anything: it is told in the table
         connection.send((BROKEN, f"{type(error).__name__}: {error}".splitlines()[0]))
-
-
-def _forget_peak(pid: int | None) -> None:
-    """Let Linux note the most that a process holds from now on."""
-    with suppress(OSError):
-        Path(f"/proc/{pid}/clear_refs").write_text("5", "ascii")
-
-
-def _peak_mib(pid: int | None) -> float:
-    """The most that a process alone held since then; 0 where the system does not tell.
-
-    Looks now and then miss what is held for milliseconds.
-    """
-    with suppress(OSError, psutil.Error):
-        lines = Path(f"/proc/{pid}/status").read_text("ascii").splitlines()
-        (peak,) = (int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-        facts = psutil.Process(pid).memory_full_info()
-        return peak / 2**10 - (facts.rss - facts.pss) / 2**20
-    return 0.0
 
 
 def _held_mib(pid: int | None) -> float:
