@@ -43,13 +43,16 @@ from stages import train
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# At 124m, the steps that neither what a stage begins with nor a checkpoint on its way to the disk
+# slows down: the process that ships has imported what it needs, and nothing was saved yet.
+UNDISTURBED = slice(3, 8)
 SIZES = {
     "nano": (),
     "124m": (
         *("model.n_layer=12", "model.n_head=12", "model.n_embd=768", "model.block_size=256"),
         *("train.batch_size=2", "train.sequence_length=256", "train.val_tokens=512"),
-        *("train.steps=8", "train.warmup_steps=2", "train.val_every=8"),
-        *("checkpoint.every_steps=4", "checkpoint.every_minutes=0"),
+        *("train.steps=12", "train.warmup_steps=2", "train.val_every=12"),
+        *(f"checkpoint.every_steps={UNDISTURBED.stop}", "checkpoint.every_minutes=0"),
     ),
 }
 MINUTES = 10  # between checkpoints of the 124M recipe
@@ -191,22 +194,30 @@ def costs_of(
     costs[SLOWER] = costs.pop(STEPS)
     if not every_minutes:
         return trained, costs
-    step, here = (statistics.median(steps_of(turns)) for turns in (bare, stages))
+    step, first, steady, last = (
+        statistics.median(steps_of(turns, part))
+        for turns, part in (
+            (bare, slice(None)),
+            (stages, slice(UNDISTURBED.start)),
+            (stages, UNDISTURBED),
+            (stages, slice(UNDISTURBED.stop, None)),
+        )
+    )
     longer = HOUR / total(bare, STEPS)
     for label in EACH_STEP:
         costs[label] *= longer
-    # While the process that ships imports what it needs, the first steps share the cores with it.
-    steady = (here - step) * len(steps_of(bare)) / len(bare)
-    costs["first steps slower than later ones"] = costs[SLOWER] - steady
-    costs[SLOWER] = steady * longer
+    costs[SLOWER] = (steady - step) * HOUR / step
+    costs["first steps slower than later ones"] = (first - steady) * UNDISTURBED.start
     saves = [s for _, calls in stages for s in calls[CHECKPOINT] if s > INSTANT]
-    costs[CHECKPOINT] = statistics.median(saves) * HOUR / (60 * every_minutes)
+    after = len(steps_of(stages, slice(UNDISTURBED.stop, None))) / len(stages)
+    save = statistics.median(saves) + (last - steady) * after
+    costs[CHECKPOINT] = save * HOUR / (60 * every_minutes)
     return HOUR, costs
 
 
-def steps_of(turns: list[tuple[float, Seconds]]) -> list[float]:
-    """Seconds of every training step."""
-    return [seconds for _, calls in turns for seconds in calls[STEPS]]
+def steps_of(turns: list[tuple[float, Seconds]], part: slice = slice(None)) -> list[float]:
+    """Seconds of every training step, or of a part of each turn's."""
+    return [seconds for _, calls in turns for seconds in calls[STEPS][part]]
 
 
 def table(

@@ -52,13 +52,15 @@ def test_costs_are_what_the_stage_takes_beyond_the_bare_loop_and_validation() ->
 def test_over_an_hour_steps_and_checkpoints_recur_and_a_forecast_does_not() -> None:
     bare = [turn(1.0, 11.0)]
     stages = [turn(1.0, 30.0, forecast=3.0, checkpoints=8.0, **{METRICS: 0.1})]
-    stages[0][1][overhead.STEPS][0] += 4.0  # the first step alone
+    steps = stages[0][1][overhead.STEPS]
+    steps[:3] = [1.5] * 3
+    steps[8:] = [1.25] * 2  # while the checkpoint goes to the disk
     trained, costs = overhead.costs_of(bare, stages, every_minutes=10)
     assert trained == 3600
     assert costs[METRICS] == pytest.approx(36)
     assert costs[overhead.SLOWER] == 0
-    assert costs["first steps slower than later ones"] == pytest.approx(4.0)
-    assert costs["checkpoints"] == pytest.approx(6 * 8)
+    assert costs["first steps slower than later ones"] == pytest.approx(1.5)
+    assert costs["checkpoints"] == pytest.approx(6 * (8 + 2 * 0.25))
     assert costs["forecast"] == 3.0
 
 
