@@ -302,6 +302,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of the size's own")
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
+    if asked.size == "124m" and asked.steps and asked.steps <= UNDISTURBED.stop:
+        parser.error(f"--steps {asked.steps}: expected more than {UNDISTURBED.stop} at 124m")
     changes = SIZES[asked.size] + ((f"train.steps={asked.steps}",) if asked.steps else ())
     config = configuration.load(ROOT / "recipes" / "nano.yaml", changes)
     home, bare, stages = Path.cwd(), [], []
