@@ -187,7 +187,7 @@ class Checkout:
         ran = {}
         for name in ("SIGABRT", "SIGKILL"):
             for member in (members := self.at_work()):
-                with contextlib.suppress(psutil.Error):
+                with contextlib.suppress(psutil.Error, ValueError):  # Windows knows few signals
                     ran.setdefault(member.pid, " ".join(member.cmdline()))
                     member.send_signal(getattr(signal, name, signal.SIGTERM))
             psutil.wait_procs(members, timeout=10)

@@ -71,10 +71,11 @@ def test_a_step_waits_for_the_device_once_and_last(
     with Waits() as waits:
         training.train_step(state, batches, 1e-3, 1.0, None, 5.0, lambda: order.append("ahead"))
     assert order[0] == "ahead" and len(order) == 2
-    # The host's own: how many targets count (int64), and on a CPU alone whether the loss is scaled.
+    # The host's own: how many targets count (int64), and on a CPU alone whether the loss is scaled
+    # and whether a target is ruled out (`loss.FAR`).
     assert waits.reads.count(torch.int64) == accumulate
-    assert waits.reads.count(torch.bool) == accumulate
-    assert len(waits.reads) == 2 * accumulate, waits.reads
+    assert waits.reads.count(torch.bool) == 2 * accumulate
+    assert len(waits.reads) == 3 * accumulate, waits.reads
 
 
 def test_the_count_sees_a_number_read_in_between(start) -> None:
