@@ -363,14 +363,11 @@ def _greedy(logits: Callable[[Tensor], Tensor], new: Tensor, steps: int) -> Tens
 
 
 def _reference(folder: Path) -> Any:
-    """transformers' own model of a local folder, complete and in fp32.
-
-    Loaded by one thread: several gain little here, and are not waited for.
-    """
+    """transformers' own model of a local folder, complete and in fp32."""
     from transformers import GPT2LMHeadModel
 
+    # By one thread: several gain little here, and are not waited for.
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
-
     with _quiet_transformers():
         reference, loading = GPT2LMHeadModel.from_pretrained(
             folder,

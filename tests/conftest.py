@@ -21,7 +21,7 @@ import torch
 from omegaconf import OmegaConf
 
 from pipeline import config as configuration
-from pipeline import records, runs, shipping, tracking
+from pipeline import paths, records, runs, shipping, tracking
 from pipeline.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +130,21 @@ class InThisProcess:
 
     def close(self, hurried: bool = False) -> None:
         self._shipper.close(3.0 if hurried else 20.0)
+
+
+def wait_for(what: Callable[[], object], seconds: float = 60.0) -> None:
+    """Until it is so; a failure after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def record_is_complete(steps: int) -> bool:
+    """Whether this workspace's record of `train` has ended with each point of train/value once."""
+    events = records.read(paths.record("train"))
+    points = [e["step"] for e in events if "train/value" in e.get("values", {})]
+    return points == list(range(steps)) and events[-1]["status"] == "FINISHED"
 
 
 HANGS_SECONDS = 600.0  # far more than any command of a tiny pipeline takes

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from pipeline import paths, records, store, tracking
-from tests.conftest import ROOT
+from tests.conftest import ROOT, record_is_complete, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -51,13 +51,6 @@ def rows() -> list:
 def steps_of(row) -> list[int]:
     history = store.connect().get_metric_history(row.info.run_id, "train/value")
     return sorted(point.step for point in history)
-
-
-def wait_for(what: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # A stage as a process, which says what it has imported when its record is closed.
@@ -117,12 +110,6 @@ def train(make_config, meanwhile: Callable[[], None], points: int = 5) -> float:
         for step in range(points):
             record.metrics({"train/value": step / 3}, step)
         return time.monotonic() - began
-
-
-def record_is_complete(points: int) -> bool:
-    events = records.read(paths.record("train"))
-    written = [e["step"] for e in events if "train/value" in e.get("values", {})]
-    return written == list(range(points)) and events[-1]["status"] == "FINISHED"
 
 
 def test_a_process_that_dies_costs_one_warning_and_sync_ships_the_rest(

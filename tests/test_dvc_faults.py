@@ -6,14 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from tests.conftest import Checkout, tiny_pipeline
+from tests.conftest import Checkout, tiny_pipeline, wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -72,13 +71,6 @@ def background(repo: Checkout, *words: str) -> tuple[subprocess.Popen, Path]:
             command, cwd=repo.folder, env=repo.env, stdout=out, stderr=out, stdin=subprocess.DEVNULL
         )
     return started, log
-
-
-def wait_for(what: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.fault(55)

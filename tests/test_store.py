@@ -22,7 +22,7 @@ import pytest
 
 from pipeline import config as configuration
 from pipeline import paths, records, shipping, store, tracking
-from tests.conftest import ROOT, params
+from tests.conftest import ROOT, params, record_is_complete, wait_for
 
 pytestmark = [
     pytest.mark.usefixtures("own_store"),
@@ -85,12 +85,6 @@ def rows_of_all_steps(steps: int, key: str = "train/value") -> list:
     history = client.get_metric_history(found[0].info.run_id, key)
     assert sorted(point.step for point in history) == list(range(steps))
     return found
-
-
-def record_is_complete(steps: int) -> bool:
-    events = records.read(paths.record("train"))
-    points = [e["step"] for e in events if "train/value" in e.get("values", {})]
-    return points == list(range(steps)) and events[-1]["status"] == "FINISHED"
 
 
 # From the start
@@ -307,13 +301,6 @@ def write_until_shipped(record: records.Record, steps: range) -> str:
 
     wait_for(arrived)
     return found[0]
-
-
-def wait_for(what: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def delete_row(database: Path, row: str) -> Heal:
