@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import multiprocessing
 import os
 import platform
 import statistics
@@ -26,7 +25,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from omegaconf import OmegaConf
 
+from benchmarks.side_by_side import in_a_fresh_process
 from pipeline import config as configuration
 from pipeline import paths
 from pipeline.config import Config
@@ -166,13 +165,6 @@ def bare_loop(config: Config) -> tuple[float, Seconds]:
         for _ in train.training.fit(state, config.train, batches):
             pass
     return time.perf_counter() - began, clock.calls
-
-
-def in_a_fresh_process(work: Callable[..., Any], config: Config) -> Any:
-    """So that every turn pays for its own imports and has its own memory."""
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-        return pool.submit(work, config).result()
 
 
 def costs_of(

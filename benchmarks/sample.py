@@ -27,11 +27,10 @@ from benchmarks import checkouts, outcomes, side_by_side
 from benchmarks.checkouts import NANOGPT
 from benchmarks.outcomes import OURS
 from benchmarks.peers import HF, Task, hf_model, nanogpt_model
-from benchmarks.side_by_side import Contestant, Turn, Verdict
+from benchmarks.side_by_side import Contestant, Turn, Verdict, in_a_fresh_process
 from pipeline import generation, runtime
 from pipeline.config import SampleConfig
 from pipeline.decoding import Decoder
-from pipeline.model import GPT
 from pipeline.tokenizer import EOT
 
 PROMPT = 32  # tokens
@@ -44,29 +43,39 @@ Answer = tuple[float | None, list[list[int]]]
 
 def ours(task: Task, batch: int, new: int, weights: str) -> Turn:
     """`generation.generate` with sample.weights as given, where there is such a setting."""
-    model = task.model().eval()
-    settings = replace(task.config().sample, temperature=0.0, max_new_tokens=new)
+    # In a process of its own: what the comparison holds is no part of sampling's memory.
+    exact = weights in EXACT
+    share = None if exact else in_a_fresh_process(chosen_as_exactly, task, batch, new, weights)
+    model, settings = task.model().eval(), greedy(task, new)
     if weights:
         settings = replace(settings, weights=weights)
     idx, draws = task.ids(0, batch, PROMPT), runtime.generator(0, "sample")
-    share = None if weights in EXACT else chosen_as_exactly(model, idx, settings)
     return lambda: (share, generation.generate(model, idx, settings, draws).tolist())
 
 
+def greedy(task: Task, new: int) -> SampleConfig:
+    return replace(task.config().sample, temperature=0.0, max_new_tokens=new)
+
+
 @torch.no_grad()
-def chosen_as_exactly(model: GPT, idx: torch.Tensor, settings: SampleConfig) -> float:
+def chosen_as_exactly(task: Task, batch: int, new: int, weights: str) -> float:
     """How often rounded weights choose the next token of exact weights' greedy text."""
-    exact, draws = replace(settings, weights="fp32"), runtime.generator(0, "sample")
+    model, exact = task.model().eval(), replace(greedy(task, new), weights="fp32")
+    idx, draws = task.ids(0, batch, PROMPT), runtime.generator(0, "sample")
     text = generation.generate(model, idx, exact, draws)
     read = text[:, :-1]
-    rounded = Decoder(model, settings.weights, rows=read.numel())
-    behind = idx.size(1) - 1  # the prompt was chosen by nobody
+    rounded = Decoder(model, weights, rows=read.numel())
+    behind = PROMPT - 1  # the prompt was chosen by nobody
     chosen = rounded.logits(rounded.hidden(read)[:, behind:]).argmax(-1)
     return (chosen == text[:, behind + 1 :]).float().mean().item()
 
 
-def transformers(task: Task, batch: int, new: int, cache: str | None) -> Turn:
+def transformers(
+    task: Task, batch: int, new: int, cache: str | None, compiled: bool = False
+) -> Turn:
     model = hf_model(task).eval()
+    if compiled:  # as its guide to static caches has it
+        model.forward = torch.compile(model.forward)
     model.generation_config.eos_token_id = None  # as ours: nothing stops at end-of-text
     idx = task.ids(0, batch, PROMPT)
     settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": EOT}
@@ -111,6 +120,11 @@ def contestants(task: Task, batch: int, new: int, nano: str | None) -> list[Cont
         ),
         Contestant(HF, partial(transformers, *given, None), version(HF)),
         Contestant(f"{HF}, static cache", partial(transformers, *given, "static"), version(HF)),
+        Contestant(
+            f"{HF}, static cache, compiled",
+            partial(transformers, *given, "static", compiled=True),
+            version(HF),
+        ),
         Contestant(
             f"{NANOGPT}, no cache",
             partial(nanogpt, *given, checkout),

@@ -12,6 +12,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -107,6 +108,12 @@ def measure(
         for name, process in running.items():
             results[name].memory_mib = max(results[name].memory_mib or 0, process.peak_mib())
     return list(results.values())
+
+
+def in_a_fresh_process(work: Callable[..., Any], *given: Any) -> Any:
+    """What `work(*given)` returns, with imports and memory of its own, which end with it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *given).result()
 
 
 def _warm_up(process: _Process, result: Result, turns: int) -> list[Any]:

@@ -8,7 +8,6 @@ import operator
 import os
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -268,9 +267,7 @@ def test_other_tokens_are_refused_and_rounded_weights_that_choose_by_chance() ->
 
 
 def test_tokens_are_compared_with_those_that_exact_weights_choose_after_the_same_text() -> None:
-    model, idx = NANO.model().eval(), NANO.ids(0, 2, sample.PROMPT)
-    settings = replace(NANO.config().sample, temperature=0.0, max_new_tokens=6, weights="fp32")
-    assert sample.chosen_as_exactly(model, idx, settings) == 1.0
+    assert sample.chosen_as_exactly(NANO, 2, 6, "fp32") == 1.0
 
 
 # --- tokenizing
