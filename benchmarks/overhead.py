@@ -44,13 +44,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # At 124m, the steps that neither what a stage begins with nor a checkpoint on its way to the disk
 # slows down: the process that ships has imported what it needs, and nothing was saved yet.
-UNDISTURBED = slice(3, 8)
+UNDISTURBED = slice(3, 16)
 SIZES = {
     "nano": (),
     "124m": (
         *("model.n_layer=12", "model.n_head=12", "model.n_embd=768", "model.block_size=256"),
         *("train.batch_size=2", "train.sequence_length=256", "train.val_tokens=512"),
-        *("train.steps=12", "train.warmup_steps=2", "train.val_every=12"),
+        *("train.steps=20", "train.warmup_steps=2", "train.val_every=20"),
         *(f"checkpoint.every_steps={UNDISTURBED.stop}", "checkpoint.every_minutes=0"),
     ),
 }
@@ -189,7 +189,7 @@ def costs_of(
     step, first, steady, last = (
         statistics.median(steps_of(turns, part))
         for turns, part in (
-            (bare, slice(None)),
+            (bare, slice(UNDISTURBED.start, None)),
             (stages, slice(UNDISTURBED.start)),
             (stages, UNDISTURBED),
             (stages, slice(UNDISTURBED.stop, None)),
