@@ -42,7 +42,7 @@ class Courier:
     """
 
     def __init__(self, checkpoints: str):
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._patience = END_SECONDS
         self._thread = threading.Thread(target=self._carry, name="courier", daemon=True)
         try:
@@ -63,7 +63,6 @@ class Courier:
             return
         patience = SHORT_SECONDS if hurried else self._patience
         self._events.put({"kind": CLOSE, "patience": patience})
-        self._events.put(None)
         try:
             if code := self._child.wait(patience + GRACE_SECONDS):
                 self._warn(f"ended with exit code {code}")
@@ -91,7 +90,10 @@ class Courier:
     def _carry(self) -> None:
         """Into a pipe in a thread: nobody reads it while that process is suspended."""
         assert self._child and self._child.stdin
-        while event := self._events.get():
+        kind = None
+        while kind != CLOSE:
+            event = self._events.get()
+            kind = event["kind"]
             with contextlib.suppress(OSError):  # it has ended, as close will tell
                 self._child.stdin.write(json.dumps(event).encode() + b"\n")
                 self._child.stdin.flush()

@@ -34,8 +34,10 @@ def test_a_label_is_not_charged_for_those_that_it_calls(monkeypatch) -> None:
 METRICS = "record: metrics"
 
 
-def turn(step: float, whole: float, **seconds: float) -> tuple[float, overhead.Seconds]:
-    calls = {overhead.STEPS: [step] * 10} | {name: [value] for name, value in seconds.items()}
+def turn(
+    step: float, whole: float, count: int = 10, **seconds: float
+) -> tuple[float, overhead.Seconds]:
+    calls = {overhead.STEPS: [step] * count} | {name: [value] for name, value in seconds.items()}
     return whole, calls
 
 
@@ -50,16 +52,18 @@ def test_costs_are_what_the_stage_takes_beyond_the_bare_loop_and_validation() ->
 
 
 def test_over_an_hour_steps_and_checkpoints_recur_and_a_forecast_does_not() -> None:
-    bare = [turn(1.0, 11.0)]
-    stages = [turn(1.0, 30.0, forecast=3.0, checkpoints=8.0, **{METRICS: 0.1})]
+    begun, saved = overhead.UNDISTURBED.start, overhead.UNDISTURBED.stop
+    count = saved + 2
+    bare = [turn(1.0, 1.0 + count, count)]
+    stages = [turn(1.0, 30.0, count, forecast=3.0, checkpoints=8.0, **{METRICS: 0.1})]
     steps = stages[0][1][overhead.STEPS]
-    steps[:3] = [1.5] * 3
-    steps[8:] = [1.25] * 2  # while the checkpoint goes to the disk
+    steps[:begun] = [1.5] * begun
+    steps[saved:] = [1.25] * 2  # while the checkpoint goes to the disk
     trained, costs = overhead.costs_of(bare, stages, every_minutes=10)
     assert trained == 3600
-    assert costs[METRICS] == pytest.approx(36)
+    assert costs[METRICS] == pytest.approx(3600 / count * 0.1)
     assert costs[overhead.SLOWER] == 0
-    assert costs["first steps slower than later ones"] == pytest.approx(1.5)
+    assert costs["first steps slower than later ones"] == pytest.approx(begun * 0.5)
     assert costs["checkpoints"] == pytest.approx(6 * (8 + 2 * 0.25))
     assert costs["forecast"] == 3.0
 
