@@ -55,13 +55,16 @@ def steps_of(row) -> list[int]:
 
 # A stage as a process, which says what it has imported when its record is closed.
 STAGE = """
-import sys
+import sys, time
 from pathlib import Path
 from pipeline import config, tracking
 with tracking.record("train", config.load(Path(sys.argv[1]))) as record:
     for step in range(5):
         record.metrics({"train/value": step / 3}, step)
     if "killed" in sys.argv:
+        while record._ship._events.qsize():  # what is not in the pipe yet dies with the stage
+            time.sleep(0.01)
+        time.sleep(0.5)  # for the last one, which has left the queue
         print(record._ship._child.pid, flush=True)
         sys.stdin.read()
 print(*sys.modules)
