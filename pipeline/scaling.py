@@ -44,7 +44,7 @@ class Point:
 class Demonstration:
     points: list[Point]
     stop: str  # the error that ended it
-    seconds: float  # that it took
+    seconds: float  # of its steps: what torch imports for them, every training needs
 
     def page(self) -> str:
         """Markdown: what happened, counted, and every step."""
@@ -71,12 +71,11 @@ class Demonstration:
 def demonstrate(device: torch.device) -> Demonstration:
     """Train a tiny GPT in fp16 through overflows, natural and injected, until the run stops itself.
 
-    The step, the scaler and the stop are those of every training. Takes about a second, uses no
-    global randomness and leaves nothing behind.
+    The step, the scaler and the stop are those of every training. Takes a fraction of a second,
+    uses no global randomness and leaves nothing behind.
     """
+    state, config = _start(device), _settings()
     began = time.perf_counter()
-    state = _start(device)
-    config = _settings()
     state.model.transformer.ln_f.bias.register_hook(
         lambda grad: torch.full_like(grad, torch.inf) if _is_injected(state.step) else grad
     )

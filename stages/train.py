@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,29 @@ def main(config: Config) -> None:
         checkpoints = Checkpoints(run.folder, config.checkpoint)
         found = checkpoints.newest()
         announce_start(config, run, found)
+        machine = measure(config)  # before the process that ships takes a core for its imports
         with tracking.record("train", config, run.journal) as record:
             record.dataset("tokens", tokens.sha256, str(tokens.path), "train")
             record.tags({f"digest.{name}": digest for name, digest in inputs.items()})
             course = Course(config, record, run, checkpoints)
-            train(course, found, tokens, held_out)
+            train(course, found, tokens, held_out, machine)
         run.share(OUTPUTS)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this training runs on, and what was measured of it."""
+
+    precision: Precision
+    matrix_rate: float  # FLOP/s
+    shown: scaling.Demonstration
+
+
+def measure(config: Config) -> Machine:
+    """The matrix rate and the loss scale at work: now, as nothing is to fail after days."""
+    device = runtime.choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    return Machine(precision, throughput.matrix_rate(precision), scaling.demonstrate(device))
 
 
 def identity(config: Config, inputs: dict[str, str]) -> dict[str, Any]:
@@ -120,15 +138,16 @@ def announce_start(config: Config, run: runs.Run, found: Checkpoint | None) -> N
 
 
 def train(
-    course: Course, found: Checkpoint | None, tokens: data.Tokens, held_out: data.Tokens
+    course: Course,
+    found: Checkpoint | None,
+    tokens: data.Tokens,
+    held_out: data.Tokens,
+    machine: Machine,
 ) -> None:
     config, record = course.config, course.record
-    device = runtime.choose_device(config.device)
-    precision = choose_precision(config.precision, device)
+    precision, device = machine.precision, machine.precision.device
     announce("train", precision, record)
     foresee(config, precision, record, len(tokens))
-    shown = scaling.demonstrate(device)  # now: nothing is to fail once days of training are done
-    matrix_rate = throughput.matrix_rate(precision)
     throughput.forget_peak(device)
     torch.manual_seed(runtime.derived_seed(config.train.seed, "dropout"))
     model = load_model(
@@ -145,8 +164,8 @@ def train(
     copy(course.best_model(), paths.MODEL)
     record.checkpoint("best", paths.MODEL, course.best_step)
     record.checkpoint("last", paths.LAST, len(course.curve))
-    write_results(course, model, precision, matrix_rate)
-    write_study(record, course.study, precision, shown, course.curve)
+    write_results(course, model, precision, machine.matrix_rate)
+    write_study(record, course.study, precision, machine.shown, course.curve)
 
 
 def loop(
