@@ -1,8 +1,10 @@
 """Claims about the tokenizer: exact, offline, and clear where its files are missing."""
 
 import hashlib
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +69,28 @@ def test_documents_encoded_at_once_have_the_tokens_of_each(texts):
     ordinary = tokenizer.gpt2().encode_ordinary
     expected = [token for text in texts for token in (tokenizer.EOT, *ordinary(text))]
     assert tokenizer.encode_documents(texts).tolist() == expected
+
+
+# One or two of each kind that GPT-2's pattern tells apart, and of those that it may mistake.
+KINDS = "'sSlé中1² \n\t\xa0.\u0301"
+
+
+def test_the_quicker_pattern_cuts_every_short_text_as_tiktokens_own_does():
+    ordinary = tokenizer.gpt2().encode_ordinary
+    for length in range(1, 5):
+        for characters in itertools.product(KINDS, repeat=length):
+            text = "".join(characters)
+            assert tokenizer.encode(text).tolist() == ordinary(text), repr(text)
+
+
+def test_the_quicker_pattern_cuts_long_texts_as_tiktokens_own_does():
+    every = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    draws = random.Random(0)
+    drawn = "".join(draws.choice(draws.choice((KINDS, every))) for _ in range(100_000))
+    runs = "".join(draws.choice(KINDS) * draws.choice((1, 2, 3, 700)) for _ in range(400))
+    for text in (every, " ".join(every), drawn, runs, "a" + " " * 200_000, "\n" * 200_000 + "a"):
+        expected = tokenizer.gpt2().encode_to_numpy(text, disallowed_special=())
+        assert np.array_equal(tokenizer.encode(text), expected), repr(text[:50])
 
 
 def test_any_text_comes_back_from_its_tokens():
