@@ -30,7 +30,7 @@ SHIP_EVERY_SECONDS = 2.0
 SHORT_SECONDS = 10.0  # how long a stage waits that was stopped, or whose store had failed before
 RETRY_SECONDS = 10.0
 CLOSE = "close"  # the last line of a stage, which is no event
-NICENESS = 5  # where the stage needs every core, it comes first
+NICENESS = 10  # where the stage needs every core, it comes first
 
 
 class Shipper:

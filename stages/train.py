@@ -88,7 +88,7 @@ def main(config: Config) -> None:
         checkpoints = Checkpoints(run.folder, config.checkpoint)
         found = checkpoints.newest()
         announce_start(config, run, found)
-        machine = measure(config)  # before the process that ships takes a core for its imports
+        machine = measure(config)  # before the process that ships takes a core for its libraries
         with tracking.record("train", config, run.journal) as record:
             record.dataset("tokens", tokens.sha256, str(tokens.path), "train")
             record.tags({f"digest.{name}": digest for name, digest in inputs.items()})
@@ -99,18 +99,15 @@ def main(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this training runs on, and what was measured of it."""
+    """How this training computes, and how fast products are here."""
 
     precision: Precision
     matrix_rate: float  # FLOP/s
-    shown: scaling.Demonstration
 
 
 def measure(config: Config) -> Machine:
-    """The matrix rate and the loss scale at work: now, as nothing is to fail after days."""
-    device = runtime.choose_device(config.device)
-    precision = choose_precision(config.precision, device)
-    return Machine(precision, throughput.matrix_rate(precision), scaling.demonstrate(device))
+    precision = choose_precision(config.precision, runtime.choose_device(config.device))
+    return Machine(precision, throughput.matrix_rate(precision))
 
 
 def identity(config: Config, inputs: dict[str, str]) -> dict[str, Any]:
@@ -148,6 +145,7 @@ def train(
     precision, device = machine.precision, machine.precision.device
     announce("train", precision, record)
     foresee(config, precision, record, len(tokens))
+    shown = scaling.demonstrate(device)  # now: nothing is to fail once days of training are done
     throughput.forget_peak(device)
     torch.manual_seed(runtime.derived_seed(config.train.seed, "dropout"))
     model = load_model(
@@ -165,7 +163,7 @@ def train(
     record.checkpoint("best", paths.MODEL, course.best_step)
     record.checkpoint("last", paths.LAST, len(course.curve))
     write_results(course, model, precision, machine.matrix_rate)
-    write_study(record, course.study, precision, machine.shown, course.curve)
+    write_study(record, course.study, precision, shown, course.curve)
 
 
 def loop(
