@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from pipeline import runtime, training
+from pipeline import training
 from pipeline.errors import NumericsError
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
+from pipeline.runtime import generator, one_thread
 from pipeline.tables import markdown
 
 SHAPE = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=64, vocab_rows=64)
@@ -67,7 +68,7 @@ class Demonstration:
         )
 
 
-@runtime.one_thread()
+@one_thread()
 def demonstrate(device: torch.device) -> Demonstration:
     """Train a tiny GPT in fp16 through overflows, natural and injected, until the run stops itself.
 
@@ -125,9 +126,7 @@ def _settings() -> SimpleNamespace:
 def _start(device: torch.device) -> training.TrainState:
     with torch.random.fork_rng(devices=[]):  # a new module draws weights that nobody uses
         model = GPT(SHAPE)
-    initialize(
-        model, SimpleNamespace(std=0.02, residual_scale=True), runtime.generator(0, "demonstration")
-    )
+    initialize(model, SimpleNamespace(std=0.02, residual_scale=True), generator(0, "demonstration"))
     state = training.start(model.to(device), _settings(), choose_precision("fp16", device))
     state.scaler = torch.amp.GradScaler(
         device.type, init_scale=FIRST_SCALE, growth_interval=GROWTH_INTERVAL
@@ -136,9 +135,7 @@ def _start(device: torch.device) -> training.TrainState:
 
 
 def _batches(device: torch.device) -> Callable[[int], list[training.Batch]]:
-    ids = torch.randint(
-        SHAPE.vocab_size, (4, SHAPE.block_size + 1), generator=runtime.generator(0, "ids")
-    )
+    ids = torch.randint(SHAPE.vocab_size, (4, SHAPE.block_size + 1), generator=generator(0, "ids"))
     return lambda step: [(ids[:, :-1].to(device), ids[:, 1:].to(device))]
 
 

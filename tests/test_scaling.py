@@ -29,6 +29,21 @@ def test_a_skipped_step_leaves_the_parameters_and_any_other_changes_them(shown) 
     assert [p.unchanged for p in shown.points] == [p.skipped for p in shown.points]
 
 
+def test_it_keeps_to_one_thread_and_leaves_the_training_all_of_them(monkeypatch) -> None:
+    seen = []
+    fit = training.fit
+    monkeypatch.setattr(
+        training, "fit", lambda *a, **k: seen.append(torch.get_num_threads()) or fit(*a, **k)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        demonstrate(CPU)
+        assert torch.get_num_threads() == 2 and set(seen) == {1}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_scale_halves_after_a_skip_and_doubles_after_good_steps(shown) -> None:
     good = 0
     for point, following in zip(shown.points, shown.points[1:], strict=False):

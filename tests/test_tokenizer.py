@@ -37,11 +37,12 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr("tiktoken.load.read_file", refuse)
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
-    tokenizer.gpt2.cache_clear()
-    tokenizer._file_contents.cache_clear()
+    loaded = (tokenizer.gpt2, tokenizer._quick, tokenizer._file_contents)
+    for cache in loaded:
+        cache.cache_clear()
     yield monkeypatch
-    tokenizer.gpt2.cache_clear()
-    tokenizer._file_contents.cache_clear()
+    for cache in loaded:
+        cache.cache_clear()
 
 
 def wheel_files():
