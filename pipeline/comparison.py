@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config as configuration
-from pipeline import figures, paths
+from pipeline import figures, paths, stage_graph
 from pipeline.errors import ConfigError, InputError, UserError
 from pipeline.experiments import Experiment, experiments
 from pipeline.records import digest_of
@@ -28,7 +28,6 @@ from pipeline.tables import markdown
 log = logging.getLogger(__name__)
 
 # What training does not read: two runs that differ in these trained the same.
-ASIDE = ("evaluate.", "sample.", "tracking.", "checkpoint.", "debug.")
 SEED = "train.seed"
 TAIL = 0.05  # share of steps whose mean is the final training loss
 APART = 0.01  # relative difference of two losses from which on curves count as apart
@@ -234,7 +233,7 @@ def groups(runs: Iterable[Run], setting: str) -> list[dict[Any, list[Run]]]:
 def settings_beside(params: dict[str, Any], *settings: str) -> dict[str, Any]:
     """What two runs must share for a comparison of `settings`."""
     rest = {k: v for k, v in params.items() if k not in (*settings, SEED)}
-    return {k: v for k, v in rest.items() if not k.startswith(ASIDE)}
+    return {k: v for k, v in rest.items() if stage_graph.changes_training(k)}
 
 
 def base_of(values: Iterable[Any], usual: Any) -> Any:
@@ -303,10 +302,10 @@ def check_setting(name: str) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{name}: unknown setting{hint}")
-    if name == SEED or name.startswith(ASIDE):
+    if name == SEED or not stage_graph.changes_training(name):
         raise ConfigError(
-            f"{name}: seeds are the noise that other settings are held against, and "
-            f"{', '.join(a.rstrip('.') for a in ASIDE)} do not change the training"
+            f"{name}: seeds are the noise that other settings are held against, and a setting "
+            "that only later stages read, as evaluate or sample, does not change the training"
         )
 
 

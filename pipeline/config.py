@@ -21,8 +21,6 @@ from pipeline.errors import ConfigError
 
 UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
 
-ASIDE = ("checkpoint", "tracking")  # sections that change no result: no stage runs again for them
-
 # As in MLflow's paths; no part can be `..`, nor an escape that a URI turns into it.
 PLAIN_NAME = re.compile(r"/?\w[\w .,()@+=-]*(/\w[\w .,()@+=-]*)*")
 

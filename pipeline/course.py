@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import runtime, throughput
+from pipeline import provenance, runtime, throughput
 from pipeline.budget import Budget
 from pipeline.errors import InputError
 from pipeline.experiments import Experiment
@@ -43,6 +43,7 @@ class Course:
         self._run = run
         self._earlier: dict[int, StepReport] = {}
         self._warned = False
+        self._told: list[str] = []
 
     def begin(self, state: TrainState, found: Checkpoint | None) -> TrainState:
         """The state to go on with: as it is, or as the checkpoint says.
@@ -82,6 +83,12 @@ class Course:
             self.record.tags({"resume.not_bit_equal_at": report.step})
         # How many steps there are to be is the plan of now, with a time budget another one.
         self.curve.append(replace(earlier, steps=report.steps) if earlier else report)
+
+    def new_edits(self) -> list[str]:
+        """What has been edited of this training's settings and code, each told once."""
+        found = [e for e in provenance.edits("train", self.config) if e not in self._told]
+        self._told += found
+        return found
 
     def validation_due(self) -> bool:
         """Whether the model as it stands is to be validated and was not yet."""

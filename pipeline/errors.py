@@ -49,6 +49,12 @@ class ResumeError(UserError):
     exit_code = 7
 
 
+class ChangedError(UserError):
+    """A setting or a file that decides the result was edited while the stage was at work."""
+
+    exit_code = 8
+
+
 def exit_code(error: BaseException) -> int:
     """What a stage that ends with this error says to the shell; 1 is a bug."""
     if isinstance(error, UserError):

@@ -9,13 +9,13 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import paths, records
-from pipeline.records import UPSTREAM, Event
+from pipeline import paths, records, stage_graph
+from pipeline.records import Event
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -69,34 +69,34 @@ class Experiment:
 
     def events(self, kind: str) -> Iterator[Event]:
         """Of one kind, in the order of the chain."""
-        order = [stage for stage in UPSTREAM if stage in self.records]
+        order = [stage for stage in stage_graph.stages() if stage in self.records]
         return (e for stage in order for e in self.records[stage] if e["kind"] == kind)
 
 
-def experiments(stages: tuple[str, ...] = tuple(UPSTREAM)) -> Iterator[Experiment]:
+def experiments(stages: Iterable[str] | None = None) -> Iterator[Experiment]:
     """Every DVC experiment of this repository, on whatever commit, and then the workspace.
 
-    Only the records of `stages` are read. A record that is in no cache any more is left out
-    with a warning that names the experiment. Without git the workspace is all there is.
+    Only the records of `stages` are read, by default all. A record that is in no cache any more
+    is left out with a warning that names the experiment. Without git the workspace is all there is.
     """
     with _repository() as repo:
         if repo:
             reader = _Reader(repo)
             listed = repo.experiments.ls(all_commits=True)
             for name, rev in (one for found in listed.values() for one in found):
-                found, gone = reader.read(rev, stages)
+                found, gone = reader.read(rev, stages or stage_graph.stages())
                 for path in gone:
                     log.warning("experiment %s: %s is in no cache any more; left out", name, path)
                 yield Experiment(name, rev, _of_one_chain(name, found))
     yield of_workspace(paths.root(), stages)
 
 
-def of_workspace(root: Path, stages: tuple[str, ...] = tuple(UPSTREAM)) -> Experiment:
+def of_workspace(root: Path, stages: Iterable[str] | None = None) -> Experiment:
     """What the records under `root` say; of the stage that failed or is at work, as far as it came.
 
     An unfinished record counts only where it is the newest: an older one is of another run.
     """
-    kept = {stage: root / paths.record(stage) for stage in stages}
+    kept = {stage: root / paths.record(stage) for stage in stages or stage_graph.stages()}
     here = {stage: records.read(path) for stage, path in kept.items() if path.exists()}
     newest = max((record[0]["time"] for record in here.values()), default=0)
     for stage, path in kept.items():
@@ -109,19 +109,6 @@ def of_workspace(root: Path, stages: tuple[str, ...] = tuple(UPSTREAM)) -> Exper
     return Experiment(WORKSPACE, "", _of_one_chain(WORKSPACE, here))
 
 
-# The settings that the stages read on whose records others build; a test holds them to dvc.yaml.
-READS = {
-    "tokenize": ("corpus",),
-    "import_hf_weights": ("init", "model"),
-    "train": ("precision", "debug", "device", "model", "train"),
-    "evaluate": ("device", "model", "train.sequence_length", "evaluate"),
-    "numerics": (
-        *("device", "model.n_embd", "model.n_head", "model.vocab_rows"),
-        *("train.batch_size", "train.sequence_length"),
-    ),
-}
-
-
 def _of_one_chain(name: str, found: dict[str, list[Event]]) -> dict[str, list[Event]]:
     """Without what a former run has left.
 
@@ -130,7 +117,7 @@ def _of_one_chain(name: str, found: dict[str, list[Event]]) -> dict[str, list[Ev
     kept = {
         stage: record
         for stage, record in found.items()
-        if all(_builds_on(record, found[u]) for u in UPSTREAM[stage] if u in found)
+        if all(_builds_on(record, found[u]) for u in stage_graph.upstream(stage) if u in found)
     }
     for stage in found.keys() - kept.keys():
         log.warning("%s: %s is of a former run; left out", name, paths.record(stage).as_posix())
@@ -140,13 +127,9 @@ def _of_one_chain(name: str, found: dict[str, list[Event]]) -> dict[str, list[Ev
 def _builds_on(record: list[Event], upstream: list[Event]) -> bool:
     """Whether `upstream` came to its end, with the settings that `record` knows it by."""
     head, here = upstream[0], record[0]["params"]
-    read = (
-        name
-        for name in head["params"]
-        if any(name == r or name.startswith(f"{r}.") for r in READS[head["stage"]])
-    )
+    read = stage_graph.settings_of(head["stage"], head["params"])
     finished = upstream[-1].get("status") == "FINISHED"
-    return finished and all(here.get(name) == head["params"][name] for name in read)
+    return finished and all(here.get(name) == value for name, value in read.items())
 
 
 @dataclass(frozen=True)
@@ -235,7 +218,7 @@ def commits() -> Iterator[Experiment]:
             return
         reader = _Reader(repo)
         for rev in repo.scm.list_all_commits():
-            found, missing = reader.read(rev, tuple(UPSTREAM))
+            found, missing = reader.read(rev, stage_graph.stages())
             gone |= {(path, reader.locked(rev)[path]) for path in missing}
             if found:
                 yield Experiment(rev[:7], rev, found)
@@ -283,7 +266,7 @@ class _Reader:
         above = os.path.relpath(repo.root_dir, repo.scm.root_dir)
         self._lock = (Path(above) / LOCK).as_posix()
 
-    def read(self, rev: str, stages: tuple[str, ...]) -> tuple[dict[str, list[Event]], list[str]]:
+    def read(self, rev: str, stages: Iterable[str]) -> tuple[dict[str, list[Event]], list[str]]:
         """A revision's records by stage, and the paths of those that are in no cache."""
         found, gone = {}, []
         locked = self.locked(rev)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.experiments import Experiment
-from pipeline.records import UPSTREAM, Event
+from pipeline.records import Event
+from pipeline.stage_graph import upstream
 
 
 @dataclass(frozen=True)
@@ -46,5 +47,5 @@ def _before(head: Event, experiment: Experiment) -> list[list[Event]]:
         record
         for stage, record in experiment.records.items()
         if record[0]["time"] < head["time"]
-        and (stage in UPSTREAM[head["stage"]] or record[0]["invocation"] == head["invocation"])
+        and (stage in upstream(head["stage"]) or record[0]["invocation"] == head["invocation"])
     ]

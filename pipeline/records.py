@@ -20,31 +20,10 @@ from typing import Any
 
 import psutil
 
-from pipeline import paths
-from pipeline.config import ASIDE, Config, flatten, settings_of
-from pipeline.errors import ConfigError, InputError
-
-# Every stage with those whose records it waits for, in the order of the chain. `numerics` stands
-# beside the chain: it measures the machine, and its record joins the row with the last stage.
-UPSTREAM: dict[str, tuple[str, ...]] = {
-    "tokenize": (),
-    "import_hf_weights": (),
-    "train": ("tokenize", "import_hf_weights"),
-    "evaluate": ("tokenize", "import_hf_weights", "train"),
-    "numerics": (),
-    "sample": ("tokenize", "import_hf_weights", "train", "evaluate", "numerics"),
-}
-
-# Modules whose edit changes no result: left out of the code digest and of the deps in dvc.yaml,
-# as is stages/__init__.py, which only writes down what the stages found. A figure is a view of
-# numbers that stand beside it: another colour must not train for days again.
-NO_RESULTS = (
-    *("config", "errors", "paths", "records", "rows", "runs", "shipping", "store", "tracking"),
-    *("cache", "interruption", "resume", "view", "yaml_text"),
-    *("comparison", "contrast", "debugging", "doctor", "experiments", "figures", "forecast"),
-    *("history", "logged_models", "nonfinite", "notes", "passages", "plots", "queueing"),
-    *("report", "report_figures", "report_run", "snapshot", "sweep", "symptoms"),
-)
+from pipeline import paths, stage_graph
+from pipeline.config import Config, flatten, settings_of
+from pipeline.errors import ChangedError, ConfigError, InputError
+from pipeline.provenance import code_digest, differing, listed
 
 # Significant digits of a value: the page shows what it is given. No timing repeats to five.
 DIGITS = 6
@@ -85,6 +64,7 @@ class Record:
         if journal:
             self._files.append(open(journal, "a", encoding="utf-8", newline="\n"))  # noqa: SIM115
         again = {"kind": "resume", "time": _now(), "name": os.environ.get("DVC_EXP_NAME", "")}
+        again["invocation"] = _invocation()
         self._write(again if earlier else self.head)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
@@ -200,14 +180,14 @@ def _sessions(events: list[Event]) -> Iterator[tuple[float, float]]:
 
 def upstream(stage: str) -> Iterator[list[Event]]:
     """The records that `stage` builds on, as far as the workspace has them."""
-    for name in UPSTREAM[stage]:
+    for name in stage_graph.upstream(stage):
         if paths.record(name).exists():
             yield read(paths.record(name))
 
 
 def beside(head: Event) -> Iterator[list[Event]]:
     """The other records of this workspace that the same command has made so far."""
-    for name in UPSTREAM:
+    for name in stage_graph.stages():
         if name != head["stage"] and paths.record(name).exists():
             record = read(paths.record(name))
             if record[0]["invocation"] == head["invocation"]:
@@ -215,13 +195,18 @@ def beside(head: Event) -> Iterator[list[Event]]:
 
 
 def start_event(stage: str, config: Config) -> Event:
-    """Who, where, when, with which settings and code. `key` names the experiment's row."""
-    params = _results_only(flatten(config))
+    """Who, where, when, with which settings and code. `key` names the experiment's row.
+
+    Raises ChangedError where the same command began its chain with other settings: they would
+    split its row in two.
+    """
+    params = stage_graph.decisive(flatten(config))
     invocation = _invocation()
-    code = next(
-        (e[0]["code"] for e in upstream(stage) if e[0]["invocation"] == invocation), None
-    )  # taken once: an edit while a chain runs must not split its row
-    code = code or code_digest()
+    chain = [e for e in upstream(stage) if invocation in _invocations(e)]
+    for record in chain:
+        _hold(record[0], params)
+    # Taken once: an edit of another stage's code while a chain runs must not split its row either.
+    code = next((record[0]["code"] for record in chain), None) or code_digest()
     return {
         "kind": "start",
         "id": uuid.uuid4().hex,
@@ -239,6 +224,23 @@ def start_event(stage: str, config: Config) -> Event:
         "parent": _parent(params),
         "environment": environment(),
     }
+
+
+def _invocations(record: list[Event]) -> set[str]:
+    """Every command that had a part in a record: of a training that was resumed, several."""
+    return {event["invocation"] for event in record if "invocation" in event}
+
+
+def _hold(head: Event, params: dict[str, Any]) -> None:
+    """Raise ChangedError where the settings are no longer those that the chain began with."""
+    if changed := differing(head["params"], params):
+        raise ChangedError(
+            f"{paths.PARAMS} was edited after this run's {head['stage']} stage had begun:"
+            f"{listed(changed)}\n"
+            "The stages that are finished are kept. The same command again goes on with what "
+            "stands there now, as a run of its own; to finish this one, put the old back first. "
+            "`dvc exp run --temp` works on a copy, whose settings no edit reaches"
+        )
 
 
 def digest_of(value: Any) -> str:
@@ -266,17 +268,6 @@ def dvc_md5(path: Path) -> str:
     files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
     listed = [{"md5": dvc_md5(files[name]), "relpath": name} for name in sorted(files)]
     return md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
-
-
-def code_digest(root: Path | None = None) -> str:
-    """SHA-256 over the sources that results depend on, free of line endings."""
-    root = root or Path(__file__).resolve().parent.parent
-    total = hashlib.sha256()
-    for folder in ("pipeline", "stages"):
-        for path in sorted((root / folder).glob("*.py")):
-            if path.stem not in NO_RESULTS:
-                total.update(path.name.encode() + b"\0" + path.read_text("utf-8").encode() + b"\0")
-    return total.hexdigest()
 
 
 @functools.cache
@@ -307,10 +298,6 @@ def _invocation() -> str:
     return f"{os.getpid()}-{time.time():.2f}"
 
 
-def _results_only(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: v for name, v in settings.items() if name.partition(".")[0] not in ASIDE}
-
-
 def _parent(params: dict[str, Any]) -> dict[str, Any]:
     """The settings of the commit that this experiment starts from, as far as they differ.
 
@@ -318,7 +305,7 @@ def _parent(params: dict[str, Any]) -> dict[str, Any]:
     where that commit has no params file, or one that nobody can read.
     """
     try:
-        theirs = _results_only(settings_of(_git("show", "HEAD:./params.yaml")))
+        theirs = stage_graph.decisive(settings_of(_git("show", "HEAD:./params.yaml")))
     except ConfigError:
         return {}
     names = dict.fromkeys([*params, *theirs])

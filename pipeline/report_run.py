@@ -12,10 +12,10 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from pipeline import paths
+from pipeline import paths, stage_graph
 from pipeline.doctor import Finding, examine, headline
 from pipeline.experiments import Experiment, read_file
-from pipeline.records import UPSTREAM, Event
+from pipeline.records import Event
 from pipeline.report_figures import Picture, curves_of, data_uri
 from pipeline.rows import from_workspace
 from pipeline.tables import cell
@@ -149,7 +149,7 @@ BAD = ("FAILED", "KILLED")
 
 
 def missing(found: Experiment, statuses: dict[str, str], sampled: bool) -> Iterator[str]:
-    for stage in UPSTREAM:
+    for stage in stage_graph.stages():
         if stage not in statuses:
             yield f"{stage} has no record of this run, so {LACKING[stage]} cannot be shown."
         elif statuses[stage] != "FINISHED" and statuses[stage] != "at work":

@@ -13,21 +13,35 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from filelock import FileLock, Timeout
 
-from pipeline import paths
+from pipeline import paths, stage_graph
+from pipeline.config import flatten
 from pipeline.errors import BusyError, InputError, StorageError, UserError, exit_code
 from pipeline.folders import copy, discard, recover
+from pipeline.provenance import code_of
 from pipeline.records import digest_of, dvc_md5, tree_digest
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 log = logging.getLogger(__name__)
 
 IDENTITY, STATUS, RESULT, JOURNAL = "run.json", "run_status.json", "result.json", "record.jsonl"
+
+
+def identity(stage: str, config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides a stage's result: settings by name, inputs, and SHA-256 of its code by file.
+
+    dvc.yaml says which settings and files these are; `inputs` tell the stage's data from other.
+    """
+    settings = stage_graph.settings_of(stage, flatten(config))
+    return {"stage": stage, "params": settings, "inputs": inputs, "code": code_of(stage)}
 
 
 def this_process() -> str:
@@ -47,8 +61,7 @@ def is_alive(process: str) -> bool:
 class Run:
     """A training's folder, held under its lock: checkpoints, journal, status, and its result.
 
-    The identity is all that decides the trained weights: `params` by name, the SHA-256 of each of
-    the `inputs`, and that of the `code`.
+    Its `identity` is what the function of that name gives.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], waited: bool):
@@ -108,7 +121,7 @@ def claim(identity: dict[str, Any], wait: bool = True) -> Iterator[Run]:
 
     Raises BusyError where it shall not `wait`, StorageError where the folder cannot be written.
     """
-    folder = paths.runs() / digest_of(identity)[:16]
+    folder = _folder(identity)
     with contextlib.ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -171,11 +184,49 @@ def forget_result() -> None:
 
     For the stage after it to call, which DVC starts when it has.
     """
-    record = paths.record("train")
+    for folder in _left_by("train"):
+        _drop(folder)
+
+
+def keep(found: dict[str, Any]) -> bool:
+    """Keep a finished stage's outputs for `take_over`, unless its run has left them there itself.
+
+    `found` is its identity. False where they cannot be kept: the disk is full, or the stage was
+    started by hand, so that it will be done again in any case.
+    """
+    if not _under_dvc():
+        return False
+    if not _left_by(found["stage"]):
+        try:
+            with claim(found) as run:
+                run.share([Path(out) for out in stage_graph.stages()[found["stage"]].outs])
+        except (OSError, StorageError) as error:
+            log.warning("%s", error)
+            return False
+    return True
+
+
+def take_over(found: dict[str, Any]) -> bool:
+    """Whether `keep` had this stage's very outputs; they are put back, checked."""
+    folder = _folder(found)
+    if not (folder / RESULT).exists():
+        return False
+    with claim(found) as run:
+        taken = run.adopt()
+    _drop(folder)
+    return taken
+
+
+def _left_by(stage: str) -> list[Path]:
+    """The folders that hold the result whose record is the workspace's."""
+    record = paths.record(stage)
     mine = tree_digest(record) if record.exists() else ""
-    for result in paths.runs().glob(f"*/{RESULT}"):
-        if _json(result).get("digests", {}).get(record.as_posix()) == mine:
-            _drop(result.parent)
+    results = paths.runs().glob(f"*/{RESULT}")
+    return [r.parent for r in results if _json(r).get("digests", {}).get(record.as_posix()) == mine]
+
+
+def _folder(found: dict[str, Any]) -> Path:
+    return paths.runs() / digest_of(found)[:16]
 
 
 def unfinished(but: Path) -> Path | None:
@@ -202,7 +253,11 @@ def differences(mine: dict[str, Any], other: Path) -> list[str]:
     ]
     inputs = theirs.get("inputs", {})
     changed += [f"other bytes in {n}" for n, d in mine["inputs"].items() if inputs.get(n) != d]
-    return changed + (["other code"] if theirs.get("code") != mine["code"] else [])
+    code, once = mine["code"], theirs.get("code")
+    if not isinstance(once, dict):  # of a version that kept one digest of all files
+        return [*changed, "other code"]
+    names = sorted(n for n in {**code, **once} if code.get(n) != once.get(n))
+    return changed + ([f"other code in {', '.join(names)}"] if names else [])
 
 
 def _state(folder: Path) -> str:
@@ -282,13 +337,13 @@ def lines() -> list[str]:
     """A line for each training that is at work, was interrupted, or is not yet in DVC's cache."""
     found = []
     for folder in _folders():
-        said, params = _json(folder / STATUS), _json(folder / IDENTITY).get("params", {})
+        said, about = _json(folder / STATUS), _json(folder / IDENTITY)
+        params = about.get("params", {})
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(said.get("time", 0)))
-        found.append(
-            f"{folder.name}  {_state(folder)} at step {said.get('step', 0):,} of "
-            f"{params.get('train.steps', 0):,}, {when}, {size / 2**20:,.0f} MiB"
-        )
+        step = f"{said.get('step', 0):,} of {params.get('train.steps', 0):,}"
+        where = f" at step {step}" if "train.steps" in params else f" {about.get('stage')}"
+        found.append(f"{folder.name}  {_state(folder)}{where}, {when}, {size / 2**20:,.0f} MiB")
     return found or ["no training is at work or interrupted"]
 
 

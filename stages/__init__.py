@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import config as configuration
-from pipeline import plots
+from pipeline import plots, provenance, runs
 from pipeline.config import Config
-from pipeline.errors import UserError, disk_full, exit_code, out_of_memory
+from pipeline.errors import ChangedError, UserError, disk_full, exit_code, out_of_memory
 
 if TYPE_CHECKING:
     from pipeline.precision import Precision
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 # Here and not in `run`: a stage's module imports the libraries that may crash before it calls it.
 if sys.stderr and not faulthandler.is_enabled():
     faulthandler.enable()
+# Here, too: a module that is edited while the libraries are imported has been read already.
+provenance.find_code()
 
 # `dvc exp show` gives every metric a column: what the settings fix, what all experiments share,
 # and error bars are in the record and in MLflow alone.
@@ -38,11 +40,12 @@ BESIDE = re.compile(
 CURVE_POINTS = 2000  # DVC's page holds the table of a curve once for every chart
 
 
-def run(main: Callable[[Config], None]) -> None:
+def run(main: Callable[[Config], None], stage: str = "") -> None:
     """A stage as a process: checked settings in, an exit code out.
 
     A mistake that the user can mend ends in one message; a bug keeps its traceback, a crash in a
-    library's machine code too.
+    library's machine code too. With the name of a `stage` in dvc.yaml its result is handed to DVC
+    only if it rests on what DVC will file it under, see `held`.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
@@ -50,7 +53,11 @@ def run(main: Callable[[Config], None]) -> None:
         stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed
     try:
-        main(configuration.load())
+        config = configuration.load()
+        if stage:
+            held(main, stage, config)
+        else:
+            main(config)
         plots.keep_script()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -72,6 +79,37 @@ def run(main: Callable[[Config], None]) -> None:
             file=sys.stderr,
         )
         sys.exit(exit_code(error))
+
+
+def held(main: Callable[[Config], None], stage: str, config: Config) -> None:
+    """A stage's work, unless it was finished before; raises ChangedError after an edit meanwhile.
+
+    What DVC hashes when the command has ended must be what the work began with: the settings that
+    the stage reads, its code, its inputs.
+    """
+    stamps = provenance.input_stamps(stage, config)
+    identity = runs.identity(stage, config, stamps)
+    if runs.take_over(identity):
+        print(f"{stage}: this very work has been done; its checked result is taken over")
+    else:
+        main(config)
+    replaced = provenance.changed_inputs(stamps, provenance.input_stamps(stage, config))
+    edited = provenance.edits(stage, config)
+    if replaced:
+        raise ChangedError(
+            f"changed while {stage} read them:{provenance.listed(replaced + edited)}\n"
+            "Nobody can tell which of them the result is of. Give the same command again: the "
+            "stage runs on what lies there now"
+        )
+    if edited:
+        kept = "The finished work is kept: put the old back, give the same command, and it is "
+        kept = kept + "taken over. " if runs.keep(identity) else ""
+        raise ChangedError(
+            f"edited while {stage} was at work:{provenance.listed(edited)}\n"
+            "DVC files a result under what it finds when the stage ends, so it did not get this "
+            f"one. {kept}With the new, the same command runs the stage anew. `dvc exp run --temp` "
+            "works on a copy, which no edit reaches"
+        )
 
 
 def check_model(folder: Path) -> None:

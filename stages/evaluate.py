@@ -88,4 +88,4 @@ def show(results: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "evaluate")

@@ -134,4 +134,4 @@ def show(table: list[dict[str, Any]], model: GPT) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "import_hf_weights")

@@ -83,4 +83,4 @@ def show(measured: roofline.Roofline, suffered: list[sensitivity.Sensitivity]) -
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "numerics")

@@ -159,4 +159,7 @@ def to_terminal(words: list[str], config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda config: to_terminal(sys.argv[1:], config) if sys.argv[1:] else main(config))
+    if words := sys.argv[1:]:
+        run(lambda config: to_terminal(words, config))
+    else:
+        run(main, "sample")

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -38,7 +37,7 @@ from pipeline import (
     training,
 )
 from pipeline.checkpoint import load_model, save_model
-from pipeline.config import Config, flatten
+from pipeline.config import Config
 from pipeline.course import Course, step_metrics
 from pipeline.errors import NumericsError, ResumeError, together
 from pipeline.experiments import Experiment
@@ -77,7 +76,7 @@ def main(config: Config) -> None:
         "val": held_out.sha256,
         "init": records.tree_digest(paths.INIT),
     }
-    with runs.claim(identity(config, inputs), config.checkpoint.wait) as run:
+    with runs.claim(runs.identity("train", config, inputs), config.checkpoint.wait) as run:
         for output in OUTPUTS:
             recover(output)
         if config.checkpoint.resume == "never" and not run.waited:
@@ -108,13 +107,6 @@ class Machine:
 def measure(config: Config) -> Machine:
     precision = choose_precision(config.precision, runtime.choose_device(config.device))
     return Machine(precision, throughput.matrix_rate(precision))
-
-
-def identity(config: Config, inputs: dict[str, str]) -> dict[str, Any]:
-    """All that decides the trained weights."""
-    ours = ("precision", "device", "model.", "train.", "debug.")
-    params = {k: v for k, v in flatten(config).items() if k.startswith(ours)}
-    return {"params": params, "inputs": inputs, "code": records.code_digest()}
 
 
 def announce_start(config: Config, run: runs.Run, found: Checkpoint | None) -> None:
@@ -240,6 +232,12 @@ def validate_if_due(
             course.validated(state, validate(state, held_out, course.config, stop))
             for finding in rounds.look(len(course.curve), course.record.so_far):
                 log.warning("%s", doctor.line(finding))
+            for edit in course.new_edits():
+                log.warning(
+                    "edited while this training is at work: %s. It goes on as it began, and DVC "
+                    "takes its result only if the old is back when it ends",
+                    edit,
+                )
 
 
 def foresee(config: Config, precision: Precision, record: Record, corpus_tokens: int) -> None:
@@ -395,4 +393,4 @@ def write_study(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "train")

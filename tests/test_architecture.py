@@ -14,7 +14,7 @@ STAGES = sorted((ROOT / "stages").glob("*.py"))
 OWNERS = {
     "mlflow": {"store", "rows", "logged_models"},  # the client; runs; models
     "omegaconf": {"config"},
-    "yaml": {"config", "yaml_text"},
+    "yaml": {"config", "stage_graph", "yaml_text"},
     "transformers": {"hf_weights"},
     "tiktoken": {"tokenizer"},
     "matplotlib": {"figures"},

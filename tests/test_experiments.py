@@ -14,14 +14,14 @@ import pytest
 from markupsafe import escape
 from omegaconf import OmegaConf
 
-from pipeline import records
+from pipeline import records, stage_graph
 from pipeline.report import visible
 from tests.conftest import Checkout, tiny_pipeline
 
 # MLflow's client and its libraries warn of their own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-STAGES = tuple(records.UPSTREAM)
+STAGES = tuple(stage_graph.stages())
 
 
 class Story:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline import paths, records
+from pipeline.errors import ChangedError
 from pipeline.records import Record
 from tests.conftest import NANO
 
@@ -107,20 +108,6 @@ def test_the_key_follows_params_and_code_but_not_tracking(make_config, monkeypat
     assert key() != before
 
 
-def test_the_code_digest_sees_what_changes_results_and_ignores_the_rest(tmp_path: Path) -> None:
-    (tmp_path / "pipeline").mkdir()
-    model, tracking = tmp_path / "pipeline/model.py", tmp_path / "pipeline/tracking.py"
-    model.write_text("a = 1\n")
-    tracking.write_text("b = 1\n")
-    before = records.code_digest(tmp_path)
-    tracking.write_text("b = 2\n")
-    assert records.code_digest(tmp_path) == before
-    model.write_bytes(b"a = 1\r\n")
-    assert records.code_digest(tmp_path) == before
-    model.write_text("a = 2\n")
-    assert records.code_digest(tmp_path) != before
-
-
 def test_stages_of_one_command_share_the_code_digest_taken_first(make_config, monkeypatch) -> None:
     monkeypatch.setattr(records, "_invocation", lambda: "one dvc repro")
     Record("tokenize", make_config()).close("FINISHED")
@@ -129,6 +116,33 @@ def test_stages_of_one_command_share_the_code_digest_taken_first(make_config, mo
     assert records.start_event("train", make_config())["key"] == tokenize["key"]
     monkeypatch.setattr(records, "_invocation", lambda: "the next one")
     assert records.start_event("train", make_config())["key"] != tokenize["key"]
+
+
+@pytest.mark.fault(59)
+def test_settings_edited_between_the_stages_of_one_command_split_no_row(
+    make_config, monkeypatch
+) -> None:
+    monkeypatch.setattr(records, "_invocation", lambda: "one dvc repro")
+    Record("tokenize", make_config()).close("FINISHED")
+    for later in ("train", "evaluate", "sample"):
+        with pytest.raises(ChangedError, match=r"tokenize stage had begun:\n  sample.seed: 1234 t"):
+            Record(later, make_config(sample__seed=1))
+        assert not paths.record(later).with_suffix(".jsonl.part").exists()
+    Record("train", make_config(tracking__checkpoints="none")).close("FAILED")  # decides nothing
+    monkeypatch.setattr(records, "_invocation", lambda: "the next one")
+    Record("train", make_config(sample__seed=1)).close("FAILED")
+
+
+@pytest.mark.fault(59)
+def test_settings_are_held_to_those_of_a_training_that_was_resumed(
+    make_config, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(records, "_invocation", lambda: "one dvc repro")
+    Record("train", make_config(), journal=tmp_path / "journal").close("KILLED")
+    monkeypatch.setattr(records, "_invocation", lambda: "the next one")
+    Record("train", make_config(), journal=tmp_path / "journal").close("FINISHED")
+    with pytest.raises(ChangedError, match="sample.seed: 1234 then, 1 now"):
+        Record("evaluate", make_config(sample__seed=1))
 
 
 def test_no_environment_value_reaches_a_record(make_config, monkeypatch) -> None:

@@ -14,7 +14,8 @@ from pipeline import paths, records, report, report_figures
 from pipeline.doctor import examine
 from pipeline.errors import InputError
 from pipeline.experiments import Experiment, of_workspace
-from pipeline.records import UPSTREAM, Event
+from pipeline.records import Event
+from pipeline.stage_graph import stages as stages_in_order
 from tests.conftest import NANO, params
 
 EVIL = "<script>alert('1')</script><img src=http://example.org/x>"
@@ -120,7 +121,7 @@ def chain(
             metrics(0, **{f"time/{stage}_seconds": 10.0 + n}),
             {"kind": "end", "status": "FINISHED", "time": 2},
         ]
-        for n, stage in enumerate(UPSTREAM)
+        for n, stage in enumerate(stages_in_order())
     }
 
 
@@ -260,7 +261,7 @@ def test_a_study_is_shown_only_as_this_run_wrote_it(workspace: Path) -> None:
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])
 def test_a_chain_that_ends_early_says_what_is_missing(workspace: Path, stages: int) -> None:
-    names = list(UPSTREAM)
+    names = list(stages_in_order())
     text = Seen(of({stage: chain()[stage] for stage in names[:stages]})).text
     for stage in names:
         assert (f"{stage} has no record of this run" in text) == (stage in names[stages:])
@@ -314,8 +315,8 @@ def test_a_record_that_was_made_under_other_settings_upstream_is_left_out(
 ) -> None:
     """As after `dvc repro train` with another learning rate."""
     new, old = chain({setting: "new"}, at=100), chain({setting: "old"})
-    keep({s: old[s] if s in gone else new[s] for s in UPSTREAM})
-    assert set(UPSTREAM) - set(of_workspace(workspace).records) == gone
+    keep({s: old[s] if s in gone else new[s] for s in stages_in_order()})
+    assert set(stages_in_order()) - set(of_workspace(workspace).records) == gone
 
 
 def test_several_runs_show_what_differs_best_first_and_the_noise_in_words(workspace: Path) -> None:

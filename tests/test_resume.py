@@ -27,6 +27,7 @@ from pipeline import (
     course,
     folders,
     paths,
+    provenance,
     records,
     resume,
     runs,
@@ -524,10 +525,14 @@ def test_going_on_that_is_forced_names_every_difference(
     workspace: Path, settings, monkeypatch, change: str
 ) -> None:
     stopped_at(7, settings())
-    words = {"settings": "train.lr=0.004 instead of 0.002", "code": "other code"}
+    words = {
+        "settings": "train.lr=0.004 instead of 0.002",
+        "code": "other code in pipeline/model.py",
+    }
     changes = {"train__lr": 0.004} if change == "settings" else {}
     if change == "code":
-        monkeypatch.setattr(records, "code_digest", lambda: "other")
+        other = provenance.code_of("train") | {"pipeline/model.py": "other"}
+        monkeypatch.setattr(runs, "code_of", lambda _: other)
     if change == "data":
         documents = [Document(s, s, f"{s} off up in to on " * 20, True) for s in ("train", "val")]
         tokenizing.write_tokens(iter(documents), paths.TOKENS, workers=1)
@@ -624,7 +629,7 @@ def test_a_folder_that_cannot_be_written_ends_before_training(
         folder.chmod(folder.stat().st_mode | 0o055)
 
     config = settings()  # read before the child gives its rights up, as are the sources
-    monkeypatch.setattr(records, "code_digest", lambda: "code")
+    provenance.find_code()
 
     def work() -> None:
         if os.geteuid() == 0:

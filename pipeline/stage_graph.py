@@ -1,0 +1,80 @@
+"""dvc.yaml read: the only place that says which stages there are and what decides their results."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent  # of the code that runs, in a temporary workspace too
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage as dvc.yaml has it; every path is relative to the workspace."""
+
+    deps: tuple[str, ...]  # files and folders; `${corpus.path}` is a path that a setting names
+    params: tuple[str, ...]  # settings, or whole sections of them
+    outs: tuple[str, ...]
+
+    def reads(self, setting: str) -> bool:
+        """Whether a setting, by its dotted name, is among `params`."""
+        return any(setting == name or setting.startswith(f"{name}.") for name in self.params)
+
+
+@functools.cache
+def stages() -> dict[str, Stage]:
+    """Every stage by name, in the order of dvc.yaml, which is that of the chain."""
+    listed = yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))["stages"]
+    kinds = ("deps", "params", "outs")
+    return {
+        name: Stage(**{kind: tuple(about.get(kind, ())) for kind in kinds})
+        for name, about in listed.items()
+    }
+
+
+@functools.cache
+def upstream(stage: str) -> tuple[str, ...]:
+    """The stages that `stage` builds on, directly or through others, in the order of the chain."""
+    deps = stages()[stage].deps
+    parents = [name for name, other in stages().items() if set(other.outs) & set(deps)]
+    found = {name for parent in parents for name in (*upstream(parent), parent)}
+    return tuple(name for name in stages() if name in found)
+
+
+def settings_of(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of settings by dotted name, those that `stage` reads."""
+    return {name: value for name, value in settings.items() if stages()[stage].reads(name)}
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of settings by dotted name, those that any stage's result depends on."""
+    every = stages().values()
+    return {n: value for n, value in settings.items() if any(stage.reads(n) for stage in every)}
+
+
+def changes_training(setting: str) -> bool:
+    """Whether the trained weights depend on a setting; looking at a step changes none."""
+    chain = (*upstream("train"), "train")
+    read = any(stages()[stage].reads(setting) for stage in chain)
+    return read and not setting.startswith("debug.")
+
+
+def sources(stage: str) -> tuple[str, ...]:
+    """The deps of `stage` that are files of the project: its code, and the pinned versions."""
+    made = {out for other in stages().values() for out in other.outs}
+    return tuple(dep for dep in stages()[stage].deps if dep not in made and "$" not in dep)
+
+
+def inputs(stage: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The other deps of `stage`: what stages before it made, and the user's own files."""
+    code = set(sources(stage))
+    return tuple(
+        str(settings[dep[2:-1]]) if dep.startswith("${") else dep
+        for dep in stages()[stage].deps
+        if dep not in code
+    )
