@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,111 @@ def test_an_orphaned_training_is_waited_for_and_its_result_adopted(
     (row,) = trained
     history = client.get_metric_history(row.info.run_id, "train/loss")
     assert sorted(point.step for point in history) == list(range(150))
+
+
+@pytest.fixture
+def long_training(tmp_path: Path) -> Checkout:
+    """A tiny pipeline, ready for a training of a few seconds."""
+    made = tiny_pipeline(tmp_path)
+    set_to(made, "train.steps", 150)
+    set_to(made, "train.val_every", 50)
+    made.dvc("repro", "import_hf_weights", "tokenize")
+    return made
+
+
+def set_to(repo: Checkout, name: str, value: object) -> None:
+    raw = OmegaConf.load(repo.folder / "params.yaml")
+    OmegaConf.update(raw, name, value)
+    OmegaConf.save(raw, repo.folder / "params.yaml")
+
+
+def edited_while_it_trains(repo: Checkout, edit: Callable[[], None]) -> str:
+    """What `dvc repro train` says when `edit` comes after a step has been done."""
+    dvc, log = background(repo, "repro", "train")
+    part = repo.folder / "records" / "train.jsonl.part"
+    wait_for(lambda: part.exists() and "train/loss" in part.read_text("utf-8"))
+    edit()
+    assert dvc.wait(300) == 255, log.read_text("utf-8", "replace")
+    return log.read_text("utf-8", "replace")
+
+
+@pytest.mark.fault(59)
+@pytest.mark.fault(59, control=True)
+def test_a_setting_edited_while_it_trains_is_filed_nowhere(long_training: Checkout) -> None:
+    repo = long_training
+    old, new = 0.1, 0.3
+    said = edited_while_it_trains(repo, lambda: set_to(repo, "train.weight_decay", new))
+    assert "train.weight_decay: 0.1 then, 0.3 now" in said
+    assert "edited while this training is at work: train.weight_decay" in said  # hours before
+    lock = repo.folder / "dvc.lock"
+    assert "weight_decay" not in lock.read_text("utf-8")
+    assert "weight_decay" not in repo.dvc("status", "tokenize")
+
+    set_to(repo, "train.weight_decay", old)
+    assert "its checked result is taken over" in repo.dvc("repro", "train")
+    assert "weight_decay: 0.1" in lock.read_text("utf-8")
+
+    set_to(repo, "train.weight_decay", new)  # the run cache has nothing of this name
+    said = repo.dvc("repro", "train")
+    assert "is cached" not in said and "loss 10." in said
+    assert "weight_decay: 0.3" in lock.read_text("utf-8")
+    # The control: DVC itself hashes settings after the command.
+    stage = "cmd: sleep 3\n    params: [x]\n"
+    (repo.folder / "plain").mkdir()
+    (repo.folder / "plain/dvc.yaml").write_text(f"stages:\n  plain:\n    {stage}", "utf-8")
+    (repo.folder / "plain/params.yaml").write_text("x: 1\n", "utf-8")
+    dvc, log = background(repo, "repro", "plain/dvc.yaml")
+    wait_for(lambda: "sleep 3" in log.read_text("utf-8"))
+    (repo.folder / "plain/params.yaml").write_text("x: 2\n", "utf-8")
+    assert dvc.wait(60) == 0
+    assert "x: 2" in (repo.folder / "plain/dvc.lock").read_text("utf-8")
+
+
+@pytest.mark.fault(60)
+def test_code_edited_while_it_trains_is_filed_nowhere(long_training: Checkout) -> None:
+    repo = long_training
+    file = repo.folder / "pipeline" / "optimizer.py"
+    before = file.read_text("utf-8")
+    said = edited_while_it_trains(repo, lambda: file.write_text(before + "\nX = 1\n", "utf-8"))
+    assert "pipeline/optimizer.py: edited" in said
+    assert "optimizer.py" not in (repo.folder / "dvc.lock").read_text("utf-8")
+    file.write_text(before, "utf-8")
+    assert "its checked result is taken over" in repo.dvc("repro", "train")
+
+
+@pytest.mark.fault(59)
+def test_an_edit_before_a_later_stage_leaves_one_row(long_training: Checkout) -> None:
+    from mlflow import MlflowClient
+
+    repo = long_training
+    dvc, log = background(repo, "repro")
+    part = repo.folder / "records" / "train.jsonl.part"
+    wait_for(lambda: part.exists() and "train/loss" in part.read_text("utf-8"))
+    set_to(repo, "evaluate.choice_items", 2)
+    assert dvc.wait(300) == 255
+    said = log.read_text("utf-8", "replace")
+    assert "evaluate.choice_items: 4 then, 2 now" in said and "train stage had begun" in said
+    set_to(repo, "evaluate.choice_items", 4)
+    repo.dvc("repro", "evaluate")
+    client = MlflowClient(f"sqlite:///{(repo.folder / 'mlflow.db').as_posix()}")
+    rows = client.search_runs([client.get_experiment_by_name("gpt2").experiment_id])
+    trained = [row for row in rows if "record.train" in row.data.tags]
+    (row,) = trained
+    assert "record.evaluate" in row.data.tags
+
+
+@pytest.mark.fault(44)
+def test_an_edit_of_the_sampling_code_does_not_begin_an_interrupted_training_anew(
+    long_training: Checkout,
+) -> None:
+    repo = long_training
+    dvc, log = background(repo, "repro", "train")
+    holders = repo.folder / ".runs"
+    part = repo.folder / "records" / "train.jsonl.part"
+    wait_for(lambda: part.exists() and "train/loss" in part.read_text("utf-8"))
+    (holder,) = holders.glob("*.holder")
+    os.kill(int(holder.read_text("utf-8")), signal.SIGTERM)
+    assert dvc.wait(300) == 255, log.read_text("utf-8", "replace")
+    file = repo.folder / "pipeline" / "generation.py"
+    file.write_text(file.read_text("utf-8") + "\nX = 1\n", "utf-8")
+    assert "train: goes on after step" in repo.dvc("repro", "train")
