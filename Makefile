@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 PORT ?= 5000
 
-.PHONY: repro test test-slow faults ui report lint clean
+.PHONY: repro test test-slow test-gpu faults ui report lint clean
 repro: $(STAMP)
 	$(BIN)/dvc repro
 
@@ -18,6 +18,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# What needs a CUDA device: some minutes on one card, skipped where there is none.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
 
 # The tests that inject faults, and the README's table of what came of them.
 faults: $(STAMP)

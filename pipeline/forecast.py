@@ -127,8 +127,9 @@ def _kept_by_forward(shape: GPTConfig, precision: Precision, batch_size: int, le
 
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still have: of the GPU, else of the host or its container."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what its allocator keeps at hand counts as used with the driver
+        at_hand = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + at_hand
     return min(psutil.virtual_memory().available, _container_left())
 
 

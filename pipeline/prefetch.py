@@ -30,7 +30,7 @@ class Prefetch:
         self._ready: tuple[int, list[Batch]] | None = None
 
     def __call__(self, step: int) -> list[Batch]:
-        """The batches of `step`, on the host."""
+        """The batches of `step`, where `batches_of` made them: on the host, or on the device."""
         ready, self._ready = self._ready, None
         return ready[1] if ready and ready[0] == step else self._made(step)
 
@@ -45,4 +45,9 @@ class Prefetch:
         batches = self.batches_of(step)
         if self.device.type != "cuda":
             return batches
-        return [(x.pin_memory(), y.pin_memory()) for x, y in batches]
+        return [(_pinned(x), _pinned(y)) for x, y in batches]
+
+
+def _pinned(x: Tensor) -> Tensor:
+    """What already lies on the device needs no copy, and torch pins the host's tensors alone."""
+    return x.pin_memory() if x.device.type == "cpu" else x

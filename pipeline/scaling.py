@@ -90,7 +90,7 @@ def demonstrate(device: torch.device) -> Demonstration:
     try:
         for step in range(STEPS):
             config.steps = step + 1  # one step a call, each of them looked into
-            for _ in training.fit(state, config, _batches(device), look=look, look_at=step):
+            for _ in training.fit(state, config, _batches(), look=look, look_at=step):
                 points.append(_point(state, step, *seen[-1]))
     except NumericsError as error:
         points.append(_point(state, state.step, *seen[-1]))
@@ -134,9 +134,10 @@ def _start(device: torch.device) -> training.TrainState:
     return state
 
 
-def _batches(device: torch.device) -> Callable[[int], list[training.Batch]]:
+def _batches() -> Callable[[int], list[training.Batch]]:
+    """On the host, as those of every training are: the step takes them to the device."""
     ids = torch.randint(SHAPE.vocab_size, (4, SHAPE.block_size + 1), generator=generator(0, "ids"))
-    return lambda step: [(ids[:, :-1].to(device), ids[:, 1:].to(device))]
+    return lambda step: [(ids[:, :-1], ids[:, 1:])]
 
 
 def _weights(state: training.TrainState) -> Tensor:

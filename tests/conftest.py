@@ -37,9 +37,12 @@ torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it bri
 
 
 def params(**changes: Any) -> dict[str, Any]:
-    """The default recipe as nested values, with dotted settings changed (a__b=1 for a.b)."""
+    """The default recipe as nested values, with dotted settings changed (a__b=1 for a.b).
+
+    On the CPU, also where a GPU is seen, if `device` does not say otherwise.
+    """
     raw = OmegaConf.load(NANO)  # params.yaml is the user's to change
-    for name, value in changes.items():
+    for name, value in ({"device": "cpu"} | changes).items():
         OmegaConf.update(raw, name.replace("__", "."), value, force_add=True)
     return OmegaConf.to_container(raw)  # type: ignore[return-value]
 
@@ -261,6 +264,7 @@ def checkout(folder: Path) -> Checkout:
 
 
 TINY = {
+    "device": "cpu",  # also where a GPU is seen: tests/test_gpu.py is about those
     "corpus.source": "text",
     "corpus.path": "data/text",
     "corpus.val_fraction": 0.3,
@@ -280,10 +284,8 @@ TINY = {
 }
 
 
-def tiny_pipeline(folder: Path) -> Checkout:
-    """A checkout whose recipe takes seconds: a few small documents and a model of 16 channels."""
-    made = checkout(folder)
-    text = folder / "data" / "text"
+def write_tiny_text(text: Path) -> None:
+    """A few small documents into the new folder `text`."""
     text.mkdir(parents=True)
     text_words = "the model reads a window of tokens and learns what comes next in the text"
     words = text_words.split()
@@ -293,8 +295,14 @@ def tiny_pipeline(folder: Path) -> Checkout:
             for i in range(1, 9)
         ]
         (text / f"{number:02}.txt").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def tiny_pipeline(folder: Path, **changes: Any) -> Checkout:
+    """A checkout whose recipe takes seconds: a few small documents and a model of 16 channels."""
+    made = checkout(folder)
+    write_tiny_text(folder / "data" / "text")
     raw = OmegaConf.load(NANO)
-    for name, value in TINY.items():
+    for name, value in (TINY | changes).items():
         OmegaConf.update(raw, name, value)
     OmegaConf.save(raw, folder / "params.yaml")
     made.run("git", "add", "--all")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from pipeline.decoding import Decoder, FixedCache, Step, mean_loss
 from pipeline.int8 import dequantize, quantize
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
+from tests import stand_in
 
 SHAPE = GPTConfig(2, 4, 32, 16, 61, 64, dropout=0.5)
 CPU = torch.device("cpu")
@@ -147,22 +147,38 @@ def test_a_fixed_step_takes_a_cache_of_a_lower_format() -> None:
     assert logits.dtype is torch.float32 and logits.isfinite().all()
 
 
+@torch.no_grad()
 def test_a_graph_is_captured_once_and_replayed_with_new_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    decoder, idx = Decoder(tiny()), ids(1, 6)
-    cache, replayed = decoder.new_cache(idx, 3), []
-    step = Step(decoder, cache)
-    step._token = SimpleNamespace(device=SimpleNamespace(type="cuda"), copy_=replayed.append)
+    with stand_in.gpu(monkeypatch):
+        decoder, idx = Decoder(tiny().to("cuda"), rows=3), ids(3, 12).to("cuda")
+        growing = [decoder.new_cache(idx[:, :5], 7) for _ in range(2)]
+        for cache in growing:
+            decoder.hidden(idx[:, :5], cache)
+        step = Step(decoder, growing[1])
+        graphs = []
+        for column in range(5, 12):
+            token = idx[:, column : column + 1]
+            expected = decoder.logits(decoder.hidden(token, growing[0])[:, -1])
+            torch.testing.assert_close(
+                step(token, column).cpu(), expected.cpu(), rtol=1e-5, atol=1e-5
+            )
+            graphs.append(step._graph)
+        assert len({*map(id, graphs)}) == 1 and graphs[0].replayed == 7
 
-    def capture() -> None:
-        assert step._graph is None, "captured twice"
-        step._graph = SimpleNamespace(replay=lambda: replayed.append(int(step._cache.column)))
 
-    monkeypatch.setattr(step, "_capture", capture)
-    for column in (6, 7, 8):
-        step("token", column)
-    assert replayed == ["token", 6, "token", 7, "token", 8]
+@torch.no_grad()
+def test_a_step_that_waits_for_the_device_cannot_be_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with stand_in.gpu(monkeypatch):
+        decoder, idx = Decoder(tiny().to("cuda"), rows=1), ids(1, 6).to("cuda")
+        step = Step(decoder, decoder.new_cache(idx, 3))
+        run = step._run
+        monkeypatch.setattr(step, "_run", lambda: run() if run().isfinite().all() else None)
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            step(idx[:, -1:], 0)
 
 
 def test_a_fixed_cache_takes_one_token_a_row() -> None:

@@ -18,9 +18,10 @@ from pipeline import forecast, precision, training
 from pipeline.buffers import release
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig
+from tests import stand_in
 from tests.conftest import ROOT
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WIDE = {"n_head": 2, "block_size": 64, "vocab_size": 97, "vocab_rows": 128}
 HEADY = {"n_head": 2, "block_size": 32, "vocab_size": 7000, "vocab_rows": 7040}
 
@@ -175,6 +176,13 @@ def test_a_containers_limit_counts_and_its_cached_files_do_not(monkeypatch, tmp_
     assert forecast.free_memory(CPU) == 600_000
     (tmp_path / "memory.max").write_text("max\n", "ascii")
     assert forecast.free_memory(CPU) == 10**12
+
+
+def test_what_the_gpus_allocator_keeps_at_hand_is_free(monkeypatch) -> None:
+    stand_in.pretend(monkeypatch)
+    expected = torch.cuda.mem_get_info(CUDA)[0] + (2 << 30)
+    assert torch.cuda.memory_reserved(CUDA) - torch.cuda.memory_allocated(CUDA) == 2 << 30
+    assert forecast.free_memory(CUDA) == expected
 
 
 def test_the_time_is_told_as_people_tell_it(make_config) -> None:

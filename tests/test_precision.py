@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.loss import linear_cross_entropy
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import PRECISIONS, choose_precision
+from tests import stand_in
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,7 +110,7 @@ def test_older_torch_without_get_capabilities_is_asked_otherwise(monkeypatch):
     [((7, 5), "fp32"), ((8, 0), "bf16"), ((8, 6), "bf16"), ((8, 9), "fp8"), ((9, 0), "fp8")],
 )
 def test_cuda_has_fp8_from_capability_8_9(capability, effective, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    stand_in.pretend(monkeypatch, capability)
     chosen = choose_precision("fp8", CUDA)
     assert chosen.effective == effective and not chosen.emulated
     said = f"fp8 needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}"
@@ -121,7 +122,7 @@ def test_cuda_has_fp8_from_capability_8_9(capability, effective, monkeypatch):
     "capability, effective", [((7, 5), "fp32"), ((8, 0), None), ((9, 0), None)]
 )
 def test_cuda_has_tf32_and_bf16_from_capability_8(capability, effective, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    stand_in.pretend(monkeypatch, capability)
     for name in ("tf32", "bf16"):
         chosen = choose_precision(name, CUDA)
         assert chosen.effective == (effective or name) and not chosen.emulated
@@ -132,11 +133,11 @@ def test_cuda_has_tf32_and_bf16_from_capability_8(capability, effective, monkeyp
 
 
 def test_fp16_runs_on_a_gpu_without_tensor_cores_and_says_so(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    stand_in.pretend(monkeypatch, (6, 1))
     chosen = choose_precision("fp16", CUDA)
     assert (chosen.effective, chosen.emulated, chosen.dtype) == ("fp16", False, torch.float16)
     assert "tensor cores need compute capability 7.0, this GPU has 6.1" in chosen.reason
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    stand_in.pretend(monkeypatch, (7, 0))
     assert choose_precision("fp16", CUDA).reason == ""
 
 
@@ -170,7 +171,7 @@ def test_autocast_makes_products_of_the_chosen_dtype(name):
 
 
 def test_products_set_cuda_tf32_and_restore_it_even_after_an_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    stand_in.pretend(monkeypatch, (9, 0))
     before = torch.get_float32_matmul_precision()
     for name, inside in (("tf32", "high"), ("fp32", "highest"), ("bf16", "highest")):
         with pytest.raises(KeyError), choose_precision(name, CUDA).products():
@@ -181,7 +182,7 @@ def test_products_set_cuda_tf32_and_restore_it_even_after_an_error(monkeypatch):
 
 @pytest.mark.parametrize("both", [(True, True), (False, True), (False, False)])
 def test_cuda_products_add_up_in_fp32_and_leave_torchs_settings_as_they_were(monkeypatch, both):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    stand_in.pretend(monkeypatch, (9, 0))
     matmul = torch.backends.cuda.matmul
     names = [f"allow_{name}_reduced_precision_reduction" for name in LOW]
 
@@ -204,9 +205,10 @@ def test_cuda_products_add_up_in_fp32_and_leave_torchs_settings_as_they_were(mon
 
 def test_getters_of_torch_work_after_every_precision_in_a_fresh_process():
     script = """
-import torch
+import pytest, torch
 from pipeline.precision import PRECISIONS, choose_precision
-torch.cuda.get_device_capability = lambda device: (9, 0)
+from tests import stand_in
+stand_in.pretend(pytest.MonkeyPatch(), (9, 0))
 before = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
 for device in ("cuda", "cpu", "mps"):
     for name in PRECISIONS:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline import training
+from pipeline import scaling, training
 from pipeline.errors import InputError, NumericsError
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
 from pipeline.prefetch import Prefetch
+from tests import stand_in
 
 SHAPE = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=97, vocab_rows=128)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -117,30 +119,30 @@ def test_on_the_cpu_nothing_is_ahead() -> None:
 
 
 @pytest.fixture
-def pinned(monkeypatch):
-    """Pinning leaves a trace, and needs no GPU."""
-    seen = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: seen.append(x) or x)
-    return seen
+def gpu(monkeypatch):
+    """A device that refuses what CUDA refuses."""
+    with stand_in.gpu(monkeypatch):
+        yield
 
 
-def test_on_cuda_the_next_ones_are_made_before_they_are_asked_for(pinned) -> None:
+def test_on_cuda_the_next_ones_are_made_before_they_are_asked_for(gpu) -> None:
     asked = []
     source = Prefetch(lambda step: asked.append(step) or [batch(step)], CUDA)
     for step in range(3):
         (x, y), *_ = source(step)
         assert torch.equal(x, batch(step)[0]) and torch.equal(y, batch(step)[1])
+        assert x.is_pinned() and y.is_pinned()
         source.prepare(step + 1, 3)
-    assert asked == [0, 1, 2] and len(pinned) == 6, "each once, none beyond the last step"
+    assert asked == [0, 1, 2], "each once, none beyond the last step"
 
 
-def test_a_step_out_of_turn_gets_its_own_batches(pinned) -> None:
+def test_a_step_out_of_turn_gets_its_own_batches(gpu) -> None:
     source = Prefetch(lambda step: [batch(step)], CUDA)
     source.prepare(4, 9)
     assert torch.equal(source(7)[0][0], batch(7)[0])
 
 
-def test_batches_that_cannot_be_made_are_told_in_their_own_step(pinned) -> None:
+def test_batches_that_cannot_be_made_are_told_in_their_own_step(gpu) -> None:
     def made(step: int) -> list[training.Batch]:
         if step == 1:
             raise InputError("the file is gone")
@@ -151,3 +153,25 @@ def test_batches_that_cannot_be_made_are_told_in_their_own_step(pinned) -> None:
     source.prepare(1, 5)
     with pytest.raises(InputError, match="the file is gone"):
         source(1)
+
+
+@pytest.mark.fault(68)
+def test_a_batch_that_already_lies_on_the_device_is_trained_on_as_it_is(gpu, start) -> None:
+    def losses(batches_of) -> list[float]:
+        state = start("fp32")
+        state.model.to(CUDA)
+        on_device = training.start(state.model, config, choose_precision("fp32", CUDA))
+        return [report.loss for report in training.fit(on_device, config, batches_of)]
+
+    config = SimpleNamespace(**vars(scaling._settings()) | {"steps": 4})
+    there = [tuple(part.to(CUDA) for part in batch(step)) for step in range(4)]
+    assert Prefetch(lambda step: [there[step]], CUDA)(2)[0][0] is there[2][0]
+    assert losses(lambda step: [there[step]]) == losses(lambda step: [batch(step)])
+
+
+@pytest.mark.fault(68, control=True)
+def test_the_device_refuses_to_pin_its_own_batch_and_takes_the_hosts(gpu) -> None:
+    x, _ = batch()
+    with pytest.raises(RuntimeError, match="only dense CPU tensors can be pinned"):
+        x.to(CUDA).pin_memory()
+    assert torch.equal(x.pin_memory().to(CUDA).cpu(), x)
