@@ -20,7 +20,7 @@ from pipeline.checkpoint import build_model, save_model
 from pipeline.errors import InputError
 from pipeline.hf_weights import from_hf, gpt_config, hf_config, import_pretrained, to_hf
 from pipeline.model import GPT, GPTConfig
-from pipeline.parity import PARITY_BOUND, parity
+from pipeline.parity import PARITY_BOUND, _quiet_transformers, parity
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no published size")
 
@@ -558,7 +558,7 @@ def with_transformers(folder: Path) -> Any:
     """What its own loader makes of a folder, without a word to us."""
     from transformers import GPT2LMHeadModel
 
-    with hf_weights._quiet_transformers():
+    with _quiet_transformers():
         return GPT2LMHeadModel.from_pretrained(folder, local_files_only=True).eval()
 
 
