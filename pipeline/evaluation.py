@@ -81,16 +81,26 @@ def evaluate(model: GPT, tasks: Mapping[str, Any], context: Context) -> dict[str
 def validation(model: GPT, tokens: Tokens, context: Context) -> Iterator[tuple[str, float]]:
     """Mean loss in nats over every token but the first, perplexity, and bits per byte.
 
-    perplexity = exp(loss); bits per byte = total nats / ln 2 / bytes of the target tokens' text,
+    perplexity = exp(loss); bits per byte = nats of the targets that are text / ln 2 / their bytes,
     which makes models with different tokenizers comparable (Gao et al. 2020, The Pile, 3.1).
+    End-of-text is no text: as in nanochat, neither its nats nor a byte for it are counted.
     """
     windows = validation_windows(
         tokens, batch_size=context.batch_size, sequence_length=context.sequence_length
     )
-    loss = mean_loss(model, windows, context.precision, context.device)
+    borders = 0.0  # nats of the targets that are end-of-text
+
+    def look(hidden: Tensor, targets: Tensor) -> None:
+        nonlocal borders
+        wanted = targets == EOT  # (B, T)
+        logits = model.logits(hidden[wanted])  # (M, V): one a document, so M is small
+        borders += token_losses(logits, targets[wanted]).sum().item()
+
+    loss = mean_loss(model, windows, context.precision, context.device, look)
     yield "loss", loss
     yield "perplexity", math.exp(loss) if loss < 700 else math.inf  # exp(710) is no double
-    yield "bits_per_byte", loss * (len(tokens) - 1) / math.log(2) / target_bytes(tokens)
+    nats = loss * (len(tokens) - 1) - borders
+    yield "bits_per_byte", nats / math.log(2) / target_bytes(tokens)
 
 
 def target_bytes(tokens: Tokens) -> int:
@@ -131,9 +141,11 @@ def multiple_choice(
 ) -> Iterator[tuple[str, float]]:
     """Share of items whose true ending is the likeliest, with standard errors and their number.
 
-    `acc` takes the ending of the smallest summed loss, `acc_norm` that of the smallest mean loss
-    a token (HellaSwag as in build-nanogpt); standard errors are sqrt(p (1 - p) / n). A context
-    that does not fit is cropped from the left. Without items, only their number.
+    `acc` takes the ending of the smallest summed loss. `acc_norm` divides that by the ending's
+    characters, without the space before it, as lm-evaluation-harness does, `acc_per_token` by its
+    tokens, which build-nanogpt's hellaswag.py calls acc_norm. Standard errors are
+    sqrt(p (1 - p) / n). A context that does not fit is cropped from the left. Without items, only
+    their number.
 
     Raises InputError for an ending longer than `context.sequence_length`.
     """
@@ -141,12 +153,18 @@ def multiple_choice(
     if not items:
         return
     nats = ending_nats(model, items, context)  # (N, 4)
-    lengths = np.array([[len(ending) for ending in item.endings] for item in items])
+    tokens = np.array([[len(ending) for ending in item.endings] for item in items])
+    characters = np.array([[_characters(ending) for ending in item.endings] for item in items])
     labels = np.array([item.label for item in items])
-    for name, scores in (("acc", nats), ("acc_norm", nats / lengths)):
+    scored = {"acc": nats, "acc_norm": nats / characters, "acc_per_token": nats / tokens}
+    for name, scores in scored.items():
         share = float((scores.argmin(axis=1) == labels).mean())
         yield name, share
         yield f"{name}_stderr", math.sqrt(share * (1 - share) / len(items))
+
+
+def _characters(ending: tuple[int, ...]) -> int:
+    return len(gpt2().decode(ending).removeprefix(" "))
 
 
 def ending_nats(model: GPT, items: Sequence[Choice], context: Context) -> np.ndarray:
@@ -238,7 +256,8 @@ def _passages(ids: np.ndarray, random: np.random.Generator) -> Iterator[_Passage
     """Passages that do not overlap, document by document in random order.
 
     An ending starts with a space, as HellaSwag's do, and both parts come back unchanged when
-    their text is encoded alone: a cut inside a character or a run of blanks would not.
+    their text is encoded alone: a cut inside a character or a run of blanks would not. Neither
+    ends in white space, which others' harnesses strip or score with the ending.
     """
     starts = np.flatnonzero(ids == EOT)
     ends = np.append(starts[1:], len(ids))
@@ -263,7 +282,8 @@ def _begins_with_space() -> np.ndarray:
 
 
 def _survives(tokens: tuple[int, ...]) -> bool:
-    return tuple(encode(gpt2().decode(tokens)).tolist()) == tokens
+    text = gpt2().decode(tokens)
+    return text == text.rstrip() and tuple(encode(text).tolist()) == tokens
 
 
 def _strangers(

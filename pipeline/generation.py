@@ -193,7 +193,8 @@ def candidates(
 
     In this order: keep exactly the `top_k` largest whatever ties there are (0 keeps all), divide
     by `temperature` (above 0), keep the fewest whose probabilities reach `top_p` (1 keeps all;
-    nucleus sampling, Holtzman et al. 2020). At least one is left. K is `top_k`, or V.
+    nucleus sampling, Holtzman et al. 2020), added up in fp64: fp32 would leave the edge to the
+    order of 50,257 additions. At least one is left. K is `top_k`, or V.
     """
     assert temperature > 0, "temperature 0 is argmax, not a division"
     vocabulary = logits.size(-1)
@@ -205,8 +206,10 @@ def candidates(
     values = values - values.amax(dim=-1, keepdim=True)
     values = values / max(temperature, torch.finfo(torch.float32).tiny)
     if top_p < 1:
-        reached = values.softmax(dim=-1).cumsum(dim=-1)[:, :-1]  # mass of all likelier tokens
-        values[:, 1:] = values[:, 1:].masked_fill(reached >= top_p, -math.inf)
+        exact = values.cpu() if values.device.type == "mps" else values  # MPS has no fp64
+        reached = exact.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)[:, :-1]
+        beyond = (reached >= top_p).to(values.device)  # the mass of all likelier tokens suffices
+        values[:, 1:] = values[:, 1:].masked_fill(beyond, -math.inf)
     return values, ids.expand_as(values)
 
 

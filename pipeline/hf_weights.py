@@ -1,12 +1,10 @@
-"""The Hugging Face layout of GPT-2: names, shapes and config both ways, import, parity."""
+"""The Hugging Face layout of GPT-2: names, shapes and config both ways, import."""
 
 from __future__ import annotations
 
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import InputError
-from pipeline.model import GPT, LAYER_NORM_EPS, GPTConfig, KVCache
+from pipeline.model import GPT, LAYER_NORM_EPS, GPTConfig
 from pipeline.weight_files import read_json, read_tensors, shortened
-
-PARITY_BOUND = 1e-5  # of parity()'s relative_logit_difference, both models in fp32
-GREEDY_STEPS = 64
 
 # OpenAI wrote these four as Conv1D, whose weight is (in, out); nn.Linear holds (out, in).
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -165,13 +160,18 @@ def _adopt(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
 
 
 def hf_config(config: GPTConfig) -> dict[str, Any]:
-    """The contents of config.json for a model of this shape."""
+    """The contents of config.json for a model of this shape.
+
+    n_ctx is n_positions once more: transformers reads it no longer, but llama.cpp's converter and
+    others that go by the published file do.
+    """
     return FIXED | {
         "architectures": ["GPT2LMHeadModel"],
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_embd": config.n_embd,
         "n_positions": config.block_size,
+        "n_ctx": config.block_size,
         "n_inner": None,
         "vocab_size": config.vocab_size,
         "embd_pdrop": config.dropout,
@@ -282,7 +282,7 @@ def _download(name: str) -> Path:
         ) from None
 
 
-# What was imported, and proof that it computes the same
+# What was imported
 
 
 def parameter_table(model: GPT) -> list[dict[str, Any]]:
@@ -304,95 +304,3 @@ def parameter_table(model: GPT) -> list[dict[str, Any]]:
         }
         for name, tensor in to_hf(ours, model.config).items()
     ]
-
-
-@torch.no_grad()
-def parity(model: GPT, folder: Path, probe: Tensor) -> dict[str, Any]:
-    """Compare `model` with transformers.GPT2LMHeadModel loaded from `folder`, both in fp32.
-
-    probe: token ids (B, T). Gives relative_logit_difference, max |a - b| / max(1, max |b|) over
-    the probe (at most PARITY_BOUND where the two agree: an absolute bound would refuse the real
-    GPT-2, whose logits reach hundreds), and greedy_equal over GREEDY_STEPS tokens behind each row's
-    first ones (fewer where block_size ends).
-    """
-    device = next(model.parameters()).device
-    reference = _reference(folder).to(device)
-    probe = probe.to(device)
-    training = model.training
-    model.eval()
-    theirs = reference(probe, use_cache=False).logits
-    difference = (model(probe) - theirs).abs().max().item()
-    largest = theirs.abs().max().item()
-    ours_greedy, theirs_greedy = _greedy_pair(model, reference, probe)
-    model.train(training)
-    return {
-        "relative_logit_difference": difference / max(1.0, largest),
-        "largest_logit": largest,
-        "greedy_equal": torch.equal(ours_greedy, theirs_greedy),
-        "greedy_steps": ours_greedy.size(1),
-    }
-
-
-def _greedy_pair(model: GPT, reference: Any, probe: Tensor) -> tuple[Tensor, Tensor]:
-    """Greedy tokens (B, steps) of both models, each behind a cache of its own kind."""
-    from transformers import DynamicCache
-
-    block_size = model.config.block_size
-    prompt = probe[:, : max(1, min(8, block_size + 1 - GREEDY_STEPS))]
-    steps = min(GREEDY_STEPS, block_size + 1 - prompt.size(1))
-    weight = model.transformer.wte.weight
-    ours = KVCache(model.config, len(prompt), weight.device, weight.dtype)
-    theirs = DynamicCache()
-    return (
-        _greedy(lambda new: model.logits(model.hidden(new, ours)[:, -1]), prompt, steps),
-        _greedy(
-            lambda new: reference(new, past_key_values=theirs, logits_to_keep=1).logits[:, -1],
-            prompt,
-            steps,
-        ),
-    )
-
-
-def _greedy(logits: Callable[[Tensor], Tensor], new: Tensor, steps: int) -> Tensor:
-    """The likeliest token, `steps` times; logits: the tokens not yet seen -> (B, V) behind them."""
-    tokens = []
-    for _ in range(steps):
-        new = logits(new).argmax(-1, keepdim=True)  # (B, 1)
-        tokens.append(new)
-    return torch.cat(tokens, dim=1)
-
-
-def _reference(folder: Path) -> Any:
-    """transformers' own model of a local folder, complete and in fp32."""
-    from transformers import GPT2LMHeadModel
-
-    # By one thread: several gain little here, and are not waited for.
-    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    with _quiet_transformers():
-        reference, loading = GPT2LMHeadModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    unused = {kind: names for kind, names in loading.items() if names}
-    if unused:
-        raise InputError(f"{folder}: transformers does not take all of it: {unused}")
-    return reference.eval()
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bar and no log lines but errors, and the settings restored afterwards."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

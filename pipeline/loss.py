@@ -235,16 +235,20 @@ def mean_loss(
     batches: Iterable[tuple[Tensor, Tensor]],
     precision: Precision,
     device: torch.device,
+    look: Callable[[Tensor, Tensor], None] | None = None,
 ) -> float:
     """Mean nats a target over all batches of inputs and targets (B, T): the validation loss.
 
     Sums are added in double precision on the host, so that the batch size leaves no trace beyond
     fp32's rounding. No gradient, no dropout, no use of chance. NaN where there is no target.
+    `look` is shown the hidden states (B, T, C) and targets of every batch.
     """
 
     def nats(x: Tensor, y: Tensor) -> Tensor:
         with precision.autocast():
             hidden, weight = model.hidden(x), model.transformer.wte.weight
+            if look:
+                look(hidden, y)
             return linear_cross_entropy(hidden, weight, y, vocab_size=model.config.vocab_size)
 
     with evaluating(model), precision.products():

@@ -34,7 +34,7 @@ provenance.find_code()
 # `dvc exp show` gives every metric a column: what the settings fix, what all experiments share,
 # and error bars are in the record and in MLflow alone.
 BESIDE = re.compile(
-    r"train/(steps|tokens)|model/.*|init_val/.*|val/unigram_loss|.*(_count|_acc|_stderr)"
+    r"train/(steps|tokens)|model/.*|init_val/.*|val/unigram_loss|.*(_count|_acc|_per_token|_stderr)"
     r"|health/(grad_norm_last|clipped_share|update_ratio)|perf/(matrix_gflops|warm_up_seconds)"
 )
 CURVE_POINTS = 2000  # DVC's page holds the table of a curve once for every chart

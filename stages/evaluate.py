@@ -36,6 +36,10 @@ def main(config: Config) -> None:
             batch_size=config.evaluate.batch_size,
             sequence_length=config.train.sequence_length,
         )
+        print(
+            f"evaluate: sequences of {context.sequence_length} tokens (train.sequence_length); "
+            f"the model takes {config.model.block_size}"
+        )
         results = {"val/unigram_loss": tasks.unigram_loss(train, val)}
         for group, folder in MODELS.items():
             model = load_model(
@@ -80,11 +84,11 @@ def metric_name(group: str, key: str) -> str:
 
 def show(results: dict[str, float]) -> None:
     """Before and after, side by side."""
-    print(f"{'':<24}{'initial':>12}{'trained':>12}")
+    print(f"{'':<32}{'initial':>12}{'trained':>12}")
     for key in (key for key in results if key.startswith("val/")):
         before = results.get(f"init_{key}")
         shown = f"{before:>12.4g}" if before is not None else " " * 12
-        print(f"{key.removeprefix('val/'):<24}{shown}{results[key]:>12.4g}")
+        print(f"{key.removeprefix('val/'):<32}{shown}{results[key]:>12.4g}")
 
 
 if __name__ == "__main__":

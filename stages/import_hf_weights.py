@@ -14,9 +14,10 @@ from pipeline.checkpoint import build_model, save_model
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
 from pipeline.folders import recover, remove
-from pipeline.hf_weights import PARITY_BOUND, import_pretrained, parameter_table, parity
+from pipeline.hf_weights import import_pretrained, parameter_table
 from pipeline.init import initialize
 from pipeline.model import GPT, GPTConfig
+from pipeline.parity import PARITY_BOUND, parity
 from pipeline.records import Record
 from stages import run, write_csv
 
@@ -31,25 +32,33 @@ def main(config: Config) -> None:
         table = parameter_table(model)
         show(table, model)
         found = parity(model, paths.INIT, probe(model, config.init.seed))
-        print(
-            "import_hf_weights: against transformers.GPT2LMHeadModel the logits differ by "
-            f"{found['relative_logit_difference']:.1e}, greedy tokens "
-            + ("equal" if found["greedy_equal"] else "DIFFER")
-        )
+        print(f"import_hf_weights: {told(found)}")
         for name, content in (("parameters", table), ("parity", found)):
             report = paths.INIT / f"{name}.json"
             report.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
             record.artifact(report, "init")
         record.metrics({"init/parity_difference": found["relative_logit_difference"]})
         record.tags({"parameters": f"{model.parameter_count():,}", "init.from": origin(config)})
-        if not found["greedy_equal"] or found["relative_logit_difference"] > PARITY_BOUND:
+        # Written so that NaN is refused.
+        if not (found["relative_logit_difference"] <= PARITY_BOUND and found["greedy_equal"]):
             raise InputError(
-                f"{paths.INIT}: not the function that transformers computes: relative logit "
-                f"difference {found['relative_logit_difference']:.1e}, accepted {PARITY_BOUND:.0e}"
+                f"{paths.INIT}: not the function that transformers computes: {told(found)}; "
+                f"accepted are a difference of {PARITY_BOUND:.0e} and equal tokens"
             )
         began = time.perf_counter()
         write_study(init_study.study(model, config.init), record)
         record.metrics({"time/init_study_seconds": time.perf_counter() - began})
+
+
+def told(found: dict[str, Any]) -> str:
+    """What `parity` found, in words."""
+    compared, count = found["greedy_decided"], found["greedy_steps"] * PROBE_SHAPE[0]
+    few = "" if compared == count else f" ({compared} of {count} are more than rounding apart)"
+    return (
+        "against transformers.GPT2LMHeadModel the logits differ by "
+        f"{found['relative_logit_difference']:.1e} in float64, greedy tokens "
+        f"{'equal' if found['greedy_equal'] else 'DIFFER'}{few}"
+    )
 
 
 def write_study(found: init_study.InitStudy, record: Record) -> None:

@@ -15,7 +15,7 @@ OWNERS = {
     "mlflow": {"store", "rows", "logged_models"},  # the client; runs; models
     "omegaconf": {"config"},
     "yaml": {"config", "stage_graph", "yaml_text"},
-    "transformers": {"hf_weights"},
+    "transformers": {"parity"},
     "tiktoken": {"tokenizer"},
     "matplotlib": {"figures"},
     "dvc": {"experiments"},

@@ -97,6 +97,13 @@ def test_the_saved_tokenizer_is_gpt2s(
     text = "Hello, I'm a language model,\n  naïve 🤖\tx = 1"
     assert theirs(text)["input_ids"] == ours.gpt2().encode_ordinary(text)
     assert theirs.decode(theirs(text)["input_ids"]) == text
+    spelled = "one<|endoftext|>two"  # as the README has it: text here, the special token there
+    assert theirs(spelled)["input_ids"] == [505, 50256, 11545]
+    assert (
+        theirs(spelled, split_special_tokens=True)["input_ids"]
+        == ours.gpt2().encode_ordinary(spelled)
+        == ours.encode(spelled).tolist()
+    )
     assert theirs.eos_token_id == theirs.bos_token_id == 50256
     assert len(theirs) == 50257 and theirs.model_max_length == 32
     assert caplog.records == []

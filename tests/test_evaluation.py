@@ -1,7 +1,10 @@
+import argparse
+import inspect
 import json
 import math
 import random
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline import evaluation
+from pipeline.checkpoint import save_model
 from pipeline.data import Tokens
 from pipeline.errors import InputError
 from pipeline.evaluation import (
@@ -93,12 +97,40 @@ def test_perplexity_and_bits_per_byte_follow_from_the_total_loss():
     text = "Naïve 東京, tokens of many lengths, antidisestablishmentarianism."
     tokens = split_of([EOT, *encode(text), EOT, *encode("two")])
     values = dict(validation(model, tokens, at()))
-    targets, text_bytes = len(tokens) - 1, len(text.encode()) + len("two")
+    targets, text_bytes = len(tokens) - 2, len(text.encode()) + len("two")
     assert targets != text_bytes
     assert values["loss"] == pytest.approx(math.log(VOCAB_SIZE), rel=1e-6)
     assert values["perplexity"] == pytest.approx(VOCAB_SIZE, rel=1e-5)
     bits = targets * math.log2(VOCAB_SIZE)
     assert values["bits_per_byte"] == pytest.approx(bits / text_bytes, rel=1e-6)
+
+
+def test_bits_per_byte_equal_transformers_over_the_targets_that_are_text(tmp_path):
+    from transformers import GPT2LMHeadModel
+
+    model = GPT(GPTConfig(2, 2, 32, BLOCK))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    texts = [f"Document {n}: naïve 東京, {'and so on ' * n}" for n in range(9)]
+    ids = [token for text in texts for token in (EOT, *encode(text).tolist())]
+    save_model(model, tmp_path / "model")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "model").double().eval()
+    nats, borders = 0.0, 0.0
+    for first in range(0, len(ids) - 1, BLOCK):
+        window = torch.tensor(ids[first : first + BLOCK + 1])
+        with torch.no_grad():
+            losses = F.cross_entropy(
+                theirs(window[None, :-1]).logits[0], window[1:], reduction="none"
+            )
+        nats += losses[window[1:] != EOT].sum().item()
+        borders += losses[window[1:] == EOT].sum().item()
+    values = dict(validation(model, split_of(ids), at()))
+    assert values["loss"] == pytest.approx((nats + borders) / (len(ids) - 1), rel=1e-7)
+    text_bytes = sum(len(text.encode()) for text in texts)
+    assert values["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-7)
+    assert borders > 0.01 * nats
 
 
 def test_a_loss_beyond_the_range_of_exp_has_infinite_perplexity(monkeypatch):
@@ -189,7 +221,26 @@ def test_acc_and_acc_norm_of_a_hand_computed_model():
         "acc_stderr": pytest.approx(math.sqrt(2 / 5 * 3 / 5 / 5)),
         "acc_norm": pytest.approx(4 / 5),
         "acc_norm_stderr": pytest.approx(math.sqrt(4 / 5 * 1 / 5 / 5)),
+        "acc_per_token": pytest.approx(4 / 5),  # every token of the toy is one character
+        "acc_per_token_stderr": pytest.approx(math.sqrt(4 / 5 * 1 / 5 / 5)),
     }
+
+
+@pytest.mark.parametrize(("metric", "chosen"), [("acc", 0), ("acc_norm", 2), ("acc_per_token", 1)])
+def test_acc_norm_counts_characters_without_the_first_space_and_acc_per_token_tokens(
+    metric, chosen
+):
+    # Bits, characters, tokens: ! 2.2, 1, 1; "" 3.2, 2, 2; hein 4.8, 4, 2; " the" 4, 3, 1. With
+    # the space counted, " the" would cost a bit a character and be taken.
+    endings, bits = ((0,), (1, 1), (258, 259), (262,)), {0: 2.2, 1: 1.6, 258: 2.4, 259: 2.4, 262: 4}
+    assert [gpt2().decode(ending) for ending in endings] == ["!", '""', "hein", " the"]
+    rest = (1 - sum(2**-b for b in bits.values())) / (263 - len(bits))
+    model = unigram_model([2 ** -bits[token] if token in bits else rest for token in range(263)])
+    shares = []
+    for label in range(4):
+        values = dict(multiple_choice(model, [Choice((5,), endings, label)], at()))
+        shares.append(values[metric])
+    assert shares == [float(label == chosen) for label in range(4)]
 
 
 def test_ending_nats_of_a_hand_computed_model():
@@ -259,6 +310,8 @@ def test_results_are_named_after_task_and_metric():
         "hellaswag/acc_stderr",
         "hellaswag/acc_norm",
         "hellaswag/acc_norm_stderr",
+        "hellaswag/acc_per_token",
+        "hellaswag/acc_per_token_stderr",
     ]
     assert set(TASKS) == {"validation", "choice", "hellaswag"}
 
@@ -269,8 +322,6 @@ def test_results_are_named_after_task_and_metric():
 @pytest.fixture(scope="module")
 def documents() -> list[list[int]]:
     """60,000 tokens of prose with code and blanks in it, as in the default validation split."""
-    from pydoc_data.topics import topics
-
     texts = [encode(topics[name]).tolist() for name in sorted(topics)]
     kept, total = [], 0
     for text in texts:
@@ -315,6 +366,31 @@ def test_the_labelled_ending_continues_its_context_and_the_others_come_from_else
         assert EOT not in item.context and all(EOT not in ending for ending in item.endings)
 
 
+def odd_blanks() -> list[str]:
+    """Words between blanks of every kind, some of them after line ends and in runs."""
+    draw = random.Random(5)
+    blanks = [" ", " ", " ", "\n", "\n ", "  ", "\t ", "\u3000", "\u3000 ", "\xa0", "\xa0 "]
+    return ["".join(f"word{n}" + draw.choice(blanks) for n in range(900)) for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        lambda: list(topics.values()),
+        lambda: [inspect.getsource(module) for module in (argparse, json, random, inspect)],
+        odd_blanks,
+    ],
+    ids=["documentation", "source", "blanks"],
+)
+def test_no_part_of_an_item_ends_in_white_space(texts):
+    split = split_of([token for text in texts() for token in (EOT, *encode(text).tolist())])
+    items = choice_items(split, 200, seed=7)
+    assert len(items) > 20
+    for item in items:
+        for part in (item.context, *item.endings):
+            assert not gpt2().decode(part)[-1].isspace(), repr(gpt2().decode(part))
+
+
 def test_items_do_not_overlap(docs_split, documents):
     taken: set[tuple[int, int]] = set()
     for item in choice_items(docs_split, 100, seed=7):
@@ -324,7 +400,7 @@ def test_items_do_not_overlap(docs_split, documents):
             span = {(document, first + i) for i in range(CONTEXT_TOKENS + ENDING_TOKENS)}
             assert not span & taken
             taken |= span
-    assert len(taken) > 90 * (CONTEXT_TOKENS + ENDING_TOKENS)
+    assert len(taken) > 80 * (CONTEXT_TOKENS + ENDING_TOKENS)
 
 
 def test_the_true_ending_stands_anywhere(docs_split):

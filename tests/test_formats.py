@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -59,6 +62,71 @@ def test_rounding_keeps_the_formats_own_numbers_and_the_nearest_of_others(name: 
     if mantissa < 23:
         assert round_to_format(between, name).tolist() == [1.0, 1 + epsilon]
     assert not round_to_format(torch.tensor([largest * 1.1], dtype=torch.float64), name).isfinite()
+
+
+def nearest(x: float, name: str) -> float:
+    """`x` rounded to the format in exact arithmetic."""
+    _, _, mantissa, largest, normal, subnormal, _ = KNOWN[name]
+    if math.isnan(x) or math.isinf(x):
+        return math.nan if name == "fp8_e4m3" else x
+    size = abs(Fraction(x))
+    power = max(Fraction(normal), Fraction(2) ** (math.frexp(x)[1] - 1))
+    steps = size / (power / 2**mantissa)
+    below = math.floor(steps)
+    away = 2 * (steps - below)
+    up = away > 1 or (away == 1 and (name == "tf32" or below % 2))
+    found = (below + up) * (power / 2**mantissa)
+    if found > Fraction(largest):
+        return math.nan if name == "fp8_e4m3" else math.copysign(math.inf, x)
+    return math.copysign(float(found), x)
+
+
+def doubles(name: str) -> torch.Tensor:
+    """Numbers around and between those of the format: ties, hairs beside them, both ends."""
+    _, _, mantissa, largest, normal, subnormal, epsilon = KNOWN[name]
+    draw = torch.Generator().manual_seed(3)
+    spread = torch.rand(300, generator=draw, dtype=torch.float64) + 1
+    low, high = round(math.log2(subnormal)) - 3, round(math.log2(largest)) + 2
+    powers = torch.randint(low, high, (300,), generator=draw)
+    own = [math.ldexp(*pair) for pair in zip(spread.tolist(), powers.tolist(), strict=True)]
+    own = torch.tensor([*own, normal, largest, subnormal], dtype=torch.float64)
+    ends = torch.tensor([0.0, math.inf, math.nan, 5e-324, 1.7e308, 1e-300], dtype=torch.float64)
+    kept = torch.tensor([nearest(x, name) for x in own.tolist()], dtype=torch.float64)
+    gaps = [math.ldexp(1.0, math.frexp(x)[1] - 1 - mantissa) for x in kept.tolist()]
+    ties = kept + torch.tensor(gaps, dtype=torch.float64).clamp(min=subnormal) / 2
+    beside = [ties * (1 + sign * 2.0**-power) for sign in (1, -1) for power in (26, 40, 52)]
+    found = torch.cat([own, kept, ties, *beside, ends])
+    return torch.cat([found, -found])
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_doubles_are_rounded_once_as_exact_arithmetic_has_it(name: str) -> None:
+    given = doubles(name)
+    expected = torch.tensor([nearest(x, name) for x in given.tolist()], dtype=torch.float64)
+    found = round_to_format(given, name)
+    assert found.dtype is torch.float64
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    known = ~expected.isnan()
+    assert torch.equal(found[known].signbit(), expected[known].signbit()), "zeros keep their sign"
+    twice = round_to_format(given.float(), name).double()
+    if name != "fp32":
+        assert not torch.equal(twice.nan_to_num(), expected.nan_to_num()), "the cases tell apart"
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrower_numbers_are_rounded_the_same(name: str, dtype: torch.dtype) -> None:
+    given = doubles(name).to(dtype)
+    expected = [nearest(x, name) for x in given.double().tolist()]
+    expected = torch.tensor(expected, dtype=torch.float64).to(dtype)
+    found = round_to_format(given, name)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_hair_above_a_tie_is_rounded_up() -> None:
+    hair = torch.tensor([1 + 2**-8 + 2**-40], dtype=torch.float64)
+    assert round_to_format(hair, "bf16").item() == 1.0078125
+    assert KNOWN["tf32"][-1] == formats.TF32_EPSILON
 
 
 def test_the_page_says_what_tf32_shares() -> None:

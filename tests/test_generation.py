@@ -1,6 +1,8 @@
+import math
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -214,6 +216,18 @@ def test_top_k_keeps_exactly_k_even_among_ties(top_k):
     least_kept = logits.masked_fill(~kept, torch.inf).amin(-1)
     most_dropped = logits.masked_fill(kept, -torch.inf).amax(-1)
     assert (least_kept >= most_dropped).all()
+
+
+@pytest.mark.parametrize("std", [0.3, 1.0, 3.0])
+def test_the_edge_of_top_p_is_float64s(std: float):
+    logits = std * torch.randn(64, 50257, generator=torch.Generator().manual_seed(8))
+    ranked = np.sort(logits.double().numpy(), axis=-1)[:, ::-1]
+    mass = np.exp(ranked - ranked[:, :1])
+    mass = (mass / mass.sum(-1, keepdims=True)).cumsum(-1)
+    for top_p in (0.5, 0.9, 0.99):
+        values, _ = candidates(logits, 1.0, 0, top_p)
+        kept = (values > -math.inf).sum(-1).tolist()
+        assert kept == (1 + (mass[:, :-1] < top_p).sum(-1)).tolist()
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ def test_metrics_for_dvc_are_few_and_counts_have_no_fraction(tmp_path: Path) -> 
         "val/choice_acc_norm": 0.25,
         "val/choice_acc_norm_stderr": 0.03,
         "val/choice_acc": 0.25,
+        "val/choice_acc_per_token": 0.25,
         "val/choice_count": 200.0,
         "val/unigram_loss": 6.6,
         "init_val/loss": 10.7,

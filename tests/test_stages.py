@@ -91,18 +91,24 @@ def test_sizes_that_differ_from_the_imported_ones_are_named(make_config, tmp_pat
     assert str(caught.value) == f"model.n_layer=2: expected 1, as {tmp_path / 'hf'} has"
 
 
+@pytest.mark.parametrize(
+    ("difference", "equal", "told"),
+    [
+        (2e-5, True, "differ by 2.0e-05 in float64, greedy tokens equal .*; accepted are .* 1e-09"),
+        (float("nan"), True, "differ by nan in float64"),
+        (1e-15, False, r"greedy tokens DIFFER \(100 of 128 are more than rounding apart\)"),
+    ],
+)
 def test_an_import_that_transformers_computes_differently_fails(
-    make_config, tmp_path: Path, monkeypatch
+    make_config, tmp_path: Path, monkeypatch, difference: float, equal: bool, told: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.setattr(import_hf_weights.tracking, "Courier", NoCourier)
-    monkeypatch.setattr(
-        import_hf_weights,
-        "parity",
-        lambda *_: {"relative_logit_difference": 2e-5, "greedy_equal": True},
-    )
-    with pytest.raises(InputError, match="relative logit difference 2.0e-05, accepted 1e-05"):
+    found = {"relative_logit_difference": difference, "greedy_equal": equal}
+    found |= {"greedy_steps": 64, "greedy_decided": 100}
+    monkeypatch.setattr(import_hf_weights, "parity", lambda *_: found)
+    with pytest.raises(InputError, match=told):
         import_hf_weights.main(make_config(**SMALL))
     assert not paths.record("import_hf_weights").exists()
 
