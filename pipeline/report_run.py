@@ -143,7 +143,7 @@ def verdict(findings: list[Finding], statuses: dict[str, str], trained: bool) ->
     if ended:
         return ", ".join([*ended, *(finding.rule for finding in findings)]), "bad"
     if not trained:
-        return "not trained", "none"
+        return "nothing trained yet", "none"
     return headline(findings), "warn" if findings else "good"
 
 
