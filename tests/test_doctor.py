@@ -31,7 +31,7 @@ LN_V = math.log(50257)
 def run(summary: dict[str, float] | None = None, changes: dict[str, Any] | None = None, **curves):
     """A run of these curves, `train__loss=[...]` for train/loss, and of these last values."""
     settings = configuration.from_dict(params(**(changes or {})))
-    start = {"kind": "start", "time": 0, "params": configuration.flatten(settings)}
+    start = {"kind": "start", "time": 0, "name": "", "params": configuration.flatten(settings)}
     events: list[dict[str, Any]] = [start]
     for name, values in curves.items():
         events += [
@@ -275,6 +275,32 @@ def test_all_looks_at_a_training_read_a_constant_number_of_times_its_steps() -> 
         assert all(later <= 1.05 * earlier + 1 for earlier, later in pairwise(looked))
         read[steps] = sum(looked) / steps
     assert read[8000] <= 1.1 * read[2000] < 25
+
+
+@pytest.mark.parametrize(("loss", "told"), [(9.05, True), (6.64, True), (6.63, False)])
+def test_a_model_no_better_than_frequencies_is_not_called_healthy(loss: float, told: bool) -> None:
+    found = run({"val/loss": loss, "val/unigram_loss": 6.64}, train__loss=falling())
+    assert rules(found) == ({"no better than word frequencies"} if told else set())
+
+
+def test_a_leap_of_the_norm_is_not_called_fine() -> None:
+    leap = [1.0] * 150 + [40.0] + [1.0] * 49
+    found = run(train__loss=falling(), train__grad_norm=leap)
+    assert rules(found) == {"gradient spike"}
+    assert doctor.norm_words(found) == "spike 40x"
+    assert doctor.norm_words(run(train__loss=falling(), train__grad_norm=norms(1.0))) == "fine"
+
+
+def test_a_spike_of_another_run_names_it_where_its_text_is_to_be_read() -> None:
+    leap = [1.0] * 150 + [40.0] + [1.0] * 49
+    found = run(train__loss=falling(), train__grad_norm=leap)
+    (here,) = doctor.examine(found)
+    assert "passages --step 150 for" in here.advice
+    (kept,) = doctor.examine(Experiment("hot", "abc", found.records))
+    assert "passages --step 150 --of hot for" in kept.advice
+    found.records["train"][0]["name"] = "queued"
+    (at_work,) = doctor.examine(found)
+    assert "passages --step 150 --of queued for" in at_work.advice
 
 
 def test_what_is_urgent_is_told_once() -> None:
