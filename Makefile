@@ -39,6 +39,10 @@ git:
 	    ! grep -qs 'no_scm *= *true' .dvc/config .dvc/config.local; then \
 	    echo "no git repository here, as in an unpacked ZIP: clone the project instead, or say" >&2; \
 	    echo "  git init && git add --all && git commit -m start" >&2; \
+	    echo "To run the pipeline alone, without experiments and sweeps, put these two lines into" >&2; \
+	    echo ".dvc/config.local:" >&2; \
+	    echo "  [core]" >&2; \
+	    echo "      no_scm = true" >&2; \
 	    exit 1; \
 	fi
 

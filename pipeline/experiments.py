@@ -27,8 +27,9 @@ WORKSPACE = "workspace"
 LOCK = "dvc.lock"
 LOOKS = 5
 NO_GIT = (
-    "{}: no git repository here, as in an unpacked ZIP, and DVC keeps experiments in one: clone "
-    "the project instead, or say `git init && git add --all && git commit -m start`"
+    "{}: no git repository here, as in an unpacked ZIP, or core.no_scm is set; DVC keeps "
+    "experiments in git: clone the project instead, or say `git init && git add --all && "
+    "git commit -m start`"
 )
 
 
