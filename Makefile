@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed
 export PATH := $(BIN):$(PATH)
 PORT ?= 5000
 
-.PHONY: repro test test-slow test-gpu faults ui report lint clean
-repro: $(STAMP)
+.PHONY: repro test test-slow test-gpu faults ui report lint clean git
+repro: git $(STAMP)
 	$(BIN)/dvc repro
 
 test: $(STAMP)
@@ -37,7 +37,22 @@ report: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+# DVC wants git; pipeline/experiments.py says the same where it needs it.
+git:
+	@if LC_ALL=C git rev-parse --git-dir 2>&1 | grep -q 'not a git repository' && \
+	    ! grep -qs 'no_scm *= *true' .dvc/config .dvc/config.local; then \
+	    echo "no git repository here, as in an unpacked ZIP: clone the project instead, or say" >&2; \
+	    echo "  git init && git add --all && git commit -m start" >&2; \
+	    echo "To run the pipeline alone, without experiments and sweeps, put these two lines into" >&2; \
+	    echo ".dvc/config.local:" >&2; \
+	    echo "  [core]" >&2; \
+	    echo "      no_scm = true" >&2; \
+	    exit 1; \
+	fi
+
 $(STAMP): requirements.txt requirements-dev.txt constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) \
+	    else "Python %d.%d found, 3.11 to 3.13 needed: make repro PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),cpu)
 	$(BIN)/python -m pip install --no-deps torch==2.13.0 \

@@ -39,7 +39,7 @@ def main(words: list[str]) -> None:
     asked = parser.parse_args(words)
     folder = paths.root() / ".dvc" / "cache" / "files" / "md5"
     if not folder.is_dir():
-        log.error("%s: no such folder; expected DVC's cache in its usual place", folder)
+        log.error("%s: nothing is cached yet, or DVC's cache lies elsewhere", folder)
         sys.exit(InputError.exit_code)
     found = list(damaged(folder))
     for path in found:

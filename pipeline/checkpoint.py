@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline import hf_weights, tokenizer
+from pipeline import hf_weights, paths, tokenizer
 from pipeline.errors import InputError, UserError
 from pipeline.folders import SUMS, check, writing
 from pipeline.model import GPT, GPTConfig
@@ -52,6 +52,9 @@ def load_model(
     what its config.json promises.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        said = paths.MISSING.get(folder, "no such folder; expected a model directory")
+        raise InputError(f"{folder}: {said}")
     check(folder)
     where = folder / "config.json"
     config = hf_weights.gpt_config(

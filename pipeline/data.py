@@ -85,6 +85,8 @@ def _record(folder: Path, split: str) -> dict[str, Any]:
         good = good and isinstance(record["sha256"], str)
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; tokenize first: `dvc repro tokenize`") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {error}; {_AGAIN}") from None
     except (KeyError, TypeError, IndexError) as error:

@@ -26,6 +26,7 @@ from pipeline.symptoms import (
     cut_share,
     growth_of_norm,
     largest_leap,
+    largest_rise,
     noise_of,
     smoothed,
     tail,
@@ -100,7 +101,10 @@ def norm_words(found: Experiment) -> str:
     growth, cut = growth_of_norm(found), cut_share(found)
     if growth is not None and growth >= NORM_GROWS:
         return f"grows {growth:,.0f}x"
-    return f"clipped {cut:.0%}" if cut is not None and cut > ALWAYS else "fine"
+    if cut is not None and cut > ALWAYS:
+        return f"clipped {cut:.0%}"
+    _, norm, usual = largest_leap(found)
+    return f"spike {norm / usual:,.0f}x" if norm else "fine"
 
 
 # --- the rules
@@ -197,14 +201,27 @@ def gradient_spike(found: Experiment) -> Finding | None:
     if not norm:
         return None
     skipped = step in {at for at, value in found.curves.get("train/skipped", []) if value}
+    of = f" --of {name}" if (name := found.name if found.rev else found.head["name"]) else ""
     return Finding(
         "gradient spike",
         f"The gradient of step {step:,} was {norm / usual:,.0f} times as long as usual; "
         + ("the step was skipped." if skipped else "the step was made."),
         f"norm {norm:,.3g} after a median of {usual:,.3g} in {BEFORE_SPIKE} steps",
-        f"python -m pipeline.passages --step {step} for its text"
+        f"python -m pipeline.passages --step {step}{of} for its text"
         + ("" if skipped else f", train.skip_spikes={NORM_LEAP:g}")
         + ", a lower train.lr or a longer train.warmup_steps",
+    )
+
+
+def worse_than_frequencies(found: Experiment) -> Finding | None:
+    loss, unigram = found.last("val/loss"), found.last("val/unigram_loss")
+    if loss is None or unigram is None or loss < unigram:
+        return None
+    return Finding(
+        "no better than word frequencies",
+        "How often each token occurs tells as much of the validation text as this model does.",
+        f"validation loss {loss:.3f}, by frequencies alone {unigram:.3f}",
+        "more train.steps, or a higher train.lr",
     )
 
 
@@ -269,16 +286,6 @@ def rate_too_low(found: Experiment) -> Finding | None:
     )
 
 
-def largest_rise(losses: list[float]) -> tuple[float, int, int]:
-    """(rise, step of the low, step of the high after it), of all pairs the furthest apart."""
-    low, best = 0, (0.0, 0, 0)
-    for step, loss in enumerate(losses):
-        if loss < losses[low]:
-            low = step
-        best = max(best, (loss - losses[low], low, step))
-    return best
-
-
 def _rough(value: float) -> str:
     """One digit: no advice is better than that."""
     return f"{float(f'{value:.1g}'):g}"
@@ -328,12 +335,11 @@ def leak(found: Experiment) -> Finding | None:
 
 
 # Rules that speak while a run is under way, since waiting for its end would cost days.
-URGENT: tuple[Rule, ...] = (
-    *(gradient_norm_grows, always_clipped, dead_scaler, spike, gradient_spike),
-)
+URGENT: tuple[Rule, ...] = (gradient_norm_grows, always_clipped, dead_scaler, spike, gradient_spike)
 RULES: tuple[Rule, ...] = (
     *URGENT,
     stuck,
+    worse_than_frequencies,
     overfitting,
     rate_too_high,
     rate_too_low,
@@ -386,7 +392,7 @@ def asked(names: list[str]) -> list[Experiment]:
         if name not in known:
             raise InputError(f"{name}: no such experiment; known: {', '.join(known)}")
         if "train" not in known[name].records:
-            raise InputError(f"{name}: has no record of a finished training")
+            raise InputError(f"{name}: nothing trained yet: `dvc repro` or `make repro` trains")
     return [known[name] for name in names]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import paths, records, stage_graph
+from pipeline.errors import InputError
 from pipeline.records import Event
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ log = logging.getLogger(__name__)
 WORKSPACE = "workspace"
 LOCK = "dvc.lock"
 LOOKS = 5
+NO_GIT = (
+    "{}: no git repository here, as in an unpacked ZIP, or core.no_scm is set; DVC keeps "
+    "experiments in git: clone the project instead, or say `git init && git add --all && "
+    "git commit -m start`"
+)
 
 
 @dataclass(frozen=True)
@@ -142,10 +148,10 @@ class Task:
 
 
 def names() -> set[str]:
-    """Of every experiment and of every task of the queue."""
-    from dvc.repo import Repo
-
-    with Repo(str(paths.root())) as repo:
+    """Of every experiment and of every task of the queue; raises InputError without git."""
+    with _repository() as repo:
+        if not repo:
+            raise InputError(NO_GIT.format(paths.root()))
         listed = repo.experiments.ls(all_commits=True)
     found = {name for on_commit in listed.values() for name, _ in on_commit}
     return found | {task.name for task in queue()}

@@ -219,7 +219,16 @@ def table(config: Config, device: torch.device) -> str:
 
 
 def run_seconds(step_seconds: list[float], config: TrainConfig) -> float:
-    """Seconds of the whole training by its first steps, validations included."""
+    """Seconds of the whole training by its first steps, validations included.
+
+    At most those of train.time_budget.
+    """
+    whole, budget = _seconds_of_all(step_seconds, config), 60 * config.time_budget
+    return min(whole, budget) if budget else whole
+
+
+def _seconds_of_all(step_seconds: list[float], config: TrainConfig) -> float:
+    """Without a time budget."""
     step = statistics.median(step_seconds[WARM_UP_STEPS:] or step_seconds)
     validations = -(-config.steps // config.val_every)
     return config.steps * step + validations * validation_seconds(step, config)
@@ -227,7 +236,13 @@ def run_seconds(step_seconds: list[float], config: TrainConfig) -> float:
 
 def time_words(step_seconds: list[float], config: TrainConfig) -> str:
     """ "5,000 steps need 9 h 10 min; in 1 h you reach step 545"."""
-    whole = run_seconds(step_seconds, config)
+    whole, budget = _seconds_of_all(step_seconds, config), 60 * config.time_budget
+    if budget and budget < whole:
+        reached, minutes = int(config.steps * budget / whole), config.time_budget
+        return (
+            f"about {reached:,} of {config.steps:,} steps fit into train.time_budget={minutes:g} "
+            "minutes"
+        )
     words = f"{config.steps:,} steps need {duration(whole)}"
     for seconds in (86400, 3600, 600, 60):
         if seconds < whole:

@@ -1,7 +1,8 @@
 """Where in the token files a step's sequences lie, in which documents, and what they say.
 
 python -m pipeline.passages 20480-20544       the text of these tokens
-python -m pipeline.passages --step 437        every sequence of a step, by params.yaml
+python -m pipeline.passages --step 437        every sequence of a step of this workspace's run
+python -m pipeline.passages --step 437 --of NAME      the same of a DVC experiment
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import sys
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,7 @@ from pipeline import data, paths, training
 from pipeline.config import TrainConfig
 from pipeline.data import Tokens
 from pipeline.errors import InputError, UserError
+from pipeline.experiments import WORKSPACE, Experiment, experiments, of_workspace
 from pipeline.tokenizer import EOT, gpt2
 
 if TYPE_CHECKING:
@@ -30,7 +33,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 22  # tokens looked at together: documents are counted in files of any size
+SHA_DIGITS = 12
 SHOWN = 8  # micro-batches, and sequences of each, that an error message names
+
+# The settings that say which sequences a step reads; see training.micro_batches.
+DECIDE = ("seed", "batch_size", "accumulate", "sequence_length")
 
 Span = tuple[int, int]  # the first token of a sequence and its last target, from 0
 
@@ -67,8 +74,8 @@ def of_step(tokens: Tokens, config: TrainConfig, step: int, place: Place | None 
         [
             f"The step's tokens in {tokens.path}:",
             *lines,
-            f"Read a sequence with `python -m pipeline.passages {read}`; "
-            f"`--step {step}` in place of the numbers lists all.",
+            f"Read a sequence with `python -m pipeline.passages {read}{_which(tokens)}`"
+            + ("." if _aside() else f"; `--step {step}` in place of the numbers lists all."),
         ]
     )
 
@@ -85,7 +92,20 @@ def of_validation(held_out: Tokens, config: TrainConfig, place: Place) -> str:
     spans = _at_fault(spans, place) or spans
     lines = _lines(held_out, {f"Its tokens in {held_out.path}": spans}, SHOWN)
     read = "-".join(map(str, spans[0]))
-    return f"{lines[0].strip()}\nRead them with `python -m pipeline.passages --split val {read}`."
+    return (
+        f"{lines[0].strip()}\nRead them with `python -m pipeline.passages --split val "
+        f"{read}{_which(held_out)}`."
+    )
+
+
+def _aside() -> bool:
+    """Whether this is a temporary workspace of DVC's, where nobody can look later."""
+    return paths.root().resolve() != Path.cwd().resolve()
+
+
+def _which(tokens: Tokens) -> str:
+    """The option that has the command refuse other tokens than these, where that may happen."""
+    return f" --tokens {tokens.sha256[:SHA_DIGITS]}" if _aside() else ""
 
 
 def documents_at(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -150,30 +170,75 @@ def main(words: list[str]) -> None:
     )
     parser.add_argument("spans", nargs="*", metavar="FIRST-LAST", help="tokens, counted from 0")
     parser.add_argument("--step", type=int, help="list every sequence of a training step")
+    parser.add_argument("--of", metavar="NAME", help="the DVC experiment whose step it is")
     parser.add_argument("--split", default="train", choices=data.SPLITS)
+    parser.add_argument("--tokens", metavar="SHA256", default="", help="refuse any other tokens")
     asked = parser.parse_args(words)
     if bool(asked.spans) == (asked.step is not None):
         parser.error("expected either FIRST-LAST or --step")
+    if asked.of and asked.step is None:
+        parser.error("--of is for --step; FIRST-LAST counts in data/tokens")
     if asked.step is not None and asked.step < 0:
         parser.error(f"--step {asked.step}: expected 0 or more")
     try:
-        log.info("%s", shown(asked.spans, asked.step, asked.split))
+        if asked.step is None:
+            log.info("%s", of_spans(asked.spans, asked.split, asked.tokens))
+        else:
+            log.info("%s", of_run(asked.step, asked.of))
     except UserError as error:
         log.error("error: %s", error)
         sys.exit(error.exit_code)
 
 
-def shown(spans: list[str], step: int | None, split: str) -> str:
-    """What the command prints; raises InputError for tokens that are not there."""
-    if step is not None:
-        config = configuration.load().train
-        tokens = data.open_tokens(paths.TOKENS, "train", verify=False)
-        data.check_length(tokens, config.sequence_length)
-        batches = training.micro_batches(positions(tokens), config, step)
-        named = {f"micro-batch {n}": _spans(batch) for n, batch in enumerate(batches, 1)}
-        return "\n".join([f"{tokens.path}, step {step}:", *_lines(tokens, named)])
+def of_spans(spans: list[str], split: str, sha256: str = "") -> str:
+    """The text of each FIRST-LAST; raises InputError for tokens that are not there."""
     tokens = data.open_tokens(paths.TOKENS, split, verify=False)
+    if not tokens.sha256.startswith(sha256):
+        raise InputError(
+            f"{tokens.path}: SHA-256 {tokens.sha256[:SHA_DIGITS]}...: these are other tokens than "
+            f"those asked for, {sha256}..."
+        )
     return "\n\n".join(text(tokens, *_numbers(span)) for span in spans)
+
+
+def of_run(step: int, name: str | None) -> str:
+    """Every sequence of a step, by the settings that the run was trained with.
+
+    Of the workspace without a `name`; before anything is trained there, by its params.yaml.
+    Raises InputError where there is no such run, or it was trained on other tokens.
+    """
+    found = _run(name)
+    tokens = data.open_tokens(paths.TOKENS, "train", verify=False)
+    config, whose = configuration.load().train, "by params.yaml, as nothing is trained yet"
+    if found:
+        config = replace(config, **{key: found.params[f"train.{key}"] for key in DECIDE})
+        whose = f"of {name or WORKSPACE}"
+        if (theirs := found.tags.get("digest.train", "")) != tokens.sha256:
+            raise InputError(
+                f"{tokens.path}: not the tokens that {name or WORKSPACE} was trained on (SHA-256 "
+                f"{tokens.sha256[:SHA_DIGITS]}..., there {theirs[:SHA_DIGITS] or 'not known'}...)"
+            )
+    data.check_length(tokens, config.sequence_length)
+    batches = training.micro_batches(positions(tokens), config, step)
+    named = {f"micro-batch {n}": _spans(batch) for n, batch in enumerate(batches, 1)}
+    return "\n".join([f"{tokens.path}, step {step} {whose}:", *_lines(tokens, named)])
+
+
+def _run(name: str | None) -> Experiment | None:
+    """The run of this name, which may still be at work here; the workspace's where none is given.
+
+    None where the workspace has no training; raises InputError for a name that is not there.
+    """
+    here = of_workspace(paths.root())
+    if name is None:
+        return here if "train" in here.records else None
+    known = {one.name: one for one in experiments(("train",)) if "train" in one.records}
+    if "train" in here.records and (now := here.records["train"][0]["name"]):
+        known.setdefault(now, here)
+    if name not in known:
+        there = ", ".join(known) or "none"
+        raise InputError(f"--of {name}: no trained experiment of that name; there are: {there}")
+    return known[name]
 
 
 def _numbers(span: str) -> Span:

@@ -22,6 +22,12 @@ PLOTS = Path("plots")
 RECORDS = Path("records")
 PARAMS = Path("params.yaml")
 
+# What to do about a model directory that is not there.
+MISSING = {
+    INIT: "no initial model yet: `dvc repro import_hf_weights` makes it",
+    MODEL: "no trained model yet: `make repro` makes it (about 3 min with the default settings)",
+}
+
 _TEMPORARY_WORKSPACES = "/.dvc/tmp/exps/"
 
 

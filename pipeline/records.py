@@ -325,9 +325,15 @@ def _git(*words: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+# What every experiment changes: DVC writes `-S` and the digests of outputs there. The settings
+# are in the record, with what the commit's were.
+_NOT_DIRT = (":(exclude)params.yaml", ":(exclude)dvc.lock")
+
+
 def _git_state() -> dict[str, str]:
     commit = _git("rev-parse", "HEAD")
-    dirty = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *_NOT_DIRT)
+    dirty = str(bool(status)).lower()
     return {
         "commit": commit,
         "branch": _git("rev-parse", "--abbrev-ref", "HEAD"),

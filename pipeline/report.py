@@ -187,7 +187,9 @@ def choose(everything: Sequence[Experiment], names: Sequence[str]) -> list[Exper
     kept = [one for one in everything if one.records]
     known = {one.name: one for one in sorted(kept, key=lambda one: one.head["time"])}
     if unknown := [name for name in names if name not in known]:
-        there = ", ".join(known) or "none, since nothing has run here; run `dvc repro` first"
+        if not known:
+            raise InputError("nothing trained yet: `dvc repro` or `make repro` trains")
+        there = ", ".join(known)
         raise InputError(f"{', '.join(unknown)}: no run of that name; there are: {there}")
     return [known[name] for name in dict.fromkeys(names)]
 

@@ -22,6 +22,8 @@ from pipeline.tables import cell
 
 Read = Callable[[Path], bytes | None]  # a file that the run's own record vouches for
 
+# Of the stage that writes the page with its last work: still true when somebody reads it.
+WRITING = "wrote this page"
 LACKING = {
     "tokenize": "what the data is",
     "import_hf_weights": "the initialisation study",
@@ -98,7 +100,7 @@ def run_page(
     trained = bool(found.values("train/loss"))
     findings = examine(found) if trained else []
     statuses = {stage: _status(record) for stage, record in found.records.items()}
-    statuses |= {at_work: "at work"} if at_work else {}
+    statuses |= {at_work: WRITING} if at_work else {}
     samples = samples_of(read)
     return RunPage(
         name,
@@ -141,7 +143,7 @@ def verdict(findings: list[Finding], statuses: dict[str, str], trained: bool) ->
     if ended:
         return ", ".join([*ended, *(finding.rule for finding in findings)]), "bad"
     if not trained:
-        return "not trained", "none"
+        return "nothing trained yet", "none"
     return headline(findings), "warn" if findings else "good"
 
 
@@ -152,7 +154,7 @@ def missing(found: Experiment, statuses: dict[str, str], sampled: bool) -> Itera
     for stage in stage_graph.stages():
         if stage not in statuses:
             yield f"{stage} has no record of this run, so {LACKING[stage]} cannot be shown."
-        elif statuses[stage] != "FINISHED" and statuses[stage] != "at work":
+        elif statuses[stage] not in ("FINISHED", WRITING):
             words = {"FAILED": "failed", "KILLED": "was stopped"}
             ended = words.get(statuses[stage], "is at work, or was killed without a word")
             why = found.tags.get("debug.why") if stage == "train" else None

@@ -46,12 +46,13 @@ class Shipper:
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._taken: list[Event] = []
         self._closing = threading.Event()
-        self._has_row = False
+        self._ready = self._has_row = self._finished = False
         self.problem = ""
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
 
     def __call__(self, event: Event) -> None:
+        self._finished = event.get("status") == "FINISHED"
         self._events.put(event)
 
     def close(self, patience: float) -> None:
@@ -62,7 +63,9 @@ class Shipper:
             patience = min(patience, SHORT_SECONDS)
         self._thread.join(patience)
         if self._thread.is_alive():
-            self._warn(f"the store did not answer within {patience:.0f} s")
+            # MLflow's import, and a new database, take longer than a stopped stage waits.
+            late = "the store did not answer" if self._ready else "MLflow had not started"
+            self._warn(f"{late} within {patience:.0f} s of the stage's end")
 
     def _run(self) -> None:
         first = self._events.get()
@@ -87,7 +90,9 @@ class Shipper:
 
     def _ship(self, head: Event) -> None:
         upstream = list(records.upstream(head["stage"]))
-        row = open_row(connect(), head, [*upstream, *records.beside(head)])
+        client = connect()
+        self._ready = True
+        row = open_row(client, head, [*upstream, *records.beside(head)])
         self._has_row = True
         row.enter(head, self._process)
         for record in upstream:
@@ -116,13 +121,19 @@ class Shipper:
         if self.problem:  # a store that did not answer in time may well fail later, too
             return
         self.problem = problem
-        log.warning(
-            "MLflow at %s: %s. The stage goes on and its record keeps it all: what is missing is "
-            "shipped as soon as that can be, or by `python -m pipeline.tracking sync` once the "
-            "stage is finished.",
-            without_secrets(store_uri()),
-            problem,
-        )
+        log.warning("MLflow at %s: %s. %s", without_secrets(store_uri()), problem, self._then())
+
+    def _then(self) -> str:
+        """What becomes of the points that have not arrived."""
+        sync = "`python -m pipeline.tracking sync`"
+        if not self._closing.is_set():
+            return (
+                "The stage goes on and its record keeps it all: what is missing is shipped as soon "
+                f"as that can be, or by {sync} once the stage is finished."
+            )
+        if self._finished:
+            return f"The record keeps it all: {sync} ships what is missing."
+        return "MLflow will be brought up to date by the next run."  # sync reads finished records
 
 
 def main(words: list[str]) -> None:

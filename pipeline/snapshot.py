@@ -64,6 +64,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """The plain facts of a snapshot; raises InputError where there is none."""
     try:
         return json.loads((folder / FACTS).read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder}: no snapshot of a training step is there; a run names the one it leaves"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not a snapshot of a training step: {error}") from None
 

@@ -55,6 +55,16 @@ def smoothed(losses: list[float]) -> list[float]:
     return [(sums[i + width] - sums[i]) / width for i in range(len(losses) - width + 1)]
 
 
+def largest_rise(losses: list[float]) -> tuple[float, int, int]:
+    """(rise, step of the low, step of the high after it), of all pairs the furthest apart."""
+    low, best = 0, (0.0, 0, 0)
+    for step, loss in enumerate(losses):
+        if loss < losses[low]:
+            low = step
+        best = max(best, (loss - losses[low], low, step))
+    return best
+
+
 def noise_of(losses: list[float]) -> float:
     """Standard deviation around the course, whatever the course: from neighbours' differences.
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import queue
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import experiments, history, paths, records, runs, view
 from pipeline.config import Config, load
-from pipeline.errors import StorageError, UserError
+from pipeline.errors import InputError, StorageError, UserError
 from pipeline.records import Event, Record
 from pipeline.rows import Row, from_workspace, open_row, shipped
 from pipeline.shipping import CLOSE, SHORT_SECONDS
@@ -192,6 +193,9 @@ def show(port: int) -> int:
     """Print the link to the prepared table and serve it, unless a server has the store already."""
     found = connect().get_experiment_by_name(load().tracking.experiment)
     remote = store_uri().startswith("http")
+    with socket.socket() as knock:
+        if not remote and not knock.connect_ex(("127.0.0.1", port)):
+            raise InputError(f"port {port}: another server has it: `make ui PORT={port + 1}`")
     server = without_secrets(store_uri()) if remote else f"http://127.0.0.1:{port}"
     link = view.link(server.rstrip("/"), found.experiment_id if found else "0")
     log.info("The prepared comparison:\n  %s", link)

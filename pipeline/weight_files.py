@@ -24,6 +24,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > JSON_BYTES:
             raise ValueError(f"expected at most {JSON_BYTES:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):

@@ -6,12 +6,14 @@ import os
 from functools import partial
 from typing import Any
 
-from pipeline import data, paths, runs, runtime, tracking
+from pipeline import data, doctor, paths, records, runs, runtime, tracking
 from pipeline import evaluation as tasks
 from pipeline.checkpoint import load_model
 from pipeline.config import UNSET_PATH, Config
 from pipeline.errors import together
+from pipeline.experiments import Experiment
 from pipeline.precision import choose_precision
+from pipeline.records import Record
 from stages import announce, check_model, run, write_metrics
 
 MODELS = {"init_val": paths.INIT, "val": paths.MODEL}  # the baseline beside the trained model
@@ -52,6 +54,7 @@ def main(config: Config) -> None:
             found = tasks.evaluate(model, material, context)
             results |= {metric_name(group, key): value for key, value in found.items()}
         record.metrics(results, config.train.steps)
+        judge(record, config.train.steps)
         record.dataset("tokens", val.sha256, str(val.path), "val")
         record.artifact(ITEMS, "evaluate")
         write_metrics(paths.METRICS / "evaluate.json", results)
@@ -74,6 +77,19 @@ def hellaswag(config: Config) -> dict[str, Any]:
     items = tasks.hellaswag_items(os.path.expanduser(config.evaluate.hellaswag))
     tasks.check_endings(items, config.train.sequence_length)
     return {"hellaswag": items}
+
+
+def judge(record: Record, steps: int) -> None:
+    """The doctor's verdict once more: whether frequencies alone do as well is known only now."""
+    chain = {events[0]["stage"]: events for events in records.upstream("evaluate")}
+    if "train" not in chain:
+        return
+    found = Experiment("", "", chain | {"evaluate": record.so_far()})
+    findings = doctor.examine(found)
+    record.tags({"health.verdict": doctor.headline(findings)})
+    record.metrics({"health/findings": float(len(findings))}, steps)
+    if finding := doctor.worse_than_frequencies(found):
+        print(f"evaluate: {doctor.line(finding)}")
 
 
 def metric_name(group: str, key: str) -> str:

@@ -118,7 +118,7 @@ def readable(samples: list[dict[str, Any]], config: Config) -> str:
         "# Samples\n\n"
         f"temperature {c.temperature:g}, top-k {c.top_k}, top-p {c.top_p:g}, seed {c.seed}\n"
     ]
-    for prompt in c.prompts:
+    for prompt in dict.fromkeys(c.prompts):  # one that is there twice has all its texts together
         parts.append(f"\n## {prompt}\n")
         for when in MODELS:
             parts.append(f"\n### {when} training\n")

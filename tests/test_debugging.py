@@ -307,7 +307,7 @@ def test_in_a_terminal_an_interpreter_opens_in_the_step(prepared: Checkout) -> N
 
 def test_a_folder_that_is_no_bundle_ends_in_one_message(prepared: Checkout) -> None:
     done = prepared.run(sys.executable, "-m", "pipeline.debugging", "data", expect=3)
-    assert "error: data: not a snapshot of a training step" in done.stderr
+    assert "error: data: no snapshot of a training step is there" in done.stderr
     assert "Traceback" not in done.stderr
 
 

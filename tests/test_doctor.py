@@ -31,7 +31,7 @@ LN_V = math.log(50257)
 def run(summary: dict[str, float] | None = None, changes: dict[str, Any] | None = None, **curves):
     """A run of these curves, `train__loss=[...]` for train/loss, and of these last values."""
     settings = configuration.from_dict(params(**(changes or {})))
-    start = {"kind": "start", "time": 0, "params": configuration.flatten(settings)}
+    start = {"kind": "start", "time": 0, "name": "", "params": configuration.flatten(settings)}
     events: list[dict[str, Any]] = [start]
     for name, values in curves.items():
         events += [
@@ -156,6 +156,12 @@ CASES: dict[doctor.Rule, list[tuple[Callable[[], Experiment], bool]]] = {
         (lambda: run(perf__data_seconds=[0.1] * 20, perf__step_seconds=[1.0] * 20), False),
         (lambda: run(perf__data_seconds=[9.0] + [0.1] * 19, perf__step_seconds=[10.0] * 20), False),
     ],
+    doctor.worse_than_frequencies: [
+        (lambda: run({"val/loss": 9.05, "val/unigram_loss": 6.64}), True),
+        (lambda: run({"val/loss": 6.64, "val/unigram_loss": 6.64}), True),
+        (lambda: run({"val/loss": 6.63, "val/unigram_loss": 6.64}), False),
+        (lambda: run({"val/loss": 9.05}), False),
+    ],
     doctor.leak: [
         (lambda: run({"data/val_overlap": 0.11}), True),
         (lambda: run({"data/val_overlap": 0.09}), False),
@@ -277,6 +283,26 @@ def test_all_looks_at_a_training_read_a_constant_number_of_times_its_steps() -> 
     assert read[8000] <= 1.1 * read[2000] < 25
 
 
+def test_a_leap_of_the_norm_is_not_called_fine() -> None:
+    leap = [1.0] * 150 + [40.0] + [1.0] * 49
+    found = run(train__loss=falling(), train__grad_norm=leap)
+    assert rules(found) == {"gradient spike"}
+    assert doctor.norm_words(found) == "spike 40x"
+    assert doctor.norm_words(run(train__loss=falling(), train__grad_norm=norms(1.0))) == "fine"
+
+
+def test_a_spike_of_another_run_names_it_where_its_text_is_to_be_read() -> None:
+    leap = [1.0] * 150 + [40.0] + [1.0] * 49
+    found = run(train__loss=falling(), train__grad_norm=leap)
+    (here,) = doctor.examine(found)
+    assert "passages --step 150 for" in here.advice
+    (kept,) = doctor.examine(Experiment("hot", "abc", found.records))
+    assert "passages --step 150 --of hot for" in kept.advice
+    found.records["train"][0]["name"] = "queued"
+    (at_work,) = doctor.examine(found)
+    assert "passages --step 150 --of queued for" in at_work.advice
+
+
 def test_what_is_urgent_is_told_once() -> None:
     calm, wild = [5.0] * 60, [5.0] * 40 + [9.0] + [5.0] * 19
     rounds = doctor.Rounds()
@@ -366,10 +392,13 @@ def test_the_command_judges_the_runs_that_are_named_and_names_those_there_are(
     monkeypatch.setattr(doctor, "experiments", lambda: iter([sick, bare, well]))
     caplog.set_level("INFO")
     doctor.main([])
-    assert caplog.messages == ["workspace\n  healthy: 12 rules found nothing"]
+    assert caplog.messages == ["workspace\n  healthy: 13 rules found nothing"]
     doctor.main(["sick", "workspace"])
     assert caplog.messages[1].startswith("sick\n  gradient norm grows: ")
-    for name, words in (("sik", "known: sick, bare, workspace"), ("bare", "no record of a")):
+    for name, words in (
+        ("sik", "known: sick, bare, workspace"),
+        ("bare", "bare: nothing trained yet"),
+    ):
         with pytest.raises(SystemExit) as ended:
             doctor.main([name])
         assert ended.value.code == 3

@@ -194,6 +194,16 @@ def test_the_time_is_told_as_people_tell_it(make_config) -> None:
     assert forecast.duration(75) == "1 min 15 s"
 
 
+def test_a_time_budget_bounds_what_is_foretold(make_config) -> None:
+    steps = {"train__steps": 10_000, "train__val_every": 10_000, "train__val_tokens": 1}
+    config = make_config(**steps, train__time_budget=3.0).train
+    words = forecast.time_words([1.0] * 8, config)
+    assert words == "about 179 of 10,000 steps fit into train.time_budget=3 minutes"
+    assert forecast.run_seconds([1.0] * 8, config) == 180
+    long = make_config(**steps, train__time_budget=600.0).train
+    assert forecast.time_words([1.0] * 8, long).startswith("10,000 steps need 2 h 46 min; in 1 h ")
+
+
 def test_validations_are_part_of_the_time(make_config) -> None:
     config = make_config(train__steps=100, train__val_every=10, train__val_tokens=3072).train
     # 10 validations of three steps' tokens, forward alone: as long as 10 steps.

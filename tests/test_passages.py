@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import config as configuration
 from pipeline import data, passages, paths, tokenizing, training
 from pipeline.corpus import Document
 from pipeline.data import Tokens
+from pipeline.experiments import Experiment
 from pipeline.nonfinite import Place
 from pipeline.tokenizer import EOT, encode
 
@@ -126,7 +129,68 @@ def test_the_command_lists_every_sequence_of_a_step(said, monkeypatch, make_conf
     config = make_config(**changes, evaluate__choice_items=0)
     monkeypatch.setattr(passages.configuration, "load", lambda: config)
     text = said("--step", "3")
-    assert len(spans(text)) == 90 and "step 3" in text and "more" not in text
+    assert len(spans(text)) == 90 and "step 3 by params.yaml" in text and "more" not in text
+
+
+@pytest.fixture
+def trained(said, make_config, monkeypatch) -> Callable[..., Experiment]:
+    """An experiment on the tokens that are here, or on others; params.yaml has other settings."""
+    small = {"train__sequence_length": 4, "train__batch_size": 1, "evaluate__choice_items": 0}
+    monkeypatch.setattr(passages.configuration, "load", lambda: make_config(**small))
+    here = data.open_tokens(paths.TOKENS, "train").sha256
+
+    def make(name: str, rev: str, batch_size: int, digest: str = here) -> Experiment:
+        settings = configuration.flatten(make_config(**small | {"train__batch_size": batch_size}))
+        head = {"kind": "start", "time": 0, "name": name, "params": settings}
+        tags = {"kind": "tags", "values": {"digest.train": digest}}
+        return Experiment(name, rev, {"train": [head, tags]})
+
+    return make
+
+
+def test_a_step_is_that_of_the_run_it_is_asked_of(said, trained, monkeypatch) -> None:
+    hot, here = trained("hot", "abc", 5), trained("last", "", 3)
+    monkeypatch.setattr(passages, "experiments", lambda *_: [hot, here])
+    monkeypatch.setattr(passages, "of_workspace", lambda *_: here)
+    for words, count, whose in (
+        ([], 3, "of workspace:"),
+        (["--of", "hot"], 5, "of hot:"),
+        (["--of", "last"], 3, "of last:"),
+    ):
+        text = said("--step", "3", *words)
+        assert len(spans(text)) == count and whose in text
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--step", "3", "--of", "cold"], "--of cold: no trained experiment of that name"),
+        (["--step", "3", "--of", "hot"], "not the tokens that hot was trained on"),
+        (["--step", "3"], "not the tokens that workspace was trained on"),
+        (["0-5", "--tokens", "abc"], "other tokens than those asked for, abc"),
+    ],
+)
+def test_the_text_of_other_tokens_is_refused(
+    said, trained, monkeypatch, caplog, words: list[str], what: str
+) -> None:
+    hot, here = trained("hot", "abc", 5, "d" * 64), trained("last", "", 3, "e" * 64)
+    monkeypatch.setattr(passages, "experiments", lambda *_: [hot, here])
+    monkeypatch.setattr(passages, "of_workspace", lambda *_: here)
+    with pytest.raises(SystemExit) as ended:
+        said(*words)
+    assert ended.value.code == 3 and what in caplog.text
+
+
+def test_a_temporary_workspace_names_its_tokens(settings, tokens, tmp_path, monkeypatch) -> None:
+    aside = tmp_path / ".dvc" / "tmp" / "exps" / "one"
+    aside.mkdir(parents=True)
+    monkeypatch.chdir(aside)
+    monkeypatch.setenv("DVC_ROOT", str(aside))
+    named = replace(tokens, sha256="f00d" * 16)
+    text = passages.of_step(named, settings(), 4)
+    assert " --tokens f00df00df00d`." in text and "--step" not in text
+    text = passages.of_validation(named, settings(), Place("the loss", rows=[1], batch=2))
+    assert " --tokens f00df00df00d`." in text
 
 
 @pytest.mark.parametrize(

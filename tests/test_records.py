@@ -97,6 +97,26 @@ def test_without_git_there_is_no_parent(make_config, monkeypatch) -> None:
     assert head["git"] == {"commit": "", "branch": "", "dirty": ""}
 
 
+def test_what_every_experiment_changes_is_no_dirt_and_a_source_is(
+    make_config, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("params.yaml", "dvc.lock", "source.py"):
+        (tmp_path / name).write_text("a: 1\n")
+    who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+    for words in (("init", "-q"), ("add", "--all"), (*who, "commit", "-qm", "one")):
+        subprocess.run(["git", *words], check=True)
+
+    def dirty() -> str:
+        return records.start_event("tokenize", make_config())["git"]["dirty"]
+
+    (tmp_path / "params.yaml").write_text("a: 2\n")
+    (tmp_path / "dvc.lock").unlink()
+    assert dirty() == "false"
+    (tmp_path / "source.py").write_text("a: 2\n")
+    assert dirty() == "true"
+
+
 def test_the_key_follows_params_and_code_but_not_tracking(make_config, monkeypatch) -> None:
     def key(**changes) -> str:
         return records.start_event("tokenize", make_config(**changes))["key"]

@@ -265,7 +265,7 @@ def test_a_chain_that_ends_early_says_what_is_missing(workspace: Path, stages: i
     text = Seen(of({stage: chain()[stage] for stage in names[:stages]})).text
     for stage in names:
         assert (f"{stage} has no record of this run" in text) == (stage in names[stages:])
-    assert ("not trained" in text) == (stages < 3)
+    assert ("nothing trained yet" in text) == (stages < 3)
     assert "671,837" in text
 
 
@@ -423,7 +423,7 @@ def test_the_command_writes_the_workspaces_page(workspace: Path, caplog) -> None
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ([], 3, "workspace: no run of that name; there are: none, since nothing has run here"),
+        ([], 3, "nothing trained yet: `dvc repro` or `make repro` trains"),
         (["--all", "x"], 2, ""),
     ],
 )

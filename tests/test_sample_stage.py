@@ -37,6 +37,17 @@ def test_a_prompt_has_the_texts_that_it_has_alone(make_config, monkeypatch, rows
     assert len(lengths) > 1, "prompts of one length would prove little"
 
 
+def test_a_prompt_given_twice_has_every_text_shown_once(make_config) -> None:
+    config = make_config(**SMALL, init__std=0.5, sample__prompts=["A", "B", "A"])
+    model = import_hf_weights.build(config)
+    found = [
+        {"when": when, **s} for when in sample.MODELS for s in sample.continuations(model, config)
+    ]
+    shown = sample.readable(found, config)
+    assert len(found) == shown.count("\n> ") - sum(s["text"].count("\n") for s in found) == 12
+    assert [line for line in shown.splitlines() if line.startswith("## ")] == ["## A", "## B"]
+
+
 def test_the_cost_of_int8_weights_is_two_validation_losses(
     make_config, tmp_path: Path, monkeypatch
 ) -> None:

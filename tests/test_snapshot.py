@@ -121,7 +121,7 @@ def test_a_flipped_bit_is_refused_and_a_folder_without_facts_too(
     (kept / f"{kind}.safetensors").write_bytes(raw)
     with pytest.raises(InputError, match=rf"{kind}\.safetensors: damaged: SHA-256"):
         snapshot.Tensors(kept)
-    with pytest.raises(InputError, match="not a snapshot of a training step"):
+    with pytest.raises(InputError, match="no snapshot of a training step is there"):
         snapshot.read_facts(tmp_path)
 
 

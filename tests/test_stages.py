@@ -318,13 +318,13 @@ def test_evaluate_names_all_that_is_wrong_with_its_inputs_before_it_computes(
         evaluate.main(make_config(evaluate__hellaswag="h.jsonl"))
     lines = str(caught.value).split("\n  ")
     starts = [paths.TOKENS / "val.bin", "h.jsonl, line 1", "h.jsonl, line 2"]
-    starts += [paths.INIT / "config.json", paths.MODEL / "config.json"]
+    starts += [paths.INIT, paths.MODEL]
     for line, start in zip(lines, starts, strict=True):
         assert line.startswith(f"{start}: ")
 
 
 def test_sample_looks_at_both_models_before_it_writes_a_text(make_config, workspace: Path) -> None:
-    with pytest.raises(InputError, match=r"(?s)init.config\.json: .*model.config\.json: "):
+    with pytest.raises(InputError, match=r"(?s)init: no initial model .*model: no trained model "):
         sample.main(make_config())
 
 
@@ -374,3 +374,26 @@ def test_the_time_is_foretold_once_some_steps_are_measured(make_config, capsys) 
     train.foresee_time(make_config(train__val_tokens=1), record, curve)
     assert record.values["time/forecast_seconds"] == pytest.approx(1200, rel=0.01)
     assert "train: 200 steps need 20 min; in 10 min you reach step 99" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("loss", "verdict"), [(9.05, "no better than word frequencies"), (5.92, "healthy")]
+)
+def test_evaluate_judges_once_more_when_the_yardstick_is_known(
+    make_config, tmp_path, monkeypatch, capsys, loss: float, verdict: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_config()
+    training = records.Record("train", config)
+    training.metrics({"train/loss": 10.0, "health/findings": 0.0})
+    training.close("FINISHED")
+    record = records.Record("evaluate", config)
+    record.metrics({"val/loss": loss, "val/unigram_loss": 6.64}, 200)
+    evaluate.judge(record, 200)
+    record.close("FAILED")
+    events = record.so_far()
+    tagged = [e["values"] for e in events if e["kind"] == "tags"]
+    assert tagged == [{"health.verdict": verdict}]
+    points = [e["values"] for e in events if e["kind"] == "metrics"]
+    assert points[-1] == {"health/findings": float(loss > 6.64)}
+    assert ("no better than word frequencies" in capsys.readouterr().out) == (loss > 6.64)

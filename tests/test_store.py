@@ -477,6 +477,40 @@ def test_a_write_is_a_put_into_a_queue_whatever_the_store_does(make_config, monk
     assert record_is_complete(1000)
 
 
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ("KILLED", "MLflow will be brought up to date by the next run."),
+        ("FAILED", "MLflow will be brought up to date by the next run."),
+        ("FINISHED", "`python -m pipeline.tracking sync` ships what is missing."),
+    ],
+)
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_stage_that_ends_before_mlflow_is_there_says_what_is_so(
+    make_config, monkeypatch, caplog, status: str, words: str, ready: bool
+) -> None:
+    released, called = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> None:
+        called.set()
+        released.wait()
+        raise ConnectionError("too late")
+
+    if ready:
+        monkeypatch.setattr(shipping, "connect", lambda: None)
+    monkeypatch.setattr(shipping, "open_row" if ready else "connect", hang)
+    shipper = shipping.Shipper("1-1.00", "best")
+    record = records.Record("tokenize", make_config(), shipper)
+    wait_for(called.is_set)
+    record.close(status)
+    shipper.close(0.1)
+    released.set()
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert said.endswith(words) and "goes on" not in said
+    assert ("the store did not answer" in said) == ready
+    assert ("MLflow had not started" in said) == (not ready)
+
+
 # A training that goes on in another process
 
 CHILD = """
