@@ -160,9 +160,7 @@ class Task:
 
 def names() -> set[str]:
     """Of every experiment and of every task of the queue."""
-    from dvc.repo import Repo
-
-    with Repo(str(paths.root())) as repo:
+    with _opened() as repo:
         listed = repo.experiments.ls(all_commits=True)
     found = {name for on_commit in listed.values() for name, _ in on_commit}
     return found | {task.name for task in queue()}
@@ -184,10 +182,9 @@ def _of_queue(look: Callable[[Any], Any]) -> Any:
 
     Raises what the last of several looks raised.
     """
-    from dvc.repo import Repo
 
     def now() -> Any:
-        with Repo(str(paths.root())) as repo:
+        with _opened() as repo:
             return look(repo.experiments.celery_queue)
 
     logging.getLogger("kombu.connection").setLevel(logging.ERROR)  # files need no host
@@ -261,16 +258,27 @@ def copy_of(found: Experiment, path: str, folder: Path) -> Path | None:
 @contextlib.contextmanager
 def _repository() -> Iterator[Repo | None]:
     """This repository in DVC's hands; None where there is no git, hence no experiment."""
-    from dvc.repo import Repo
     from dvc.scm import NoSCM, SCMError
 
     try:
-        repo = Repo(str(paths.root()))
+        repo = _opened()
     except SCMError:
         yield None
         return
     with repo:
         yield None if isinstance(repo.scm, NoSCM) else repo
+
+
+def _opened() -> Repo:
+    """This repository in DVC's hands, for `with`. Raises SCMError where there is no git.
+
+    That is asked first: DVC asks when it has opened its databases, and leaves them open then.
+    """
+    from dvc.repo import Repo
+    from dvc.scm import SCM
+
+    SCM(str(paths.root())).close()
+    return Repo(str(paths.root()))
 
 
 class _Reader:
