@@ -173,10 +173,9 @@ def _of_queue(look: Callable[[Any], Any]) -> Any:
 
     Raises what the last of several looks raised.
     """
-    from dvc.repo import Repo
 
     def now() -> Any:
-        with Repo(str(paths.root())) as repo:
+        with _opened() as repo:
             return look(repo.experiments.celery_queue)
 
     logging.getLogger("kombu.connection").setLevel(logging.ERROR)  # files need no host
@@ -250,16 +249,27 @@ def copy_of(found: Experiment, path: str, folder: Path) -> Path | None:
 @contextlib.contextmanager
 def _repository() -> Iterator[Repo | None]:
     """This repository in DVC's hands; None where there is no git, hence no experiment."""
-    from dvc.repo import Repo
     from dvc.scm import NoSCM, SCMError
 
     try:
-        repo = Repo(str(paths.root()))
+        repo = _opened()
     except SCMError:
         yield None
         return
     with repo:
         yield None if isinstance(repo.scm, NoSCM) else repo
+
+
+def _opened() -> Repo:
+    """This repository in DVC's hands, for `with`. Raises SCMError where there is no git.
+
+    That is asked first: DVC asks when it has opened its databases, and leaves them open then.
+    """
+    from dvc.repo import Repo
+    from dvc.scm import SCM
+
+    SCM(str(paths.root())).close()
+    return Repo(str(paths.root()))
 
 
 class _Reader:

@@ -43,17 +43,28 @@ def claims(item: pytest.Item) -> set[Claim]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", metavar="FILE", type=Path, help="write what came of fault tests")
+    # Text, not a Path: pytest-xdist sends every option to its workers.
+    parser.addoption("--faults", metavar="FILE", help="write what came of fault tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if path := config.getoption("--faults"):
-        config.pluginmanager.register(Results(path, config.option.markexpr))
+    path = config.getoption("--faults")
+    if path and not hasattr(config, "workerinput"):  # a worker's reports go to the one that has it
+        config.pluginmanager.register(Results(Path(path), config.option.markexpr))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[COLLECTED] = {claim for item in items for claim in claims(item)}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Give every report what the table needs, in the plain values that travel between processes."""
+    report = yield
+    report.claims = sorted(claims(item))
+    report.slow = item.get_closest_marker("slow") is not None
+    return report
 
 
 class Results:
@@ -67,15 +78,12 @@ class Results:
         self.slow: set[str] = set()
         self.run: dict[str, object] = {}
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[None]:
-        report = yield
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "setup":
-            self.claims[item.nodeid] = claims(item)
-            self.slow |= {item.nodeid} if item.get_closest_marker("slow") else set()
+            self.claims[report.nodeid] = {tuple(claim) for claim in report.claims}
+            self.slow |= {report.nodeid} if report.slow else set()
         if report.when == "call" or not report.passed:  # set-up and tear-down can only spoil it
-            self.outcomes[item.nodeid] = report.outcome
-        return report
+            self.outcomes[report.nodeid] = report.outcome
 
     def pytest_sessionfinish(self) -> None:
         self.run = {

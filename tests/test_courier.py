@@ -82,6 +82,7 @@ def stage(*words: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.alone
 def test_a_row_is_whole_and_its_stage_has_imported_nothing_of_a_store() -> None:
     out, said = stage().communicate()
     assert said == ""
@@ -92,6 +93,7 @@ def test_a_row_is_whole_and_its_stage_has_imported_nothing_of_a_store() -> None:
     assert not {"mlflow", "sqlalchemy", "pandas", "requests"} & loaded
 
 
+@pytest.mark.alone
 def test_what_a_killed_stage_has_written_arrives_and_no_process_stays() -> None:
     killed = stage("killed")
     assert killed.stdout
@@ -128,6 +130,7 @@ def test_a_process_that_dies_costs_one_warning_and_sync_ships_the_rest(
     assert (row.info.status, steps_of(row)) == ("FINISHED", list(range(5)))
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
 def test_a_process_that_reads_nothing_does_not_hold_the_stage_up(
     make_config, children, caplog, monkeypatch

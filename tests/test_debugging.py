@@ -77,6 +77,7 @@ def test_the_scope_holds_the_steps_values_before_the_update(state, config) -> No
     assert not any(torch.equal(a, b) for a, b in zip(seen["weights"], now, strict=True))
 
 
+@pytest.mark.alone
 def test_the_time_of_a_look_is_not_the_steps(state, config) -> None:
     reports = list(
         training.fit(state, config.train, batches, look=lambda _: time.sleep(2), look_at=2)

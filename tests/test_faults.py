@@ -53,8 +53,11 @@ def test_the_table_numbers_every_row_once_and_says_where_it_is_held() -> None:
         assert about["where"] in ("cheap", "slow", *EXCUSED), row
 
 
-def test_the_results_count_what_came_of_every_marked_test(pytester: pytest.Pytester) -> None:
-    code, shown = results_of(pytester, MADE_UP)
+@pytest.mark.parametrize("words", [(), ("-n", "2")], ids=["one process", "two workers"])
+def test_the_results_count_what_came_of_every_marked_test(
+    pytester: pytest.Pytester, words: tuple[str, ...]
+) -> None:
+    code, shown = results_of(pytester, MADE_UP, *words)
     assert code == 1
     assert "faults: 3 rows by 4 tests and 1 controls" in shown
     run, *lines = map(json.loads, Path("out.jsonl").read_text("utf-8").splitlines())

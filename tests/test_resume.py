@@ -328,6 +328,7 @@ def test_a_validation_after_the_newest_checkpoint_keeps_its_best_model(
     assert (the_run() / "best" / "step-00000004" / "model.safetensors").exists()
 
 
+@pytest.mark.alone
 @needs_fork
 @pytest.mark.fault(37)
 def test_a_second_signal_during_the_save_ends_at_once_and_harms_nothing(
@@ -368,6 +369,7 @@ def kept(folder: Path, make_config, **changes: Any) -> resume.Checkpoints:
 FACTS = {"best_step": 0}
 
 
+@pytest.mark.alone
 @needs_fork
 @pytest.mark.fault(38)
 def test_forty_kills_in_the_middle_of_saves_lose_no_checkpoint(
@@ -401,6 +403,7 @@ def test_forty_kills_in_the_middle_of_saves_lose_no_checkpoint(
     assert torn > 5  # the kills did hit saves
 
 
+@pytest.mark.alone
 @needs_fork
 @pytest.mark.fault(37, control=True)
 @pytest.mark.fault(38, control=True)

@@ -107,13 +107,13 @@ class _Failing(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def closed_port(monkeypatch, database: Path) -> Iterator[Heal]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # each has a warning of urllib3
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
-    yield lambda: monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with socket.socket() as bound:  # and never listening: nobody else gets the port meanwhile
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # each has a warning of urllib3
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+        yield lambda: monkeypatch.delenv("MLFLOW_TRACKING_URI")
 
 
 @contextlib.contextmanager
@@ -228,6 +228,7 @@ SAID = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_store_that_fails_costs_one_warning_and_sync_fills_it_later(
     make_config, monkeypatch, own_store: Path, caplog, fault

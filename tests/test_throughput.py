@@ -56,6 +56,7 @@ def test_flops_per_token_are_the_published_figure_at_124m() -> None:
     assert model.flops_per_token(1024) / 1e6 == pytest.approx(855.4, abs=0.1)
 
 
+@pytest.mark.alone
 def test_the_rate_leaves_out_warm_up_and_what_lies_between_steps() -> None:
     watch = throughput.Stopwatch(torch.device("cpu"))
     seconds = []

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import shutil
 import socket
+import sqlite3
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline import paths, records, rows, store, tracking, view
+from pipeline import experiments, paths, records, rows, store, tracking, view
 from tests.conftest import NANO
 
 pytestmark = [
@@ -263,6 +265,21 @@ def test_a_row_comes_back_as_far_as_its_records_are_kept(
     assert tracking.sync() == []
 
 
+@pytest.mark.parametrize("git", [False, True])
+def test_no_database_of_dvc_stays_open(monkeypatch, git: bool) -> None:
+    opened, connect = [], sqlite3.connect
+    monkeypatch.setattr(
+        sqlite3, "connect", lambda *a, **k: opened.append(connect(*a, **k)) or opened[-1]
+    )
+    if git:
+        subprocess.run(["git", "init", "--quiet"], check=True)
+    assert [found.name for found in experiments.experiments()] == ["workspace"]
+    assert bool(opened) == git
+    for database in opened:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            database.execute("select 1")
+
+
 @pytest.mark.parametrize("command", ["sync", "ui"])
 def test_a_store_that_is_not_there_ends_sync_and_ui_in_one_message(
     make_config, monkeypatch, caplog, command: str
@@ -272,9 +289,9 @@ def test_a_store_that_is_not_there_ends_sync_and_ui_in_one_message(
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
-    with pytest.raises(SystemExit) as ended:
-        tracking.main([command])
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
+        with pytest.raises(SystemExit) as ended:
+            tracking.main([command])
     assert ended.value.code == 5
     errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert [e.startswith(f"error: MLflow at http://127.0.0.1:{port}") for e in errors] == [True]
