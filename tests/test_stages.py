@@ -311,7 +311,7 @@ def test_evaluate_names_all_that_is_wrong_with_its_inputs_before_it_computes(
     with pytest.raises(InputError) as caught:
         evaluate.main(make_config(evaluate__hellaswag="h.jsonl"))
     lines = str(caught.value).split("\n  ")
-    starts = [paths.TOKENS / "val.bin", "h.jsonl, line 1", "h.jsonl, line 2"]
+    starts = [paths.TOKENS / "val.bin", "h.jsonl: line 1", "h.jsonl: line 2"]
     starts += [paths.INIT / "config.json", paths.MODEL / "config.json"]
     for line, start in zip(lines, starts, strict=True):
         assert line.startswith(f"{start}: ")
