@@ -44,6 +44,7 @@ NO_RESULTS = (
     *("comparison", "contrast", "debugging", "doctor", "experiments", "figures", "forecast"),
     *("history", "logged_models", "nonfinite", "notes", "passages", "plots", "queueing"),
     *("report", "report_figures", "report_run", "snapshot", "sweep", "symptoms"),
+    *("hints", "watched"),
 )
 
 # Significant digits of a value: the page shows what it is given. No timing repeats to five.

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline import course, init_study, paths, records, scaling, training
+from pipeline import course, hf_weights, init_study, paths, records, scaling, training
 from pipeline.checkpoint import save_model
 from pipeline.errors import ConfigError, InputError, together
 from pipeline.hf_weights import parameter_table
@@ -82,13 +82,16 @@ def test_wrong_settings_end_a_stage_with_2_and_leave_nothing(tmp_path: Path) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["params.yaml"]
 
 
-def test_sizes_that_differ_from_the_imported_ones_are_named(make_config, tmp_path: Path) -> None:
+def test_sizes_that_differ_from_the_imported_ones_are_named(
+    make_config, tmp_path: Path, monkeypatch
+) -> None:
+    """Of a hub id whose sizes nobody knows before: others are named by the settings' check."""
     save_model(import_hf_weights.build(make_config(**SMALL)), tmp_path / "hf")
-    wrong = SMALL | {"model__n_layer": 2, "init__source": "hf"}
-    places = {"init__hf_model": str(tmp_path / "hf"), "init__hf_watch": str(tmp_path / "hf")}
+    monkeypatch.setattr(hf_weights, "_download", lambda name: tmp_path / "hf")
+    wrong = SMALL | {"model__n_layer": 2, "init__source": "hf", "init__hf_model": "someone/tiny"}
     with pytest.warns(UserWarning), pytest.raises(ConfigError) as caught:
-        import_hf_weights.build(make_config(**wrong, **places))
-    assert str(caught.value) == f"model.n_layer=2: expected 1, as {tmp_path / 'hf'} has"
+        import_hf_weights.build(make_config(**wrong))
+    assert str(caught.value) == "model.n_layer=2: expected 1, as someone/tiny has"
 
 
 def test_an_import_that_transformers_computes_differently_fails(
