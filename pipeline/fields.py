@@ -88,14 +88,8 @@ def json_object(line: Line) -> dict[str, Any]:
 
     Of a name that stands twice in it, JSON's readers drop one value without a word.
     """
-    names: list[str] = []
-
-    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names[:] = [name for name, _ in pairs]  # the outermost object comes last
-        return dict(pairs)
-
     try:
-        found = json.loads(line.content.decode(), object_pairs_hook=keep)
+        found = _DECODER.decode(line.content.decode())
     except UnicodeDecodeError as error:
         at = line.start + error.start
         raise InputError(f"{line.where}: invalid UTF-8 at byte {at} of the file") from None
@@ -104,10 +98,27 @@ def json_object(line: Line) -> dict[str, Any]:
     if not isinstance(found, dict):
         kind = type(found).__name__
         raise InputError(f"{line.where}: an object is expected, got {kind}")
-    if len(found) < len(names):
-        [(name, times)] = Counter(names).most_common(1)
-        raise InputError(f"{line.where}: {name} stands {times} times in the object; keep one")
+    if isinstance(found, _Doubled):
+        raise InputError(f"{line.where}: {found.name} stands more than once in the object")
     return found
+
+
+class _Doubled(dict[str, Any]):
+    """An object in which a name stands more than once."""
+
+    name: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    doubled = _Doubled(found)
+    [(doubled.name, _)] = Counter(name for name, _ in pairs).most_common(1)
+    return doubled
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # `json.loads` would make one for each line
 
 
 def line_text(line: Line, field: str) -> str:

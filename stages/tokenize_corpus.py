@@ -50,7 +50,8 @@ def show_left_out(files: str, documents: int) -> None:
     if files:
         print(f"tokenize: {files}")
     if documents:
-        print(f"tokenize: left out {documents:,} documents without any text")
+        plural = "s" * (documents > 1)
+        print(f"tokenize: left out {documents:,} document{plural} without any text")
 
 
 if __name__ == "__main__":

@@ -345,6 +345,31 @@ def test_a_corpus_is_looked_at_as_a_whole_before_any_of_it_is_tokenized(
         tokenize_corpus.main(given)
 
 
+@pytest.mark.fault(65)
+def test_what_a_corpus_passes_over_is_said_on_the_terminal(
+    make_config, workspace: Path, capsys
+) -> None:
+    from stages import tokenize_corpus
+
+    for name in ("a.txt", "b.txt", "c.csv", "._a.txt", ".git/d.txt"):
+        (workspace / "text" / name).parent.mkdir(parents=True, exist_ok=True)
+        (workspace / "text" / name).write_text(f"some text in {name}", "utf-8")
+    (workspace / "text" / "empty.txt").touch()
+    given = make_config(corpus__source="text", corpus__path="text", corpus__val_fraction=0.5)
+    tokenize_corpus.main(given)
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        "tokenize: left out 2 hidden (._a.txt, .git/), 1 .csv (c.csv); corpus.source=text takes "
+        ".txt and .md, also as .gz or .zst",
+        "tokenize: left out 1 document without any text",
+    ]
+    for name in ("c.csv", "._a.txt", "empty.txt", ".git/d.txt"):
+        (workspace / "text" / name).unlink()
+    (workspace / "text" / ".git").rmdir()
+    tokenize_corpus.main(given)
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_the_forecast_comes_before_the_first_step_and_stops_no_training(
     make_config, monkeypatch, capsys, caplog
 ) -> None:
