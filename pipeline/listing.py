@@ -19,6 +19,7 @@ PACKED = (".gz", ".zst")  # text and JSON lines come in these, too
 MOST_NAMES = 3  # of each kind that is passed over
 MOST_KINDS = 6
 BARE = "without a suffix"
+GITS_OWN = (".gitkeep", ".gitignore")  # of which nobody has to be told; data/corpus holds one
 
 Parts = Sequence[str]  # of a path or a pattern
 
@@ -116,7 +117,7 @@ def _listed(config: CorpusConfig) -> Listing:
         for name in list(folders):
             if not _enters(root, Path(folder, name), pattern, found):
                 folders.remove(name)
-        for name in names:
+        for name in (name for name in names if name not in GITS_OWN):
             path = Path(folder, name)
             whole = _name(root, folder, name)
             if kind := _passed_as(path, whole.split("/"), pattern, config.source):

@@ -150,6 +150,8 @@ def test_what_is_passed_over_is_counted_and_named_by_kind(folder: Path) -> None:
 
 
 def test_nothing_is_said_where_nothing_is_passed_over(folder: Path) -> None:
+    for name in (".gitkeep", "sub/.gitignore"):  # as in data/corpus, and where DVC keeps a file
+        (folder / name).touch()
     assert listing.left_out(settings(folder)) == ""
     assert listing.left_out(settings(folder / "a.txt", "jsonl")) == ""
     assert listing.left_out(settings(Path("data/unset"), "python-docs")) == ""
