@@ -19,8 +19,8 @@ repro: git $(STAMP)
 	$(BIN)/dvc repro
 
 test: $(STAMP)
-	$(SIDE_BY_SIDE) -m 'not slow and not alone'
-	$(PYTEST) -m 'not slow and alone'
+	$(SIDE_BY_SIDE) -m 'not slow and not gpu and not alone'
+	$(PYTEST) -m 'not slow and not gpu and alone'
 
 test-slow: $(STAMP)
 	$(SIDE_BY_SIDE) -m slow

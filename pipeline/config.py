@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import math
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import yaml_text
+from pipeline import hints, watched, yaml_text
 from pipeline.errors import ConfigError
 
 UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
@@ -220,8 +218,8 @@ def _raw(text: str, where: str, changes: Sequence[str] = ()) -> dict[str, Any]:
     """Nested plain values out of YAML; raises ConfigError."""
     try:
         raw = OmegaConf.load(io.StringIO(text))
-        if changes and not isinstance(raw, ListConfig):
-            raw = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(changes)))
+        for change in changes if not isinstance(raw, ListConfig) else ():
+            raw = OmegaConf.merge(raw, _change(change))
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}{yaml_text.words(error, text)}") from None
     except (OmegaConfBaseException, ValueError, OSError) as error:
@@ -229,6 +227,14 @@ def _raw(text: str, where: str, changes: Sequence[str] = ()) -> dict[str, Any]:
     if isinstance(raw, ListConfig):
         raise ConfigError(f"{where}: settings by name are expected, not a list")
     return OmegaConf.to_container(raw, resolve=False)
+
+
+def _change(change: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([change])
+    except yaml.YAMLError as error:
+        told = getattr(error, "problem", None) or error
+        raise ConfigError(f"{change}: not valid YAML: {told}; put the value in quotes") from None
 
 
 def _flatten_raw(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -289,9 +295,9 @@ def _build(kind: type, raw: Any, prefix: str, problems: list[str]) -> Any:
     names = [f.name for f in fields(kind)]
     for key in raw:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(names)}"
-            problems.append(f"{prefix}{key}: unknown setting{hint}")
+            known = [name for name, _, _ in describe()]
+            hint = hints.meant(str(key), prefix, names, known)
+            problems.append(f"{prefix}{key}: unknown setting; {hint}")
     values = {}
     for f, hint in _typed_fields(kind):
         name = f"{prefix}{f.name}"
@@ -323,7 +329,9 @@ def _scalar(name: str, value: Any, hint: Any, accepted: Any, problems: list[str]
         good = bool(PLAIN_NAME.fullmatch(value))
     if not good:
         shown = ascii(value) if isinstance(value, str) and not value.isprintable() else value
-        problems.append(f"{name}={shown}: expected {_accepted(hint, accepted)}")
+        why = hints.misread(value, hint, accepted)
+        wanted = "text" if why and hint is str else _accepted(hint, accepted)
+        problems.append(f"{name}={shown}: expected {wanted}{why}")
     return value
 
 
@@ -350,7 +358,7 @@ def _accepted(hint: Any, accepted: Any) -> str:
 def _inconsistencies(config: Config) -> list[str]:
     """Problems that no single setting shows."""
     problems = []
-    model, train, corpus, init = config.model, config.train, config.corpus, config.init
+    model, train, corpus = config.model, config.train, config.corpus
     if model.n_embd % model.n_head:
         problems.append(
             f"model.n_embd={model.n_embd}: expected a multiple of model.n_head={model.n_head}"
@@ -365,9 +373,6 @@ def _inconsistencies(config: Config) -> list[str]:
             f"train.sequence_length={train.sequence_length}: expected at least {CHOICE_ENDING}, "
             "the length of an ending, or evaluate.choice_items=0"
         )
-    pattern = PureWindowsPath(corpus.pattern)  # it knows both separators, and drives
-    if pattern.anchor or ".." in pattern.parts:
-        problems.append(f"corpus.pattern={corpus.pattern}: expected a glob inside corpus.path")
     if train.min_lr > train.lr:
         problems.append(f"train.min_lr={train.min_lr}: expected at most train.lr={train.lr}")
     if train.warmup_steps >= train.steps:
@@ -384,10 +389,4 @@ def _inconsistencies(config: Config) -> list[str]:
             f"corpus.path={corpus.path}: expected a file or folder, "
             f"since corpus.source={corpus.source}"
         )
-    local = init.source == "hf" and os.path.isdir(os.path.expanduser(init.hf_model))
-    if local and init.hf_watch != init.hf_model:
-        problems.append(
-            f"init.hf_watch={init.hf_watch}: expected {init.hf_model}, as in init.hf_model, "
-            "so that DVC notices an edit in that folder"
-        )
-    return problems
+    return problems + watched.problems(config)

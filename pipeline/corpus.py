@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import codecs
-import glob
 import hashlib
-import itertools
 import math
-import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline import fields, python_docs
-from pipeline.errors import ConfigError, InputError
+from pipeline import fields, listing, python_docs
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
@@ -24,7 +21,6 @@ READ_BYTES = 1 << 18  # of a text file at a time
 PART_CHARACTERS = 1 << 18  # tiktoken's regex fails on whitespace runs of some 900,000
 MOST_PROBLEMS = 8  # named at once
 _HASH_RANGE = 1 << 64
-_SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl",), "parquet": (".parquet",)}
 
 
 class Document(NamedTuple):
@@ -42,16 +38,19 @@ class Document(NamedTuple):
 def documents(config: CorpusConfig) -> Iterator[Document]:
     """Every document of the source, streamed, in an order that depends on the content alone.
 
-    Documents without any text are left out. Raises InputError naming the file and the byte
-    offset, line or row of invalid text, or corpus.field and the fields there are.
+    Documents without any text are left out; `check` counts them, and `listing.left_out` says which
+    files are passed over. Raises InputError naming the file and the byte offset, line or row of
+    invalid text, or corpus.field and the fields there are.
     """
-    return SOURCES[config.source](config, _raise)
+    return (document for document in SOURCES[config.source](config, _raise) if document.text)
 
 
 def check(
     config: CorpusConfig, progress: Callable[[int], None] = lambda characters: None
 ) -> dict[str, int]:
-    """Read all of the source as `documents` does, before any work: the documents of each split.
+    """Read all of the source as `documents` does, before any work.
+
+    Gives the documents of each split, and as `empty` how many are left out for want of text.
 
     Raises one InputError that names everything unusable, up to MOST_PROBLEMS places. `progress`
     gets the characters of text read since its last call.
@@ -63,10 +62,10 @@ def check(
         if len(problems) == MOST_PROBLEMS:
             raise _Enough
 
-    counts = {"train": 0, "val": 0}
+    counts = {"train": 0, "val": 0, "empty": 0}
     try:
         for document in SOURCES[config.source](config, keep):
-            counts[document.split] += document.starts
+            counts[document.split if document.text else "empty"] += document.starts
             progress(len(document.text))
     except _Enough:
         problems.append("and perhaps more: the rest has not been read")
@@ -135,12 +134,14 @@ def _share_among(names: list[str], config: CorpusConfig) -> int:
 
 
 def _document(name: str, share: int, chunks: Iterable[str]) -> Iterator[Document]:
-    """The parts of one document from its text in pieces of any size."""
+    """The parts of one document from its text in pieces of any size; one without text if empty."""
     split = "val" if name_hash(name) < share else "train"
     starts = True
     for part in _parts(chunks):
         yield Document(name, split, part, starts)
         starts = False
+    if starts:
+        yield Document(name, split, "")
 
 
 def _parts(chunks: Iterable[str]) -> Iterator[str]:
@@ -171,71 +172,22 @@ def _cut(text: str, limit: int) -> int:
     return limit
 
 
-def _checked(text: str, where: str) -> str:
-    if "\0" in text:
-        raise InputError(f"{where}: NUL character at {text.index(chr(0))}; is this really text?")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(text[error.start]):04X}"
-        raise InputError(f"{where}: lone surrogate {code} at character {error.start}") from None
-    return text
-
-
 # --- the language's own documentation
 
 
 def _python_docs(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
     """One document a topic of the reference, and one a module of the standard library."""
     texts = python_docs.texts()
-    for name in sorted(texts):
+    for name in sorted(name for name, text in texts.items() if text):
         yield from _document(name, _share(config), [texts[name]])
 
 
 # --- files
 
 
-def _files(config: CorpusConfig) -> dict[str, Path]:
-    """{name: path}, sorted by name: relative to corpus.path, with forward slashes.
-
-    corpus.path is a file, a folder of which corpus.pattern says what to take, or itself a glob.
-    Only the source's own suffixes are taken unless the pattern ends in another; nothing hidden.
-    """
-    path = Path(os.path.expanduser(config.path))
-    if path.is_file():
-        return {path.name: path}
-    if path.is_dir():
-        root, pattern, found = path, config.pattern, _matching(path, config.pattern)
-    elif glob.has_magic(config.path):
-        plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
-        root, pattern = Path(*plain), path.name
-        found = map(Path, glob.iglob(str(path), recursive=True))
-    else:
-        raise InputError(f"corpus.path={config.path}: no such file or folder")
-    suffixes = _SUFFIXES[config.source]
-    taken = {}
-    for file in found:
-        parts = file.relative_to(root).parts
-        hidden = any(part.startswith(".") for part in parts)
-        kind = Path(pattern).suffix or file.suffix.lower() in suffixes
-        if file.is_file() and kind and not hidden:
-            taken["/".join(parts)] = file
-    if not taken:
-        asked = f"corpus.path={config.path}, corpus.pattern={config.pattern}"
-        raise InputError(f"{asked}: no file found; looked for {' and '.join(suffixes)}")
-    return {name: taken[name] for name in sorted(taken)}
-
-
-def _matching(folder: Path, pattern: str) -> list[Path]:
-    try:
-        return list(folder.glob(pattern))
-    except (ValueError, NotImplementedError) as error:
-        raise ConfigError(f"corpus.pattern={pattern}: expected a glob: {error}") from None
-
-
 def _text(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
     """One document a file; the blocks of a file on its own."""
-    files = _files(config)
+    files = listing.files(config)
     if len(files) > 1:
         share = _share_among(list(files), config)
         for name, path in files.items():
@@ -280,8 +232,8 @@ def _block_end(text: str, start: int, size: int) -> int:
 def _read(path: Path) -> Iterator[str]:
     """A UTF-8 file's text in pieces, line ends as they are, without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0  # in the file, of the bytes that the decoder has not yet turned into text
-    with path.open("rb") as file:
+    total = offset = 0  # bytes read; where those begin that are not yet turned into text
+    with fields.opened(path) as file:
         while True:
             content = file.read(READ_BYTES)
             try:
@@ -295,29 +247,28 @@ def _read(path: Path) -> Iterator[str]:
             yield text.removeprefix("\ufeff") if offset == 0 else text
             if not content:
                 return
-            offset = file.tell() - len(decoder.getstate()[0])
+            total += len(content)
+            offset = total - len(decoder.getstate()[0])
 
 
 def _jsonl(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
     """One document a line: the field `corpus.field` of its object."""
-    for name, path in _files(config).items():
+    for name, path in listing.files(config).items():
         with _refusing(refuse, path):
-            for number, start, content in fields.lines(path):
-                where = f"{path}: line {number}"
+            for line in fields.lines(path):
                 with _refusing(refuse, path):
-                    text = fields.line_text(content, start, config.field, where)
-                    chunks = [_checked(text, where)]
-                    yield from _document(f"{name}:{number}", _share(config), chunks)
+                    chunks = [fields.line_text(line, config.field)]
+                    yield from _document(f"{name}:{line.number}", _share(config), chunks)
 
 
 def _parquet(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
     """One document a row: the column `corpus.field`."""
-    for name, path in _files(config).items():
+    for name, path in listing.files(config).items():
         with _refusing(refuse, path):
             for number, value in enumerate(fields.rows(path, config.field)):
                 where = f"{path}: row {number}"
                 with _refusing(refuse, path):
-                    chunks = [_checked(fields.row_text(value, config.field, where), where)]
+                    chunks = [fields.row_text(value, config.field, where)]
                     yield from _document(f"{name}:{number}", _share(config), chunks)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline import fields
 from pipeline.data import validation_windows
 from pipeline.errors import InputError
 from pipeline.loss import IGNORE, evaluating, mean_loss, token_losses
@@ -308,26 +309,27 @@ def _strangers(
 def hellaswag_items(path: str | Path) -> list[Choice]:
     """Items of a HellaSwag .jsonl file (Zellers et al. 2019): ind, ctx, endings, label.
 
-    A missing `ctx` is `ctx_a`, a space and `ctx_b`, as the data set defines it; an ending is
-    encoded with the space before it. Raises one InputError naming path, line and field of all
-    that cannot be used, up to MOST_PROBLEMS.
+    A missing or empty `ctx` is `ctx_a`, a space and `ctx_b`, as the data set defines it; an ending
+    is encoded with the space before it. The file may be packed (`.gz`, `.zst`). Raises one
+    InputError naming path, line and field of all that cannot be used, up to MOST_PROBLEMS.
     """
     path = Path(path)
-    try:
-        if path.stat().st_size > HELLASWAG_BYTES:
-            raise InputError(f"{path}: expected at most {HELLASWAG_BYTES:,} bytes")
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable UTF-8 text file: {error}") from None
     items, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        try:
-            items += [_hellaswag_item(line, f"{path}, line {number}")] if line.strip() else []
-        except InputError as error:
-            problems.append(str(error))
-        if len(problems) == MOST_PROBLEMS:
-            problems.append("and perhaps more: the rest has not been read")
-            break
+    try:
+        for line in fields.lines(path):
+            if line.start > HELLASWAG_BYTES:
+                raise InputError(f"{path}: expected at most {HELLASWAG_BYTES:,} bytes")
+            try:
+                items.append(_hellaswag_item(line))
+            except InputError as error:
+                problems.append(str(error))
+            if len(problems) == MOST_PROBLEMS:
+                problems.append("and perhaps more: the rest has not been read")
+                break
+    except InputError as error:
+        problems.append(str(error))
+    except OSError as error:
+        problems.append(f"{path}: cannot be read: {error.strerror or error}")
     if problems:
         raise InputError("\n  ".join(problems))
     if not items:
@@ -335,18 +337,13 @@ def hellaswag_items(path: str | Path) -> list[Choice]:
     return items
 
 
-def _hellaswag_item(line: str, where: str) -> Choice:
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
-    if not isinstance(item, dict):
-        raise InputError(
-            f"{where}: expected an object with ctx, endings and label, got {line[:60]}"
-        )
+def _hellaswag_item(line: fields.Line) -> Choice:
+    item, where = fields.json_object(line), line.where
     context = item.get("ctx")
-    if context is None:
-        context = f"{item.get('ctx_a', '')} {item.get('ctx_b', '')}".strip()
+    if context is None or context == "":
+        parts = [item.get(name) or "" for name in ("ctx_a", "ctx_b")]
+        if all(isinstance(part, str) for part in parts):
+            context = " ".join(parts).strip()
     if not isinstance(context, str) or not context:
         raise InputError(f"{where}: ctx={context!r}: expected text, or ctx_a and ctx_b")
     endings = item.get("endings")
@@ -358,8 +355,12 @@ def _hellaswag_item(line: str, where: str) -> Choice:
         raise InputError(
             f"{where}: label={label!r}: expected 0 to {CHOICES - 1}; the test split has no labels"
         )
-    encoded = (tuple(encode(f" {ending}").tolist()) for ending in endings)
-    return Choice(tuple(encode(context).tolist()), tuple(encoded), int(label))
+    start = _tokens(context, f"{where}: ctx")
+    return Choice(start, tuple(_tokens(f" {e}", f"{where}: endings") for e in endings), int(label))
+
+
+def _tokens(text: str, where: str) -> tuple[int, ...]:
+    return tuple(encode(fields.checked(text, where)).tolist())
 
 
 def write_hellaswag(items: Sequence[Choice], path: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from pathlib import Path
@@ -235,11 +234,11 @@ def import_pretrained(
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Published weights -> (config, our state dict in fp32), from a local folder or a hub id.
 
-    A folder may be absolute or start with `~`; it is only read, and only safetensors are. For a
-    size nobody published it warns that `n_head` is taken on trust. Raises InputError where the
-    weights or their config cannot be used, or the hub cannot be reached.
+    A folder is only read, and only safetensors are. For a size nobody published it warns that
+    `n_head` is taken on trust. Raises InputError where the weights or their config cannot be used,
+    or the hub cannot be reached.
     """
-    folder = Path(os.path.expanduser(name_or_folder))
+    folder = Path(name_or_folder)
     if not folder.is_dir():
         folder = _download(name_or_folder)
     where = folder / "config.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import Any
 
@@ -74,7 +73,7 @@ def hellaswag(config: Config) -> dict[str, Any]:
     """The user's own items, checked; none where no file is given."""
     if config.evaluate.hellaswag == UNSET_PATH:
         return {}
-    items = tasks.hellaswag_items(os.path.expanduser(config.evaluate.hellaswag))
+    items = tasks.hellaswag_items(config.evaluate.hellaswag)
     tasks.check_endings(items, config.train.sequence_length)
     return {"hellaswag": items}
 

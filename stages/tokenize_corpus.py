@@ -6,7 +6,7 @@ import time
 
 from tqdm import tqdm
 
-from pipeline import corpus, data, overlap, paths, tokenizing, tracking
+from pipeline import corpus, data, listing, overlap, paths, tokenizing, tracking
 from pipeline.config import Config
 from stages import run
 
@@ -14,7 +14,9 @@ from stages import run
 def main(config: Config) -> None:
     with tracking.record("tokenize", config) as record:
         with tqdm(unit="B", unit_scale=True, desc="check", mininterval=0.5) as bar:
-            tokenizing.refuse_empty(corpus.check(config.corpus, bar.update))
+            counts = corpus.check(config.corpus, bar.update)
+        show_left_out(listing.left_out(config.corpus), counts["empty"])
+        tokenizing.refuse_empty(counts)
         started = time.perf_counter()
         with tqdm(unit="B", unit_scale=True, desc="tokenize", mininterval=0.5) as bar:
             documents = corpus.documents(config.corpus)
@@ -41,6 +43,15 @@ def main(config: Config) -> None:
             f"tokenize: {shared:.1%} of the validation passages ({overlap.LENGTH} tokens) stand "
             "in the training text, too"
         )
+
+
+def show_left_out(files: str, documents: int) -> None:
+    """What the corpus passes over: a line for files and one for documents, if there are any."""
+    if files:
+        print(f"tokenize: {files}")
+    if documents:
+        plural = "s" * (documents > 1)
+        print(f"tokenize: left out {documents:,} document{plural} without any text")
 
 
 if __name__ == "__main__":

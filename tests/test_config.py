@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from ruamel.yaml import YAML
 
 from pipeline import config as configuration
+from pipeline import hints, watched
 from pipeline.errors import ConfigError
 from tests.conftest import NANO, params
 
@@ -66,6 +67,7 @@ def test_the_default_recipe_is_complete_and_valid() -> None:
         ({"train__warmup_steps": 200}, "train.warmup_steps=200: expected less than"),
         ({"train__sequence_length": 8}, "train.sequence_length=8: expected at least 16"),
         ({"corpus__pattern": "/a/*"}, "corpus.pattern=/a/*: expected a glob inside corpus.path"),
+        ({"corpus__pattern": "a/**.txt"}, "corpus.pattern=a/**.txt: expected ** alone between"),
         ({"model__n_embd": 10**9}, "model.n_embd=1000000000: expected a whole number at least 1"),
         ({"model__vocab_rows": 10**9}, "model.vocab_rows=1000000000: expected a whole number"),
         ({"corpus__source": "text"}, "corpus.path=data/unset: expected a file or folder"),
@@ -229,8 +231,54 @@ def test_an_input_may_be_anywhere_but_is_text(name: str) -> None:
     setting = name.replace("__", ".")
     for value in ("a\0b", "a\udcff"):
         assert f"{setting}={ascii(value)}: expected text" in problems(**{name: value})
-    for value in ("/data/x", "~/x", "~nobody-here/x", "../x"):
+    for value in ("/data/x", "../x", "x/~y"):
         assert configuration.from_dict(params(**{name: value}))
+
+
+PATHS = ["corpus__path", "init__hf_model", "init__hf_watch", "evaluate__hellaswag"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(
+    ("value", "way_out"),
+    [
+        ("~/x", "DVC does not know what ~ stands for; say {home}/x"),
+        ("~nobody-here/x", "DVC does not know what ~ stands for; say the whole path"),
+        ("data/x*.jsonl", "no such file or folder, and DVC takes no glob here; {glob}"),
+    ],
+)
+def test_a_path_that_dvc_cannot_find_is_refused_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, way_out: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    pattern = "say corpus.path=data and corpus.pattern=x*.jsonl"
+    words = {
+        "home": "/home/me",
+        "glob": pattern if name == "corpus__path" else "name the one that is meant",
+    }
+    setting = name.replace("__", ".")
+    assert f"{setting}={value}: {way_out.format(**words)}" in problems(**{name: value})
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("value", ["~x", "a[1]", "a*b?"])
+def test_a_name_that_really_holds_such_characters_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"{name.replace('__', '.')}={value}: " in problems(**{name: value})
+    Path(value).mkdir()
+    assert configuration.from_dict(params(**{name: value}))
+
+
+@pytest.mark.parametrize("value", ["~/x", "*.txt", "a[1]"])
+def test_dvc_takes_a_path_by_the_letter(tmp_path: Path, value: str) -> None:
+    from dvc.fs import LocalFileSystem
+
+    assert not LocalFileSystem().exists(str(tmp_path / value))
+    (tmp_path / value).mkdir(parents=True)
+    assert LocalFileSystem().exists(str(tmp_path / value))
 
 
 def test_numbers_that_dvc_rewrites_are_read_as_numbers(tmp_path: Path) -> None:
@@ -243,6 +291,118 @@ def test_numbers_that_dvc_rewrites_are_read_as_numbers(tmp_path: Path) -> None:
 def test_a_local_folder_of_weights_has_to_be_watched(tmp_path: Path) -> None:
     said = problems(init__source="hf", init__hf_model=str(tmp_path))
     assert said.startswith("params: init.hf_watch=data/unset: expected " + str(tmp_path))
+
+
+@pytest.mark.parametrize("model", ["gpt2", "openai-community/gpt2", "folder"])
+def test_sizes_other_than_those_of_published_weights_are_named_before_any_stage(
+    tmp_path: Path, model: str
+) -> None:
+    changes = {"model__n_layer": 12, "model__n_head": 12, "model__n_embd": 768}
+    sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}
+    if model == "folder":
+        (tmp_path / "config.json").write_text(json.dumps(sizes), "utf-8")
+        model = changes["init__hf_watch"] = str(tmp_path)
+    wanted = changes | {"init__source": "hf", "init__hf_model": model}
+    said = problems(**wanted | {"model__n_layer": 11, "model__block_size": 512})
+    assert said.splitlines() == [
+        f"params: model.n_layer=11: expected 12, as {model} has",
+        f"params: model.block_size=512: expected 1024, as {model} has",
+    ]
+    assert configuration.from_dict(params(**wanted | {"model__block_size": 1024}))
+    assert configuration.from_dict(params(**wanted | {"init__source": "random"}))
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"n_layer": 1}', '{"n_layer": "x"}'])
+def test_a_config_json_that_says_nothing_is_left_to_the_import(
+    tmp_path: Path, content: str | None
+) -> None:
+    if content:
+        (tmp_path / "config.json").write_text(content, "utf-8")
+    places = {"init__hf_model": str(tmp_path), "init__hf_watch": str(tmp_path)}
+    assert configuration.from_dict(params(init__source="hf", **places))
+    assert configuration.from_dict(params(init__source="hf", init__hf_model="someone/else"))
+
+
+def test_the_published_sizes_are_those_that_the_import_knows() -> None:
+    from pipeline.hf_weights import PUBLISHED_HEADS
+
+    known = {(sizes[0], sizes[2]): sizes[1] for sizes in watched.PUBLISHED.values()}
+    assert known.items() >= PUBLISHED_HEADS.items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("tracking__experiment=2024", "=2024: expected text; it is read as a number, so put it in"),
+        ("tracking__experiment='2024'", ""),
+        ("corpus__field=1.5", "=1.5: expected text; it is read as a number, so put it in quotes"),
+        ("corpus__pattern=true", "=True: expected text; it is read as true or false, so put it"),
+        ("corpus__path=null", "=None: expected text; it is read as null"),
+        ("train__steps='200'", "=200: expected a whole number at least 1, without quotes"),
+        ("train__lr='1e-3'", "=1e-3: expected a number above 0 and at most 10, without quotes"),
+        ("train__lr='nan'", "=nan: expected a number above 0 and at most 10"),
+        ("train__compile='True'", "=True: expected true or false, without quotes"),
+        ("precision=16", "=16: expected one of fp32, tf32, bf16, fp16, fp8"),
+        ("sample__prompts=['', x]", "=['', 'x']: expected a list of texts, none of them empty"),
+        ("sample__prompts=[1984, x]", ": expected a list of texts; numbers, true and false among"),
+        ("sample__prompts=Hello", ": expected a list of texts, in square brackets or a line"),
+    ],
+)
+def test_a_value_that_yaml_reads_as_another_type_is_told_how_to_be_written(
+    changes: str, message: str
+) -> None:
+    name, _, value = changes.replace("__", ".").partition("=")
+    if not message:
+        assert configuration.load(NANO, [f"{name}={value}"])
+        return
+    with pytest.raises(ConfigError) as caught:
+        configuration.load(NANO, [f"{name}={value}"])
+    assert name in str(caught.value) and str(caught.value).count("\n") == 0
+    assert message in str(caught.value)
+
+
+def test_a_change_that_is_no_yaml_is_named_by_itself() -> None:
+    with pytest.raises(ConfigError, match=r"corpus.path=\*.txt: not valid YAML: .*in quotes"):
+        configuration.load(NANO, ["train.lr=0.1", "corpus.path=*.txt"])
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("train__learning_rate", "train.lr"),
+        ("train__max_iters", "train.steps"),
+        ("train__max_steps", "train.steps"),
+        ("train__gradient_accumulation_steps", "train.accumulate"),
+        ("train__wd", "train.weight_decay"),
+        ("model__context", "model.block_size"),
+        ("train__context", "model.block_size"),
+        ("train__Grad-Accum", "train.accumulate"),
+        ("lr", "train.lr"),
+        ("train__n_layer", "model.n_layer"),
+        ("train__keep", "checkpoint.keep"),
+        ("train__precision", "precision or evaluate.precision or sample.precision"),
+        ("seed", "init.seed or train.seed or evaluate.seed or sample.seed"),
+        ("training", "train"),
+        ("sample__weight_decays", "train.weight_decay"),
+        ("train__min_lrr", "train.min_lr"),
+    ],
+)
+@pytest.mark.fault(1)
+def test_an_unknown_setting_names_the_one_that_is_meant(name: str, meant: str) -> None:
+    said = problems(**{name: 3})
+    assert said == f"params: {name.replace('__', '.')}: unknown setting; did you mean {meant}?"
+
+
+def test_an_unknown_setting_like_no_other_brings_those_that_are_known() -> None:
+    assert "train.foo: unknown setting; known: seed, steps, time_budget" in problems(train__foo=1)
+
+
+def test_names_of_other_programs_lead_to_settings_and_are_none_themselves() -> None:
+    known = {name for name, _, _ in configuration.describe()}
+    assert hints.OTHERS_CALL_IT.keys() <= known
+    others = [other for names in hints.OTHERS_CALL_IT.values() for other in names.split()]
+    assert len(others) == len(set(others))
+    assert not set(others) & {name.rpartition(".")[2] for name in known}
 
 
 def test_the_environment_cannot_reach_params(tmp_path: Path, monkeypatch) -> None:

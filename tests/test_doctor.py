@@ -141,7 +141,7 @@ CASES: dict[doctor.Rule, list[tuple[Callable[[], Experiment], bool]]] = {
             lambda: run(
                 train__loss=straight(9.9),
                 train__update_ratio=[2e-3] * 200,
-                changes={"init__source": "hf"},
+                changes={"init__source": "hf", "init__hf_model": "me/tiny"},
             ),
             False,
         ),

@@ -1,4 +1,5 @@
 import argparse
+import gzip
 import inspect
 import json
 import math
@@ -485,6 +486,57 @@ def test_a_missing_ctx_is_ctx_a_and_ctx_b(tmp_path):
     assert gpt2().decode(first.context) == "A man stands."
 
 
+@pytest.mark.fault(66)
+def test_an_empty_ctx_is_ctx_a_and_ctx_b(tmp_path):
+    parts = {"ctx_a": "A man stands.", "ctx_b": "He"}
+    (item,) = hellaswag_items(file_of(tmp_path, row(ctx="", **parts)))
+    assert gpt2().decode(item.context) == "A man stands. He"
+
+
+@pytest.mark.parametrize("parts", [{"ctx_a": 5, "ctx_b": "He"}, {"ctx_a": ""}, {"ctx_b": ["a"]}])
+def test_parts_of_a_context_that_are_no_text_are_refused(tmp_path, parts):
+    with pytest.raises(InputError, match="line 1: ctx=''"):
+        hellaswag_items(file_of(tmp_path, row(ctx="", **parts)))
+
+
+@pytest.mark.fault(66)
+def test_a_byte_order_mark_and_a_packed_file_are_read(tmp_path):
+    plain = file_of(tmp_path, row(), row(label=1))
+    items = hellaswag_items(plain)
+    content = b"\xef\xbb\xbf" + plain.read_bytes()
+    plain.write_bytes(content)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(content))
+    assert hellaswag_items(plain) == hellaswag_items(tmp_path / "packed.jsonl.gz") == items
+
+
+@pytest.mark.fault(66)
+def test_a_packed_file_that_is_cut_short_is_one_error(tmp_path):
+    content = gzip.compress(file_of(tmp_path, *[row(ind=i) for i in range(99)]).read_bytes())
+    (tmp_path / "packed.jsonl.gz").write_bytes(content[:-20])
+    with pytest.raises(InputError, match="packed.jsonl.gz: not a whole gzip file") as caught:
+        hellaswag_items(tmp_path / "packed.jsonl.gz")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.fault(16)
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (row(ctx="a\0b"), "line 2: ctx: NUL character at 1"),
+        (row(endings=["a", "b\ud800", "c", "d"]), r"line 2: endings: lone surrogate U\+D800"),
+    ],
+)
+def test_an_item_that_is_no_text_is_refused_as_a_corpus_is(tmp_path, bad, message):
+    with pytest.raises(InputError, match=message):
+        hellaswag_items(file_of(tmp_path, row(), bad))
+
+
+def test_a_file_larger_than_hellaswag_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "HELLASWAG_BYTES", 300)
+    with pytest.raises(InputError, match="expected at most 300 bytes"):
+        hellaswag_items(file_of(tmp_path, *[row()] * 5))
+
+
 def test_labels_as_text_and_blank_lines_are_taken(tmp_path):
     path = file_of(tmp_path, row(label="3"))
     path.write_text("\n" + path.read_text("utf-8") + "\r\n\n", encoding="utf-8")
@@ -512,7 +564,7 @@ def test_a_bad_field_is_reported_with_line_and_name(tmp_path, bad, message):
     path = file_of(tmp_path, row(), bad)
     with pytest.raises(InputError) as error:
         hellaswag_items(path)
-    assert "hellaswag.jsonl, line 2: " + message in str(error.value)
+    assert "hellaswag.jsonl: line 2: " + message in str(error.value)
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "null", '"text"'])
@@ -526,8 +578,12 @@ def test_a_line_that_is_no_object_is_reported(tmp_path, line):
 def test_a_file_that_cannot_be_read_is_reported(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe")
     (tmp_path / "empty.jsonl").write_bytes(b"\n")
-    for path in (tmp_path, tmp_path / "none.jsonl", tmp_path / "latin.jsonl"):
-        with pytest.raises(InputError, match="not a readable UTF-8 text file"):
+    for path, message in (
+        (tmp_path, "cannot be read: Is a directory"),
+        (tmp_path / "none.jsonl", "none.jsonl: cannot be read: No such file"),
+        (tmp_path / "latin.jsonl", "latin.jsonl: line 1: invalid UTF-8 at byte 0 of the file"),
+    ):
+        with pytest.raises(InputError, match=message):
             hellaswag_items(path)
     with pytest.raises(InputError, match="no items"):
         hellaswag_items(tmp_path / "empty.jsonl")

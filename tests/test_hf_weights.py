@@ -204,12 +204,6 @@ def test_old_files_with_prefix_masks_and_a_tied_head_give_the_same(
     assert "transformer.h.0.attn.c_attn.bias" in state
 
 
-def test_a_home_relative_folder_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(folder.parent))
-    monkeypatch.setenv("USERPROFILE", str(folder.parent))
-    assert import_pretrained(f"~/{folder.name}")[0].n_layer == 2
-
-
 def test_import_copies_so_that_the_file_may_change_later(folder: Path) -> None:
     state = import_pretrained(str(folder))[1]
     before = {name: tensor.clone() for name, tensor in state.items()}
