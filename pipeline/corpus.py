@@ -91,6 +91,11 @@ def describe(config: CorpusConfig) -> dict[str, Any]:
     return about
 
 
+def names(config: CorpusConfig) -> list[str]:
+    """The files of a source that is files, relative to corpus.path; raises InputError for none."""
+    return list(_files(config))
+
+
 # --- what is refused
 
 Refuse = Callable[[InputError], None]  # told of a file, line or row that cannot be used

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import paths, records
+from pipeline import git, paths, records
+from pipeline.errors import InputError
 from pipeline.records import UPSTREAM, Event
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def experiments(stages: tuple[str, ...] = tuple(UPSTREAM)) -> Iterator[Experimen
     """Every DVC experiment of this repository, on whatever commit, and then the workspace.
 
     Only the records of `stages` are read. A record that is in no cache any more is left out
-    with a warning that names the experiment. Without git the workspace is all there is.
+    with a warning that names the experiment. Without git the workspace is all there is. Raises
+    InputError where git refuses the folder, since another user owns it.
     """
     with _repository() as repo:
         if repo:
@@ -160,9 +162,7 @@ class Task:
 
 def names() -> set[str]:
     """Of every experiment and of every task of the queue."""
-    from dvc.repo import Repo
-
-    with Repo(str(paths.root())) as repo:
+    with _open() as repo:
         listed = repo.experiments.ls(all_commits=True)
     found = {name for on_commit in listed.values() for name, _ in on_commit}
     return found | {task.name for task in queue()}
@@ -184,10 +184,9 @@ def _of_queue(look: Callable[[Any], Any]) -> Any:
 
     Raises what the last of several looks raised.
     """
-    from dvc.repo import Repo
 
     def now() -> Any:
-        with Repo(str(paths.root())) as repo:
+        with _open() as repo:
             return look(repo.experiments.celery_queue)
 
     logging.getLogger("kombu.connection").setLevel(logging.ERROR)  # files need no host
@@ -261,16 +260,24 @@ def copy_of(found: Experiment, path: str, folder: Path) -> Path | None:
 @contextlib.contextmanager
 def _repository() -> Iterator[Repo | None]:
     """This repository in DVC's hands; None where there is no git, hence no experiment."""
-    from dvc.repo import Repo
     from dvc.scm import NoSCM, SCMError
 
     try:
-        repo = Repo(str(paths.root()))
+        repo = _open()
     except SCMError:
         yield None
         return
     with repo:
         yield None if isinstance(repo.scm, NoSCM) else repo
+
+
+def _open() -> Repo:
+    """Raises InputError where git, and so DVC, refuses the folder of another owner."""
+    from dvc.repo import Repo
+
+    if problem := git.refused():
+        raise InputError(problem)
+    return Repo(str(paths.root()))
 
 
 class _Reader:

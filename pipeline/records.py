@@ -40,7 +40,7 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 # numbers that stand beside it: another colour must not train for days again.
 NO_RESULTS = (
     *("config", "errors", "paths", "records", "rows", "runs", "shipping", "store", "tracking"),
-    *("cache", "interruption", "resume", "view", "yaml_text"),
+    *("cache", "git", "interruption", "resume", "view", "yaml_text"),
     *("comparison", "contrast", "debugging", "doctor", "experiments", "figures", "forecast"),
     *("history", "logged_models", "nonfinite", "notes", "passages", "plots", "queueing"),
     *("report", "report_figures", "report_run", "snapshot", "sweep", "symptoms"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import config as configuration
-from pipeline import plots
+from pipeline import git, plots
 from pipeline.config import Config
 from pipeline.errors import UserError, disk_full, exit_code, out_of_memory
 
@@ -50,7 +50,9 @@ def run(main: Callable[[Config], None]) -> None:
         stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed
     try:
-        main(configuration.load())
+        config = configuration.load()
+        git.warn()
+        main(config)
         plots.keep_script()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
