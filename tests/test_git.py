@@ -14,7 +14,7 @@ import pytest
 
 from pipeline import experiments, git, sweep
 from pipeline.errors import InputError
-from tests.conftest import NANO, ROOT
+from tests.conftest import NANO, ROOT, Checkout, tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -242,3 +242,45 @@ def test_every_member_of_a_sweep_carries_its_inputs(repo: Path) -> None:
     found = sweep.plan(["train.lr=0.001,0.002", "corpus.source=text", "corpus.path=data/corpus"])
     assert [member.inputs for member in found.members] == [("data/corpus/1.txt",)] * 2
     assert "each gets a copy of data/corpus/1.txt; an absolute path" in found.page()
+
+
+# --- the same seen from outside
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A clean clone's state: dvc.lock as it is committed, no cache, and text in data/corpus."""
+    made = tiny_pipeline(tmp_path_factory.mktemp("fresh"))
+    shutil.copyfile(ROOT / "dvc.lock", made.folder / "dvc.lock")
+    made.run("git", "add", "--all")
+    made.run("git", "commit", "--quiet", "--message", "as committed")
+    for text in (made.folder / "data/text").iterdir():
+        shutil.copyfile(text, made.folder / "data/corpus" / text.name)
+    return made
+
+
+OWN = ("-S", "corpus.path=data/corpus", "tokenize")
+
+
+@pytest.mark.slow
+def test_a_first_experiment_of_one_stage_in_a_clean_clone_is_kept(fresh: Checkout) -> None:
+    fresh.dvc("exp", "run", "-n", "one", *OWN)
+    assert "[one]" in fresh.dvc("exp", "list")
+    changed = fresh.run("git", "status", "--porcelain").stdout
+    assert changed == " M dvc.lock\n M params.yaml\n"
+
+
+@pytest.mark.slow
+@pytest.mark.fault(63)
+def test_own_text_is_missed_in_a_temporary_workspace_and_can_be_brought_there(
+    fresh: Checkout,
+) -> None:
+    said = fresh.dvc("exp", "run", "--temp", "-n", "two", *OWN, expect=255)
+    assert "error: corpus.path=data/corpus: git does not carry 12 of its files" in said
+    assert f"-S corpus.path={fresh.folder}/data/corpus" in said
+    copied = [word for n in range(12) for word in ("-C", f"data/corpus/{n:02}.txt")]
+    fresh.dvc("exp", "run", "--temp", "-n", "two", *copied, *OWN)
+    absolute = f"corpus.path={fresh.folder}/data/corpus"
+    fresh.dvc("exp", "run", "--temp", "-n", "three", "-S", absolute, "tokenize")
+    listed = fresh.dvc("exp", "list")
+    assert "[two]" in listed and "[three]" in listed

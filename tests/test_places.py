@@ -52,6 +52,9 @@ def files(folder: Path) -> list[str]:
 
 
 def moved(before: Path, how: str, monkeypatch) -> Path:
+    from mlflow.tracking._tracking_service import utils
+
+    utils._artifact_repos_cache.clear()  # as another process finds it
     after = before.with_name("after " + before.name)
     if how == "move":
         before.rename(after)
