@@ -64,7 +64,10 @@ def at_root(uri: str) -> str:
     scheme = urlsplit(uri).scheme
     if scheme.startswith("sqlite"):
         path = sqlite_path(uri)
-        return uri if path is None or path.is_absolute() else sqlite_uri(paths.root() / path)
+        if path is None or path.is_absolute():
+            return uri
+        _, options, values = uri.partition("?")
+        return sqlite_uri(paths.root() / path) + options + values
     if uri in _NO_PATHS or (scheme != "file" and len(scheme) > 1):  # one letter is a drive
         return uri
     path = Path(url2pathname(urlsplit(uri).path) if scheme else uri)

@@ -133,6 +133,7 @@ def test_another_name_of_the_same_folder_and_a_shared_store_change_nothing(
 def test_a_repository_with_characters_that_uris_know_has_its_store_and_no_folder_beside_it(
     before: Path,
 ) -> None:
+    (before / "mlflow.db").unlink()
     filled(store.connect())
     assert store.sqlite_path(store.store_uri()) == before / "mlflow.db"
     assert files(before / "mlartifacts") == ["first.txt"]
@@ -182,6 +183,7 @@ def test_sqlalchemy_opens_a_relative_file_in_the_current_folder(aside: Path) -> 
     ("given", "meant"),
     [
         ("sqlite:///sub/my.db", "sqlite:///{root}/sub/my.db"),
+        ("sqlite:///my.db?timeout=9", "sqlite:///{root}/my.db?timeout=9"),
         ("runs", "file://{root}/runs"),
         ("./runs", "file://{root}/runs"),
         ("file:runs", "file://{root}/runs"),
