@@ -61,7 +61,7 @@ def at_root(uri: str) -> str:
 
     A stage's own folder may be DVC's temporary workspace, which goes with all that lies in it.
     """
-    scheme = urlsplit(uri).scheme
+    scheme = _scheme(uri)
     if scheme.startswith("sqlite"):
         path = sqlite_path(uri)
         if path is None or path.is_absolute():
@@ -70,8 +70,13 @@ def at_root(uri: str) -> str:
         return sqlite_uri(paths.root() / path) + options + values
     if uri in _NO_PATHS or (scheme != "file" and len(scheme) > 1):  # one letter is a drive
         return uri
-    path = Path(url2pathname(urlsplit(uri).path) if scheme else uri)
+    path = _as_path(uri) if scheme == "file" else Path(uri)
     return uri if path.is_absolute() else (paths.root() / path).as_uri()
+
+
+def _scheme(uri: str) -> str:
+    """Of a URI, which may be no whole one: whoever opens it will say so."""
+    return uri.partition(":")[0] if ":" in uri else ""
 
 
 def sqlite_uri(path: Path) -> str:
@@ -149,7 +154,7 @@ def artifact_location(experiment: str) -> str | None:
 
     A database alone would have them in the current folder, which may be a temporary workspace.
     """
-    scheme = urlsplit(store_uri()).scheme
+    scheme = _scheme(store_uri())
     known = scheme in ("", "file", "http", "https", *_NO_PATHS)
     return None if known else (paths.root() / ARTIFACTS / experiment).as_uri()
 

@@ -200,7 +200,7 @@ def test_relative_means_relative_to_the_main_root(given: str, meant: str, monkey
     [
         *("sqlite:////a/my.db", "sqlite://", "sqlite:///:memory:", "file:///a/runs", "/a/runs"),
         *("http://host:5000", "postgresql://me:pw@host/db", "databricks", "databricks://profile"),
-        "sqlite:nonsense",
+        *("sqlite:nonsense", "http://[nonsense"),
     ],
 )
 def test_other_uris_stay_as_they_are(uri: str) -> None:
