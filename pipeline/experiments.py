@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import paths, records, stage_graph
+from pipeline import git, paths, records, stage_graph
 from pipeline.errors import InputError
 from pipeline.records import Event
 
@@ -84,6 +84,7 @@ def experiments(stages: Iterable[str] | None = None) -> Iterator[Experiment]:
 
     Only the records of `stages` are read, by default all. A record that is in no cache any more
     is left out with a warning that names the experiment. Without git the workspace is all there is.
+    Raises InputError where git refuses the folder, since another user owns it.
     """
     with _repository() as repo:
         if repo:
@@ -264,10 +265,13 @@ def _opened() -> Repo:
     """This repository in DVC's hands, for `with`. Raises SCMError where there is no git.
 
     That is asked first: DVC asks when it has opened its databases, and leaves them open then.
+    Raises InputError where git, and so DVC, refuses the folder of another owner.
     """
     from dvc.repo import Repo
     from dvc.scm import SCM
 
+    if problem := git.refused():
+        raise InputError(problem)
     SCM(str(paths.root())).close()
     return Repo(str(paths.root()))
 

@@ -28,17 +28,20 @@ ALONE_SECONDS = 30.0  # without a worker: what is queued waits for `dvc queue st
 OPEN = ("queued", "running")
 
 
-def enqueue(members: dict[str, list[str]]) -> dict[str, str]:
+def enqueue(
+    members: dict[str, list[str]], inputs: dict[str, list[str]] | None = None
+) -> dict[str, str]:
     """{stash revision: name} of the members in DVC's queue; all of them or none.
 
-    `members` are the changes of each by its name, in Hydra's grammar. Raises InputError with
-    what DVC says.
+    `members` are the changes of each by its name, in Hydra's grammar, `inputs` the paths that DVC
+    copies into its workspace. Raises InputError with what DVC says.
     """
     before = {task.rev for task in experiments.queue()}
     queued: list[str] = []
     try:
         for name, changes in members.items():
             words = [word for change in changes for word in ("-S", change)]
+            words += [word for path in (inputs or {}).get(name, []) for word in ("-C", path)]
             dvc("exp", "run", "--queue", "--name", name, *words)
             queued.append(name)
     except BaseException:

@@ -12,7 +12,7 @@ from pipeline import notes, records, view
 from pipeline.logged_models import LoggedModels
 from pipeline.records import Event
 from pipeline.runs import is_alive
-from pipeline.store import artifact_root, connect, lock, said, store_uri
+from pipeline.store import MADE_FOR, artifact_location, artifact_root, connect, lock, said
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -227,6 +227,28 @@ def attach(training_records: Iterable[str], folder: Path, name: str) -> None:
         log.warning("MLflow did not take %s: %s", folder, said(error))
 
 
+def rename(client: MlflowClient, record: Event, known: set[str], name: str) -> dict[str, str]:
+    """Give the row of a DVC experiment the name that DVC has now: {row id: name} of what changed.
+
+    `record` is the start event of its last stage, `known` holds the ids of all of its records. A
+    name that a person has given to the row stays.
+    """
+    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+    part = f"record.{record['stage']}"
+    renamed = {}
+    for run in client.search_runs(everywhere, f"tags.`{part}` = '{record['id']}'"):
+        tags = run.data.tags
+        former = tags.get("dvc.exp_name", "")
+        own = {id_ for tag, id_ in tags.items() if tag.startswith("record.")} <= known
+        if former not in ("", name) and own:
+            row = Row(client, run.info.run_id, run.info.experiment_id)
+            row.tag({"dvc.exp_name": name})
+            if run.info.run_name == former:
+                row.tag({"mlflow.runName": name})
+            renamed[row.id] = name
+    return renamed
+
+
 def shipped(client: MlflowClient) -> list[set[str]]:
     """For every row, of whatever MLflow experiment, the ids of the records that arrived whole."""
     everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -294,9 +316,9 @@ def _experiment(client: MlflowClient, name: str) -> str:
         if found.tags.get(view.TAG) != view.state():
             client.set_experiment_tag(found.experiment_id, view.TAG, view.state())
         return found.experiment_id
-    local = store_uri().startswith("sqlite:///")
-    location = f"{artifact_root()}/{name}" if local else None
-    experiment_id = client.create_experiment(name, artifact_location=location)
+    location = artifact_location(name)
+    tags = {MADE_FOR: artifact_root()} if location else None
+    experiment_id = client.create_experiment(name, artifact_location=location, tags=tags)
     client.set_experiment_tag(experiment_id, view.TAG, view.state())
     return experiment_id
 

@@ -9,6 +9,8 @@ import re
 import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from filelock import FileLock
 
@@ -17,18 +19,88 @@ from pipeline import paths
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+log = logging.getLogger(__name__)
+
 LOCK_SECONDS = 30.0
 ANSWER_SECONDS = 5.0  # for a database that another process writes into
 LONGEST = 300  # characters of an error's message
 
 _SECRET = r"token|secret|passw|credential|key"
 _SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
+# Behind a scheme and before the host; `http://host:1/a@b` and `sqlite:////a@b` have no user.
+_USER = re.compile(r"(?<=:)//(?!/)(?!(?:(?<=https://)|(?<=http://))[^/\s:@]+(?::\d+)?[/?#])\S*@")
 _ASSIGNED = re.compile(rf"((?:{_SECRET})[\w-]*=)[^\s&]+", re.IGNORECASE)
 
 
+# Where MLflow's client looks for things, as a URI or as a file.
+_URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+_FILES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
+_NO_PATHS = ("databricks", "databricks-uc", "uc")  # MLflow's names for servers
+
+ARTIFACTS = "mlartifacts"
+MADE_FOR = "pipeline.artifacts"  # an experiment's tag: the artifact root that it was made under
+# What MLflow's schema keeps as absolute places.
+_PLACES = (
+    ("experiments", "artifact_location"),
+    ("experiment_tags", "value"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+
 def store_uri() -> str:
-    """MLFLOW_TRACKING_URI, else one sqlite file at the main repository root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{paths.root().as_posix()}/mlflow.db"
+    """MLFLOW_TRACKING_URI, else one sqlite file; a relative path starts at the main root."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    return at_root(given) if given else sqlite_uri(paths.root() / "mlflow.db")
+
+
+def at_root(uri: str) -> str:
+    """A store's URI with its path, if it is relative, taken from the main repository root.
+
+    A stage's own folder may be DVC's temporary workspace, which goes with all that lies in it.
+    """
+    scheme = _scheme(uri)
+    if scheme.startswith("sqlite"):
+        path = sqlite_path(uri)
+        if path is None or path.is_absolute():
+            return uri
+        _, options, values = uri.partition("?")
+        return sqlite_uri(paths.root() / path) + options + values
+    if uri in _NO_PATHS or (scheme != "file" and len(scheme) > 1):  # one letter is a drive
+        return uri
+    path = _as_path(uri) if scheme == "file" else Path(uri)
+    return uri if path.is_absolute() else (paths.root() / path).as_uri()
+
+
+def _scheme(uri: str) -> str:
+    """Of a URI, which may be no whole one: whoever opens it will say so."""
+    return uri.partition(":")[0] if ":" in uri else ""
+
+
+def sqlite_uri(path: Path) -> str:
+    """A database file as SQLAlchemy writes and reads it: `#`, `%` and `?` are encoded."""
+    from sqlalchemy.engine import URL
+
+    uri = URL.create("sqlite", database=path.as_posix()).render_as_string(hide_password=False)
+    # MLflow makes the folder of what stands behind `sqlite:///`, without decoding it.
+    return uri if uri.endswith(path.as_posix()) else uri.replace("sqlite", "sqlite+pysqlite", 1)
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a sqlite URI, None for any other store and for one in memory."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    if not uri.startswith("sqlite"):
+        return None
+    try:
+        database = make_url(uri).database
+    except ArgumentError:  # whoever opens it will say so
+        return None
+    named = database and database != ":memory:" and not database.startswith("file:")
+    return Path(database) if database and named else None
 
 
 def connect() -> MlflowClient:
@@ -41,8 +113,15 @@ def connect() -> MlflowClient:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    for name in _URIS:
+        if os.environ.get(name):
+            os.environ[name] = at_root(os.environ[name])
+    for name in _FILES:
+        if os.environ.get(name):
+            os.environ[name] = str(paths.root() / os.environ[name])
     uri = store_uri()
-    if uri.startswith("sqlite:///"):
+    path = sqlite_path(uri)
+    if path:
         # A kept connection goes on with a file that somebody deleted, and reads from it, too.
         os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
     from mlflow import MlflowClient
@@ -51,8 +130,7 @@ def connect() -> MlflowClient:
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
+    if path:
         with lock():
             _create_sqlite(path)
         _check_sqlite(path)
@@ -68,7 +146,17 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 
 def artifact_root() -> str:
-    return (paths.root() / "mlartifacts").as_uri()
+    return (paths.root() / ARTIFACTS).as_uri()
+
+
+def artifact_location(experiment: str) -> str | None:
+    """Where a new experiment's artifacts belong; None where the store itself knows.
+
+    A database alone would have them in the current folder, which may be a temporary workspace.
+    """
+    scheme = _scheme(store_uri())
+    known = scheme in ("", "file", "http", "https", *_NO_PATHS)
+    return None if known else (paths.root() / ARTIFACTS / experiment).as_uri()
 
 
 def lock() -> FileLock:
@@ -87,16 +175,77 @@ def _create_sqlite(path: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    store = SqlAlchemyStore(f"sqlite:///{temporary.as_posix()}", artifact_root())
+    store = SqlAlchemyStore(sqlite_uri(temporary), artifact_root())
     store.engine.dispose()
     os.replace(temporary, path)
 
 
 def _check_sqlite(path: Path) -> None:
-    """Ask once whether it is a database to write into: MLflow would try for minutes."""
+    """Ask once whether it is a database to write into: MLflow would try for minutes.
+
+    One that came here with its repository is put right on this occasion.
+    """
     uri = f"{path.absolute().as_uri()}?mode=rw"
     with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=ANSWER_SECONDS)) as database:
         database.execute("BEGIN IMMEDIATE")
+        if path.resolve().is_relative_to(paths.root().resolve()):  # else others may share it
+            for former in _former_roots(database):
+                _move(database, former)
+            database.commit()
+
+
+def _former_roots(database: sqlite3.Connection) -> set[str]:
+    """URIs of the folders for which this database was made and which are not this repository."""
+    made = [f"{place}/{ARTIFACTS}" for place in _strings(database, *_PLACES[0], f"/{ARTIFACTS}/0")]
+    if _has(database, "experiment_tags", "key"):
+        tags = database.execute("SELECT value FROM experiment_tags WHERE key = ?", [MADE_FOR])
+        made += [value for (value,) in tags]
+    roots = {place.removesuffix(f"/{ARTIFACTS}") for place in made if place.startswith("file:")}
+    return {root for root in roots if not _is_here(_as_path(root))}
+
+
+def _strings(database: sqlite3.Connection, table: str, column: str, ending: str) -> list[str]:
+    """The values of a column that end so, without that end."""
+    if not _has(database, table, column):
+        return []
+    found = database.execute(f"SELECT {column} FROM {table}")
+    return [value.removesuffix(ending) for (value,) in found if str(value).endswith(ending)]
+
+
+def _has(database: sqlite3.Connection, table: str, column: str) -> bool:
+    """Whether this version of MLflow's schema has the column."""
+    known = database.execute("SELECT name FROM pragma_table_info(?)", [table])
+    return (column,) in known.fetchall()
+
+
+def _is_here(folder: Path) -> bool:
+    """Whether it is this repository, be it by another name."""
+    with contextlib.suppress(OSError):
+        return folder.samefile(paths.root())
+    return False
+
+
+def _as_path(uri: str) -> Path:
+    return Path(url2pathname(urlsplit(uri).path))
+
+
+def _move(database: sqlite3.Connection, former: str) -> None:
+    """Let everything below a former root lie below this one; other places stay as they are."""
+    root = paths.root()
+    pairs = [(former, root.as_uri()), (_as_path(former).as_posix(), root.as_posix())]
+    for old, new in ((f"{old}/", f"{new}/") for old, new in pairs):
+        for table, column in _PLACES:
+            if _has(database, table, column):
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                    f"WHERE substr({column}, 1, ?) = ?",
+                    [new, len(old) + 1, len(old), old],
+                )
+    log.info(
+        "MLflow's store was made in %s: its artifacts are now found, and written, in %s",
+        _as_path(former),
+        paths.root(),
+    )
 
 
 def said(error: Exception) -> str:
@@ -124,9 +273,11 @@ def without_secrets(text: str) -> str:
     Names are those in the text (`token=...`, an Authorization header) and those of environment
     variables, whose values a server may well repeat in what it answers.
     """
-    text = _ASSIGNED.sub(r"\1***", re.sub(r"//\S*@", "//", text))
+    text = _ASSIGNED.sub(r"\1***", _USER.sub("//", text))
     text = re.sub(r"\b(Basic|Bearer) \S+", r"\1 ***", text)
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= 6:  # shorter ones stand in any text
+        if not _SECRET_NAME.search(name) or (os.path.isabs(value) and os.path.exists(value)):
+            continue  # a file of secrets has none in its name
+        if len(value) >= 6:  # shorter ones stand in any text
             text = text.replace(value, "***")
     return text

@@ -7,17 +7,19 @@ python -m pipeline.sweep train.lr=0.0005,0.002,0.008 train.steps=100 --seeds 1,2
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from pipeline import comparison, experiments, paths
+from pipeline import comparison, experiments, git, paths
 from pipeline.comparison import SEED
 from pipeline.config import Config, flatten, load
-from pipeline.errors import ConfigError, InputError, UserError
+from pipeline.errors import ConfigError, InputError, UserError, together
 from pipeline.queueing import Watch, enqueue
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class Member:
     name: str
     changes: dict[str, Any]  # against params.yaml
     config: Config
+    inputs: tuple[str, ...] = ()  # files and folders that git does not carry, for its workspace
 
     def shown(self) -> str:
         return " ".join(f"{name}={_plain(value)}" for name, value in self.changes.items())
@@ -56,6 +59,9 @@ class Sweep:
         width = max(len(member.name) for member in self.members)
         lines = [f"  {member.name:<{width}}  {member.shown()}" for member in self.members]
         count = len(self.members)
+        if inputs := list(dict.fromkeys(path for m in self.members for path in m.inputs)):
+            named = ", ".join(inputs[:3]) + (f" and {len(inputs) - 3} more" if inputs[3:] else "")
+            lines.append(f"each gets a copy of {named}; an absolute path in params.yaml saves that")
         return "\n".join(
             [f"{count} experiments, checked; held against {_plain(self.base)}:", *lines]
         )
@@ -67,7 +73,7 @@ def plan(
     """The sweep that "SETTING=A,B" and "OTHER=VALUE" ask for; names in `taken` are not used.
 
     `seeds` are more seeds of the base, for the noise. Raises ConfigError naming every problem
-    of every member.
+    of every member, and InputError where a member's workspace could not get at its inputs.
     """
     texts = split(asked)
     setting = varied(texts)
@@ -82,12 +88,13 @@ def plan(
     configs += checked(seeded)
     choices += seeded
     check_different(choices, configs)
+    inputs = together(*(partial(git.to_take_along, config) for config in configs))
     stem, used, members = prefix or setting.rpartition(".")[2], set(taken), []
-    for choice, config in zip(choices, configs, strict=True):
+    for choice, config, needed in zip(choices, configs, inputs, strict=True):
         changes = {name: flatten(config)[name] for name in choice}
         seed = f"-seed-{config.train.seed}" if choice in seeded else ""
         name = new_name(dvc_name(f"{stem}-{choice[setting]}{seed}"), used)
-        members.append(Member(name, changes, config))
+        members.append(Member(name, changes, config, tuple(needed)))
     return Sweep(setting, base, members)
 
 
@@ -166,9 +173,10 @@ def overrides(choice: dict[str, str]) -> list[str]:
 
 
 def new_name(wanted: str, taken: set[str]) -> str:
-    """`wanted`, with a number where there is one of that name; joins `taken`."""
-    numbered = (f"{wanted}-{number}" for number in range(2, len(taken) + 3))
-    name = next(name for name in (wanted, *numbered) if name not in taken)
+    """`wanted`, with a number where git or DVC knows one of that name; joins `taken`."""
+    numbered = (f"{wanted}-{number}" for number in itertools.count(2))
+    free = (n for n in itertools.chain([wanted], numbered) if n not in taken and not git.taken(n))
+    name = next(free)
     taken.add(name)
     return name
 
@@ -215,7 +223,10 @@ def main(words: list[str]) -> None:
             return
         if asked.jobs > 1:
             log.info("%d at a time share this machine: compare losses, not speeds", asked.jobs)
-        queued = enqueue({member.name: member.words() for member in sweep.members})
+        queued = enqueue(
+            {member.name: member.words() for member in sweep.members},
+            {member.name: list(member.inputs) for member in sweep.members},
+        )
         watch = Watch(queued, min(asked.jobs, len(queued)))
         watch.start()
         watch.wait()

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 from pipeline import experiments, history, paths, records, runs, view
 from pipeline.config import Config, load
 from pipeline.errors import InputError, StorageError, UserError
+from pipeline.experiments import Experiment
 from pipeline.records import Event, Record
-from pipeline.rows import Row, from_workspace, open_row, shipped
+from pipeline.rows import Row, from_workspace, open_row, rename, shipped
 from pipeline.shipping import CLOSE, SHORT_SECONDS
 from pipeline.store import connect, said, store_errors, store_uri, without_secrets
 
@@ -139,9 +140,11 @@ def sync() -> list[str]:
     Every record in DVC's experiments, in the commits of every branch and tag and in the workspace
     is given to its row in the order in which the stages ran, as they did themselves. What no
     record holds does not come back: stages that failed or whose record is gone, comparisons
-    (their command attaches them again), and what a person wrote on the page.
+    (their command attaches them again), and what a person wrote on the page. A row follows the
+    name that DVC has for its experiment now.
     """
-    steps = history.steps([*experiments.experiments(), *experiments.commits()])
+    found = list(experiments.experiments())
+    steps = history.steps([*found, *experiments.commits()])
     known = {step.head["id"] for step in steps}
     client = connect()
     arrived = shipped(client)
@@ -154,7 +157,26 @@ def sync() -> list[str]:
             row = _replay(client, step, known, Path(folder))
             arrived.append(parts)
             names[row.id] = client.get_run(row.id).info.run_name
-    return list(names.values())
+    return list((names | _renamed(client, found)).values())
+
+
+def _renamed(client: MlflowClient, found: list[Experiment]) -> dict[str, str]:
+    """Rows by id with their new names, where `dvc exp rename` has given one.
+
+    Where DVC took all of an experiment from its cache, two share every record: a row whose name
+    one of them still has keeps it.
+    """
+    named: dict[str, list[Experiment]] = {}
+    for experiment in found:
+        if experiment.rev and experiment.records:
+            named.setdefault(experiment.head["id"], []).append(experiment)
+    renamed = {}
+    for sharing in named.values():
+        head, name = sharing[0].head, sharing[0].name
+        if len(sharing) == 1 and head["name"] != name:
+            known = {record[0]["id"] for record in sharing[0].records.values()}
+            renamed |= rename(client, head, known, name)
+    return renamed
 
 
 def _replay(client: MlflowClient, step: history.Step, known: set[str], folder: Path) -> Row:

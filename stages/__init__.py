@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import config as configuration
-from pipeline import plots, provenance, runs
+from pipeline import git, plots, provenance, runs
 from pipeline.config import Config
 from pipeline.errors import ChangedError, UserError, disk_full, exit_code, out_of_memory
 
@@ -54,6 +54,7 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed
     try:
         config = configuration.load()
+        git.warn()
         if stage:
             held(main, stage, config)
         else:

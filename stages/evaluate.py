@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from pipeline import data, doctor, paths, records, runs, runtime, tracking
+from pipeline import data, doctor, git, paths, records, runs, runtime, tracking
 from pipeline import evaluation as tasks
 from pipeline.checkpoint import load_model
 from pipeline.config import UNSET_PATH, Config
@@ -71,9 +71,11 @@ def materials(config: Config, val: data.Tokens) -> dict[str, Any]:
 
 def hellaswag(config: Config) -> dict[str, Any]:
     """The user's own items, checked; none where no file is given."""
-    if config.evaluate.hellaswag == UNSET_PATH:
+    given = config.evaluate.hellaswag
+    if given == UNSET_PATH:
         return {}
-    items = tasks.hellaswag_items(config.evaluate.hellaswag)
+    git.check_whole("evaluate.hellaswag", given, git.files)
+    items = tasks.hellaswag_items(given)
     tasks.check_endings(items, config.train.sequence_length)
     return {"hellaswag": items}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeline import figures, init_study, paths, runtime, tracking
+from pipeline import figures, git, init_study, paths, runtime, tracking
 from pipeline.checkpoint import build_model, save_model
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
@@ -102,6 +102,7 @@ def build(config: Config) -> GPT:
         model = GPT(shape)
         initialize(model, init, runtime.generator(init.seed, "init"))
         return model
+    git.check_whole("init.hf_model", init.hf_model, git.files)
     found, state = import_pretrained(
         init.hf_model, vocab_rows=c.vocab_rows, dropout=c.dropout, attention=c.attention
     )

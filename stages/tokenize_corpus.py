@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from tqdm import tqdm
 
-from pipeline import corpus, data, listing, overlap, paths, tokenizing, tracking
+from pipeline import corpus, data, git, listing, overlap, paths, tokenizing, tracking
 from pipeline.config import Config
 from stages import run
 
 
 def main(config: Config) -> None:
     with tracking.record("tokenize", config) as record:
+        if config.corpus.source != "python-docs":
+            git.check_whole(
+                "corpus.path",
+                config.corpus.path,
+                lambda path: listing.files(replace(config.corpus, path=path)),
+            )
         with tqdm(unit="B", unit_scale=True, desc="check", mininterval=0.5) as bar:
             counts = corpus.check(config.corpus, bar.update)
         show_left_out(listing.left_out(config.corpus), counts["empty"])

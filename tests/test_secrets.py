@@ -146,12 +146,21 @@ def test_the_servers_own_words_do_hold_the_canaries(echo) -> None:
         ("api_key=abc&user=me", "api_key=***&user=me"),
         ("Authorization: Basic bWU6cHc=, denied", "Authorization: Basic *** denied"),
         ("sqlite:////home/me/mlflow.db: locked", "sqlite:////home/me/mlflow.db: locked"),
+        ("sqlite:////home/a@b/c.db", "sqlite:////home/a@b/c.db"),
+        ("http://host:1/a@b and file:///a@b", "http://host:1/a@b and file:///a@b"),
+        ("mysql+pymysql://me:1/2@host/a", "mysql+pymysql://host/a"),
+        ("http://token@host/", "http://host/"),
     ],
 )
 def test_uris_are_shown_without_a_user_and_named_secrets_without_their_value(
     text: str, shown: str
 ) -> None:
     assert store.without_secrets(text) == shown
+
+
+def test_the_path_of_a_file_of_secrets_is_none(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("MY_KEY_FILE", str(tmp_path))
+    assert store.without_secrets(f"{tmp_path}/mlflow.db") == f"{tmp_path}/mlflow.db"
 
 
 def test_short_values_stay_readable(monkeypatch) -> None:

@@ -315,7 +315,7 @@ def test_a_dry_run_queues_nothing(monkeypatch, compared, caplog) -> None:
 def test_ctrl_c_while_waiting_says_how_to_go_on(monkeypatch, compared, caplog) -> None:
     Queue(monkeypatch, {})
     monkeypatch.setattr(queueing.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setattr(sweep, "enqueue", lambda changes: {"rev-a": "a"})
+    monkeypatch.setattr(sweep, "enqueue", lambda changes, inputs: {"rev-a": "a"})
     assert run_main("train.lr=0.001,0.002") == 130
     assert "python -m pipeline.comparison train.lr" in caplog.text and compared == []
 

@@ -77,7 +77,7 @@ READING_ORDER = [
         "view",
         "runs",
     ),
-    *("config", "yaml_text", "paths", "cache", "folders", "errors", "buffers"),
+    *("config", "yaml_text", "paths", "git", "cache", "folders", "errors", "buffers"),
 ]
 
 
