@@ -57,7 +57,7 @@ OTHER_FILES = {
 READING_ORDER = [
     *("model", "init", "loss", "precision", "emulation", "fp8", "training"),
     *("compiling", "prefetch", "optimizer"),
-    *("data", "tokenizing", "corpus", "fields", "python_docs", "overlap", "tokenizer"),
+    *("data", "tokenizing", "corpus", "listing", "fields", "python_docs", "overlap", "tokenizer"),
     *("hf_weights", "weight_files", "checkpoint"),
     *("generation", "decoding", "int8", "evaluation", "throughput", "runtime", "budget"),
     *("init_study", "formats", "sensitivity", "roofline", "dtypes", "scaling"),
@@ -77,7 +77,8 @@ READING_ORDER = [
         "view",
         "runs",
     ),
-    *("config", "yaml_text", "paths", "git", "cache", "folders", "errors", "buffers"),
+    *("config", "hints", "watched", "yaml_text", "paths", "stage_graph", "provenance"),
+    *("git", "cache", "folders", "errors", "buffers"),
 ]
 
 
