@@ -15,7 +15,9 @@ from torch.overrides import TorchFunctionMode
 from pipeline.errors import InputError
 from pipeline.model import GPT, KVCache
 
-PARITY_BOUND = 1e-9  # of relative_logit_difference; fp64 leaves 1e-12 at the worst weights tried
+# Of relative_logit_difference. Measured: 1e-15 at init.std 0.02, 4e-13 at 2 in 4 layers, and 2e-9
+# at 3 in 24 layers, which amplify rounding so much that fp32 has no digit right.
+PARITY_BOUND = 1e-7
 GREEDY_STEPS = 64
 # Two orders of the same additions in fp32 may part by so many times what one of them is off.
 ROUNDING = 8
