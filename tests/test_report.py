@@ -15,7 +15,7 @@ from pipeline.doctor import examine
 from pipeline.errors import InputError
 from pipeline.experiments import Experiment, of_workspace
 from pipeline.records import UPSTREAM, Event
-from tests.conftest import NANO, params
+from tests.conftest import params, recipe
 
 EVIL = "<script>alert('1')</script><img src=http://example.org/x>"
 VOID = {"meta", "img", "line", "br"}
@@ -133,7 +133,7 @@ def artifact(path: Path) -> Event:
 def workspace(tmp_path: Path, monkeypatch) -> Path:
     (tmp_path / ".dvc").mkdir()
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes/nano.yaml").write_text(NANO.read_text("utf-8"), "utf-8")
+    (tmp_path / "recipes/nano.yaml").write_text(recipe(), "utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     return tmp_path
