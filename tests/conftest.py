@@ -47,6 +47,13 @@ def params(**changes: Any) -> dict[str, Any]:
     return OmegaConf.to_container(raw)  # type: ignore[return-value]
 
 
+def recipe() -> str:
+    """The default recipe's text with the settings that `params` has."""
+    text = NANO.read_text("utf-8")
+    assert "device: auto" in text
+    return text.replace("device: auto", "device: cpu ")
+
+
 @pytest.fixture
 def make_config() -> Callable[..., Config]:
     """make_config(train__lr=1e-3) -> a checked Config."""

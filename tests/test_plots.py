@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib.util
 import json
 import re
 import shutil
@@ -26,6 +27,9 @@ PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 )
 NEEDS = '<p class="missing">'
+needs_wheel = pytest.mark.skipif(
+    importlib.util.find_spec("vl_convert") is None, reason=f"{plots.WHEEL} is not installed"
+)
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 
 
@@ -116,6 +120,7 @@ def main_root(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
+@needs_wheel
 def test_the_script_is_written_once_and_again_for_another_version(main_root, monkeypatch) -> None:
     bundles = iter(["one", "two"])
     monkeypatch.setattr(plots, "_bundle", lambda: next(bundles))
@@ -129,6 +134,7 @@ def test_the_script_is_written_once_and_again_for_another_version(main_root, mon
     assert [path.name for path in script.parent.iterdir()] == ["vega.js"]
 
 
+@needs_wheel
 def test_a_queued_experiment_keeps_the_script_at_the_main_root(main_root, monkeypatch) -> None:
     monkeypatch.setattr(plots, "_bundle", lambda: "one")
     aside = main_root / ".dvc/tmp/exps/standalone/tmpabc"
@@ -139,6 +145,7 @@ def test_a_queued_experiment_keeps_the_script_at_the_main_root(main_root, monkey
     assert (main_root / ".dvc/tmp/vega.js").exists() and not (aside / ".dvc/tmp").exists()
 
 
+@needs_wheel
 def test_a_script_that_cannot_be_had_is_one_warning(main_root, monkeypatch, caplog) -> None:
     def fail() -> str:
         raise ValueError("no bundle")
@@ -233,6 +240,7 @@ def dom(page: Path, profile: Path) -> str:
     return done.stdout
 
 
+@needs_wheel
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 def test_the_page_draws_offline_once_a_stage_has_run(page, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("DVC_ROOT", str(page.parent.parent))
@@ -249,6 +257,7 @@ def test_the_page_draws_offline_once_a_stage_has_run(page, tmp_path, monkeypatch
     assert NEEDS not in drawn.partition("<body>")[2]
 
 
+@needs_wheel
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 def test_a_skipped_step_is_a_gap_in_its_curve(page, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("DVC_ROOT", str(page.parent.parent))

@@ -12,7 +12,7 @@ import pytest
 from pipeline import paths, records
 from pipeline.errors import ChangedError
 from pipeline.records import Record
-from tests.conftest import NANO
+from tests.conftest import recipe
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def parent_of(make_config, text: str, **changes) -> dict[str, Any]:
 
 
 def test_the_parent_is_the_commits_settings_and_only_what_differs_is_kept(make_config) -> None:
-    nano = NANO.read_text("utf-8")
+    nano = recipe()
     own = records.start_event("tokenize", make_config())
     same = parent_of(make_config, nano)
     assert same == {"settings": own["settings"], "changed": {}}
@@ -80,7 +80,7 @@ def test_the_parent_is_the_commits_settings_and_only_what_differs_is_kept(make_c
 
 
 def test_a_commit_of_an_older_schema_differs_by_name(make_config) -> None:
-    older = NANO.read_text("utf-8").replace("  lr: 0.002", "  peak_lr: 3")
+    older = recipe().replace("  lr: 0.002", "  peak_lr: 3")
     found = parent_of(make_config, older)
     assert found["changed"] == {"train.lr": [None, 0.002], "train.peak_lr": [3, None]}
 

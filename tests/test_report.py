@@ -16,7 +16,7 @@ from pipeline.errors import InputError
 from pipeline.experiments import Experiment, of_workspace
 from pipeline.records import Event
 from pipeline.stage_graph import stages as stages_in_order
-from tests.conftest import NANO, params
+from tests.conftest import params, recipe
 
 EVIL = "<script>alert('1')</script><img src=http://example.org/x>"
 VOID = {"meta", "img", "line", "br"}
@@ -134,7 +134,7 @@ def artifact(path: Path) -> Event:
 def workspace(tmp_path: Path, monkeypatch) -> Path:
     (tmp_path / ".dvc").mkdir()
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes/nano.yaml").write_text(NANO.read_text("utf-8"), "utf-8")
+    (tmp_path / "recipes/nano.yaml").write_text(recipe(), "utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     return tmp_path

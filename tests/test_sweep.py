@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.experiments import Task
 from pipeline.queueing import Watch
 from pipeline.sweep import plan
-from tests.conftest import NANO, ROOT, Checkout, tiny_pipeline
+from tests.conftest import ROOT, Checkout, recipe, tiny_pipeline
 from tests.test_comparison import run
 
 # MLflow's client and DVC's libraries warn of their own deprecations.
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 def _repository(request, tmp_path: Path, monkeypatch) -> None:
     if "story" not in request.fixturenames:
         (tmp_path / ".dvc").mkdir()
-        shutil.copyfile(NANO, tmp_path / "params.yaml")
+        (tmp_path / "params.yaml").write_text(recipe(), "utf-8")
         monkeypatch.chdir(tmp_path)
         monkeypatch.delenv("DVC_ROOT", raising=False)
 

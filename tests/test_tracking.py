@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import experiments, paths, records, rows, store, tracking, view
-from tests.conftest import NANO
+from tests.conftest import NANO, recipe
 
 pytestmark = [
     pytest.mark.usefixtures("own_store"),
@@ -197,7 +197,7 @@ def note_of(row) -> str:
 
 
 def test_a_note_says_what_changed_and_how_it_came_out(make_config, commit_has) -> None:
-    commit_has(NANO.read_text("utf-8"))
+    commit_has(recipe())
     for loss, config in ((6.0, make_config()), (5.5, make_config(train__lr=0.001))):
         with tracking.record("evaluate", config) as record:
             record.metrics({"val/loss": loss}, 6)
