@@ -105,6 +105,7 @@ def measure(
             if result.refused:
                 running.pop(name).end()
         _take_turns(running, results, rounds, tell)
+        # Of all while all are there: what they share counts for each of them alike.
         for name, process in running.items():
             results[name].memory_mib = max(results[name].memory_mib or 0, process.peak_mib())
     return list(results.values())
@@ -120,7 +121,7 @@ def _warm_up(process: _Process, result: Result, turns: int) -> list[Any]:
     answers = []
     for _ in range(turns):
         _, answer, mib = process.turn(watch=True)
-        result.memory_mib = max(mib, process.peak_mib(), result.memory_mib or 0)
+        result.memory_mib = max(mib, result.memory_mib or 0)
         answers.append(answer)
     return answers
 

@@ -304,8 +304,8 @@ def check_setting(name: str) -> None:
         raise ConfigError(f"{name}: unknown setting{hint}")
     if name == SEED or not stage_graph.changes_training(name):
         raise ConfigError(
-            f"{name}: seeds are the noise that other settings are held against, and a setting "
-            "that only later stages read, as evaluate or sample, does not change the training"
+            f"{name}: seeds are the noise that other settings are held against, and those that "
+            "only later stages read, as of evaluate and sample, do not change the training"
         )
 
 

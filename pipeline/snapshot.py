@@ -229,7 +229,7 @@ class _Parts:
         )
 
     def _tensor(self, value: Tensor, name: str, parameter: Tensor | None) -> dict[str, str]:
-        if value.layout is not torch.strided or type(value) not in (Tensor, nn.Parameter):
+        if value.layout is not torch.strided or hasattr(value, "__tensor_flatten__"):  # of parts
             raise InputError(f"the optimizer's {name} is not a plain dense tensor: cannot be saved")
         alike = parameter is not None and value.shape == parameter.shape and value.dim() > 0
         kind = name.partition(".")[0] if alike else "rest"

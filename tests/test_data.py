@@ -186,7 +186,7 @@ def test_a_crash_between_renames_leaves_no_record_that_looks_whole(written, monk
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError, match="crash"):
         tokenizing.write_tokens(list(some_documents(6)), written)
-    with pytest.raises(InputError, match="meta.json.*tokenize again"):
+    with pytest.raises(InputError, match="meta.json.*tokenize first"):
         data.open_tokens(written, "train")
 
 
