@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import experiments, paths, records, rows, store, tracking, view
+from pipeline.errors import InputError
 from tests.conftest import NANO, recipe
 
 pytestmark = [
@@ -328,3 +329,19 @@ def test_a_resumed_row_has_the_name_of_the_experiment_that_finished_it(
     (row,) = all_rows()
     assert (row.info.run_name, row.data.tags["dvc.exp_name"]) == ("finished", "finished")
     assert row.info.status == "FINISHED"
+
+
+def test_a_port_that_another_server_has_is_refused_and_not_linked(
+    own_store: Path, monkeypatch
+) -> None:
+    Path("params.yaml").write_bytes(NANO.read_bytes())
+    served: list[object] = []
+    monkeypatch.setattr(tracking.subprocess, "call", lambda *words, **_: served.append(words) or 0)
+    with socket.socket() as another:
+        another.bind(("127.0.0.1", 0))
+        another.listen()
+        port = another.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port}: another server has it"):
+            tracking.show(port)
+        assert not served
+    assert tracking.show(port) == 0 and len(served) == 1

@@ -26,7 +26,8 @@ def run() -> bool:
     with tempfile.TemporaryDirectory() as folder:
         for number, chosen in enumerate(("fault and not slow", "fault and slow")):
             part = Path(folder) / f"{number}.jsonl"
-            words = ["-m", "pytest", "-q", "-m", chosen, "--faults", str(part)]
+            words = ["-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "8", "-m", chosen]
+            words += ["--faults", str(part)]
             codes.append(subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode)
             if codes[-1] not in (0, 1, 5):  # passed, failed, none chosen
                 sys.exit(f"pytest -m {chosen!r}: exit {codes[-1]}: the table stays as it was")
