@@ -103,8 +103,8 @@ def held(main: Callable[[Config], None], stage: str, config: Config) -> None:
             "stage runs on what lies there now"
         )
     if edited:
-        kept = "The finished work is kept: put the old back, give the same command, and it is "
-        kept = kept + "taken over. " if runs.keep(identity) else ""
+        way = "put the old back, give the same command, and it is taken over"
+        kept = f"The finished work is kept: {way}. " if runs.keep(identity) else ""
         raise ChangedError(
             f"edited while {stage} was at work:{provenance.listed(edited)}\n"
             "DVC files a result under what it finds when the stage ends, so it did not get this "
