@@ -234,7 +234,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             raise TypeError("RNG state must be a torch.ByteTensor")  # which lies on the host
         state.copy_(new)
 
-    stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+    own = {"wait_stream": lambda *_: None, "is_capturing": lambda _: _graph is not None}
+    stream = type("Stream", (), own)
     for name, instead in {
         "_lazy_init": lambda: None,
         "is_bf16_supported": lambda *_: True,
@@ -249,6 +250,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     }.items():
         monkeypatch.setattr(torch.cuda, name, instead)
     monkeypatch.setattr(torch, "Generator", Generator)
+    # Optimizers ask there; a CUDA build of torch would look for a driver.
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: stream())
     PINNED.clear()
     with _Words(), _Dispatch():
         yield
