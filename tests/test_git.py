@@ -251,7 +251,8 @@ def test_every_member_of_a_sweep_carries_its_inputs(repo: Path) -> None:
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     """A clean clone's state: dvc.lock as it is committed, no cache, and text in data/corpus."""
     made = tiny_pipeline(tmp_path_factory.mktemp("fresh"))
-    shutil.copyfile(ROOT / "dvc.lock", made.folder / "dvc.lock")
+    committed = subprocess.run(["git", "show", "HEAD:dvc.lock"], cwd=ROOT, capture_output=True)
+    (made.folder / "dvc.lock").write_bytes(committed.stdout)
     made.run("git", "add", "--all")
     made.run("git", "commit", "--quiet", "--message", "as committed")
     for text in (made.folder / "data/text").iterdir():
