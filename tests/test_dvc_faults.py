@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from omegaconf import OmegaConf
 
@@ -65,13 +67,13 @@ def test_a_yaml_reader_takes_the_empty_lock_file_for_one_without_stages(tmp_path
 
 def background(repo: Checkout, *words: str) -> tuple[subprocess.Popen, Path]:
     """`dvc` that runs on its own, and the file that it writes into."""
-    log = repo.folder.with_name("background.log")
-    with open(log, "wb") as out:
+    fd, log = tempfile.mkstemp(".log", dir=repo.folder.parent)
+    with open(fd, "wb") as out:
         command = [sys.executable, "-m", "dvc", *words]
         started = subprocess.Popen(
             command, cwd=repo.folder, env=repo.env, stdout=out, stderr=out, stdin=subprocess.DEVNULL
         )
-    return started, log
+    return started, Path(log)
 
 
 @pytest.mark.fault(55)
@@ -142,11 +144,17 @@ def test_an_orphaned_training_is_waited_for_and_its_result_adopted(
 ) -> None:
     from mlflow import MlflowClient
 
-    pid = orphan.read_text("utf-8")
-    # The control: DVC's own lock died with dvc, it lets another command in.
-    assert "busy" not in repo.dvc("repro", "-s", "-f", "tokenize")
-    said = repo.dvc("repro", "-s", "train")
-    assert f"process {pid} trains this very configuration: waiting for its result" in said
+    training = psutil.Process(int(orphan.read_text("utf-8")))
+    training.suspend()  # so that it is at work until somebody waits for it
+    try:
+        # The control: DVC's own lock died with dvc, it lets another command in.
+        assert "busy" not in repo.dvc("repro", "-s", "-f", "tokenize")
+        second, log = background(repo, "repro", "-s", "train")
+        waits = f"process {training.pid} trains this very configuration: waiting for its result"
+        wait_for(lambda: waits in log.read_text("utf-8", "replace"))
+    finally:
+        training.resume()
+    said = log.read_text("utf-8", "replace") if second.wait(300) == 0 else ""
     assert "train: this very training has been done; its checked result is taken" in said
     client = MlflowClient(f"sqlite:///{(repo.folder / 'mlflow.db').as_posix()}")
     found = client.search_runs([client.get_experiment_by_name("gpt2").experiment_id])
