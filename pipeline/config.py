@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -279,6 +279,15 @@ def describe(kind: type = Config, prefix: str = "") -> list[tuple[str, str, str]
         else:
             rows.append((f"{prefix}{f.name}", _accepted(hint, f.metadata), f.metadata["doc"]))
     return rows
+
+
+def kinds(kind: type = Config, prefix: str = "") -> dict[str, type]:
+    """The type of every setting by its dotted name; `tuple` for a list of texts."""
+    found: dict[str, type] = {}
+    for f, hint in _typed_fields(kind):
+        name = f"{prefix}{f.name}"
+        found |= kinds(hint, f"{name}.") if is_dataclass(hint) else {name: get_origin(hint) or hint}
+    return found
 
 
 def _typed_fields(kind: type) -> list[tuple[Any, Any]]:

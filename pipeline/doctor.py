@@ -14,8 +14,9 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 
+from pipeline import paths
 from pipeline.errors import InputError, UserError
-from pipeline.experiments import WORKSPACE, Experiment, experiments
+from pipeline.experiments import WORKSPACE, Experiment, experiments, of_workspace
 from pipeline.records import Event
 from pipeline.symptoms import (
     BEFORE_SPIKE,
@@ -387,7 +388,8 @@ def main(words: list[str]) -> None:
 
 def asked(names: list[str]) -> list[Experiment]:
     """The experiments of these names; raises InputError where one is not there or not trained."""
-    known = {found.name: found for found in experiments()}
+    everything = [of_workspace(paths.root())] if set(names) == {WORKSPACE} else experiments()
+    known = {found.name: found for found in everything}
     for name in names:
         if name not in known:
             raise InputError(f"{name}: no such experiment; known: {', '.join(known)}")

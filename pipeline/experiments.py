@@ -7,16 +7,20 @@ import functools
 import json
 import logging
 import os
+import re
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pipeline import git, paths, records, stage_graph
+import yaml
+
+from pipeline import git, paths, reading, stage_graph
 from pipeline.errors import InputError
-from pipeline.records import Event
+from pipeline.reading import Curve, Event, Log, RecordError
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -26,11 +30,33 @@ log = logging.getLogger(__name__)
 WORKSPACE = "workspace"
 LOCK = "dvc.lock"
 LOOKS = 5
+LARGEST = 64 << 20  # bytes of a file that is shown
+_MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 NO_GIT = (
     "{}: no git repository here, as in an unpacked ZIP, or core.no_scm is set; DVC keeps "
     "experiments in git: clone the project instead, or say `git init && git add --all && "
     "git commit -m start`"
 )
+
+
+class Unread(Mapping[str, Log]):
+    """Records by stage that are read when somebody first asks for one of them."""
+
+    def __init__(self, read: Callable[[], dict[str, Log]]):
+        self._read = read
+
+    @functools.cached_property
+    def _records(self) -> dict[str, Log]:
+        return self._read()
+
+    def __getitem__(self, stage: str) -> Log:
+        return self._records[stage]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
 
 
 @dataclass(frozen=True)
@@ -39,7 +65,9 @@ class Experiment:
 
     name: str
     rev: str  # of git; "" for the workspace
-    records: dict[str, list[Event]]
+    records: Mapping[str, Sequence[Event]]
+    # Records that could not be read, a phrase each; known once `records` were looked at.
+    unreadable: list[str] = field(default_factory=list, compare=False)
 
     @property
     def head(self) -> Event:
@@ -52,12 +80,12 @@ class Experiment:
         return self.head["params"]
 
     @functools.cached_property
-    def curves(self) -> dict[str, list[tuple[int, float]]]:
+    def curves(self) -> dict[str, Curve]:
         """(step, value) by metric, in the order of writing."""
-        found: dict[str, list[tuple[int, float]]] = {}
-        for event in self.events("metrics"):
-            for key, value in event["values"].items():
-                found.setdefault(key, []).append((event["step"], value))
+        found: dict[str, Curve] = {}
+        for log_ in self._logs():
+            for key, curve in log_.curves.items():
+                found[key] = found[key].joined(curve) if key in found else curve
         return found
 
     @functools.cached_property
@@ -67,56 +95,84 @@ class Experiment:
 
     def values(self, key: str) -> list[float]:
         """The values of a metric, in the order of writing; none where there is no such metric."""
-        return [value for _, value in self.curves.get(key, [])]
+        return list(self.curves[key].values) if key in self.curves else []
 
     def last(self, key: str) -> float | None:
         """The newest value of a metric."""
-        return next(reversed(self.values(key)), None)
+        return self.curves[key].values[-1] if key in self.curves else None
 
     def events(self, kind: str) -> Iterator[Event]:
         """Of one kind, in the order of the chain."""
-        order = [stage for stage in stage_graph.stages() if stage in self.records]
-        return (e for stage in order for e in self.records[stage] if e["kind"] == kind)
+        return (event for log_ in self._logs() for event in log_.of_kind(kind))
+
+    def _logs(self) -> Iterator[Log]:
+        """In the order of the chain."""
+        return (Log.of(self.records[s]) for s in stage_graph.stages() if s in self.records)
 
 
 def experiments(stages: Iterable[str] | None = None) -> Iterator[Experiment]:
     """Every DVC experiment of this repository, on whatever commit, and then the workspace.
 
-    Only the records of `stages` are read, by default all. A record that is in no cache any more
-    is left out with a warning that names the experiment. Without git the workspace is all there is.
+    Only the records of `stages`, by default all, are read, and each experiment's when they are
+    first looked at. A record that is in no cache any more, or is not to be read, is left out with
+    a warning that names experiment, file and reason. Without git the workspace is all there is.
     Raises InputError where git refuses the folder, since another user owns it.
     """
     with _repository() as repo:
-        if repo:
-            reader = _Reader(repo)
-            listed = repo.experiments.ls(all_commits=True)
-            for name, rev in (one for found in listed.values() for one in found):
-                found, gone = reader.read(rev, stages or stage_graph.stages())
-                for path in gone:
-                    log.warning("experiment %s: %s is in no cache any more; left out", name, path)
-                yield Experiment(name, rev, _of_one_chain(name, found))
+        listed = repo.experiments.ls(all_commits=True) if repo else {}
+        kept = Kept(repo) if repo else None
+    found = [one for on_commit in listed.values() for one in on_commit]
+    if kept:
+        kept.look_up([rev for _, rev in found])
+        for name, rev in found:
+            unreadable: list[str] = []
+            read = functools.partial(_of_experiment, kept, name, rev, stages, unreadable)
+            yield Experiment(name, rev, Unread(read), unreadable)
     yield of_workspace(paths.root(), stages)
+
+
+def _of_experiment(
+    kept: Kept, name: str, rev: str, stages: Iterable[str] | None, unreadable: list[str]
+) -> dict[str, Log]:
+    found, gone = kept.records(rev, stages or stage_graph.stages(), unreadable)
+    for path in gone:
+        log.warning("experiment %s: %s is in no cache any more; left out", name, path)
+    for problem in unreadable:
+        log.warning("experiment %s: %s; left out", name, problem)
+    return _of_one_chain(name, found)
 
 
 def of_workspace(root: Path, stages: Iterable[str] | None = None) -> Experiment:
     """What the records under `root` say; of the stage that failed or is at work, as far as it came.
 
-    An unfinished record counts only where it is the newest: an older one is of another run.
+    An unfinished record counts only where it is the newest: an older one is of another run. One
+    that is not to be read is left out with a warning.
     """
+    here, unreadable = {}, []
+
+    def read(stage: str, path: Path, whole: bool) -> Log | None:
+        try:
+            return reading.read(path, stage, whole) if path.exists() else None
+        except (RecordError, OSError) as error:
+            unreadable.append(f"{path}: {error}")
+            log.warning("%s; left out", unreadable[-1])
+        return None
+
     kept = {stage: root / paths.record(stage) for stage in stages or stage_graph.stages()}
-    here = {stage: records.read(path) for stage, path in kept.items() if path.exists()}
+    for stage, path in kept.items():
+        if finished := read(stage, path, True):
+            here[stage] = finished
     newest = max((record[0]["time"] for record in here.values()), default=0)
     for stage, path in kept.items():
-        part = path.with_suffix(".jsonl.part")
-        if stage not in here and part.exists():
-            events = _events(part.read_text("utf-8"))
-            began = (e["time"] for e in events if e["kind"] in ("start", "resume"))
-            if max(began, default=-1) >= newest:
-                here[stage] = events
-    return Experiment(WORKSPACE, "", _of_one_chain(WORKSPACE, here))
+        if stage in here or not (part := read(stage, path.with_suffix(".jsonl.part"), False)):
+            continue
+        began = [e["time"] for kind in ("start", "resume") for e in part.of_kind(kind)]
+        if max(began) >= newest:
+            here[stage] = part
+    return Experiment(WORKSPACE, "", _of_one_chain(WORKSPACE, here), unreadable)
 
 
-def _of_one_chain(name: str, found: dict[str, list[Event]]) -> dict[str, list[Event]]:
+def _of_one_chain(name: str, found: dict[str, Log]) -> dict[str, Log]:
     """Without what a former run has left.
 
     `dvc repro train`, or a training that fails, leaves the evaluation of the model before.
@@ -131,7 +187,7 @@ def _of_one_chain(name: str, found: dict[str, list[Event]]) -> dict[str, list[Ev
     return kept
 
 
-def _builds_on(record: list[Event], upstream: list[Event]) -> bool:
+def _builds_on(record: Log, upstream: Log) -> bool:
     """Whether `upstream` came to its end, with the settings that `record` knows it by."""
     head, here = upstream[0], record[0]["params"]
     read = stage_graph.settings_of(head["stage"], head["params"])
@@ -188,46 +244,44 @@ def _of_queue(look: Callable[[Any], Any]) -> Any:
     return now()
 
 
-def _events(text: str) -> list[Event]:
-    """Of a record's whole lines; the last one may be cut short. `splitlines` would part texts."""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
-
-
 def read_file(found: Experiment, path: Path, workspace: Path) -> bytes | None:
     """A small file that a stage of this experiment wrote; None where nobody keeps it any more.
 
-    Of the workspace it is the file that lies there now, whatever wrote it.
+    Of the workspace it is the file that lies there now, whatever wrote it. Raises InputError for
+    one of more than LARGEST bytes.
     """
     try:
-        if found.rev:
-            return _files(paths.root(), found.rev).read_bytes(path.as_posix())
-        return (workspace / path).read_bytes()
-    except FileNotFoundError:
+        if not found.rev:
+            file = workspace / path
+        elif not (file := _kept(paths.root()).place(found.rev, path.as_posix())):
+            return None
+        with open(file, "rb") as content:
+            read = content.read(LARGEST + 1)
+    except (FileNotFoundError, IsADirectoryError):
         return None
-
-
-@functools.cache
-def _files(root: Path, rev: str) -> Any:
-    from dvc.api import DVCFileSystem
-
-    return DVCFileSystem(str(root), rev=rev or None)
+    if len(read) > LARGEST:
+        raise InputError(f"{found.name}: {path}: larger than {LARGEST:,} bytes")
+    return read
 
 
 def commits() -> Iterator[Experiment]:
     """The records in every commit of every branch and tag, named after the commit.
 
-    Those that are in no cache any more are left out, with one warning for all of them.
+    Those that are in no cache any more are left out, with one warning for all of them; so are
+    those that are not to be read.
     """
-    gone: set[tuple[str, str]] = set()
     with _repository() as repo:
         if not repo:
             return
-        reader = _Reader(repo)
-        for rev in repo.scm.list_all_commits():
-            found, missing = reader.read(rev, stage_graph.stages())
-            gone |= {(path, reader.locked(rev)[path]) for path in missing}
-            if found:
-                yield Experiment(rev[:7], rev, found)
+        kept, revs = Kept(repo), repo.scm.list_all_commits()
+    kept.look_up(revs)
+    gone: set[tuple[str, str]] = set()
+    for rev in revs:
+        unreadable: list[str] = []
+        found, missing = kept.records(rev, stage_graph.stages(), unreadable)
+        gone |= {(path, kept.locked(rev)[path]) for path in missing}
+        if found or unreadable:
+            yield Experiment(rev[:7], rev, found, unreadable)
     if gone:
         log.warning("%d records of earlier commits are in no cache here; left out", len(gone))
 
@@ -237,14 +291,23 @@ def copy_of(found: Experiment, path: str, folder: Path) -> Path | None:
 
     None where the cache has it no more.
     """
-    from dvc.exceptions import DvcException
-
     copy = Path(tempfile.mkdtemp(dir=folder)) / Path(path).name
-    try:
-        _files(paths.root(), found.rev).get(path, str(copy), recursive=True)
-    except (OSError, DvcException):
-        return None
-    return copy if copy.exists() else None
+    kept = _kept(paths.root())
+    parts = kept.parts(found.rev, path)
+    for part in [path] if parts is None else [f"{path}/{part}" for part in parts]:
+        if not (file := kept.place(found.rev, part)):
+            return None
+        to = copy.parent / Path(part).relative_to(Path(path).parent)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, to)
+    return copy
+
+
+@functools.cache
+def _files(root: Path, rev: str) -> Any:
+    from dvc.api import DVCFileSystem
+
+    return DVCFileSystem(str(root), rev=rev)
 
 
 @contextlib.contextmanager
@@ -276,52 +339,134 @@ def _opened() -> Repo:
     return Repo(str(paths.root()))
 
 
-class _Reader:
-    """Records of revisions. Revisions share most of them; each is read once."""
+class Kept:
+    """What DVC's cache keeps of the outputs of revisions, found by their dvc.lock.
+
+    DVC's own reader takes a third of a second for each revision, as it reads dvc.yaml, dvc.lock
+    and params.yaml in pure Python. It is asked where a remote may have what the cache has not.
+    """
 
     def __init__(self, repo: Repo):
-        self._repo = repo
-        self._records: dict[str, list[Event] | None] = {}  # by DVC's md5; None: in no cache
-        self._locks: dict[str, dict[str, str]] = {}
+        self._in_cache = repo.cache.local.oid_to_path
+        self._remotes = bool(repo.config.get("remote"))
         above = os.path.relpath(repo.root_dir, repo.scm.root_dir)
         self._lock = (Path(above) / LOCK).as_posix()
+        self._locks: dict[str, dict[str, str]] = {}
+        self._by_text: dict[bytes, dict[str, str]] = {}  # most commits share their dvc.lock
+        # Revisions share most of their records: by stage and MD5.
+        self._records: dict[tuple[str, str], Log | RecordError] = {}
 
-    def read(self, rev: str, stages: Iterable[str]) -> tuple[dict[str, list[Event]], list[str]]:
-        """A revision's records by stage, and the paths of those that are in no cache."""
-        found, gone = {}, []
-        locked = self.locked(rev)
-        for stage in stages:
-            path = paths.record(stage).as_posix()
-            if path not in locked:  # this stage had not run there
-                continue
-            if record := self._record(rev, path, locked[path]):
-                found[stage] = record
-            else:
-                gone.append(path)
-        return found, gone
+    def look_up(self, revs: Iterable[str]) -> None:
+        """Read the dvc.lock of all of these at once."""
+        new = [rev for rev in dict.fromkeys(revs) if rev not in self._locks]
+        texts = git.contents(self._lock, new)
+        for rev in new:
+            text = texts.get(rev, b"")
+            if text not in self._by_text:
+                self._by_text[text] = _outs(text)
+            self._locks[rev] = self._by_text[text]
 
     def locked(self, rev: str) -> dict[str, str]:
-        """DVC's md5 by path of what the dvc.lock of a revision lists."""
-        if rev not in self._locks:
-            self._locks[rev] = self._read_lock(rev)
+        """DVC's MD5 by path of what the dvc.lock of a revision lists."""
+        self.look_up([rev])
         return self._locks[rev]
 
-    def _read_lock(self, rev: str) -> dict[str, str]:
-        from dvc.utils.serialize import YAMLFileCorruptedError, parse_yaml
+    def records(
+        self, rev: str, stages: Iterable[str], unreadable: list[str]
+    ) -> tuple[dict[str, Log], list[str]]:
+        """A revision's records by stage, and the paths of those that are in no cache.
 
-        try:
-            with self._repo.scm.get_fs(rev).open(self._lock, "r", encoding="utf-8") as file:
-                lock = parse_yaml(file.read(), self._lock)
-            outs = [out for stage in lock["stages"].values() for out in stage.get("outs", [])]
-            return {out["path"]: out["md5"] for out in outs if "md5" in out}
-        except (FileNotFoundError, YAMLFileCorruptedError, KeyError, TypeError, AttributeError):
-            return {}  # a commit without a dvc.lock, or one with a broken one
-
-    def _record(self, rev: str, path: str, md5: str) -> list[Event] | None:
-        if md5 not in self._records:
+        To `unreadable` goes a phrase for each that is there and is not to be read.
+        """
+        found, gone = {}, []
+        for stage in stages:
+            path = paths.record(stage).as_posix()
+            if path not in self.locked(rev):  # this stage had not run there
+                continue
             try:
-                text = _files(paths.root(), rev).read_text(path, encoding="utf-8")
-                self._records[md5] = _events(text)
-            except FileNotFoundError:
-                self._records[md5] = None
-        return self._records[md5]
+                if record := self._record(rev, stage, path):
+                    found[stage] = record
+                else:
+                    gone.append(path)
+            except (RecordError, OSError) as error:
+                unreadable.append(f"{path}: {error}")
+        return found, gone
+
+    def _record(self, rev: str, stage: str, path: str) -> Log | None:
+        key = stage, self.locked(rev)[path]
+        if key not in self._records:
+            if not (file := self.place(rev, path)):
+                return None
+            try:
+                self._records[key] = reading.read(file, stage)
+            except RecordError as error:
+                self._records[key] = error
+        if isinstance(known := self._records[key], RecordError):
+            raise known
+        return known
+
+    def place(self, rev: str, path: str) -> Path | None:
+        """Where a file of a revision's outputs lies; None where it is in no cache any more."""
+        out, md5 = self._out(rev, path)
+        if md5.endswith(".dir"):
+            inside = PurePosixPath(path).relative_to(out).as_posix()
+            md5 = (self._listing(md5) or {}).get(inside, "")
+        file = self._file(md5)
+        return file or (self._from_remote(rev, path) if md5 and self._remotes else None)
+
+    def parts(self, rev: str, path: str) -> list[str] | None:
+        """What an output that is a folder holds, relative to it; None where it is a file."""
+        out, md5 = self._out(rev, path)
+        return list(self._listing(md5) or {}) if out == path and md5.endswith(".dir") else None
+
+    def _out(self, rev: str, path: str) -> tuple[str, str]:
+        """The output that a path is, or lies in, and its MD5."""
+        pure = PurePosixPath(path)
+        for place in (pure, *pure.parents):
+            if md5 := self.locked(rev).get(place.as_posix()):
+                return place.as_posix(), md5
+        return "", ""
+
+    def _listing(self, md5: str) -> dict[str, str] | None:
+        """MD5 by name of the files in a folder; None where the cache does not have the list."""
+        if not (file := self._file(md5)):
+            return None
+        try:
+            listed = {one["relpath"]: one["md5"] for one in json.loads(file.read_bytes())}
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+        plain = all(".." not in PurePosixPath(n).parts and not n.startswith("/") for n in listed)
+        return listed if plain else None
+
+    def _file(self, md5: str) -> Path | None:
+        """A file of the cache; the name comes out of a file that anybody may have written."""
+        if not _MD5.fullmatch(md5):
+            return None
+        path = Path(self._in_cache(md5))
+        return path if path.is_file() else None
+
+    def _from_remote(self, rev: str, path: str) -> Path | None:
+        from dvc.exceptions import DvcException
+
+        copy = Path(tempfile.mkdtemp(prefix="record-")) / Path(path).name
+        try:
+            _files(paths.root(), rev).get(path, str(copy))
+        except (OSError, DvcException):
+            return None
+        return copy
+
+
+@functools.cache
+def _kept(root: Path) -> Kept:
+    with _opened() as repo:
+        return Kept(repo)
+
+
+def _outs(text: bytes) -> dict[str, str]:
+    """DVC's MD5 by path of every output in a dvc.lock; nothing out of one that is broken."""
+    try:
+        lock = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        outs = [out for stage in lock["stages"].values() for out in stage.get("outs", [])]
+        return {out["path"]: str(out["md5"]) for out in outs if "md5" in out}
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        return {}  # a commit without a dvc.lock, or one with a broken one

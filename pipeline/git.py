@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -20,12 +21,31 @@ log = logging.getLogger(__name__)
 _HEX = re.compile(r"[0-9a-f]{4,64}", re.IGNORECASE)
 
 
-def _git(*words: str) -> subprocess.CompletedProcess[bytes] | None:
-    """A git command at the main repository root; None where there is no git."""
+def _git(*words: str, given: str = "") -> subprocess.CompletedProcess[bytes] | None:
+    """A git command at the main repository root, `given` some input; None where there is no git."""
+    command = ["git", "-C", paths.root(), *words]
     try:
-        return subprocess.run(["git", "-C", paths.root(), *words], capture_output=True, check=False)
+        return subprocess.run(command, input=given.encode(), capture_output=True, check=False)
     except FileNotFoundError:
         return None
+
+
+def contents(path: str, revs: Iterable[str]) -> dict[str, bytes]:
+    """What a file holds in each of these revisions, as far as they have it.
+
+    `path` starts at git's own root.
+    """
+    asked = list(revs)
+    done = _git("cat-file", "--batch", given="".join(f"{rev}:{path}\n" for rev in asked))
+    answers, found = io.BytesIO(done.stdout if done else b""), {}
+    for rev in asked:
+        name, _, size = answers.readline().rpartition(b" ")
+        if size.strip().isdigit():  # else it says that it is missing
+            content = answers.read(int(size))
+            answers.read(1)
+            if name.endswith(b" blob"):
+                found[rev] = content
+    return found
 
 
 def taken(name: str) -> bool:

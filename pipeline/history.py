@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.experiments import Experiment
@@ -14,8 +14,8 @@ from pipeline.stage_graph import upstream
 class Step:
     """One stage that ran: its record, and those that were there when it started."""
 
-    record: list[Event]
-    others: list[list[Event]]
+    record: Sequence[Event]
+    others: list[Sequence[Event]]
     where: Experiment  # whose files these records speak of
 
     @property
@@ -41,7 +41,7 @@ def steps(found: Iterable[Experiment]) -> list[Step]:
     return sorted(best.values(), key=lambda step: step.head["time"])
 
 
-def _before(head: Event, experiment: Experiment) -> list[list[Event]]:
+def _before(head: Event, experiment: Experiment) -> list[Sequence[Event]]:
     """The records upstream and those of the same command, as the stage itself met them."""
     return [
         record

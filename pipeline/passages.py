@@ -232,11 +232,11 @@ def _run(name: str | None) -> Experiment | None:
     here = of_workspace(paths.root())
     if name is None:
         return here if "train" in here.records else None
-    known = {one.name: one for one in experiments(("train",)) if "train" in one.records}
+    known = {one.name: one for one in experiments(("train",))}
     if "train" in here.records and (now := here.records["train"][0]["name"]):
         known.setdefault(now, here)
-    if name not in known:
-        there = ", ".join(known) or "none"
+    if name not in known or "train" not in known[name].records:
+        there = ", ".join(n for n, one in known.items() if "train" in one.records) or "none"
         raise InputError(f"--of {name}: no trained experiment of that name; there are: {there}")
     return known[name]
 

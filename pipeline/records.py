@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from pipeline import paths, stage_graph
 from pipeline.config import Config, flatten, settings_of
 from pipeline.errors import ChangedError, ConfigError, InputError
 from pipeline.provenance import code_digest, differing, listed
+from pipeline.reading import SCHEMA, Event, Log, RecordError, read
+
+log = logging.getLogger(__name__)
 
 # Significant digits of a value: the page shows what it is given. No timing repeats to five.
 DIGITS = 6
 DIGITS_OF = {"perf": 4, "time": 4}
-
-Event = dict[str, Any]
 
 
 class Record:
@@ -97,9 +99,9 @@ class Record:
         event = {"kind": "checkpoint", "name": name, "step": step, "md5": dvc_md5(path)}
         self._write(event | _place(path))
 
-    def so_far(self) -> list[Event]:
+    def so_far(self) -> Log:
         """Every event written up to now."""
-        return read(self._part)
+        return read(self._part, self.stage, whole=False)
 
     def persist(self) -> None:
         """Have every line on the disk, so that no later checkpoint knows more than they."""
@@ -122,12 +124,6 @@ class Record:
             file.flush()
         if self._ship:
             self._ship(event)
-
-
-def read(path: Path) -> list[Event]:
-    """The events of a record, the start event first."""
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def reopen(journal: Path) -> list[Event]:
@@ -178,20 +174,25 @@ def _sessions(events: list[Event]) -> Iterator[tuple[float, float]]:
     return ((session[0], session[-1]) for session in times)
 
 
-def upstream(stage: str) -> Iterator[list[Event]]:
+def here(stages: Iterable[str]) -> Iterator[Log]:
+    """Finished records of the workspace, without those that are missing or not to be read."""
+    for path, stage in ((paths.record(stage), stage) for stage in stages):
+        try:
+            if path.exists():
+                yield read(path, stage)
+        except (RecordError, OSError) as error:
+            log.warning("%s: %s; left out", path, error)
+
+
+def upstream(stage: str) -> Iterator[Log]:
     """The records that `stage` builds on, as far as the workspace has them."""
-    for name in stage_graph.upstream(stage):
-        if paths.record(name).exists():
-            yield read(paths.record(name))
+    return here(stage_graph.upstream(stage))
 
 
-def beside(head: Event) -> Iterator[list[Event]]:
+def beside(head: Event) -> Iterator[Log]:
     """The other records of this workspace that the same command has made so far."""
-    for name in stage_graph.stages():
-        if name != head["stage"] and paths.record(name).exists():
-            record = read(paths.record(name))
-            if record[0]["invocation"] == head["invocation"]:
-                yield record
+    others = here(stage for stage in stage_graph.stages() if stage != head["stage"])
+    return (record for record in others if record[0]["invocation"] == head["invocation"])
 
 
 def start_event(stage: str, config: Config) -> Event:
@@ -209,6 +210,7 @@ def start_event(stage: str, config: Config) -> Event:
     code = next((record[0]["code"] for record in chain), None) or code_digest()
     return {
         "kind": "start",
+        "schema": SCHEMA,
         "id": uuid.uuid4().hex,
         "stage": stage,
         "time": _now(),
@@ -226,9 +228,10 @@ def start_event(stage: str, config: Config) -> Event:
     }
 
 
-def _invocations(record: list[Event]) -> set[str]:
+def _invocations(record: Log) -> set[str]:
     """Every command that had a part in a record: of a training that was resumed, several."""
-    return {event["invocation"] for event in record if "invocation" in event}
+    events = (event for kind in ("start", "resume") for event in record.of_kind(kind))
+    return {event["invocation"] for event in events}
 
 
 def _hold(head: Event, params: dict[str, Any]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import notes, records, view
 from pipeline.logged_models import LoggedModels
 from pipeline.records import Event
-from pipeline.runs import is_alive
+from pipeline.runs import is_alive, this_process
 from pipeline.store import MADE_FOR, artifact_location, artifact_root, connect, lock, said
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Row:
         for start in range(0, len(points), BATCH):
             self.client.log_batch(self.id, metrics=points[start : start + BATCH])
 
-    def replay(self, record: list[Event], checkpoints: str, fetch: Fetch) -> None:
+    def replay(self, record: Sequence[Event], checkpoints: str, fetch: Fetch) -> None:
         """Write a stage's whole record, unless all of it has arrived before."""
         if self.client.get_run(self.id).data.tags.get(shipped_tag(record[0])) != record[0]["id"]:
             self.write(record, checkpoints, fetch)
@@ -88,7 +88,7 @@ class Row:
 
     def _parent(self, head: Event, run: Run) -> Run | None:
         """The newest evaluated row before this one with the settings of this one's commit."""
-        if not head.get("parent", {}).get("changed"):
+        if not head["parent"].get("changed"):
             return None
         found = self.client.search_runs(
             [self.experiment_id],
@@ -177,7 +177,7 @@ def from_workspace(path: str, sha256: str) -> Path | None:
     return here if here.exists() and records.tree_digest(here) == sha256 else None
 
 
-def open_row(client: MlflowClient, head: Event, others: list[list[Event]]) -> Row:
+def open_row(client: MlflowClient, head: Event, others: Sequence[Sequence[Event]]) -> Row:
     """The row that a stage writes into.
 
     The newest row of the stage's key that has no part of this stage yet and, of the stages in
@@ -250,14 +250,18 @@ def rename(client: MlflowClient, record: Event, known: set[str], name: str) -> d
 
 
 def shipped(client: MlflowClient) -> list[set[str]]:
-    """For every row, of whatever MLflow experiment, the ids of the records that arrived whole."""
+    """For every row, of whatever MLflow experiment, the ids of the records that arrived whole.
+
+    Without rows that a stopped process has left open: somebody has to close them.
+    """
     everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
     found, token = [], None
     while True:
         page = client.search_runs(everywhere, max_results=1000, page_token=token)
         for run in page:
-            tags = run.data.tags.items()
-            found.append({id_ for tag, id_ in tags if tag.startswith(SHIPPED)})
+            if not _is_left(run):
+                tags = run.data.tags.items()
+                found.append({id_ for tag, id_ in tags if tag.startswith(SHIPPED)})
         if not (token := page.token):
             return found
 
@@ -267,7 +271,9 @@ def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
 
     tags = {
         "pipeline.key": head["key"],
-        "pipeline.settings": head.get("settings", ""),
+        "pipeline.settings": head["settings"],
+        "pipeline.process": this_process(),  # until a stage says that it works on the row
+        "pipeline.host": records.environment()["host"],
         "model": notes.model_size(head["params"]),
         "init": notes.initial_weights(head["params"]),
         "dvc.exp_name": head["name"],
@@ -300,11 +306,17 @@ def _next_color(client: MlflowClient, experiment_id: str) -> str:
 def _sweep(client: MlflowClient, experiment_id: str) -> None:
     """Rows whose process died without a word would say RUNNING for ever."""
     running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
-    here = records.environment()["host"]
-    for run in running:
-        tags = run.data.tags
-        if tags.get("pipeline.host") == here and not is_alive(tags.get("pipeline.process", "")):
-            client.set_terminated(run.info.run_id, "KILLED")
+    for run in filter(_is_left, running):
+        client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _is_left(run: Run) -> bool:
+    """Whether a row of ours says RUNNING and its process, on this machine, is there no more."""
+    tags, here = run.data.tags, records.environment()["host"]
+    ours = run.info.status == "RUNNING" and "pipeline.key" in tags
+    # Former versions of `sync` did not say who they were.
+    at_home = tags.get("pipeline.host", here) == here
+    return ours and at_home and not is_alive(tags.get("pipeline.process", ""))
 
 
 def _experiment(client: MlflowClient, name: str) -> str:

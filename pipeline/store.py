@@ -156,7 +156,8 @@ def artifact_location(experiment: str) -> str | None:
     """
     scheme = _scheme(store_uri())
     known = scheme in ("", "file", "http", "https", *_NO_PATHS)
-    return None if known else (paths.root() / ARTIFACTS / experiment).as_uri()
+    # A name may begin with a slash, which would lead out of the folder.
+    return None if known else (paths.root() / ARTIFACTS / experiment.lstrip("/")).as_uri()
 
 
 def lock() -> FileLock:

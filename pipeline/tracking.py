@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,8 +135,12 @@ def record(stage: str, config: Config, journal: Path | None = None) -> Iterator[
             courier.close(hurried=status == "KILLED")
 
 
-def sync() -> list[str]:
+def sync(problems: list[str] | None = None) -> list[str]:
     """Bring the store up to date: the names of the rows that were made or completed.
+
+    A record that is not to be read, or that the store refuses, is left out with a warning, and
+    its experiment, file and reason are appended to `problems`. Raises one of `store_errors` where
+    the store itself does not answer.
 
     Every record in DVC's experiments, in the commits of every branch and tag and in the workspace
     is given to its row in the order in which the stages ran, as they did themselves. What no
@@ -143,8 +148,11 @@ def sync() -> list[str]:
     (their command attaches them again), and what a person wrote on the page. A row follows the
     name that DVC has for its experiment now.
     """
+    problems = [] if problems is None else problems
     found = list(experiments.experiments())
-    steps = history.steps([*found, *experiments.commits()])
+    everything = [*found, *experiments.commits()]
+    steps = history.steps(everything)
+    problems += dict.fromkeys(f"{one.name}: {why}" for one in everything for why in one.unreadable)
     known = {step.head["id"] for step in steps}
     client = connect()
     arrived = shipped(client)
@@ -154,7 +162,14 @@ def sync() -> list[str]:
             parts = {record[0]["id"] for record in [step.record, *step.others]}
             if any(parts <= row for row in arrived):
                 continue
-            row = _replay(client, step, known, Path(folder))
+            try:
+                row = _replay(client, step, known, Path(folder))
+            except Exception as error:  # of whatever kind: it is this record's, or the store's
+                client.search_experiments(max_results=1)
+                path = paths.record(step.head["stage"]).as_posix()
+                problems.append(f"{step.where.name}: {path}: {said(error)}")
+                log.warning("%s; left out", problems[-1])
+                continue
             arrived.append(parts)
             names[row.id] = client.get_run(row.id).info.run_name
     return list((names | _renamed(client, found)).values())
@@ -186,7 +201,7 @@ def _replay(client: MlflowClient, step: history.Step, known: set[str], folder: P
 
     row = open_row(client, step.head, step.others)
     for record_ in [*step.others, step.record]:
-        row.replay(record_, step.head.get("checkpoints", "best"), fetch)
+        row.replay(record_, step.head["checkpoints"], fetch)
     row.settle(step.head, step.record[-1], known)
     return row
 
@@ -199,16 +214,32 @@ def main(words: list[str]) -> None:
     page = commands.add_parser("ui", help="that, then MLflow's page")
     page.add_argument("port", type=int, nargs="?", default=5000)
     asked = parser.parse_args(words)
+    code = told(bring_up_to_date)
+    if asked.command == "ui":  # whatever was left out: the page shows the rest
+        code = told(functools.partial(show, asked.port))
+    sys.exit(code)
+
+
+def bring_up_to_date() -> int:
+    """`sync`, said aloud; the exit code of an InputError where a record was left out."""
+    problems: list[str] = []
+    rows = ", ".join(sync(problems))
+    log.info("rows made or completed: %s", rows or "none, all are up to date")
+    if problems:
+        log.error("error: %d records were left out, each with a warning above", len(problems))
+    return InputError.exit_code if problems else 0
+
+
+def told(command: Callable[[], int]) -> int:
+    """The exit code of a command; what the user or the store has done wrong is one message."""
     try:
-        log.info("rows made or completed: %s", ", ".join(sync()) or "none, all are up to date")
-        if asked.command == "ui":
-            sys.exit(show(asked.port))
+        return command()
     except UserError as error:
         log.error("error: %s", error)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except store_errors() as error:
         log.error("error: MLflow at %s: %s", without_secrets(store_uri()), said(error))
-        sys.exit(StorageError.exit_code)
+        return StorageError.exit_code
 
 
 def show(port: int) -> int:

@@ -390,6 +390,7 @@ def test_the_command_judges_the_runs_that_are_named_and_names_those_there_are(
     well = Experiment("workspace", "", run(train__loss=falling()).records)
     bare = Experiment("bare", "def", {})
     monkeypatch.setattr(doctor, "experiments", lambda: iter([sick, bare, well]))
+    monkeypatch.setattr(doctor, "of_workspace", lambda _: well)
     caplog.set_level("INFO")
     doctor.main([])
     assert caplog.messages == ["workspace\n  healthy: 13 rules found nothing"]
