@@ -359,7 +359,7 @@ class Kept:
     def look_up(self, revs: Iterable[str]) -> None:
         """Read the dvc.lock of all of these at once."""
         new = [rev for rev in dict.fromkeys(revs) if rev not in self._locks]
-        texts = git.contents(self._lock, new)
+        texts = git.contents(self._lock, new) if new else {}
         for rev in new:
             text = texts.get(rev, b"")
             if text not in self._by_text:

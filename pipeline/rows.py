@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from pipeline.store import MADE_FOR, artifact_location, artifact_root, connect, 
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Run
+    from mlflow.entities import Experiment, Metric, Run
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ SHIPPED = "shipped."
 NOTE = "mlflow.note.content"
 OWN_NOTE = "pipeline.note"  # a mark of what we wrote there last
 
-BATCH = 1000  # MLflow's limit of metrics a request
+MOST_POINTS, MOST_TAGS = 900, 100  # MLflow takes 1000 of both a request, and 100 tags
 
 Fetch = Callable[[str, str], Path | None]  # (path, sha256) -> where those very bytes lie, or None
 
@@ -32,40 +32,69 @@ Fetch = Callable[[str, str], Path | None]  # (path, sha256) -> where those very 
 class Row:
     """One MLflow run: what an experiment's records look like there."""
 
-    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str):
+    def __init__(
+        self,
+        client: MlflowClient,
+        run_id: str,
+        experiment_id: str,
+        tags: Mapping[str, str] | None = None,
+    ):
         self.client, self.id, self.experiment_id = client, run_id, experiment_id
+        self._known = dict(tags or {})  # what it says of itself, as far as that was looked up
         self._models = LoggedModels(client, run_id, experiment_id)
 
-    def write(self, events: Iterable[Event], checkpoints: str, fetch: Fetch) -> None:
-        """Ship events; writing the same events again changes nothing."""
-        points = []
+    def write(
+        self,
+        events: Iterable[Event],
+        checkpoints: str,
+        fetch: Fetch,
+        then: Mapping[str, str] | None = None,
+    ) -> None:
+        """Ship events, then some tags; writing the same events again changes nothing."""
+        points: list[Metric] = []
+        tags: dict[str, str] = {}
         for event in events:
             if event["kind"] == "metrics":
                 points += self._models.points(event)
             elif event["kind"] in _SHIP:
-                _SHIP[event["kind"]](self, event, checkpoints, fetch)
-        for start in range(0, len(points), BATCH):
-            self.client.log_batch(self.id, metrics=points[start : start + BATCH])
+                if event["kind"] == "checkpoint":  # which refers to points that have to be there
+                    self._send(points, tags)
+                    points, tags = [], {}
+                tags |= _SHIP[event["kind"]](self, event, checkpoints, fetch) or {}
+        self._send(points, tags | dict(then or {}))
+
+    def _send(self, points: Sequence[Metric], tags: Mapping[str, str]) -> None:
+        """In as few requests as MLflow allows: each costs as much as a hundred points."""
+        from mlflow.entities import RunTag
+
+        values = {key: str(value)[:5000] for key, value in tags.items() if value != ""}
+        new = [RunTag(*item) for item in values.items() - self._known.items()]
+        while points or new:
+            metrics, points = points[:MOST_POINTS], points[MOST_POINTS:]
+            with_them = [] if points else new[:MOST_TAGS]
+            self.client.log_batch(self.id, metrics=metrics, tags=with_them)
+            new = new[len(with_them) :]
+        self._known |= values
 
     def replay(self, record: Sequence[Event], checkpoints: str, fetch: Fetch) -> None:
         """Write a stage's whole record, unless all of it has arrived before."""
-        if self.client.get_run(self.id).data.tags.get(shipped_tag(record[0])) != record[0]["id"]:
-            self.write(record, checkpoints, fetch)
-            self.tag({shipped_tag(record[0]): record[0]["id"]})
+        arrived = {shipped_tag(record[0]): record[0]["id"]}
+        if not arrived.items() <= self._known.items():
+            self.write(record, checkpoints, fetch, arrived)
 
     def enter(self, head: Event, process: str) -> None:
         """A stage starts: its process, as `runs.this_process` names it, works on the row."""
         self.tag({"pipeline.process": process, "pipeline.host": head["environment"]["host"]})
         self.client.update_run(self.id, status="RUNNING")
 
-    def leave(self, head: Event, end: Event) -> None:
+    def leave(self, head: Event, end: Event, run: Run | None = None) -> None:
         """The stage is over and all of its record has arrived.
 
         One that was interrupted may go on under the same id, so it has not arrived whole.
         """
         if end["status"] == "FINISHED":
             self.tag({shipped_tag(head): head["id"]})
-        self._describe(head)
+        self._describe(head, run or self.client.get_run(self.id))
         self.client.set_terminated(self.id, end["status"], end_time=end["time"])
 
     def settle(self, head: Event, end: Event, known: set[str]) -> None:
@@ -73,13 +102,13 @@ class Row:
 
         A part that is not among the `known` finished records failed, or is at work right now.
         """
-        tags = self.client.get_run(self.id).data.tags
-        if {id_ for tag, id_ in tags.items() if tag.startswith("record.")} <= known:
-            self.leave(head, end)
-
-    def _describe(self, head: Event) -> None:
-        """Write the note, unless a person has edited it."""
         run = self.client.get_run(self.id)
+        tags = run.data.tags.items()
+        if {id_ for tag, id_ in tags if tag.startswith("record.")} <= known:
+            self.leave(head, end, run)
+
+    def _describe(self, head: Event, run: Run) -> None:
+        """Write the note, unless a person has edited it."""
         if (kept := run.data.tags.get(NOTE)) and _mark(kept) != run.data.tags.get(OWN_NOTE):
             return
         parent = self._parent(head, run)
@@ -99,24 +128,20 @@ class Row:
         )
         return found[0] if found else None
 
-    def tag(self, values: dict[str, str]) -> None:
-        from mlflow.entities import RunTag
+    def tag(self, values: Mapping[str, str]) -> None:
+        self._send((), values)
 
-        tags = [RunTag(key, str(value)[:5000]) for key, value in values.items() if value != ""]
-        self.client.log_batch(self.id, tags=tags)
-
-    def _start(self, event: Event, *_: Any) -> None:
+    def _start(self, event: Event, *_: Any) -> dict[str, str]:
         tags = {f"record.{event['stage']}": event["id"], "code": event["code"][:12]}
-        tags |= {f"env.{key}": value for key, value in event["environment"].items()}
-        self.tag(tags)
+        return tags | {f"env.{key}": value for key, value in event["environment"].items()}
 
-    def _resumed(self, event: Event, *_: Any) -> None:
+    def _resumed(self, event: Event, *_: Any) -> dict[str, str]:
         """The experiment that goes on may have another name, and is the one that DVC will keep."""
-        if name := event["name"]:
-            self.tag({"dvc.exp_name": name, "mlflow.runName": name})
+        name = event["name"]
+        return {"dvc.exp_name": name, "mlflow.runName": name} if name else {}
 
-    def _tagged(self, event: Event, *_: Any) -> None:
-        self.tag(event["values"])
+    def _tagged(self, event: Event, *_: Any) -> dict[str, str]:
+        return event["values"]
 
     def _dataset(self, event: Event, *_: Any) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -131,15 +156,16 @@ class Row:
         if path := fetch(event["path"], event["sha256"]):
             self._copy(path, event["folder"])
 
-    def _checkpoint(self, event: Event, checkpoints: str, fetch: Fetch) -> None:
+    def _checkpoint(self, event: Event, checkpoints: str, fetch: Fetch) -> dict[str, str]:
         name = event["name"]
         place = {k: str(event[k]) for k in ("path", "md5", "sha256", "step") if k in event}
-        self.tag({f"checkpoint.{name}.{key}": value for key, value in place.items()})
+        tags = {f"checkpoint.{name}.{key}": value for key, value in place.items()}
         if checkpoints in ("all", name) and (path := fetch(event["path"], event["sha256"])):
             self._copy(path, f"checkpoints/{name}")
             place["copy"] = f"runs:/{self.id}/checkpoints/{name}"
         if checkpoints != "none":
             self._models.put(name, place)
+        return tags
 
     def _copy(self, path: Path, folder: str) -> None:
         if path.is_dir():
@@ -161,7 +187,7 @@ def shipped_tag(head: Event) -> str:
     return f"{SHIPPED}{head['stage']}"
 
 
-_SHIP: dict[str, Callable[..., None]] = {
+_SHIP: dict[str, Callable[..., dict[str, str] | None]] = {
     "start": Row._start,
     "resume": Row._resumed,
     "tags": Row._tagged,
@@ -203,7 +229,7 @@ def open_row(client: MlflowClient, head: Event, others: Sequence[Sequence[Event]
         own = f"record.{head['stage']}"  # a replayed stage has its row already, mostly
         fitting.sort(key=lambda run: run.data.tags.get(own) != head["id"])
         if fitting:
-            row = Row(client, fitting[0].info.run_id, experiment_id)
+            row = Row(client, fitting[0].info.run_id, experiment_id, fitting[0].data.tags)
         else:
             row = _new_row(client, experiment_id, head)
             if rows:
@@ -289,7 +315,7 @@ def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
     run = client.create_run(experiment_id, start_time=head["time"], run_name=name, tags=tags)
     params = [Param(key, str(value)[:6000]) for key, value in head["params"].items()]
     client.log_batch(run.info.run_id, params=params[:100])
-    return Row(client, run.info.run_id, experiment_id)
+    return Row(client, run.info.run_id, experiment_id, tags)
 
 
 def _next_color(client: MlflowClient, experiment_id: str) -> str:

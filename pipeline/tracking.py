@@ -156,23 +156,34 @@ def sync(problems: list[str] | None = None) -> list[str]:
     known = {step.head["id"] for step in steps}
     client = connect()
     arrived = shipped(client)
-    names = {}
+    touched: dict[str, tuple[Row, history.Step]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for step in steps:
             parts = {record[0]["id"] for record in [step.record, *step.others]}
             if any(parts <= row for row in arrived):
                 continue
-            try:
-                row = _replay(client, step, known, Path(folder))
-            except Exception as error:  # of whatever kind: it is this record's, or the store's
-                client.search_experiments(max_results=1)
-                path = paths.record(step.head["stage"]).as_posix()
-                problems.append(f"{step.where.name}: {path}: {said(error)}")
-                log.warning("%s; left out", problems[-1])
-                continue
-            arrived.append(parts)
+            with _alone(client, step, problems):
+                row = _replay(client, step, Path(folder))
+                arrived.append(parts)
+                touched[row.id] = row, step
+    names = {}
+    for row, step in touched.values():
+        with _alone(client, step, problems):
+            row.settle(step.head, step.record[-1], known)
             names[row.id] = client.get_run(row.id).info.run_name
     return list((names | _renamed(client, found)).values())
+
+
+@contextlib.contextmanager
+def _alone(client: MlflowClient, step: history.Step, problems: list[str]) -> Iterator[None]:
+    """What a record does that the store refuses is a warning, unless the store answers no more."""
+    try:
+        yield
+    except Exception as error:  # of whatever kind: who wrote the record, or the store, decides
+        client.search_experiments(max_results=1)
+        path = paths.record(step.head["stage"]).as_posix()
+        problems.append(f"{step.where.name}: {path}: {said(error)}")
+        log.warning("%s; left out", problems[-1])
 
 
 def _renamed(client: MlflowClient, found: list[Experiment]) -> dict[str, str]:
@@ -194,7 +205,7 @@ def _renamed(client: MlflowClient, found: list[Experiment]) -> dict[str, str]:
     return renamed
 
 
-def _replay(client: MlflowClient, step: history.Step, known: set[str], folder: Path) -> Row:
+def _replay(client: MlflowClient, step: history.Step, folder: Path) -> Row:
     def fetch(path: str, sha256: str) -> Path | None:
         found = from_workspace(path, sha256) or experiments.copy_of(step.where, path, folder)
         return found if found and records.tree_digest(found) == sha256 else None
@@ -202,7 +213,6 @@ def _replay(client: MlflowClient, step: history.Step, known: set[str], folder: P
     row = open_row(client, step.head, step.others)
     for record_ in [*step.others, step.record]:
         row.replay(record_, step.head["checkpoints"], fetch)
-    row.settle(step.head, step.record[-1], known)
     return row
 
 
@@ -215,7 +225,8 @@ def main(words: list[str]) -> None:
     page.add_argument("port", type=int, nargs="?", default=5000)
     asked = parser.parse_args(words)
     code = told(bring_up_to_date)
-    if asked.command == "ui":  # whatever was left out: the page shows the rest
+    # Whatever was left out: the page shows the rest.
+    if asked.command == "ui" and code != StorageError.exit_code:
         code = told(functools.partial(show, asked.port))
     sys.exit(code)
 
