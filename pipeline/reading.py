@@ -26,7 +26,8 @@ SCHEMA = 1  # of the records that this version writes; those from before it was 
 
 LONGEST_LINE = 8 << 20  # bytes; the settings of a run may hold long prompts
 MOST_EVENTS = 10_000  # beside the points
-MOST_VALUES = 1_000  # in one event, and different metrics in one record
+MOST_VALUES = 1_000  # in one event
+MOST_METRICS = 10_000  # of a record, those of each kind of point counted
 LATEST = 253_402_300_799_000  # the last millisecond of the year 9999
 SHOWN = 80  # characters of a value in a message
 
@@ -45,8 +46,8 @@ class Settings(dict[str, Any]):
 class Curve(Sequence[tuple[int, float]]):
     """The (step, value) of each point of one metric, in the order of writing."""
 
-    def __init__(self) -> None:
-        self.steps, self.values = array("q"), array("d")
+    def __init__(self, steps: array[int], values: array[float]):
+        self.steps, self.values = steps, values
 
     def __len__(self) -> int:
         return len(self.values)
@@ -67,20 +68,36 @@ class Curve(Sequence[tuple[int, float]]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
     def joined(self, other: Curve) -> Curve:
-        both = Curve()
-        both.steps, both.values = self.steps + other.steps, self.values + other.values
-        return both
+        return Curve(self.steps + other.steps, self.values + other.values)
+
+
+class Points:
+    """All points of one record with the same metrics, as most of a training's have."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+        self.places = array("q")  # in the record
+        self.times, self.steps = array("q"), array("q")
+        self.values = array("d")  # of all metrics, point by point
+
+    def __getitem__(self, at: int) -> Event:
+        wide = len(self.names)
+        values = self.values[at * wide : (at + 1) * wide]
+        return {
+            "kind": "metrics",
+            "time": self.times[at],
+            "step": self.steps[at],
+            "values": dict(zip(self.names, values, strict=True)),
+        }
 
 
 class Log(Sequence[Event]):
     """The events of one record. Points lie in arrays: as dicts they take ten times as much."""
 
     def __init__(self, events: Iterable[Event] = ()):
-        self.curves: defaultdict[str, Curve] = defaultdict(Curve)
-        # Of points (time, step, names); their values are the next ones of these curves.
-        self._order: list[Event | tuple[int, int, tuple[str, ...]]] = []
         self.others = 0  # events that are no points
-        self._names: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple for all equal ones
+        self._order: list[Event | Points] = []  # of these the next point
+        self._points: dict[tuple[str, ...], Points] = {}
         for event in events:
             self.append(event)
 
@@ -94,22 +111,38 @@ class Log(Sequence[Event]):
             self.others += 1
             self._order.append(event)
             return
-        names = tuple(event["values"])
-        for name, value in event["values"].items():
-            curve = self.curves[name]
-            curve.steps.append(event["step"])
-            curve.values.append(value)
-        kept = self._names.setdefault(names, names)
-        self._order.append((event.get("time", 0), event["step"], kept))
+        values = event["values"]
+        points = self._points.get(names := tuple(values))
+        if points is None:
+            points = self._points[names] = Points(names)
+        points.places.append(len(self._order))
+        points.times.append(event.get("time", 0))
+        points.steps.append(event["step"])
+        points.values.extend(values.values())
+        self._order.append(points)
+
+    @property
+    def curves(self) -> dict[str, Curve]:
+        """Every metric's points, in the order of writing."""
+        found: dict[str, list[tuple[Points, array[float]]]] = defaultdict(list)
+        for points in self._points.values():
+            for at, name in enumerate(points.names):
+                found[name].append((points, points.values[at :: len(points.names)]))
+        return {name: _in_order(parts) for name, parts in found.items()}
 
     def of_kind(self, kind: str) -> Iterator[Event]:
         if kind == "metrics":
             return (event for event in self if event["kind"] == kind)
         return (e for e in self._order if isinstance(e, dict) and e["kind"] == kind)
 
+    @property
+    def metrics(self) -> int:
+        """The metrics of each kind of points, counted."""
+        return sum(map(len, self._points))
+
     def knows(self, names: tuple[str, ...]) -> bool:
         """Whether a point with these metrics has come before."""
-        return names in self._names
+        return names in self._points
 
     def __len__(self) -> int:
         return len(self._order)
@@ -124,19 +157,28 @@ class Log(Sequence[Event]):
         return list(self)[at]
 
     def __iter__(self) -> Iterator[Event]:
-        used: dict[str, int] = defaultdict(int)
+        used: dict[int, int] = defaultdict(int)
         for item in self._order:
             if isinstance(item, dict):
                 yield item
-                continue
-            time, step, names = item
-            values = {name: self.curves[name].values[used[name]] for name in names}
-            for name in names:
-                used[name] += 1
-            yield {"kind": "metrics", "time": time, "step": step, "values": values}
+            else:
+                yield item[used[id(item)]]
+                used[id(item)] += 1
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
+
+
+def _in_order(parts: list[tuple[Points, array[float]]]) -> Curve:
+    """One metric out of several kinds of points."""
+    if len(parts) == 1:
+        return Curve(parts[0][0].steps, parts[0][1])
+    rows = sorted(
+        row
+        for points, values in parts
+        for row in zip(points.places, points.steps, values, strict=True)
+    )
+    return Curve(array("q", [step for _, step, _ in rows]), array("d", [v for *_, v in rows]))
 
 
 def read(path: Path, stage: str = "", whole: bool = True) -> Log:
@@ -164,9 +206,9 @@ def parse(lines: Iterable[bytes], stage: str = "", whole: bool = True) -> Log:
             raise RecordError(f"line {number}: {error}") from None
         log.append(event)
         ended = event["kind"] == "end"
-        if log.others > MOST_EVENTS or len(log.curves) > MOST_VALUES:
+        if log.others > MOST_EVENTS or log.metrics > MOST_METRICS:
             raise RecordError(
-                f"more than {MOST_EVENTS:,} events or {MOST_VALUES:,} different metrics"
+                f"more than {MOST_EVENTS:,} events that are no points, or too many metrics"
             )
     if not len(log):
         raise RecordError("empty")
@@ -189,6 +231,8 @@ def _decoded(line: bytes) -> Any:
 def _checked(event: Any, stage: str, first: bool, log: Log) -> Event:
     """The event, with what older versions did not write; raises RecordError."""
     kind = event.get("kind") if isinstance(event, dict) else None
+    if kind == "metrics" and not first and _is_point(event, log):
+        return event
     if not isinstance(kind, str) or (kind == "start") != first or kind not in _FIELDS:
         wanted = "a start event" if first else f"an event of {', '.join(list(_FIELDS)[1:])}"
         raise RecordError(f"{_cut(event)}: {wanted} is expected")
@@ -214,6 +258,20 @@ def _checked(event: Any, stage: str, first: bool, log: Log) -> Event:
     elif kind in ("artifact", "checkpoint") and not _is_of(stage, event["path"]):
         raise RecordError(f"{kind}.path={_cut(event['path'])}: no output of {stage}")
     return event
+
+
+def _is_point(event: Event, log: Log) -> bool:
+    """Whether it is one like those before it: nearly every event of a long training is."""
+    step, time, values = event.get("step"), event.get("time"), event.get("values")
+    return (
+        type(step) is int
+        and type(time) is int
+        and 0 <= step < 1 << 53
+        and 0 <= time <= LATEST
+        and type(values) is dict
+        and log.knows(tuple(values))
+        and set(map(type, values.values())) == {float}
+    )
 
 
 def _check_points(values: Event, log: Log) -> None:

@@ -214,7 +214,6 @@ def open_row(client: MlflowClient, head: Event, others: Sequence[Sequence[Event]
     parts = {f"record.{r[0]['stage']}": r[0]["id"] for r in others}
     with lock():
         experiment_id = _experiment(client, head["experiment"])
-        _sweep(client, experiment_id)
         rows = client.search_runs(
             [experiment_id],
             f"tags.`pipeline.key` = '{head['key']}'",
@@ -329,11 +328,12 @@ def _next_color(client: MlflowClient, experiment_id: str) -> str:
     return next(color for color in view.COLORS if color not in used)
 
 
-def _sweep(client: MlflowClient, experiment_id: str) -> None:
+def sweep(client: MlflowClient) -> None:
     """Rows whose process died without a word would say RUNNING for ever."""
-    running = client.search_runs([experiment_id], "attributes.status = 'RUNNING'")
-    for run in filter(_is_left, running):
-        client.set_terminated(run.info.run_id, "KILLED")
+    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+    for run in client.search_runs(everywhere, "attributes.status = 'RUNNING'"):
+        if _is_left(run):
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _is_left(run: Run) -> bool:

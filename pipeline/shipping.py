@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pipeline import records
 from pipeline.records import Event
-from pipeline.rows import from_workspace, open_row
+from pipeline.rows import from_workspace, open_row, sweep
 from pipeline.store import connect, said, store_uri, without_secrets
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class Shipper:
         upstream = list(records.upstream(head["stage"]))
         client = connect()
         self._ready = True
+        sweep(client)
         row = open_row(client, head, [*upstream, *records.beside(head)])
         self._has_row = True
         row.enter(head, self._process)

@@ -23,7 +23,7 @@ from pipeline.config import Config, load
 from pipeline.errors import InputError, StorageError, UserError
 from pipeline.experiments import Experiment
 from pipeline.records import Event, Record
-from pipeline.rows import Row, from_workspace, open_row, rename, shipped
+from pipeline.rows import Row, from_workspace, open_row, rename, shipped, sweep
 from pipeline.shipping import CLOSE, SHORT_SECONDS
 from pipeline.store import connect, said, store_errors, store_uri, without_secrets
 
@@ -156,6 +156,7 @@ def sync(problems: list[str] | None = None) -> list[str]:
     known = {step.head["id"] for step in steps}
     client = connect()
     arrived = shipped(client)
+    sweep(client)
     touched: dict[str, tuple[Row, history.Step]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for step in steps:
