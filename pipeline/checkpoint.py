@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline import hf_weights, paths, tokenizer
+from pipeline import hf_weights, paths, terminal, tokenizer
 from pipeline.errors import InputError, UserError
 from pipeline.folders import SUMS, check, writing
 from pipeline.model import GPT, GPTConfig
@@ -134,6 +134,7 @@ def _verified(folder: Path) -> str:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(prog="python -m pipeline.checkpoint")
     commands = parser.add_subparsers(dest="command", required=True)

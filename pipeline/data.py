@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import tokenizer
+from pipeline import terminal, tokenizer
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:  # torch costs 3 s, which the processes that tokenize do without
@@ -234,6 +234,7 @@ def inspect(folder: Path) -> dict[str, bool]:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(prog="python -m pipeline.data", description=__doc__)
     parser.add_argument("command", choices=["verify"], help="say whether token files are whole")

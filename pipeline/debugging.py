@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from pipeline import config as configuration
-from pipeline import paths, runtime, training
+from pipeline import paths, runtime, terminal, training
 from pipeline.config import Config
 from pipeline.errors import StorageError, UserError
 from pipeline.loss import evaluating
@@ -139,13 +139,15 @@ def _interact(names: dict[str, Any], banner: str) -> None:
     if importlib.util.find_spec("IPython"):
         import IPython
 
-        IPython.embed(user_ns=names, banner1=f"{banner}\n", colors="neutral")
+        with terminal.unguarded():
+            IPython.embed(user_ns=names, banner1=f"{banner}\n", colors="neutral")
         return
     with contextlib.suppress(SystemExit):  # exit() leaves the interpreter, not the training
         code.interact(banner=banner, local=names, exitmsg="")
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.debugging", description=(__doc__ or "").splitlines()[0]

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from pipeline import config as configuration
-from pipeline import paths, tables
+from pipeline import paths, tables, terminal
 from pipeline.comparison import Run, run_of, runs_of
 from pipeline.contrast import Contrast, contrasts, differing
 from pipeline.errors import InputError, StorageError, UserError
@@ -57,22 +57,15 @@ def page(runs: Sequence[RunPage], looks: dict[str, Style], side: Side | None = N
     jinja = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    jinja.filters |= {"shown": shown, "visible": visible}
+    jinja.filters["shown"] = shown
     template = jinja.from_string(TEMPLATE.read_text("utf-8"))
-    return template.render(runs=runs, looks=looks, side=side, columns=OUTCOMES).strip() + "\n"
+    html = template.render(runs=runs, looks=looks, side=side, columns=OUTCOMES).strip()
+    return terminal.shown(html) + "\n"
 
 
 def shown(value: Any) -> str:
     """A table's cell: numbers as in every other table, texts as they are."""
     return value if isinstance(value, str) else tables.cell(value)
-
-
-CONTROLS = {n: 0x2400 + n for n in range(32) if n not in (9, 10)} | {127: 0x2421}
-
-
-def visible(text: str) -> str:
-    """A model's text with the control characters that HTML forbids as pictures of themselves."""
-    return text.translate(CONTROLS)
 
 
 def of_one(found: Experiment, workspace: Path, at_work: str = "") -> str:
@@ -216,6 +209,7 @@ def report(names: Sequence[str], everyone: bool) -> str:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.report", description=(__doc__ or "").splitlines()[0]

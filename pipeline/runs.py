@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from filelock import FileLock, Timeout
 
-from pipeline import paths, stage_graph
+from pipeline import paths, stage_graph, terminal
 from pipeline.config import flatten
 from pipeline.errors import BusyError, InputError, StorageError, UserError, exit_code
 from pipeline.folders import copy, discard, recover
@@ -318,6 +318,7 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(prog="python -m pipeline.runs")
     commands = parser.add_subparsers(dest="command")
