@@ -19,10 +19,8 @@ HIDDEN = re.compile(
     "\u2028\u2029\ud800-\udfff]"  # line ends that only some programs know, lone surrogates
 )
 # What Markdown's readers obey inside a line: emphasis, code, links, HTML, addresses.
-MARKS = re.compile(
-    r"[\\`*\[\]<]|&(?=[#\w])|(?<![^\W_])_|_(?![^\W_])|~(?=~)|:(?=//)|(?<=www)\.|@(?=\w)"
-)
-ENTITIES = {"<": "&lt;", "&": "&amp;", "@": "&#64;"}  # which not every reader takes a backslash for
+MARKS = re.compile(r"[\\`*~\[\]<]|&(?=[#\w])|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|@(?=\w)")
+ENTITIES = {"<": "&lt;", "&": "&amp;", "@": "&#64;"}  # not every reader knows a backslash there
 
 
 def shown(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import unicodedata
@@ -98,7 +99,7 @@ def test_text_in_markdown_is_shown_as_it_is() -> None:
     (_, inline, _) = reader.parse(terminal.in_markdown(EVIL))
     assert {child.type for child in inline.children} <= {"text", "text_special"}
     assert "".join(child.content for child in inline.children) == EVIL
-    assert "://" not in terminal.in_markdown(EVIL) and "www." not in terminal.in_markdown(EVIL)
+    assert not re.search("https?://|www[.]", terminal.in_markdown(EVIL))  # some readers link them
 
 
 @pytest.mark.fault(71, control=True)
