@@ -29,7 +29,7 @@ from pipeline.errors import StorageError, UserError
 from pipeline.loss import evaluating
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
-from pipeline.snapshot import Tensors, read_facts, restore, save_snapshot
+from pipeline.snapshot import Tensors, read_facts, restore, save_snapshot, understood
 from pipeline.training import TrainState
 
 log = logging.getLogger(__name__)
@@ -103,12 +103,13 @@ def scope(state: TrainState) -> dict[str, Any]:
 def open_bundle(folder: Path, device: str = "") -> tuple[dict[str, Any], str]:
     """The scope of a written moment, its gradients made again, and a line on how that went."""
     facts = read_facts(folder)
-    config = configuration.from_dict(facts["params"], f"{folder}: params")
-    where = runtime.choose_device(device or facts["device"])
-    precision = choose_precision(config.precision, where)
-    model = GPT(GPTConfig(**facts["gpt"])).to(where)
-    state = training.start(model, replace(config.train, compile=False), precision)
-    restore(state, Tensors(folder), facts)
+    with understood(folder):
+        config = configuration.from_dict(facts["params"], f"{folder}: params")
+        where = runtime.choose_device(device or facts["device"])
+        precision = choose_precision(config.precision, where)
+        model = GPT(GPTConfig(**facts["gpt"])).to(where)
+        state = training.start(model, replace(config.train, compile=False), precision)
+        restore(state, Tensors(folder), facts)
     runtime.set_rng_state(state.rng, where)
     then, state.loss = state.loss, training.gradients(state, state.batches).item()
     same = state.loss == then or (math.isnan(state.loss) and math.isnan(then))

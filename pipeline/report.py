@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 RECIPE = Path("recipes/nano.yaml")  # the default, against which settings are marked
+MOST_DRAWN = 16  # runs on one page, each with curves of its own: a figure takes 0.2 s and 30 KB
 OUTCOMES = (
     *("run", "verdict", "outcome", "difference", "first apart at step", "largest gap"),
     *("train loss", "bits per byte", "choice accuracy", "tokens/s", "peak MiB", "skipped"),
@@ -86,7 +87,8 @@ def of_several(
 ) -> str:
     """The page of two runs or more; the noise of seeds is looked for among `everything`."""
     usual = recipe(workspace)
-    runs = once([run_page(one, one.name, workspace, usual) for one in found])
+    draw = len(found) <= MOST_DRAWN
+    runs = once([run_page(one, one.name, workspace, usual, draw=draw) for one in found])
     looks = dict(zip((one.name for one in found), styles(len(found)), strict=True))
     return page(runs, looks, side_by_side(found, runs, runs_of(everything), looks))
 
@@ -164,6 +166,11 @@ def cautions(found: Sequence[Experiment], trained: dict[str, Run]) -> Iterator[s
     ):
         if len(values) > 1:
             yield f"These runs come from {len(values)} {what}."
+    if len(found) > MOST_DRAWN:
+        yield (
+            f"Of more than {MOST_DRAWN} runs the curves are drawn together only; "
+            "`python -m pipeline.report NAME` draws those of one by themselves."
+        )
 
 
 def recipe(workspace: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import pytest
 
 from pipeline import cache, checkpoint, data, doctor, experiments, passages, paths, report, sweep
 from pipeline.errors import InputError
+from pipeline.regular import read_json
 from pipeline.snapshot import read_facts
-from pipeline.weight_files import read_json
 from tests.conftest import ROOT
 
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="no make here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -372,14 +373,25 @@ def test_curves_of_a_run_are_those_that_it_recorded() -> None:
     assert titles({"tokenize": usual["tokenize"]}) == []
 
 
-def test_long_curves_are_means_and_keep_the_page_light(workspace: Path) -> None:
+def test_long_curves_keep_their_extremes_and_keep_the_page_light(workspace: Path) -> None:
     points = [(float(step), float(step % 2)) for step in range(100_000)]
+    odd = {41_111: 9.0, 52_222: -9.0, 63_333: math.nan, 74_444: math.inf}
+    for step, value in odd.items():
+        points[step] = (float(step), value)
     thinned = report_figures.thin(points)
-    assert len(thinned) == 400 and {y for _, y in thinned} == {0.5}
+    assert 400 <= len(thinned) <= 402 and thinned == sorted(thinned)
+    assert {step for step, _ in thinned} > set(odd), "neither a spike nor a NaN is thinned away"
     assert report_figures.thin(points[:400]) == points[:400]
     long = chain()
     long["train"][1:-2] = training(steps=20_000)
     assert len(of(long)) < 400_000
+
+
+def test_of_many_runs_the_curves_are_drawn_together_alone(workspace: Path) -> None:
+    several = [Experiment(f"e{n}", f"e{n}", chain({"train.lr": n / 100})) for n in range(1, 18)]
+    few, many = (report.of_several(found, found, Path()) for found in (several[:2], several))
+    assert few.count("Gradient norm</figcaption>") == 3 and "draws those of one" not in few
+    assert many.count("Gradient norm</figcaption>") == 1 and "draws those of one" in many
 
 
 def test_every_run_has_a_look_of_its_own_the_later_the_thinner() -> None:

@@ -68,7 +68,7 @@ READING_ORDER = [
     *("records", "tracking", "shipping", "history", "store", "rows", "logged_models", "notes"),
     *("view", "runs"),
     *("config", "hints", "watched", "yaml_text", "paths", "stage_graph", "provenance"),
-    *("git", "cache", "folders", "terminal", "errors", "buffers"),
+    *("git", "cache", "folders", "regular", "terminal", "errors", "buffers"),
 ]
 
 
