@@ -91,7 +91,7 @@ def _record(folder: Path, split: str) -> dict[str, Any]:
     ours = ("gpt2", "uint16", "little", tokenizer.VOCAB_SIZE)
     for (key, got), accepted in zip(fixed.items(), ours, strict=True):
         if got != accepted:
-            raise InputError(f"{path}: {key}={quoted(got)}: expected {accepted}; {_AGAIN}")
+            raise InputError(f"{path}: {key}={cut(str(got))}: expected {accepted}; {_AGAIN}")
     return record
 
 

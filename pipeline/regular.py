@@ -27,7 +27,7 @@ def opened(path: Path) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | FLAGS)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise InputError(f"{path}: expected a regular file")
+        raise InputError(f"{path}: cannot be read: expected a regular file")
     return open(descriptor, "rb")
 
 

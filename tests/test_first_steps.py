@@ -114,7 +114,7 @@ def test_what_is_damaged_is_not_called_missing(folder: Path) -> None:
         path.write_text("{")
     with pytest.raises(InputError, match=r"config\.json: cannot be read as JSON"):
         checkpoint.load_model(paths.MODEL)
-    with pytest.raises(InputError, match=r"meta\.json: cannot be read: .*tokenize again"):
+    with pytest.raises(InputError, match=r"meta\.json: cannot be read as JSON: .*tokenize again"):
         data.open_tokens(paths.TOKENS, "train")
 
 
