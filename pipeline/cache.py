@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import paths
+from pipeline import paths, terminal
 from pipeline.errors import InputError
 from pipeline.folders import remove
 
@@ -32,6 +32,7 @@ def damaged(folder: Path) -> Iterator[Path]:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(prog="python -m pipeline.cache", description=__doc__)
     parser.add_argument("command", choices=["verify"], help="read every file of DVC's cache")

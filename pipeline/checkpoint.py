@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from pipeline import hf_weights, paths, tokenizer
-from pipeline.errors import InputError, UserError
+from pipeline import hf_weights, paths, terminal, tokenizer
+from pipeline.errors import InputError, UserError, quoted
 from pipeline.folders import SUMS, check, writing
 from pipeline.model import GPT, GPTConfig
-from pipeline.weight_files import read_json, read_tensors, write_tensors
+from pipeline.regular import SNAPSHOT_BYTES, read_json
+from pipeline.weight_files import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -125,15 +126,16 @@ def _verified(folder: Path) -> str:
     sums = folder / SUMS
     how = "SHA-256 as written" if sums.exists() else f"no {SUMS}: its bytes cannot be checked"
     if (folder / "snapshot.json").exists():
-        facts = read_json(folder / "snapshot.json")
+        facts = read_json(folder / "snapshot.json", SNAPSHOT_BYTES)
         if not sums.exists():
             raise InputError(f"{folder}: a training checkpoint without {SUMS}")
-        return f"{folder}: training state after step {facts['step']:,}: whole, {how}"
+        return f"{folder}: training state after step {quoted(facts.get('step'))}: whole, {how}"
     model = load_model(folder)
     return f"{folder}: model of {model.parameter_count():,} parameters: whole, {how}"
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(prog="python -m pipeline.checkpoint")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config as configuration
-from pipeline import figures, paths, stage_graph
+from pipeline import figures, paths, stage_graph, terminal
 from pipeline.errors import ConfigError, InputError, UserError
 from pipeline.experiments import Experiment, experiments
 from pipeline.records import digest_of
 from pipeline.rows import attach
 from pipeline.tables import markdown
+from pipeline.terminal import in_markdown
 
 log = logging.getLogger(__name__)
 
@@ -126,35 +127,37 @@ class Comparison:
     def verdict(self) -> str:
         """One sentence a value: is it further from the base than seeds are from one another?"""
         noise, seeds = self.noise(), len(self.runs[self.base])
+        base = in_markdown(str(self.base))
         if noise is None:
             return (
-                f"The noise of seeds is unknown, since {self.setting}={self.base} ran with one "
-                f"seed only; queue others: `dvc exp run --queue -S {SEED}=1,2`."
+                f"The noise of seeds is unknown, since {in_markdown(self.setting)}={base} ran with "
+                f"one seed only; queue others: `dvc exp run --queue -S {SEED}=1,2`."
             )
-        parts = [f"Over {seeds} seeds the outcome of {self.base} has a std of {noise:.4f} nats."]
+        parts = [f"Over {seeds} seeds the outcome of {base} has a std of {noise:.4f} nats."]
         for value in self.runs:
             difference = self.difference(self.main(value))
+            name = in_markdown(str(value))
             if value == self.base:
                 continue
             if difference is None:
-                parts.append(f"{value}: no run of {self.base} has its seed.")
+                parts.append(f"{name}: no run of {base} has its seed.")
                 continue
             where = "inside" if abs(difference) <= 2 * noise else "beyond"
-            parts.append(f"{value}: {difference:+.4f}, {where} two std of that noise.")
+            parts.append(f"{name}: {difference:+.4f}, {where} two std of that noise.")
         return " ".join(parts)
 
     def page(self) -> str:
         """Markdown: the verdict and the table."""
-        same = self.main(self.base)
+        same, setting = self.main(self.base), in_markdown(self.setting)
         head = (
-            f"# {self.setting}\n\n{len(same.losses)} steps, seed {same.seed}, against "
-            f"{self.setting}={self.base}. Losses are nats a token; the outcome is the "
+            f"# {setting}\n\n{len(same.losses)} steps, seed {same.seed}, against "
+            f"{setting}={in_markdown(str(self.base))}. Losses are nats a token; the outcome is the "
             f"{same.judged_by()}, the difference that of the outcome at the same seed.\n\n"
         )
         codes = {run.code for runs in self.runs.values() for run in runs}
         if len(codes) > 1:
             head += f"These runs come from {len(codes)} versions of the code.\n\n"
-        rows = [self.row(value) for value in self.runs]
+        rows = [(in_markdown(value), *rest) for value, *rest in map(self.row, self.runs)]
         return f"{head}{self.verdict()}\n\n{markdown(COLUMNS, rows)}"
 
 
@@ -334,6 +337,7 @@ def usual_value(setting: str, params: dict[str, Any]) -> Any:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.comparison", description=(__doc__ or "").splitlines()[0]

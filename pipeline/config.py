@@ -15,13 +15,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import hints, watched, yaml_text
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, cut, quoted
 
 UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
 
 # As in MLflow's paths; no part can be `..`, nor an escape that a URI turns into it.
 PLAIN_NAME = re.compile(r"/?\w[\w .,()@+=-]*(/\w[\w .,()@+=-]*)*")
 
+LONGEST = 1000  # characters of another's message
+MOST_UNKNOWN = 20  # settings named at once
+LARGEST = 1 << 63  # of whole numbers: what numpy, torch and MLflow can hold
 CHOICE_ENDING = 16  # tokens of an ending in evaluate's multiple choice
 
 
@@ -220,13 +223,14 @@ def _raw(text: str, where: str, changes: Sequence[str] = ()) -> dict[str, Any]:
         raw = OmegaConf.load(io.StringIO(text))
         for change in changes if not isinstance(raw, ListConfig) else ():
             raw = OmegaConf.merge(raw, _change(change))
+        plain = OmegaConf.to_container(raw, resolve=False)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}{yaml_text.words(error, text)}") from None
-    except (OmegaConfBaseException, ValueError, OSError) as error:
-        raise ConfigError(f"{where}: {error}") from None
+    except (OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"{where}: {cut(str(error), LONGEST)}") from None
     if isinstance(raw, ListConfig):
         raise ConfigError(f"{where}: settings by name are expected, not a list")
-    return OmegaConf.to_container(raw, resolve=False)
+    return plain
 
 
 def _change(change: str) -> DictConfig:
@@ -298,15 +302,17 @@ def _typed_fields(kind: type) -> list[tuple[Any, Any]]:
 def _build(kind: type, raw: Any, prefix: str, problems: list[str]) -> Any:
     if not isinstance(raw, dict):
         problems.append(
-            f"{prefix.rstrip('.') or 'the file'}: settings by name are expected, got {raw!r}"
+            f"{prefix.rstrip('.') or 'the file'}: settings by name are expected, got {quoted(raw)}"
         )
         return None
     names = [f.name for f in fields(kind)]
-    for key in raw:
-        if key not in names:
-            known = [name for name, _, _ in describe()]
-            hint = hints.meant(str(key), prefix, names, known)
-            problems.append(f"{prefix}{key}: unknown setting; {hint}")
+    unknown = [cut(key) if isinstance(key, str) else quoted(key) for key in raw if key not in names]
+    known = [name for name, _, _ in describe()]
+    for key in unknown[:MOST_UNKNOWN]:
+        hint = hints.meant(key, prefix, names, known)
+        problems.append(f"{prefix}{key}: unknown setting; {hint}")
+    if (more := len(unknown) - MOST_UNKNOWN) > 0:
+        problems.append(f"{prefix.rstrip('.') or 'the file'}: {more:,} more unknown settings")
     values = {}
     for f, hint in _typed_fields(kind):
         name = f"{prefix}{f.name}"
@@ -322,7 +328,7 @@ def _build(kind: type, raw: Any, prefix: str, problems: list[str]) -> Any:
 def _scalar(name: str, value: Any, hint: Any, accepted: Any, problems: list[str]) -> Any:
     """`value` as its declared type, or a problem naming setting, value and choices."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < LARGEST else value
     if hint == tuple[str, ...]:
         good = isinstance(value, list) and bool(value) and all(map(_is_text, value))
         value = tuple(value) if good else value
@@ -330,14 +336,15 @@ def _scalar(name: str, value: Any, hint: Any, accepted: Any, problems: list[str]
         good = type(value) is hint and (hint is not str or _is_text(value))
     if good and hint in (int, float):
         low, above, high = accepted["low"], accepted["above"], accepted["high"]
-        good = math.isfinite(value) and (low is None or value >= low)
+        good = abs(value) < (LARGEST if hint is int else math.inf) and (low is None or value >= low)
         good = good and (above is None or value > above) and (high is None or value <= high)
     if good and accepted["choices"]:
         good = value in accepted["choices"]
     if good and accepted["plain"]:
         good = bool(PLAIN_NAME.fullmatch(value))
     if not good:
-        shown = ascii(value) if isinstance(value, str) and not value.isprintable() else value
+        plain = isinstance(value, str) and value.isprintable()
+        shown = cut(value) if plain else quoted(value)
         why = hints.misread(value, hint, accepted)
         wanted = "text" if why and hint is str else _accepted(hint, accepted)
         problems.append(f"{name}={shown}: expected {wanted}{why}")

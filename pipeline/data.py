@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import tokenizer
-from pipeline.errors import InputError
+from pipeline import regular, terminal, tokenizer
+from pipeline.errors import InputError, cut, quoted
 
 if TYPE_CHECKING:  # torch costs 3 s, which the processes that tokenize do without
     import torch
@@ -24,7 +23,6 @@ if TYPE_CHECKING:  # torch costs 3 s, which the processes that tokenize do witho
 SPLITS = ("train", "val")
 DTYPE = np.dtype("<u2")
 READ_BYTES = 1 << 22
-META_BYTES = 1 << 20  # meta.json has a thousand
 
 log = logging.getLogger(__name__)
 
@@ -75,28 +73,25 @@ def _record(folder: Path, split: str) -> dict[str, Any]:
     """What meta.json says of a split, checked as far as it goes without the file."""
     path = folder / "meta.json"
     try:
-        if path.stat().st_size > META_BYTES:
-            raise InputError(f"{path}: expected at most {META_BYTES:,} bytes; {_AGAIN}")
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = regular.read_json(path)
         record = meta["splits"][split]
         counts = [record[key] for key in ("tokens", "documents", "bytes")]
-        good = all(type(count) is int and count >= 0 for count in counts)
+        good = all(type(count) is int and 0 <= count < 1 << 62 for count in counts)
         fixed = {key: meta[key] for key in ("tokenizer", "dtype", "byte_order", "vocab_size")}
         good = good and isinstance(record["sha256"], str)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; tokenize first: `dvc repro tokenize`") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read: {error}; {_AGAIN}") from None
+    except InputError as error:
+        way = _AGAIN if path.exists() else "tokenize first: `dvc repro tokenize`"
+        raise InputError(f"{error}; {way}") from None
     except (KeyError, TypeError, IndexError) as error:
-        raise InputError(f"{path}: {split}: incomplete ({error}); {_AGAIN}") from None
+        raise InputError(f"{path}: {split}: incomplete ({cut(str(error))}); {_AGAIN}") from None
     if not good:
-        raise InputError(f"{path}: {split}: counts and a hash are expected, got {record}; {_AGAIN}")
+        raise InputError(
+            f"{path}: {split}: counts and a hash are expected, got {quoted(record)}; {_AGAIN}"
+        )
     ours = ("gpt2", "uint16", "little", tokenizer.VOCAB_SIZE)
-    for (key, value), accepted in zip(fixed.items(), ours, strict=True):
-        if value != accepted:
-            raise InputError(f"{path}: {key}={value}: expected {accepted}; {_AGAIN}")
+    for (key, got), accepted in zip(fixed.items(), ours, strict=True):
+        if got != accepted:
+            raise InputError(f"{path}: {key}={cut(str(got))}: expected {accepted}; {_AGAIN}")
     return record
 
 
@@ -105,7 +100,7 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
     lengths = np.zeros(1 << 16, np.int64)  # bytes of text by token id
     lengths[: tokenizer.VOCAB_SIZE] = tokenizer.token_byte_lengths()
     digest, largest, documents, text_bytes = hashlib.sha256(), 0, 0, 0
-    with path.open("rb") as file:
+    with regular.opened(path) as file:
         while content := file.read(READ_BYTES):
             ids = np.frombuffer(content, DTYPE)
             digest.update(content)
@@ -115,7 +110,7 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
     found = digest.hexdigest()
     problems = []
     if found != record["sha256"]:
-        problems.append(f"{path}: SHA-256 is {found}, meta.json says {record['sha256']}")
+        problems.append(f"{path}: SHA-256 is {found}, meta.json says {cut(record['sha256'])}")
     elif (documents, text_bytes) != (record["documents"], record["bytes"]):
         problems.append(
             f"{path}: {documents} documents and {text_bytes} bytes of text, "
@@ -234,6 +229,7 @@ def inspect(folder: Path) -> dict[str, bool]:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(prog="python -m pipeline.data", description=__doc__)
     parser.add_argument("command", choices=["verify"], help="say whether token files are whole")

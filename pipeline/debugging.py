@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 from pipeline import config as configuration
-from pipeline import paths, runtime, training
+from pipeline import paths, runtime, terminal, training
 from pipeline.config import Config
 from pipeline.errors import StorageError, UserError
 from pipeline.loss import evaluating
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
-from pipeline.snapshot import Tensors, read_facts, restore, save_snapshot
+from pipeline.snapshot import Tensors, read_facts, restore, save_snapshot, understood
 from pipeline.training import TrainState
 
 log = logging.getLogger(__name__)
@@ -103,12 +103,13 @@ def scope(state: TrainState) -> dict[str, Any]:
 def open_bundle(folder: Path, device: str = "") -> tuple[dict[str, Any], str]:
     """The scope of a written moment, its gradients made again, and a line on how that went."""
     facts = read_facts(folder)
-    config = configuration.from_dict(facts["params"], f"{folder}: params")
-    where = runtime.choose_device(device or facts["device"])
-    precision = choose_precision(config.precision, where)
-    model = GPT(GPTConfig(**facts["gpt"])).to(where)
-    state = training.start(model, replace(config.train, compile=False), precision)
-    restore(state, Tensors(folder), facts)
+    with understood(folder):
+        config = configuration.from_dict(facts["params"], f"{folder}: params")
+        where = runtime.choose_device(device or facts["device"])
+        precision = choose_precision(config.precision, where)
+        model = GPT(GPTConfig(**facts["gpt"])).to(where)
+        state = training.start(model, replace(config.train, compile=False), precision)
+        restore(state, Tensors(folder), facts)
     runtime.set_rng_state(state.rng, where)
     then, state.loss = state.loss, training.gradients(state, state.batches).item()
     same = state.loss == then or (math.isnan(state.loss) and math.isnan(then))
@@ -139,13 +140,15 @@ def _interact(names: dict[str, Any], banner: str) -> None:
     if importlib.util.find_spec("IPython"):
         import IPython
 
-        IPython.embed(user_ns=names, banner1=f"{banner}\n", colors="neutral")
+        with terminal.unguarded():
+            IPython.embed(user_ns=names, banner1=f"{banner}\n", colors="neutral")
         return
     with contextlib.suppress(SystemExit):  # exit() leaves the interpreter, not the training
         code.interact(banner=banner, local=names, exitmsg="")
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.debugging", description=(__doc__ or "").splitlines()[0]

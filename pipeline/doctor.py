@@ -14,7 +14,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 
-from pipeline import paths
+from pipeline import paths, terminal
 from pipeline.errors import InputError, UserError
 from pipeline.experiments import WORKSPACE, Experiment, experiments, of_workspace
 from pipeline.records import Event
@@ -373,6 +373,7 @@ class Rounds:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.doctor", description=(__doc__ or "").splitlines()[0]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+MESSAGE = 8000  # characters of an error: all settings of a params file may be missing
+VALUE = 200  # of a value in it
+NAMES = 5  # of a list in it
 
 
 class UserError(ValueError):
-    """Something the user can mend; shown as one message without a traceback."""
+    """Something the user can mend; shown as one message of bounded length, without a traceback."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return cut(super().__str__(), MESSAGE)
 
 
 class ConfigError(UserError):
@@ -53,6 +60,27 @@ class ChangedError(UserError):
     """A setting or a file that decides the result was edited while the stage was at work."""
 
     exit_code = 8
+
+
+def cut(text: str, most: int = VALUE) -> str:
+    """The beginning of a text that may be of any length."""
+    more = len(text) - most
+    return text if more <= 0 else f"{text[:most]}... and {more:,} more characters"
+
+
+def quoted(found: object) -> str:
+    """A value in an error, as Python writes it."""
+    try:
+        return cut(repr(found))
+    except (ValueError, RecursionError):  # a number of too many digits, lists too deep
+        return f"a value of type {type(found).__name__}, too large to show"
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names of a list that may be of any length."""
+    names = list(names)
+    more = [f"and {len(names) - NAMES:,} more"] if len(names) > NAMES else []
+    return ", ".join([*map(cut, names[:NAMES]), *more])
 
 
 def exit_code(error: BaseException) -> int:

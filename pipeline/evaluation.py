@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline import fields
 from pipeline.data import validation_windows
-from pipeline.errors import InputError
+from pipeline.errors import InputError, quoted
 from pipeline.loss import IGNORE, evaluating, mean_loss, token_losses
 from pipeline.tokenizer import EOT, VOCAB_SIZE, encode, gpt2, token_byte_lengths
 
@@ -345,15 +345,16 @@ def _hellaswag_item(line: fields.Line) -> Choice:
         if all(isinstance(part, str) for part in parts):
             context = " ".join(parts).strip()
     if not isinstance(context, str) or not context:
-        raise InputError(f"{where}: ctx={context!r}: expected text, or ctx_a and ctx_b")
+        raise InputError(f"{where}: ctx={quoted(context)}: expected text, or ctx_a and ctx_b")
     endings = item.get("endings")
     texts = isinstance(endings, list) and all(isinstance(e, str) and e for e in endings)
     if not texts or len(endings) != CHOICES:
-        raise InputError(f"{where}: endings={endings!r}: expected a list of {CHOICES} texts")
+        raise InputError(f"{where}: endings={quoted(endings)}: expected a list of {CHOICES} texts")
     label = item.get("label")
     if str(label) not in map(str, range(CHOICES)):
         raise InputError(
-            f"{where}: label={label!r}: expected 0 to {CHOICES - 1}; the test split has no labels"
+            f"{where}: label={quoted(label)}: expected 0 to {CHOICES - 1}; "
+            "the test split has no labels"
         )
     start = _tokens(context, f"{where}: ctx")
     return Choice(start, tuple(_tokens(f" {e}", f"{where}: endings") for e in endings), int(label))

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from pipeline.errors import InputError
+from pipeline import regular
+from pipeline.errors import InputError, cut, some
 
 LINE_BYTES = 1 << 26  # longest JSON line: it has to be parsed in one piece
 PARQUET_ROWS = 64  # a batch: few, since one row may hold a whole book
@@ -28,12 +29,12 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     """
     codec = CODECS.get(path.suffix.lower())
     if codec is None:
-        with path.open("rb") as file:
+        with regular.opened(path) as file:
             yield file
         return
     import pyarrow as pa
 
-    with path.open("rb") as file:
+    with regular.opened(path) as file:
         if not file.peek(1):
             raise InputError(f"{path}: not a whole {codec} file: it is empty")
         try:
@@ -94,12 +95,12 @@ def json_object(line: Line) -> dict[str, Any]:
         at = line.start + error.start
         raise InputError(f"{line.where}: invalid UTF-8 at byte {at} of the file") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{line.where}: not JSON: {error}") from None
+        raise InputError(f"{line.where}: not JSON: {cut(str(error))}") from None
     if not isinstance(found, dict):
         kind = type(found).__name__
         raise InputError(f"{line.where}: an object is expected, got {kind}")
     if isinstance(found, _Doubled):
-        raise InputError(f"{line.where}: {found.name} stands more than once in the object")
+        raise InputError(f"{line.where}: {cut(found.name)} stands more than once in the object")
     return found
 
 
@@ -133,7 +134,7 @@ def line_text(line: Line, field: str) -> str:
 
 
 def _no_field(field: str, names: Iterable[str], where: str) -> InputError:
-    there = ", ".join(sorted(names)) or "none"
+    there = some(sorted(names)) or "none"
     return InputError(f"{where}: corpus.field={field}: no such field; there are: {there}")
 
 
@@ -145,6 +146,7 @@ def rows(path: Path, field: str) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    regular.check(path)
     try:
         # Without these two a whole row group's column is read at once.
         with pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
@@ -157,7 +159,7 @@ def rows(path: Path, field: str) -> Iterator[Any]:
             for batch in file.iter_batches(PARQUET_ROWS, columns=[field], use_threads=False):
                 yield from batch.column(field)  # by name: `columns` takes "text.x" for "text", too
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {error}") from None
+        raise InputError(f"{path}: not a readable Parquet file: {cut(str(error))}") from None
 
 
 def _column(schema: Any, field: str, path: Path) -> Any:

@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import InputError, StorageError
+from pipeline import regular
+from pipeline.errors import InputError, StorageError, cut
 
+LONGEST = 1000  # characters of a path in an error
 SUMS = "sha256.json"  # {file name: {"bytes": ..., "sha256": ...}}
 
 
@@ -58,18 +60,21 @@ def problems(folder: Path) -> list[str]:
     if not sums.exists():
         return []
     try:
-        listed = {str(n): (int(s["bytes"]), s["sha256"]) for n, s in _read(sums).items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return [f"{sums}: cannot be read: {error}"]
+        content = regular.read_json(sums)
+        listed = {name: (int(s["bytes"]), str(s["sha256"])) for name, s in content.items()}
+    except InputError as error:
+        return [str(error)]
+    except (TypeError, LookupError, ValueError, OverflowError) as error:
+        return [f"{sums}: cannot be read: {cut(str(error))}"]
     found = []
     for name, (size, digest) in listed.items():
         path = folder / Path(name).name
-        if not path.is_file():
-            found.append(f"{path}: missing")
+        if not os.path.isfile(path):  # False for a name that is too long, too
+            found.append(f"{cut(str(path), LONGEST)}: missing")
         elif path.stat().st_size != size:
-            found.append(f"{path}: {path.stat().st_size:,} bytes, expected {size:,}")
+            found.append(f"{path}: {path.stat().st_size:,} bytes, expected {cut(f'{size:,}')}")
         elif (now := _sha256(path)) != digest:
-            found.append(f"{path}: damaged: SHA-256 {now}, expected {digest}")
+            found.append(f"{path}: damaged: SHA-256 {now}, expected {cut(digest)}")
     return found
 
 
@@ -154,12 +159,8 @@ def _write_sums(folder: Path) -> None:
     (folder / SUMS).write_text(text, encoding="utf-8", newline="\n")
 
 
-def _read(path: Path) -> dict[str, dict[str, object]]:
-    return json.loads(path.read_text("utf-8"))
-
-
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as content:
+    with regular.opened(path) as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 

@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from pipeline import config as configuration
+from pipeline import terminal
 from pipeline.budget import validation_seconds
 from pipeline.errors import UserError
 from pipeline.loss import MAX_LOGIT_BYTES
@@ -271,6 +272,7 @@ def size(count: float) -> str:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     if words:
         sys.exit("usage: python -m pipeline.forecast")

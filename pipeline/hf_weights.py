@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, cut, quoted
 from pipeline.model import GPT, LAYER_NORM_EPS, GPTConfig
-from pipeline.weight_files import read_json, read_tensors, shortened
+from pipeline.regular import read_json
+from pipeline.weight_files import read_tensors, shortened
 
 # OpenAI wrote these four as Conv1D, whose weight is (in, out); nn.Linear holds (out, in).
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -124,7 +125,7 @@ def _plain_names(state: dict[str, Tensor], where: str | Path) -> dict[str, Tenso
         if MASK_BUFFER.fullmatch(short):
             continue
         if short in plain:
-            raise InputError(f"{where}: {short}: given both with and without `{PREFIX}`")
+            raise InputError(f"{where}: {cut(short)}: given both with and without `{PREFIX}`")
         plain[short] = tensor
     return plain
 
@@ -134,9 +135,9 @@ def _problems(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) ->
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
         if name not in shapes:
-            problems.append(f"{name}: not a tensor of this GPT-2, got {shape}")
+            problems.append(f"{cut(name)}: not a tensor of this GPT-2, got {quoted(shape)}")
         elif shape != shapes[name]:
-            problems.append(f"{name}: expected shape {shapes[name]}, got {shape}")
+            problems.append(f"{name}: expected shape {shapes[name]}, got {quoted(shape)}")
         elif tensor.dtype not in FLOATS:
             problems.append(f"{name}: expected fp32, fp16 or bf16, got {tensor.dtype}")
         elif not torch.isfinite(tensor).all():
@@ -196,18 +197,21 @@ def gpt_config(
 
     Only the fields that shape the network are read, within bounds, before anything is built.
     """
-    problems = [f"{key}: not supported, got {hf[key]!r}" for key in FOREIGN if key in hf]
+    problems = [f"{key}: not supported, got {quoted(hf[key])}" for key in FOREIGN if key in hf]
     for key, accepted in FIXED.items():
-        value = hf.get(key, None if key in REQUIRED else accepted)
-        if type(value) is not type(accepted) or value != accepted:
-            problems.append(f"{key}: expected {accepted!r}, got {value!r}")
+        got = hf.get(key, None if key in REQUIRED else accepted)
+        if type(got) is not type(accepted) or got != accepted:
+            problems.append(f"{key}: expected {accepted!r}, got {quoted(got)}")
     for key, most in SIZES.items():
-        if type(hf.get(key)) is not int or not 1 <= hf[key] <= most:
-            problems.append(f"{key}: expected a whole number from 1 to {most}, got {hf.get(key)!r}")
+        got = hf.get(key)
+        if type(got) is not int or not 1 <= got <= most:
+            problems.append(f"{key}: expected a whole number from 1 to {most}, got {quoted(got)}")
     if not problems and hf["n_embd"] % hf["n_head"]:
         problems.append(f"n_head: expected a divisor of n_embd={hf['n_embd']}, got {hf['n_head']}")
     if not problems and hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
-        problems.append(f"n_inner: expected null or {4 * hf['n_embd']}, got {hf['n_inner']!r}")
+        problems.append(
+            f"n_inner: expected null or {4 * hf['n_embd']}, got {quoted(hf['n_inner'])}"
+        )
     if problems:
         raise InputError(f"{where}: {shortened(problems)}")
     return GPTConfig(

@@ -103,5 +103,5 @@ def _without_quotes(value: str, hint: Any) -> bool:
         return value.lower() in ("true", "false")
     try:
         return math.isfinite(hint(value))
-    except ValueError:
+    except (ValueError, OverflowError):
         return False

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from pipeline import terminal
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,8 +85,7 @@ def left_out(config: CorpusConfig) -> str:
 
 def shown(name: str) -> str:
     """A file's name for a person: bytes that are no UTF-8 and what does not print, as escapes."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return terminal.line(os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def _some(names: list[str]) -> str:

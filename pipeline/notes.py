@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline import terminal
 from pipeline.records import Event
 
 LONGEST = 60  # characters of a setting's value
@@ -53,7 +54,7 @@ def note(head: Event, own: Facts, parent: Facts | None) -> str:
 
 
 def _change(head: Event) -> str:
-    commit = head["git"]["commit"][:7]
+    commit = _value(head["git"]["commit"])[:7]
     if not head.get("parent"):
         where = f"commit `{commit}` has no settings to read" if commit else "there is no commit"
         return f"**What changed** is unknown: {where}."
@@ -66,15 +67,15 @@ def _change(head: Event) -> str:
 
 def _changed(name: str, theirs: Any, ours: Any) -> str:
     if theirs is None:
-        return f"`{name}` = `{_value(ours)}`, new"
+        return f"`{_value(name)}` = `{_value(ours)}`, new"
     if ours is None:
-        return f"`{name}` is gone, it was `{_value(theirs)}`"
-    return f"`{name}` from `{_value(theirs)}` to `{_value(ours)}`"
+        return f"`{_value(name)}` is gone, it was `{_value(theirs)}`"
+    return f"`{_value(name)}` from `{_value(theirs)}` to `{_value(ours)}`"
 
 
 def _value(value: Any) -> str:
     shown = str(value).lower() if isinstance(value, bool) else str(value)
-    shown = shown.replace("`", "'").replace("\n", " ")
+    shown = terminal.shown(shown.replace("`", "'").replace("\n", " "))
     return shown if len(shown) <= LONGEST else shown[: LONGEST - 3] + "..."
 
 
@@ -82,9 +83,10 @@ def _outcome(own: Facts, parent: Facts | None) -> str:
     parts = [_result(own, parent, *result) for result in RESULTS if result[0] in own.metrics]
     came = f"**Came out:** {'; '.join(parts)}." if parts else "**Nothing came out** yet."
     if parts and parent:
-        came += f" In brackets: against {parent.name}, which has that commit's settings."
+        name = terminal.in_markdown(parent.name)
+        came += f" In brackets: against {name}, which has that commit's settings."
     verdict = own.tags.get("health.verdict") or own.tags.get("health.grad_norm")
-    return f"{came}\n\n**Health:** {verdict}" if verdict else came
+    return f"{came}\n\n**Health:** {terminal.in_markdown(verdict)}" if verdict else came
 
 
 def _result(

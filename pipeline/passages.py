@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline import config as configuration
-from pipeline import data, paths, training
+from pipeline import data, paths, terminal, training
 from pipeline.config import TrainConfig
 from pipeline.data import Tokens
 from pipeline.errors import InputError, UserError
@@ -164,6 +164,7 @@ def _documents(first: int, last: int) -> str:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.passages", description=(__doc__ or "").splitlines()[0]

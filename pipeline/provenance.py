@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import paths, stage_graph, yaml_text
 from pipeline.config import flatten, settings_of
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, cut
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -101,7 +101,7 @@ def _edited_settings(stage: str, config: Config) -> list[str]:
 
 
 def _shown(settings: dict[str, Any], name: str) -> str:
-    return str(settings[name]) if name in settings else "not there"
+    return cut(str(settings[name])) if name in settings else "not there"
 
 
 def _digest(path: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from pipeline import config as configuration
-from pipeline import paths, tables
+from pipeline import paths, tables, terminal
 from pipeline.comparison import Run, run_of, runs_of
 from pipeline.contrast import Contrast, contrasts, differing
 from pipeline.errors import InputError, StorageError, UserError
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 RECIPE = Path("recipes/nano.yaml")  # the default, against which settings are marked
+MOST_DRAWN = 16  # runs on one page, each with curves of its own: a figure takes 0.2 s and 30 KB
 OUTCOMES = (
     *("run", "verdict", "outcome", "difference", "first apart at step", "largest gap"),
     *("train loss", "bits per byte", "choice accuracy", "tokens/s", "peak MiB", "skipped"),
@@ -57,22 +58,15 @@ def page(runs: Sequence[RunPage], looks: dict[str, Style], side: Side | None = N
     jinja = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    jinja.filters |= {"shown": shown, "visible": visible}
+    jinja.filters["shown"] = shown
     template = jinja.from_string(TEMPLATE.read_text("utf-8"))
-    return template.render(runs=runs, looks=looks, side=side, columns=OUTCOMES).strip() + "\n"
+    html = template.render(runs=runs, looks=looks, side=side, columns=OUTCOMES).strip()
+    return terminal.shown(html) + "\n"
 
 
 def shown(value: Any) -> str:
     """A table's cell: numbers as in every other table, texts as they are."""
     return value if isinstance(value, str) else tables.cell(value)
-
-
-CONTROLS = {n: 0x2400 + n for n in range(32) if n not in (9, 10)} | {127: 0x2421}
-
-
-def visible(text: str) -> str:
-    """A model's text with the control characters that HTML forbids as pictures of themselves."""
-    return text.translate(CONTROLS)
 
 
 def of_one(found: Experiment, workspace: Path, at_work: str = "") -> str:
@@ -93,7 +87,8 @@ def of_several(
 ) -> str:
     """The page of two runs or more; the noise of seeds is looked for among `everything`."""
     usual = recipe(workspace)
-    runs = once([run_page(one, one.name, workspace, usual) for one in found])
+    draw = len(found) <= MOST_DRAWN
+    runs = once([run_page(one, one.name, workspace, usual, draw=draw) for one in found])
     looks = dict(zip((one.name for one in found), styles(len(found)), strict=True))
     return page(runs, looks, side_by_side(found, runs, runs_of(everything), looks))
 
@@ -171,6 +166,11 @@ def cautions(found: Sequence[Experiment], trained: dict[str, Run]) -> Iterator[s
     ):
         if len(values) > 1:
             yield f"These runs come from {len(values)} {what}."
+    if len(found) > MOST_DRAWN:
+        yield (
+            f"Of more than {MOST_DRAWN} runs the curves are drawn together only; "
+            "`python -m pipeline.report NAME` draws those of one by themselves."
+        )
 
 
 def recipe(workspace: Path) -> dict[str, Any]:
@@ -216,6 +216,7 @@ def report(names: Sequence[str], everyone: bool) -> str:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.report", description=(__doc__ or "").splitlines()[0]

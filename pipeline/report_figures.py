@@ -14,6 +14,8 @@ from pipeline.experiments import Experiment
 from pipeline.figures import COLOURS, OTHERS, Points, distance, draw_distances, sheet, svg, two_std
 
 MOST = 400  # points a curve: more could not be told apart, and would make the page heavy
+MOST_TOGETHER = 8000  # of all curves in one figure
+LEAST = 40
 BLACK, BLUE, GREEN, ORANGE = "#000000", COLOURS["tf32"], COLOURS["bf16"], COLOURS["fp16"]
 DASHES = ("-", "--", ":", "-.")
 
@@ -46,12 +48,36 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def thin(points: Points, most: int = MOST) -> Points:
-    """At most so many points: means over as many steps as that takes."""
-    size = math.ceil(len(points) / most)
-    if size <= 1:
+    """Some `most` points: the lowest and the highest of as many steps as that takes.
+
+    So no spike is lost; of values that are NaN or infinite the first of those steps stays, too.
+    """
+    size = _each(points, most)
+    if size == 1:
         return list(points)
-    parts = [points[at : at + size] for at in range(0, len(points), size)]
-    return [(part[len(part) // 2][0], statistics.fmean(y for _, y in part)) for part in parts]
+    found = []
+    for at in range(0, len(points), size):
+        part = points[at : at + size]
+        finite = [point for point in part if math.isfinite(point[1])]
+        kept = {min(finite, key=_value), max(finite, key=_value)} if finite else set()
+        if len(finite) < len(part):
+            kept.add(next(point for point in part if not math.isfinite(point[1])))
+        found += sorted(kept)
+    return found
+
+
+def _value(point: tuple[float, float]) -> float:
+    return point[1]
+
+
+def _each(points: Sequence[Any], most: int = MOST) -> int:
+    """How many steps are drawn as their lowest and highest value; 1 where every one is."""
+    return 1 if len(points) <= most else math.ceil(len(points) / (most // 2))
+
+
+def _thinned(points: Sequence[Any], most: int = MOST) -> str:
+    size = _each(points, most)
+    return f", lowest and highest of each {size} steps" if size > 1 else ""
 
 
 def styles(count: int) -> list[Style]:
@@ -91,12 +117,6 @@ def _line(axis: Any, points: Points, most: int = MOST, **style: Any) -> None:
     axis.plot([x for x, _ in found], [y for _, y in found], **marks | style)
 
 
-def _each(points: Sequence[Any], most: int = MOST) -> str:
-    """How many steps a drawn point stands for, where it is more than one."""
-    size = math.ceil(len(points) / most)
-    return f", means of {size} steps" if size > 1 else ""
-
-
 def _range(points: Points) -> str:
     return f"{points[0][1]:.4g} at step {points[0][0]}, {points[-1][1]:.4g} at step {points[-1][0]}"
 
@@ -108,7 +128,7 @@ def _loss(found: Experiment) -> Picture | None:
     unigram = found.last("val/unigram_loss")
 
     def draw(axis: Any) -> None:
-        _line(axis, losses, color=BLUE, lw=1.2, label=f"training{_each(losses)}")
+        _line(axis, losses, color=BLUE, lw=1.2, label=f"training{_thinned(losses)}")
         if held_out:
             _line(axis, held_out, marker="o", ms=4, color=ORANGE, lw=1.2, label="validation")
         if unigram is not None:
@@ -189,17 +209,18 @@ def overlaid(
         drawn = [(one.curves[key], style) for one, style in shown if key in one.curves]
         if not drawn:
             continue
+        most = min(most, max(LEAST, MOST_TOGETHER // len(drawn)))
 
         def draw(axis: Any, drawn: list[Any] = drawn, most: int = most) -> None:
             for points, style in drawn:
                 _line(axis, points, most, **style.line)
 
-        each = _each(max((points for points, _ in drawn), key=len), most)
+        each = _thinned(max((points for points, _ in drawn), key=len), most)
         found.append(_panel(title + each, f"{title} of {len(drawn)} runs.", draw, unit, base))
     return found
 
 
-# (title, metric, unit, base of a logarithmic axis or 0, most points: noisy curves are smoothed)
+# (title, metric, unit, base of a logarithmic axis or 0, most points: fewer of noisy curves)
 OF_SEVERAL = (
     ("Training loss", "train/loss", "nats a token", 0, MOST),
     ("Validation loss while training", "train/val_loss", "nats a token", 0, MOST),
@@ -210,8 +231,9 @@ OF_SEVERAL = (
 
 def _distances(held: Sequence[tuple[Contrast, Style]]) -> Picture:
     base, seeds = held[0][0].base, held[0][0].seeds
+    most = min(MOST, max(LEAST, MOST_TOGETHER // len(held)))
     lines = [
-        (thin(distance(one.run.losses, base.losses)), style.line | {"lw": 1.2})
+        (thin(distance(one.run.losses, base.losses), most), style.line | {"lw": 1.2})
         for one, style in held[1:]
     ]
     curves = [run.losses for run in seeds.runs] if seeds else []

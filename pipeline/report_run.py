@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,9 +90,14 @@ class RunPage:
 
 
 def run_page(
-    found: Experiment, name: str, workspace: Path, recipe: dict[str, Any], at_work: str = ""
+    found: Experiment,
+    name: str,
+    workspace: Path,
+    recipe: dict[str, Any],
+    at_work: str = "",
+    draw: bool = True,
 ) -> RunPage:
-    """Everything the page says of `found`.
+    """Everything the page says of `found`, without its curves where they are not to `draw`.
 
     `recipe` holds the settings that others are marked against, and `at_work` is the stage that
     writes this very page: its record is not closed yet.
@@ -108,7 +114,7 @@ def run_page(
         numbers=key_numbers(found),
         notes=list(missing(found, statuses, bool(samples))),
         findings=findings,
-        curves=curves_of(found),
+        curves=curves_of(found) if draw else [],
         evaluation=evaluation(found),
         samples=samples,
         studies=list(studies(found, read)),
@@ -239,6 +245,7 @@ def studies(found: Experiment, read: Read) -> Iterator[Study]:
         )
 
 
+@functools.lru_cache(maxsize=64)  # experiments share their studies
 def render(text: str) -> Markup:
     """A study's Markdown as HTML. HTML in it stays text, and nothing is linked or loaded."""
     reader = (

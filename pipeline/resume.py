@@ -16,7 +16,7 @@ from pipeline import runtime
 from pipeline.checkpoint import save_model
 from pipeline.errors import InputError, StorageError
 from pipeline.folders import SUMS, discard, problems, recover_all
-from pipeline.snapshot import Tensors, read_facts, restore, save_snapshot
+from pipeline.snapshot import Tensors, read_facts, restore, save_snapshot, understood
 
 if TYPE_CHECKING:
     from pipeline.config import CheckpointConfig
@@ -142,7 +142,8 @@ class Checkpoints:
 
 def go_on(state: TrainState, path: Path, facts: Facts) -> None:
     """Put a checkpoint into a fresh state and into torch's generators."""
-    restore(state, Tensors(path), facts)
+    with understood(path):
+        restore(state, Tensors(path), facts)
     runtime.set_rng_state(state.rng, state.precision.device)
 
 

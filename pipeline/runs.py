@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from filelock import FileLock, Timeout
 
-from pipeline import paths, stage_graph
+from pipeline import paths, regular, stage_graph, terminal
 from pipeline.config import flatten
-from pipeline.errors import BusyError, InputError, StorageError, UserError, exit_code
+from pipeline.errors import BusyError, InputError, StorageError, UserError, cut, exit_code
 from pipeline.folders import copy, discard, recover
 from pipeline.provenance import code_of
 from pipeline.records import digest_of, dvc_md5, tree_digest
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDENTITY, STATUS, RESULT, JOURNAL = "run.json", "run_status.json", "result.json", "record.jsonl"
+# What the first three hold, where they hold it.
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("params", "inputs", "digests"), dict),
+    **dict.fromkeys(("state", "process", "md5"), str),
+    **dict.fromkeys(("time", "step"), int),
+}
 
 
 def identity(stage: str, config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +97,7 @@ class Run:
         keep. Every output is checked against its SHA-256 before it replaces anything here.
         """
         made = _json(self.folder / RESULT)
-        if not made:
+        if not made.keys() >= {"digests", "md5", "by_dvc"}:
             return False
         shared = {name: self.folder / name for name in made["digests"]}
         if not (self.waited or _left_behind(made)) or any(
@@ -156,7 +162,7 @@ def _holding(folder: Path, wait: bool) -> Iterator[bool]:
     except Timeout:
         who = "another process"
         with contextlib.suppress(OSError):
-            who = f"process {holder.read_text('utf-8')}"
+            who = f"process {cut(holder.read_text('utf-8'))}"
         if not wait:
             raise BusyError(
                 f"{who} trains this very configuration, and checkpoint.wait=false: wait for it, "
@@ -302,9 +308,11 @@ def _left_behind(made: dict[str, Any]) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What the file says; nothing where it is not there or no JSON."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text("utf-8"))
+    """What the file says; nothing where it is not there, or not as we write it."""
+    with contextlib.suppress(UserError):
+        found = regular.read_json(path)
+        if all(isinstance(found.get(key), kind | None) for key, kind in KINDS.items()):
+            return found
     return {}
 
 
@@ -318,6 +326,7 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(prog="python -m pipeline.runs")
     commands = parser.add_subparsers(dest="command")

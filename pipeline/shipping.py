@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import records
+from pipeline import records, terminal
 from pipeline.records import Event
 from pipeline.rows import from_workspace, open_row, sweep
 from pipeline.store import connect, said, store_uri, without_secrets
@@ -138,6 +138,7 @@ class Shipper:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     """`python -m pipeline.shipping PROCESS CHECKPOINTS`: an event a line, then how long to wait.
 
     Where that last line never comes the stage was killed, and what has arrived is shipped.

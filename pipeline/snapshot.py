@@ -11,13 +11,15 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
+from pipeline import regular
+from pipeline.errors import InputError, UserError, cut, out_of_memory
 from pipeline.folders import check, writing
 from pipeline.training import TrainState
 from pipeline.weight_files import write_tensors
@@ -62,14 +64,26 @@ def save_snapshot(folder: Path, state: TrainState, facts: dict[str, Any]) -> Non
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """The plain facts of a snapshot; raises InputError where there is none."""
-    try:
-        return json.loads((folder / FACTS).read_text("utf-8"))
-    except FileNotFoundError:
+    if not (folder / FACTS).exists():
         raise InputError(
             f"{folder}: no snapshot of a training step is there; a run names the one it leaves"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: not a snapshot of a training step: {error}") from None
+        )
+    return regular.read_json(folder / FACTS, regular.SNAPSHOT_BYTES)
+
+
+@contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """Whatever a snapshot lacks, or has of another kind, becomes an InputError with its name."""
+    from safetensors import SafetensorError
+
+    strange = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
+    try:
+        yield
+    except (*strange, SafetensorError) as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        said = cut(f"{type(error).__name__}: {error}")
+        raise InputError(f"{folder}: not a snapshot that can be put back: {said}") from error
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -82,7 +96,10 @@ class Tensors(Mapping[str, Tensor]):
         from safetensors import safe_open
 
         check(folder)
-        files = [safe_open(p, framework="pt") for p in sorted(folder.glob("*.safetensors"))]
+        paths = sorted(folder.glob("*.safetensors"))
+        for path in paths:
+            regular.check(path)
+        files = [safe_open(path, framework="pt") for path in paths]
         self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline import comparison, experiments, git, paths
+from pipeline import comparison, experiments, git, paths, terminal
 from pipeline.comparison import SEED
 from pipeline.config import Config, flatten, load
 from pipeline.errors import ConfigError, InputError, UserError, together
@@ -213,6 +213,7 @@ def conclude(sweep: Sweep, watch: Watch) -> None:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     asked = parse(words)
     watch = None

@@ -29,12 +29,14 @@ class Finding:
 def largest_leap(found: Experiment) -> tuple[int, float, float]:
     """(step, norm, usual norm) of the longest gradient that stands out; zeros where none does."""
     points, worst = found.curves.get("train/grad_norm", []), (0, 0.0, 0.0)
+    norms = [norm for _, norm in points]
     for at in range(max(BEFORE_SPIKE, found.params["train.warmup_steps"]), len(points)):
         step, norm = points[at]
-        if norm <= worst[1]:
+        before = norms[at - BEFORE_SPIKE : at]
+        if norm <= worst[1] or norm <= NORM_LEAP * min(before):  # no median is below the least
             continue
-        usual = statistics.median(norm for _, norm in points[at - BEFORE_SPIKE : at])
-        later = [norm for _, norm in points[at + 1 : at + 1 + STAYS]]
+        usual = statistics.median(before)
+        later = norms[at + 1 : at + 1 + STAYS]
         stays = len(later) == STAYS and statistics.median(later) > NORM_LEAP * usual
         if norm > NORM_LEAP * usual > 0 and not stays:
             worst = step, norm, usual

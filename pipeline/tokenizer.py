@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
+from pipeline import regular
 from pipeline.errors import InputError
 
 EOT = 50256
@@ -154,7 +155,7 @@ def _wheel_folder() -> Path | None:
 def _wheel_content(source: _Source, folder: Path) -> bytes:
     path = folder / source.wheel_name
     try:
-        content = path.read_bytes()
+        content = regular.read(path, 1 << 24)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; {_REINSTALL}") from None
     found = hashlib.sha256(content).hexdigest()

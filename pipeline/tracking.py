@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import experiments, history, paths, records, runs, view
+from pipeline import experiments, history, paths, records, runs, terminal, view
 from pipeline.config import Config, load
 from pipeline.errors import InputError, StorageError, UserError
 from pipeline.experiments import Experiment
@@ -218,6 +218,7 @@ def _replay(client: MlflowClient, step: history.Step, folder: Path) -> Row:
 
 
 def main(words: list[str]) -> None:
+    terminal.guard()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(prog="python -m pipeline.tracking", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
+
+from pipeline import regular
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -90,8 +92,8 @@ def published_sizes(name: str) -> dict[str, int]:
         known = [PUBLISHED[key] for key in PUBLISHED if name in (key, key.rpartition("/")[2])]
         return dict(zip(SIZES, known[0], strict=True)) if known else {}
     try:
-        content: Any = json.loads(Path(name, "config.json").read_text("utf-8"))
+        content: Any = regular.read_json(Path(name, "config.json"))
         found = {key: content["n_positions" if key == "block_size" else key] for key in SIZES}
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+    except (InputError, OSError, LookupError, TypeError):
         return {}
     return found if all(type(size) is int for size in found.values()) else {}

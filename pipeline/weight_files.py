@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 from pathlib import Path
@@ -10,27 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.errors import InputError
+from pipeline import regular
+from pipeline.errors import InputError, cut, quoted, some
 
-# Bounds of what is parsed whole: a config has a thousand bytes, GPT-2 XL's header 50,000.
-JSON_BYTES = 1 << 24
-HEADER_BYTES = 1 << 24
+HEADER_BYTES = 1 << 24  # parsed whole: GPT-2 XL's has 50,000
 MOST_PROBLEMS = 8  # named at once
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises InputError naming the file."""
-    try:
-        if path.stat().st_size > JSON_BYTES:
-            raise ValueError(f"expected at most {JSON_BYTES:,} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+LONGEST = 600  # characters of one
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -40,9 +26,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     which are never opened.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
+    if single.exists():
         return _read_file(single)
-    if not index.is_file():
+    if not index.exists():
         raise InputError(
             f"{folder}: expected model.safetensors or model.safetensors.index.json "
             "(safetensors only: .bin, .pt and .ckpt files can run code and are never opened)"
@@ -68,7 +54,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> No
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
-    places = read_json(index).get("weight_map")
+    places = regular.read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise InputError(f"{index}: expected a weight_map from tensor to file")
     tensors: dict[str, Tensor] = {}
@@ -85,6 +71,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
 
 def shortened(problems: list[str]) -> str:
     """A line for each problem, up to MOST_PROBLEMS."""
+    problems = [cut(problem, LONGEST) for problem in problems]
     more = len(problems) - MOST_PROBLEMS
     rest = [f"and {more} more"] if more > 0 else []
     return "\n  ".join(problems[:MOST_PROBLEMS] + rest)
@@ -92,12 +79,12 @@ def shortened(problems: list[str]) -> str:
 
 def _read_shard(folder: Path, index: Path, name: str, places: dict[str, Any]) -> dict[str, Tensor]:
     plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", name)
-    if not plain or not (folder / name).is_file():
-        raise InputError(f"{index}: expected a file of this folder, got {name!r}")
+    if not plain or not os.path.isfile(folder / name):  # False for a name that is too long
+        raise InputError(f"{index}: expected a file of this folder, got {quoted(name)}")
     shard = _read_file(folder / name)
     listed = {tensor for tensor, place in places.items() if place == name}
     if shard.keys() != listed:
-        odd = ", ".join(sorted(shard.keys() ^ listed)[:4])
+        odd = some(sorted(shard.keys() ^ listed))
         raise InputError(f"{folder / name}: differs from {index.name} in {odd}")
     return shard
 
@@ -112,7 +99,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except InputError:
         raise
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a whole safetensors file: {error}") from None
+        raise InputError(f"{path}: not a whole safetensors file: {cut(str(error))}") from None
 
 
 def _refuse_duplicates(path: Path) -> None:
@@ -120,13 +107,13 @@ def _refuse_duplicates(path: Path) -> None:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         held: dict[str, Any] = {}
-        for name, value in pairs:
+        for name, content in pairs:
             if name in held:
-                raise InputError(f"{path}: {name}: twice in the header")
-            held[name] = value
+                raise InputError(f"{path}: {cut(name)}: twice in the header")
+            held[name] = content
         return held
 
-    with open(path, "rb") as file:
+    with regular.opened(path) as file:
         size = int.from_bytes(file.read(8), "little")
         if size > HEADER_BYTES:
             raise InputError(f"{path}: header of {size:,} bytes; expected at most {HEADER_BYTES:,}")

@@ -9,9 +9,11 @@ from typing import Any
 
 import yaml
 
-from pipeline.errors import ConfigError
+from pipeline import regular
+from pipeline.errors import ConfigError, InputError
 
 MOST_BYTES = 1 << 20  # a params file has three thousand
+MOST_BRACKETS = 1000  # PyYAML's time grows with the square of the open ones
 
 # Plain scalars that YAML 1.1 (OmegaConf) and YAML 1.2 (DVC) read differently: 8 or 10, 90 or text.
 _AMBIGUOUS = re.compile(
@@ -27,18 +29,17 @@ _CLEARLY = "YAML readers disagree; expected a decimal number, true or false, or 
 def read(path: Path) -> str:
     """The text of a params file; raises ConfigError, with the line where there is one."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
+        content = regular.read(path, MOST_BYTES)
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; run from the repository root") from None
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}, line {line}: not UTF-8 text: {error.reason}") from None
+    except InputError as error:
+        raise ConfigError(str(error)) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if len(content) > MOST_BYTES:
-        raise ConfigError(f"{path}: expected at most {MOST_BYTES:,} bytes of settings")
     return text
 
 
@@ -47,6 +48,8 @@ def check(text: str, where: str) -> list[str]:
 
     Raises ConfigError, with the line, where `text` is not one YAML mapping of plain values.
     """
+    if text.count("[") + text.count("{") > MOST_BRACKETS:
+        raise ConfigError(f"{where}: nested too deeply to be settings")
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):  # a few lines of them can mean gigabytes

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import config as configuration
-from pipeline import git, plots, provenance, runs
+from pipeline import git, plots, provenance, runs, terminal
 from pipeline.config import Config
 from pipeline.errors import ChangedError, UserError, disk_full, exit_code, out_of_memory
 
@@ -47,6 +47,7 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
     library's machine code too. With the name of a `stage` in dvc.yaml its result is handed to DVC
     only if it rests on what DVC will file it under, see `held`.
     """
+    terminal.guard()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
     for stream in (sys.stdout, sys.stderr):  # a sample may hold what a pipe's encoding does not

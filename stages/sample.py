@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import data, paths, records, report, runtime, tokenizer, tracking
+from pipeline import data, paths, records, report, runtime, terminal, tokenizer, tracking
 from pipeline.checkpoint import load_model
 from pipeline.config import Config
 from pipeline.decoding import Decoder, mean_loss
@@ -38,7 +38,8 @@ def main(config: Config) -> None:
             samples += [{"when": when, **sample} for sample in continuations(model, config)]
             if when == "after" and config.sample.weights != "fp32":
                 losses = cost_of_weights(model, config)
-        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        plain = (json.dumps(sample, ensure_ascii=False) for sample in samples)
+        lines = [terminal.in_json(line) + "\n" for line in plain]
         write(paths.SAMPLES_JSONL, "".join(lines))
         write(paths.SAMPLES_MD, readable(samples, config))
         for path in (paths.SAMPLES_JSONL, paths.SAMPLES_MD):
@@ -119,13 +120,12 @@ def readable(samples: list[dict[str, Any]], config: Config) -> str:
         f"temperature {c.temperature:g}, top-k {c.top_k}, top-p {c.top_p:g}, seed {c.seed}\n"
     ]
     for prompt in dict.fromkeys(c.prompts):  # one that is there twice has all its texts together
-        parts.append(f"\n## {prompt}\n")
+        parts.append(f"\n## {terminal.in_markdown(prompt)}\n")
         for when in MODELS:
             parts.append(f"\n### {when} training\n")
             for sample in samples:
                 if (sample["when"], sample["prompt"]) == (when, prompt):
-                    quoted = (prompt + sample["text"]).replace("\n", "\n> ")
-                    parts.append(f"\n> {quoted}\n")
+                    parts.append("\n" + terminal.as_code(prompt + sample["text"]))
     return "".join(parts)
 
 
@@ -154,7 +154,7 @@ def to_terminal(words: list[str], config: Config) -> None:
     print(asked.prompt, end="", flush=True)
     with precision.products(), precision.autocast():
         for piece in stream_text(model, tokenizer.gpt2(), asked.prompt, sampling, generator):
-            print(piece, end="", flush=True)
+            print(terminal.shown(piece), end="", flush=True)  # a piece may begin with "\r"
     print()
 
 

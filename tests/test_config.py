@@ -119,7 +119,7 @@ def test_a_missing_setting_is_named() -> None:
         ("a: &x [1, 2]\nb: [*x, *x]\n", ", line 2: *x: write the value itself"),
         ("a: " + "[" * 9999 + "]" * 9999, ": nested too deeply"),
         ("a: " + "9" * 5000, ": Exceeds the limit"),
-        ("#" * (1 << 20) + "#", ": expected at most 1,048,576 bytes"),
+        ("#" * (1 << 20) + "#", ": 1,048,577 bytes; expected at most 1,048,576"),
     ],
 )
 @pytest.mark.fault(4)

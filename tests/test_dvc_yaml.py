@@ -22,7 +22,7 @@ LOOKS_AT_RESULTS = (
     *("comparison", "contrast", "debugging", "doctor", "experiments", "figures", "forecast"),
     *("history", "logged_models", "nonfinite", "notes", "passages", "plots", "queueing"),
     *("report", "report_figures", "report_run", "snapshot", "sweep", "symptoms"),
-    *("git", "hints", "watched"),
+    *("git", "hints", "regular", "terminal", "watched"),
 )
 EXEMPT = frozenset(f"pipeline.{name}" for name in LOOKS_AT_RESULTS)
 ASIDE = {"checkpoint", "tracking"}  # sections that change no result: no stage runs again for them

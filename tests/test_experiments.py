@@ -15,7 +15,7 @@ from markupsafe import escape
 from omegaconf import OmegaConf
 
 from pipeline import records, stage_graph
-from pipeline.report import visible
+from pipeline.terminal import shown
 from tests.conftest import Checkout, tiny_pipeline
 
 # MLflow's client and its libraries warn of their own deprecations.
@@ -297,8 +297,8 @@ def test_experiments_are_reported_side_by_side_with_the_files_that_dvc_keeps(sto
     cached = repo.folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
     for line in cached.read_text("utf-8").split("\n")[:-1]:
         sample = json.loads(line)
-        shown = [escape(visible(sample[part])) for part in ("prompt", "text")]
-        assert "<b>{}</b>{}</blockquote>".format(*shown) in apart
+        texts = [escape(shown(sample[part])) for part in ("prompt", "text")]
+        assert "<b>{}</b>{}</blockquote>".format(*texts) in apart
     assert apart.count("data:image/png;base64,") == 5, "studies that runs share are shown once"
 
 

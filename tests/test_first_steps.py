@@ -12,8 +12,8 @@ import pytest
 
 from pipeline import cache, checkpoint, data, doctor, experiments, passages, paths, report, sweep
 from pipeline.errors import InputError
+from pipeline.regular import read_json
 from pipeline.snapshot import read_facts
-from pipeline.weight_files import read_json
 from tests.conftest import ROOT
 
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="no make here")
@@ -114,7 +114,7 @@ def test_what_is_damaged_is_not_called_missing(folder: Path) -> None:
         path.write_text("{")
     with pytest.raises(InputError, match=r"config\.json: cannot be read as JSON"):
         checkpoint.load_model(paths.MODEL)
-    with pytest.raises(InputError, match=r"meta\.json: cannot be read: .*tokenize again"):
+    with pytest.raises(InputError, match=r"meta\.json: cannot be read as JSON: .*tokenize again"):
         data.open_tokens(paths.TOKENS, "train")
 
 

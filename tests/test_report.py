@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline import config as configuration
-from pipeline import paths, records, report, report_figures
+from pipeline import paths, records, report, report_figures, terminal
 from pipeline.doctor import examine
 from pipeline.errors import InputError
 from pipeline.experiments import Experiment, of_workspace
@@ -198,7 +199,7 @@ def test_texts_of_models_and_settings_stay_text(workspace: Path) -> None:
     hostile = chain({"init.hf_model": EVIL, "sample.prompts": [EVIL, "line\u2028two"]})
     hostile["train"].insert(1, tags(device__name=EVIL, env__torch=EVIL, digest__train=EVIL))
     hostile["tokenize"].insert(1, {**tokenized()[0], "source": EVIL})
-    sampled(EVIL, f"{EVIL}\x00", "plain")
+    sampled(EVIL, f"{EVIL}\x00\x1b]0;title\x07 \u202e", "plain")
     studied(f"# T\n\n{EVIL}\n\n| a |\n|---|\n| {EVIL} |\n\n![i](http://example.org/i.png)\n")
     for stage, path in (("sample", paths.SAMPLES_JSONL), ("numerics", paths.NUMERICS)):
         hostile[stage].insert(1, artifact(path))
@@ -206,7 +207,7 @@ def test_texts_of_models_and_settings_stay_text(workspace: Path) -> None:
     page = of(hostile)
     seen = Seen(page)
     assert "script" not in seen.tags and seen.text.count("alert('1')") > 8
-    assert "\x00" not in page and "\u2400" in page
+    assert page == terminal.shown(page) and r"\x00\x1b]0;title\x07 \u202e" in page
     assert_whole(page)
 
 
@@ -373,14 +374,25 @@ def test_curves_of_a_run_are_those_that_it_recorded() -> None:
     assert titles({"tokenize": usual["tokenize"]}) == []
 
 
-def test_long_curves_are_means_and_keep_the_page_light(workspace: Path) -> None:
+def test_long_curves_keep_their_extremes_and_keep_the_page_light(workspace: Path) -> None:
     points = [(float(step), float(step % 2)) for step in range(100_000)]
+    odd = {41_111: 9.0, 52_222: -9.0, 63_333: math.nan, 74_444: math.inf}
+    for step, value in odd.items():
+        points[step] = (float(step), value)
     thinned = report_figures.thin(points)
-    assert len(thinned) == 400 and {y for _, y in thinned} == {0.5}
+    assert 400 <= len(thinned) <= 402 and thinned == sorted(thinned)
+    assert {step for step, _ in thinned} > set(odd), "neither a spike nor a NaN is thinned away"
     assert report_figures.thin(points[:400]) == points[:400]
     long = chain()
     long["train"][1:-2] = training(steps=20_000)
     assert len(of(long)) < 400_000
+
+
+def test_of_many_runs_the_curves_are_drawn_together_alone(workspace: Path) -> None:
+    several = [Experiment(f"e{n}", f"e{n}", chain({"train.lr": n / 100})) for n in range(1, 18)]
+    few, many = (report.of_several(found, found, Path()) for found in (several[:2], several))
+    assert few.count("Gradient norm</figcaption>") == 3 and "draws those of one" not in few
+    assert many.count("Gradient norm</figcaption>") == 1 and "draws those of one" in many
 
 
 def test_every_run_has_a_look_of_its_own_the_later_the_thinner() -> None:

@@ -44,7 +44,7 @@ def test_a_prompt_given_twice_has_every_text_shown_once(make_config) -> None:
         {"when": when, **s} for when in sample.MODELS for s in sample.continuations(model, config)
     ]
     shown = sample.readable(found, config)
-    assert len(found) == shown.count("\n> ") - sum(s["text"].count("\n") for s in found) == 12
+    assert len(found) == shown.count("\n```text\n") == 12
     assert [line for line in shown.splitlines() if line.startswith("## ")] == ["## A", "## B"]
 
 

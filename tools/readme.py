@@ -68,7 +68,7 @@ READING_ORDER = [
     *("records", "tracking", "shipping", "history", "store", "rows", "logged_models", "notes"),
     *("view", "runs"),
     *("config", "hints", "watched", "yaml_text", "paths", "stage_graph", "provenance"),
-    *("git", "cache", "folders", "errors", "buffers"),
+    *("git", "cache", "folders", "regular", "terminal", "errors", "buffers"),
 ]
 
 
@@ -180,6 +180,9 @@ FROM_THE_CODE = {"settings": settings, "tree": tree, "faults": faults, "speed": 
 
 
 def main() -> None:
+    from pipeline import terminal
+
+    terminal.guard()
     commands = "--run" in sys.argv
     passed = "--faults" not in sys.argv or run_faults()
     clone = Path()

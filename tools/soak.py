@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from omegaconf import OmegaConf  # noqa: E402
 
+from pipeline import terminal  # noqa: E402
 from pipeline.tables import markdown  # noqa: E402
 from tests.conftest import Checkout, tiny_pipeline  # noqa: E402
 from tools.soak_check import Outcome, differences, outcome  # noqa: E402
@@ -306,6 +307,7 @@ def report(number: str, played: Played, folder: Path) -> None:
 
 
 def main() -> None:
+    terminal.guard()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument(
