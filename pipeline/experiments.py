@@ -20,7 +20,7 @@ import yaml
 
 from pipeline import git, paths, reading, stage_graph
 from pipeline.errors import InputError
-from pipeline.reading import Curve, Event, Log, RecordError
+from pipeline.reading import Curve, Event, Log
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -153,7 +153,7 @@ def of_workspace(root: Path, stages: Iterable[str] | None = None) -> Experiment:
     def read(stage: str, path: Path, whole: bool) -> Log | None:
         try:
             return reading.read(path, stage, whole) if path.exists() else None
-        except (RecordError, OSError) as error:
+        except (InputError, OSError) as error:
             unreadable.append(f"{path}: {error}")
             log.warning("%s; left out", unreadable[-1])
         return None
@@ -354,7 +354,7 @@ class Kept:
         self._locks: dict[str, dict[str, str]] = {}
         self._by_text: dict[bytes, dict[str, str]] = {}  # most commits share their dvc.lock
         # Revisions share most of their records: by stage and MD5.
-        self._records: dict[tuple[str, str], Log | RecordError] = {}
+        self._records: dict[tuple[str, str], Log | InputError] = {}
 
     def look_up(self, revs: Iterable[str]) -> None:
         """Read the dvc.lock of all of these at once."""
@@ -388,7 +388,7 @@ class Kept:
                     found[stage] = record
                 else:
                     gone.append(path)
-            except (RecordError, OSError) as error:
+            except (InputError, OSError) as error:
                 unreadable.append(f"{path}: {error}")
         return found, gone
 
@@ -399,9 +399,9 @@ class Kept:
                 return None
             try:
                 self._records[key] = reading.read(file, stage)
-            except RecordError as error:
+            except InputError as error:
                 self._records[key] = error
-        if isinstance(known := self._records[key], RecordError):
+        if isinstance(known := self._records[key], InputError):
             raise known
         return known
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, overload
 
-from pipeline import config, stage_graph
-from pipeline.errors import InputError
+from pipeline import config, regular, stage_graph
+from pipeline.errors import InputError, cut, quoted
 
 Event = dict[str, Any]
 Check = Callable[[Any], bool]
@@ -29,7 +29,6 @@ MOST_EVENTS = 10_000  # beside the points
 MOST_VALUES = 1_000  # in one event
 MOST_METRICS = 10_000  # of a record, those of each kind of point counted
 LATEST = 253_402_300_799_000  # the last millisecond of the year 9999
-SHOWN = 80  # characters of a value in a message
 
 
 class RecordError(InputError):
@@ -185,9 +184,9 @@ def read(path: Path, stage: str = "", whole: bool = True) -> Log:
     """The record of `stage`, or of any, in a file.
 
     Of one that is not `whole`, as its stage is at work or failed, a last line that was cut is
-    left out. Raises RecordError that names the line and the reason.
+    left out. Raises InputError that names the line and the reason.
     """
-    with open(path, "rb") as lines:
+    with regular.opened(path) as lines:
         return parse(iter(functools.partial(lines.readline, LONGEST_LINE + 1), b""), stage, whole)
 
 
@@ -225,7 +224,7 @@ def _decoded(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"no JSON: {_cut(str(error))}") from None
+        raise RecordError(f"no JSON: {cut(str(error))}") from None
 
 
 def _checked(event: Any, stage: str, first: bool, log: Log) -> Event:
@@ -235,9 +234,9 @@ def _checked(event: Any, stage: str, first: bool, log: Log) -> Event:
         return event
     if not isinstance(kind, str) or (kind == "start") != first or kind not in _FIELDS:
         wanted = "a start event" if first else f"an event of {', '.join(list(_FIELDS)[1:])}"
-        raise RecordError(f"{_cut(event)}: {wanted} is expected")
+        raise RecordError(f"{_told(event)}: {wanted} is expected")
     if first and (found := event.setdefault("schema", 0)) != SCHEMA and found != 0:
-        raise RecordError(f"schema {_cut(found)}: this version reads schema {SCHEMA} and before")
+        raise RecordError(f"schema {_told(found)}: this version reads schema {SCHEMA} and before")
     for name, default in _DEFAULTS.get(kind, {}).items():
         given = event.setdefault(name, default)
         if isinstance(given, dict) and default:
@@ -246,17 +245,17 @@ def _checked(event: Any, stage: str, first: bool, log: Log) -> Event:
         if name not in event:
             raise RecordError(f"{kind}.{name}: missing; expected {wanted}")
         if not check(event[name]):
-            raise RecordError(f"{kind}.{name}={_cut(event[name])}: expected {wanted}")
+            raise RecordError(f"{kind}.{name}={_told(event[name])}: expected {wanted}")
     if kind == "metrics":
         _check_points(event["values"], log)
     elif first:
         known = (stage,) if stage else tuple(stage_graph.stages())
         if event["stage"] not in known:
-            raise RecordError(f"start.stage={_cut(event['stage'])}: expected {', '.join(known)}")
+            raise RecordError(f"start.stage={_told(event['stage'])}: expected {', '.join(known)}")
         _check_settings(event["params"])
         event["params"] = Settings(event["params"])
     elif kind in ("artifact", "checkpoint") and not _is_of(stage, event["path"]):
-        raise RecordError(f"{kind}.path={_cut(event['path'])}: no output of {stage}")
+        raise RecordError(f"{kind}.path={_told(event['path'])}: no output of {stage}")
     return event
 
 
@@ -277,12 +276,12 @@ def _is_point(event: Event, log: Log) -> bool:
 def _check_points(values: Event, log: Log) -> None:
     """Names as MLflow takes them, and numbers; the names of a point seen before are known."""
     if not log.knows(tuple(values)) and not _are_named(values):
-        raise RecordError(f"metrics.values={_cut(values)}: expected {_NAMES}")
+        raise RecordError(f"metrics.values={_told(values)}: expected {_NAMES}")
     for name, value in values.items():
         if type(value) is float:
             continue
         if type(value) is not int or abs(value) > 1 << 53:
-            raise RecordError(f"metrics.values: {name}={_cut(value)}: expected a number")
+            raise RecordError(f"metrics.values: {name}={_told(value)}: expected a number")
 
 
 def _is_of(stage: str, path: str) -> bool:
@@ -292,14 +291,11 @@ def _is_of(stage: str, path: str) -> bool:
     return ".." not in parts.parts and bool(places & set(stage_graph.stages()[stage].outs))
 
 
-def _cut(value: Any) -> str:
-    """A value in a message: short, and without what does not print."""
+def _told(value: Any) -> str:
+    """A value in a message, of which the beginning will do."""
     if isinstance(value, (dict, list)):
         return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value):,}"
-    if isinstance(value, int) and abs(value) > 1 << 64:
-        return "a very large number"
-    text = ascii(value[: SHOWN + 1] if isinstance(value, str) else value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return quoted(value)
 
 
 # --- what each field may hold, and how a message says so
@@ -353,11 +349,11 @@ def _check_settings(values: Event) -> None:
     types = _types()
     for name, value in values.items():
         if not _SETTING.fullmatch(name):
-            raise RecordError(f"start.params: {_cut(name)}: no setting's name")
+            raise RecordError(f"start.params: {_told(name)}: no setting's name")
         kinds = types.get(name, ())
         if not _is_plain(value) or (kinds and type(value) not in kinds):
             wanted = " or ".join(kind.__name__ for kind in kinds) or "a plain value"
-            raise RecordError(f"start.params: {name}={_cut(value)}: expected {wanted}")
+            raise RecordError(f"start.params: {name}={_told(value)}: expected {wanted}")
 
 
 @functools.cache

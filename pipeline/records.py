@@ -25,7 +25,7 @@ from pipeline import paths, stage_graph
 from pipeline.config import Config, flatten, settings_of
 from pipeline.errors import ChangedError, ConfigError, InputError
 from pipeline.provenance import code_digest, differing, listed
-from pipeline.reading import SCHEMA, Event, Log, RecordError, read
+from pipeline.reading import SCHEMA, Event, Log, read
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def here(stages: Iterable[str]) -> Iterator[Log]:
         try:
             if path.exists():
                 yield read(path, stage)
-        except (RecordError, OSError) as error:
+        except (InputError, OSError) as error:
             log.warning("%s: %s; left out", path, error)
 
 

@@ -19,7 +19,16 @@ STAGES: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(ROOT / "dvc.yaml"
 LOOKS_AT_RESULTS = (
     *("config", "errors", "paths", "records", "rows", "runs", "shipping", "store", "tracking"),
     *("cache", "interruption", "provenance", "resume", "stage_graph", "view", "yaml_text"),
-    *("comparison", "contrast", "debugging", "doctor", "experiments", "figures", "forecast"),
+    *(
+        "comparison",
+        "contrast",
+        "debugging",
+        "doctor",
+        "experiments",
+        "reading",
+        "figures",
+        "forecast",
+    ),
     *("history", "logged_models", "nonfinite", "notes", "passages", "plots", "queueing"),
     *("report", "report_figures", "report_run", "snapshot", "sweep", "symptoms"),
     *("git", "hints", "regular", "terminal", "watched"),

@@ -47,7 +47,7 @@ def results_of(pytester: pytest.Pytester, source: str, *words: str) -> tuple[int
 
 
 def test_the_table_numbers_every_row_once_and_says_where_it_is_held() -> None:
-    assert list(table()) == list(range(1, 69))
+    assert list(table()) == list(range(1, 76))
     for row, about in table().items():
         assert set(about) == {"where", "fault", "then"}, row
         assert about["where"] in ("cheap", "slow", *EXCUSED), row

@@ -62,7 +62,7 @@ READING_ORDER = [
     *("generation", "decoding", "int8", "evaluation", "throughput", "runtime", "budget"),
     *("init_study", "formats", "sensitivity", "roofline", "dtypes", "scaling"),
     *("course", "resume", "snapshot", "interruption", "debugging", "nonfinite", "passages"),
-    *("experiments", "sweep", "queueing", "comparison", "contrast"),
+    *("reading", "experiments", "sweep", "queueing", "comparison", "contrast"),
     *("doctor", "symptoms", "forecast", "report", "report_run", "report_figures", "figures"),
     *("plots", "tables"),
     *("records", "tracking", "shipping", "history", "store", "rows", "logged_models", "notes"),
