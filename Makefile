@@ -70,5 +70,6 @@ endif
 # Gives the disk back: the environment, scratch, the MLflow store and DVC's cache. `dvc gc -w`
 # is the gentler way: it drops only what neither the workspace nor an experiment needs.
 clean:
-	rm -rf $(VENV) .runs mlflow.db mlartifacts .dvc/cache .dvc/tmp data/tokens artifacts \
-	    metrics plots records comparisons report.html dvc_plots .pytest_cache .ruff_cache
+	rm -rf $(VENV) .runs mlflow.db mlflow.db-wal mlflow.db-shm mlflow.db.lock mlartifacts \
+	    .dvc/cache .dvc/tmp data/tokens artifacts metrics plots records comparisons \
+	    report.html dvc_plots .pytest_cache .ruff_cache

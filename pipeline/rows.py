@@ -12,7 +12,15 @@ from pipeline import notes, records, view
 from pipeline.logged_models import LoggedModels
 from pipeline.records import Event
 from pipeline.runs import is_alive
-from pipeline.store import MADE_FOR, artifact_location, artifact_root, connect, lock, said
+from pipeline.store import (
+    MADE_FOR,
+    artifact_location,
+    artifact_root,
+    connect,
+    hold_elsewhere,
+    lock,
+    said,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -188,6 +196,8 @@ def open_row(client: MlflowClient, head: Event, others: list[list[Event]]) -> Ro
     parts = {f"record.{r[0]['stage']}": r[0]["id"] for r in others}
     with lock():
         experiment_id = _experiment(client, head["experiment"])
+        place = client.get_experiment(experiment_id).artifact_location
+        hold_elsewhere(client.tracking_uri, place)
         _sweep(client, experiment_id)
         rows = client.search_runs(
             [experiment_id],
@@ -208,6 +218,7 @@ def open_row(client: MlflowClient, head: Event, others: list[list[Event]]) -> Ro
             row = _new_row(client, experiment_id, head)
             if rows:
                 Row(client, rows[0].info.run_id, experiment_id).tag({"superseded": row.id})
+        hold_elsewhere(client.tracking_uri, client.get_run(row.id).info.artifact_uri)
         row.tag({f"record.{head['stage']}": head["id"]})
     return row
 
@@ -222,6 +233,7 @@ def attach(training_records: Iterable[str], folder: Path, name: str) -> None:
         everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
         for record in training_records:
             for run in client.search_runs(everywhere, f"tags.`record.train` = '{record}'"):
+                hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
                 client.log_artifacts(run.info.run_id, str(folder), name)
     except Exception as error:  # a store's errors are of every kind
         log.warning("MLflow did not take %s: %s", folder, said(error))
