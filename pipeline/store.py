@@ -28,11 +28,17 @@ LOCK_SECONDS = 30.0
 ANSWER_SECONDS = 5.0  # for a database that another process writes into
 LONGEST = 300  # characters of an error's message
 
-_SECRET = r"token|secret|passw|credential|key"
+_SECRET = r"token|secret|passw|pwd|credential|signature|key"
 _SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
 # Behind a scheme and before the host; `http://host:1/a@b` and `sqlite:////a@b` have no user.
 _USER = re.compile(r"(?<=:)//(?!/)(?!(?:(?<=https://)|(?<=http://))[^/\s:@]+(?::\d+)?[/?#])\S*@")
-_ASSIGNED = re.compile(rf"((?:{_SECRET})[\w-]*=)[^\s&]+", re.IGNORECASE)
+_ASSIGNED = re.compile(rf"((?:(?:{_SECRET})[\w-]*|\bsig)=)[^\s&]+", re.IGNORECASE)
+_HEADER = re.compile(r"(?i:\b(Bearer)\s+|\b(Basic)\s+(?-i:(?=[a-z]*[^\sa-z,])))[\w.~+/-]{6,}=*")
+# As those who issue them begin them; the last is a signed JSON web token.
+_TOKEN = re.compile(
+    r"\b(?:(?:hf|gh[pousr])_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}"
+    r"|sk-(?=[\w-]*\d)[\w-]{16,}|A[KS]IA[A-Z0-9]{16}\b|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
+)
 
 
 # Where MLflow's client looks for things, as a URI or as a file.
@@ -42,14 +48,12 @@ _NO_PATHS = ("databricks", "databricks-uc", "uc")  # MLflow's names for servers
 
 # Where MLflow's client carries artifacts over the network. All else that it knows is a folder of
 # this machine, or may lead to one (`runs:`, `models:`, what a plug-in brought).
-_ELSEWHERE = frozenset(
-    "mlflow-artifacts http https s3 gs r2 b2 wasbs abfss ftp sftp hdfs viewfs".split()
-)
+_ELSEWHERE = {"mlflow-artifacts", "http", "https", "s3", "gs", "r2", "b2", "wasbs", "abfss"}
+_ELSEWHERE |= {"ftp", "sftp", "hdfs", "viewfs"}
 
 # File systems on which SQLite's write-ahead log works: all who share it have to share memory.
-_OWN_DISKS = frozenset(
-    "ext2 ext3 ext4 xfs btrfs zfs f2fs bcachefs tmpfs overlay apfs hfs ufs ntfs ntfs3 refs".split()
-)
+_OWN_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs"}
+_OWN_DISKS |= {"overlay", "apfs", "hfs", "ufs", "ntfs", "ntfs3", "refs"}
 
 ARTIFACTS = "mlartifacts"
 MADE_FOR = "pipeline.artifacts"  # an experiment's tag: the artifact root that it was made under
@@ -153,8 +157,9 @@ def connect() -> MlflowClient:
     try:
         return MlflowClient(tracking_uri=uri)
     except ImportError as error:  # SQLAlchemy looks for a database's driver at last
+        place = without_secrets(uri)
         raise StorageError(
-            f"MLflow at {without_secrets(uri)} needs a database driver that is not installed: {error}"
+            f"MLflow at {place} needs a driver, which is missing: {error}"
         ) from error
 
 
@@ -374,7 +379,8 @@ def without_secrets(text: str) -> str:
     variables, whose values a server may well repeat in what it answers.
     """
     text = _ASSIGNED.sub(r"\1***", _USER.sub("//", text))
-    text = re.sub(r"\b(Basic|Bearer) \S+", r"\1 ***", text)
+    text = _HEADER.sub(lambda found: f"{found[1] or found[2]} ***", text)
+    text = _TOKEN.sub("***", text)
     for name, value in os.environ.items():
         if not _SECRET_NAME.search(name) or (os.path.isabs(value) and os.path.exists(value)):
             continue  # a file of secrets has none in its name

@@ -144,7 +144,7 @@ def test_the_servers_own_words_do_hold_the_canaries(echo) -> None:
         ("http://me:pass/w@rd@host:1/x is down", "http://host:1/x is down"),
         ("postgresql://me:pw@host/db?sslpassword=pw", "postgresql://host/db?sslpassword=***"),
         ("api_key=abc&user=me", "api_key=***&user=me"),
-        ("Authorization: Basic bWU6cHc=, denied", "Authorization: Basic *** denied"),
+        ("Authorization: Basic bWU6cHc=, denied", "Authorization: Basic ***, denied"),
         ("sqlite:////home/me/mlflow.db: locked", "sqlite:////home/me/mlflow.db: locked"),
         ("sqlite:////home/a@b/c.db", "sqlite:////home/a@b/c.db"),
         ("http://host:1/a@b and file:///a@b", "http://host:1/a@b and file:///a@b"),
