@@ -28,7 +28,8 @@ from pipeline.store import connect, said, store_uri, without_secrets
 log = logging.getLogger(__name__)
 
 SHIP_EVERY_SECONDS = 2.0
-# How long a stage waits at its end where nothing arrives any more, or where it was stopped ...
+END_SECONDS = 60.0  # how long a finished stage waits at most for its last points, which arrive
+# How long where nothing arrives any more, or where it was stopped ...
 SHORT_SECONDS = 10.0
 SLOWEST_UPLOAD = 1e6  # ... but for artifacts under way, in bytes a second
 BEAT_SECONDS = 0.5  # how often the stage hears meanwhile that there is hope
@@ -103,7 +104,7 @@ class Shipper:
             if left <= 0:
                 # MLflow's import, and a new database, take longer than a stopped stage waits.
                 late = "the store did not answer" if self._client else "MLflow had not started"
-                self._warn(f"{late} within {now - moved:.0f} s of the stage's end")
+                self._warn(f"{late} within {now - began:.0f} s of the stage's end")
                 return
             beat()
             self._thread.join(min(left, BEAT_SECONDS))
@@ -200,7 +201,7 @@ def main(words: list[str]) -> None:
     # warnings.catch_warnings; a filter from before all threads stays.
     warnings.filterwarnings("ignore", message="SOCKS support in urllib3")
     shipper = Shipper(*words)
-    patience = SHORT_SECONDS
+    patience = END_SECONDS
     for line in sys.stdin.buffer:
         if not line.endswith(b"\n"):  # cut off by a kill
             break

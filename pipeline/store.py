@@ -276,9 +276,10 @@ def _check_sqlite(path: Path) -> None:
         _log_ahead(database, path.resolve())
         database.execute("BEGIN IMMEDIATE")
         if path.resolve().is_relative_to(paths.root().resolve()):  # else others may share it
-            for former in _former_roots(database):
-                _move(database, former)
-            database.commit()
+            if former := _former_roots(database):
+                for root in former:
+                    _move(database, root)
+                database.commit()  # which would wait for readers, also with nothing to write
 
 
 def _log_ahead(database: sqlite3.Connection, path: Path) -> None:

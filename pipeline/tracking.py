@@ -14,27 +14,32 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import experiments, history, paths, records, runs, view
+from pipeline import experiments, history, records, runs, view
 from pipeline.config import Config, load
 from pipeline.errors import InputError, StorageError, UserError
 from pipeline.experiments import Experiment
 from pipeline.records import Event, Record
 from pipeline.rows import Row, from_workspace, open_row, rename, shipped
-from pipeline.shipping import CLOSE, SHORT_SECONDS, SLOWEST_UPLOAD
-from pipeline.store import connect, said, store_errors, store_uri, without_secrets
+from pipeline.shipping import CLOSE, END_SECONDS, SHORT_SECONDS, SLOWEST_UPLOAD
+from pipeline.store import (
+    artifact_root,
+    connect,
+    said,
+    store_errors,
+    store_uri,
+    without_secrets,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
-# How long a finished stage waits as long as its points, and artifacts in their time, arrive. What
-# is stuck costs SHORT_SECONDS.
-END_SECONDS = 60.0
 START_SECONDS = 30.0  # how long Python may take to start on a machine that has much to do
 GRACE_SECONDS = 5.0  # how long the process that ships may take to end
 
@@ -250,15 +255,33 @@ def show(port: int) -> int:
     server = without_secrets(store_uri()) if remote else f"http://127.0.0.1:{port}"
     link = view.link(server.rstrip("/"), found.experiment_id if found else "0")
     log.info("The prepared comparison:\n  %s", link)
-    if remote:
-        return 0
-    log.info("MLflow takes half a minute to start; Ctrl-C ends it.")
-    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
-    # Not among the words of the command, where everybody on the machine could read a password.
-    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": store_uri()}
-    with contextlib.suppress(KeyboardInterrupt):
-        return subprocess.call(command, cwd=paths.root(), env=environment)
+    if not remote:
+        log.info("MLflow takes some seconds to start; Ctrl-C ends it.")
+        with contextlib.suppress(KeyboardInterrupt):
+            _serve(port)
     return 0
+
+
+def _serve(port: int) -> None:
+    """MLflow's page, for browsers of this machine alone, until it is stopped.
+
+    `mlflow ui` would start fifteen processes, most of them for jobs of language models, and answer
+    any page that makes a browser believe that its own address is this one's.
+    """
+    places = {"_MLFLOW_SERVER_FILE_STORE": store_uri()} | {
+        "_MLFLOW_SERVER_REGISTRY_STORE": os.environ.get("MLFLOW_REGISTRY_URI") or store_uri(),
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": artifact_root(),
+        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+    }
+    os.environ.update(places, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+    os.environ["MLFLOW_SERVER_ALLOWED_HOSTS"] = f"localhost:{port},127.0.0.1:{port}"
+    import uvicorn
+
+    with warnings.catch_warnings():  # of what its libraries will do away with
+        warnings.simplefilter("ignore")
+        from mlflow.server.fastapi_app import app
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
 if __name__ == "__main__":
