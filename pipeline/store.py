@@ -158,9 +158,7 @@ def connect() -> MlflowClient:
         return MlflowClient(tracking_uri=uri)
     except ImportError as error:  # SQLAlchemy looks for a database's driver at last
         place = without_secrets(uri)
-        raise StorageError(
-            f"MLflow at {place} needs a driver, which is missing: {error}"
-        ) from error
+        raise StorageError(f"{place} lacks its database driver: {error}") from error
 
 
 def store_errors() -> tuple[type[Exception], ...]:
@@ -275,11 +273,11 @@ def _check_sqlite(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=ANSWER_SECONDS)) as database:
         _log_ahead(database, path.resolve())
         database.execute("BEGIN IMMEDIATE")
-        if path.resolve().is_relative_to(paths.root().resolve()):  # else others may share it
-            if former := _former_roots(database):
-                for root in former:
-                    _move(database, root)
-                database.commit()  # which would wait for readers, also with nothing to write
+        ours = path.resolve().is_relative_to(paths.root().resolve())  # else others may share it
+        if ours and (former := _former_roots(database)):
+            for root in former:
+                _move(database, root)
+            database.commit()  # which waits for readers, also where it has nothing to write
 
 
 def _log_ahead(database: sqlite3.Connection, path: Path) -> None:

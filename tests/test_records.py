@@ -66,6 +66,8 @@ def test_no_time_is_negative_whatever_becomes_of_the_clock(
     first = Record("train", make_config(), journal=journal)
     monkeypatch.setattr(time, "time", lambda: 1e9)  # set back while the first session is at work
     first.metrics({"a": 1.0})
+    for file in first._files:  # as a kill does
+        file.close()
     monkeypatch.setattr(time, "time", lambda: -1e9)  # and to before 1970
     second = Record("train", make_config(), journal=journal)
     second.close("FINISHED")

@@ -292,7 +292,7 @@ def test_a_database_driver_that_is_missing_is_one_line(
     said = warnings(caplog)
     assert len(said) == 3 and not [text for text in said if "\n" in text or "secret" in text]
     for text in said:
-        assert f"{uri} lacks its driver: No module named" in text or "nosuch" in text
+        assert f"{uri} lacks its database driver: No module named" in text or "nosuch" in text
 
 
 def test_causes_that_go_round_in_a_circle_are_told_in_one_line() -> None:
