@@ -56,7 +56,14 @@ git:
 	    exit 1; \
 	fi
 
-$(STAMP): requirements.txt requirements-dev.txt constraints.txt
+# Every file is held against its hash; the CPU build comes from PyTorch's own index, without one.
+ifeq ($(TORCH),cpu)
+LOCKS := requirements.lock
+else
+LOCKS := requirements.lock torch.lock
+endif
+
+$(STAMP): requirements.txt requirements-dev.txt constraints.txt requirements.lock torch.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) \
 	    else "Python %d.%d found, 3.11 to 3.13 needed: make repro PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(VENV)
@@ -64,7 +71,7 @@ ifeq ($(TORCH),cpu)
 	$(BIN)/python -m pip install --no-deps torch==2.13.0 \
 	    --index-url https://download.pytorch.org/whl/cpu
 endif
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet --require-hashes $(LOCKS:%=-r %)
 	touch $(STAMP)
 
 # Gives the disk back: the environment, scratch, the MLflow store and DVC's cache. `dvc gc -w`
