@@ -75,7 +75,7 @@ class Row:
             self.tag({shipped_tag(head): head["id"]})
         self._describe(head)
         began = self.client.get_run(self.id).info.start_time  # by a clock that was set back since?
-        self.client.set_terminated(self.id, end["status"], end_time=max(began, end["time"]))
+        self.client.set_terminated(self.id, end["status"], end_time=max(began or 0, end["time"]))
 
     def settle(self, head: Event, end: Event, known: set[str]) -> None:
         """Leave a row to which a finished stage's record came late, if no stage is left in it.

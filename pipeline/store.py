@@ -237,7 +237,7 @@ def _create_sqlite(path: Path) -> None:
     An empty file is what a client left that lost its database: no database either.
     """
     path = path.resolve()  # of a link, the file that it names
-    if path.exists() and not (path.is_file() and path.stat().st_size == 0):
+    if _is_something(path):
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -245,12 +245,17 @@ def _create_sqlite(path: Path) -> None:
     try:
         store = SqlAlchemyStore(sqlite_uri(temporary), artifact_root())
         store.engine.dispose()
-        # An older database's log would be read into the new one.
-        for left in ("", "-wal", "-shm", "-journal"):
-            path.with_name(path.name + left).unlink(missing_ok=True)
+        if not _is_something(path):  # by somebody who does not know our lock
+            # An older database's log would be read into the new one.
+            for left in ("", "-wal", "-shm", "-journal"):
+                path.with_name(path.name + left).unlink(missing_ok=True)
         _give_name(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_something(path: Path) -> bool:
+    return path.exists() and not (path.is_file() and path.stat().st_size == 0)
 
 
 def _give_name(temporary: Path, path: Path) -> None:

@@ -278,10 +278,10 @@ def _serve(port: int) -> None:
     os.environ["MLFLOW_SERVER_ALLOWED_HOSTS"] = f"localhost:{port},127.0.0.1:{port}"
     import uvicorn
 
+    app = "mlflow.server.fastapi_app:app"
     with warnings.catch_warnings():  # of what its libraries will do away with
         warnings.simplefilter("ignore")
-        from mlflow.server.fastapi_app import app
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+        uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
 if __name__ == "__main__":
