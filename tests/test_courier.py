@@ -319,4 +319,4 @@ def test_a_store_that_hangs_for_ever_does_not_keep_its_process() -> None:
     )
     assert time.monotonic() - began < 60
     assert done.returncode == 0
-    assert "the store did not answer within 0 s" in done.stderr
+    assert "the store did not answer within" in done.stderr
