@@ -56,7 +56,8 @@ git:
 	    exit 1; \
 	fi
 
-$(STAMP): requirements.txt requirements-dev.txt constraints.txt
+# Every file is held against its hash, but PyTorch's own: its builds come from more than one index.
+$(STAMP): requirements.txt requirements-dev.txt constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) \
 	    else "Python %d.%d found, 3.11 to 3.13 needed: make repro PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(VENV)
@@ -64,11 +65,13 @@ ifeq ($(TORCH),cpu)
 	$(BIN)/python -m pip install --no-deps torch==2.13.0 \
 	    --index-url https://download.pytorch.org/whl/cpu
 endif
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $(STAMP)
 
 # Gives the disk back: the environment, scratch, the MLflow store and DVC's cache. `dvc gc -w`
 # is the gentler way: it drops only what neither the workspace nor an experiment needs.
 clean:
-	rm -rf $(VENV) .runs mlflow.db mlartifacts .dvc/cache .dvc/tmp data/tokens artifacts \
-	    metrics plots records comparisons report.html dvc_plots .pytest_cache .ruff_cache
+	rm -rf $(VENV) .runs mlflow.db mlflow.db-wal mlflow.db-shm mlflow.db.lock mlartifacts \
+	    .dvc/cache .dvc/tmp data/tokens artifacts metrics plots records comparisons \
+	    report.html dvc_plots .pytest_cache .ruff_cache

@@ -39,7 +39,7 @@ class NumericsError(UserError):
 
 
 class StorageError(UserError):
-    """The disk or the memory does not suffice."""
+    """The disk or the memory does not suffice, or MLflow's store cannot be used as it is."""
 
     exit_code = 5
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipeline.records import Event
+from pipeline.store import hold_elsewhere
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,6 +70,7 @@ class LoggedModels:
             tags={EXTERNAL: "true", "checkpoint": name} | place,
             model_type="gpt2",
         )
+        hold_elsewhere(self._client.tracking_uri, model.artifact_location)
         self._client.finalize_logged_model(model.model_id, "READY")
         return model.model_id
 

@@ -55,8 +55,9 @@ class Record:
         self._part = self.path.with_suffix(".jsonl.part")
         self._ship = ship
         earlier = reopen(journal) if journal else []
-        self._spent = sum(end - began for began, end in _sessions(earlier))
-        self._started = time.time()
+        # A clock may be set back meanwhile, also between the sessions of a journal.
+        self._spent = sum(max(0.0, end - began) for began, end in _sessions(earlier))
+        self._started = time.monotonic()
         self.head = earlier[0] if earlier else start_event(stage, config)
         self._held = {key: e["step"] for e in _metrics(earlier) for key in e["values"]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +111,7 @@ class Record:
 
     def close(self, status: str) -> None:
         if status == "FINISHED":  # an interrupted stage may go on, and has one time in the end
-            seconds = self._spent + time.time() - self._started
+            seconds = self._spent + time.monotonic() - self._started
             self.metrics({f"time/{self.stage}_seconds": seconds})
         self._write({"kind": "end", "status": status, "time": _now()})
         for file in self._files:
@@ -351,7 +352,8 @@ def _place(path: Path) -> dict[str, Any]:
 
 
 def _now() -> int:
-    return int(time.time() * 1000)
+    """Milliseconds since 1970; MLflow refuses times before, and takes 0 for none."""
+    return max(1, int(time.time() * 1000))
 
 
 def _round(key: str, value: float) -> float:

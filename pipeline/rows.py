@@ -12,7 +12,15 @@ from pipeline import notes, records, view
 from pipeline.logged_models import LoggedModels
 from pipeline.records import Event
 from pipeline.runs import is_alive, this_process
-from pipeline.store import MADE_FOR, artifact_location, artifact_root, connect, lock, said
+from pipeline.store import (
+    MADE_FOR,
+    artifact_location,
+    artifact_root,
+    connect,
+    hold_elsewhere,
+    lock,
+    said,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -94,8 +102,10 @@ class Row:
         """
         if end["status"] == "FINISHED":
             self.tag({shipped_tag(head): head["id"]})
-        self._describe(head, run or self.client.get_run(self.id))
-        self.client.set_terminated(self.id, end["status"], end_time=end["time"])
+        run = run or self.client.get_run(self.id)
+        self._describe(head, run)
+        began = run.info.start_time or 0  # by a clock that was set back since?
+        self.client.set_terminated(self.id, end["status"], end_time=max(began, end["time"]))
 
     def settle(self, head: Event, end: Event, known: set[str]) -> None:
         """Leave a row to which a finished stage's record came late, if no stage is left in it.
@@ -228,6 +238,7 @@ def open_row(client: MlflowClient, head: Event, others: Sequence[Sequence[Event]
         own = f"record.{head['stage']}"  # a replayed stage has its row already, mostly
         fitting.sort(key=lambda run: run.data.tags.get(own) != head["id"])
         if fitting:
+            hold_elsewhere(client.tracking_uri, fitting[0].info.artifact_uri)
             row = Row(client, fitting[0].info.run_id, experiment_id, fitting[0].data.tags)
         else:
             row = _new_row(client, experiment_id, head)
@@ -247,6 +258,7 @@ def attach(training_records: Iterable[str], folder: Path, name: str) -> None:
         everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
         for record in training_records:
             for run in client.search_runs(everywhere, f"tags.`record.train` = '{record}'"):
+                hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
                 client.log_artifacts(run.info.run_id, str(folder), name)
     except Exception as error:  # a store's errors are of every kind
         log.warning("MLflow did not take %s: %s", folder, said(error))
@@ -312,6 +324,7 @@ def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
     name = head["name"] or f"repro-{head['key'][:6]}"
     tags = {key: value for key, value in tags.items() if value != ""}
     run = client.create_run(experiment_id, start_time=head["time"], run_name=name, tags=tags)
+    hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
     params = [Param(key, str(value)[:6000]) for key, value in head["params"].items()]
     client.log_batch(run.info.run_id, params=params[:100])
     return Row(client, run.info.run_id, experiment_id, tags)
@@ -351,6 +364,7 @@ def _experiment(client: MlflowClient, name: str) -> str:
         _make_way(client, found)
         found = None
     if found:
+        hold_elsewhere(client.tracking_uri, found.artifact_location)
         if found.tags.get(view.TAG) != view.state():
             client.set_experiment_tag(found.experiment_id, view.TAG, view.state())
         return found.experiment_id

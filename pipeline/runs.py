@@ -78,7 +78,7 @@ class Run:
         """Write run_status.json: `dvc repro` turns every exit code into one."""
         known = _json(self.folder / STATUS)
         me = {"pid": os.getpid(), "process": this_process()}
-        facts = {"state": state, **me, "time": int(time.time())} | facts
+        facts = {"state": state, **me, "time": max(0, int(time.time()))} | facts
         kept = {"step": known["step"]} if "step" in known else {}
         with contextlib.suppress(OSError):  # a full disk, or a reader on Windows: no reason to end
             _write(self.folder / STATUS, kept | facts)

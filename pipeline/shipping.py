@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline import records, terminal
 from pipeline.records import Event
@@ -27,10 +28,34 @@ from pipeline.store import connect, said, store_uri, without_secrets
 log = logging.getLogger(__name__)
 
 SHIP_EVERY_SECONDS = 2.0
-SHORT_SECONDS = 10.0  # how long a stage waits that was stopped, or whose store had failed before
+END_SECONDS = 60.0  # how long a finished stage waits at most for its last points, which arrive
+# How long where nothing arrives any more, or where it was stopped ...
+SHORT_SECONDS = 10.0
+SLOWEST_UPLOAD = 1e6  # ... but for artifacts under way, in bytes a second
+BEAT_SECONDS = 0.5  # how often the stage hears meanwhile that there is hope
 RETRY_SECONDS = 10.0
 CLOSE = "close"  # the last line of a stage, which is no event
 NICENESS = 10  # where the stage needs every core, it comes first
+
+
+class _Heard:
+    """A client of MLflow whose answers are counted, and which says whether it uploads."""
+
+    def __init__(self, client: Any):
+        self._client, self.answers, self.uploads = client, 0, False
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._client, name)
+        if not callable(found):
+            return found
+
+        def asked(*words: Any, **options: Any) -> Any:
+            self.uploads = name.startswith("log_artifact")
+            answer = found(*words, **options)
+            self.answers, self.uploads = self.answers + 1, False
+            return answer
+
+        return asked
 
 
 class Shipper:
@@ -46,26 +71,47 @@ class Shipper:
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._taken: list[Event] = []
         self._closing = threading.Event()
-        self._ready = self._has_row = self._finished = False
+        self._client: Any = None
+        self._bytes = 0
+        self._has_row = self._finished = False
         self.problem = ""
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
 
     def __call__(self, event: Event) -> None:
         self._finished = event.get("status") == "FINISHED"
+        self._bytes += event.get("bytes", 0)
         self._events.put(event)
 
-    def close(self, patience: float) -> None:
-        """Ship what is left, within so many seconds, whatever the store does."""
+    def close(self, patience: float, beat: Callable[[], object] = lambda: None) -> None:
+        """Ship what is left, within so many seconds, and as long as anything arrives.
+
+        Meanwhile, `beat` is called: whoever hears nothing knows that this process is stuck.
+        """
         self._closing.set()
         self._events.put(None)
         if self.problem and not self._has_row:
             patience = min(patience, SHORT_SECONDS)
-        self._thread.join(patience)
-        if self._thread.is_alive():
-            # MLflow's import, and a new database, take longer than a stopped stage waits.
-            late = "the store did not answer" if self._ready else "MLflow had not started"
-            self._warn(f"{late} within {patience:.0f} s of the stage's end")
+        began = moved = time.monotonic()
+        seen = self._progress()
+        while self._thread.is_alive():
+            now = time.monotonic()
+            if (progress := self._progress()) != seen:
+                seen, moved = progress, now
+            uploads = self._client is not None and self._client.uploads
+            quiet = SHORT_SECONDS + (self._bytes / SLOWEST_UPLOAD if uploads else 0)
+            left = min(began + patience, moved + quiet) - now
+            if left <= 0:
+                # MLflow's import, and a new database, take longer than a stopped stage waits.
+                late = "the store did not answer" if self._client else "MLflow had not started"
+                self._warn(f"{late} within {now - began:.0f} s of the stage's end")
+                return
+            beat()
+            self._thread.join(min(left, BEAT_SECONDS))
+
+    def _progress(self) -> float:
+        """What changes while the store answers; before that, while MLflow's import computes."""
+        return self._client.answers if self._client else -round(time.process_time(), 1)
 
     def _run(self) -> None:
         first = self._events.get()
@@ -90,8 +136,8 @@ class Shipper:
 
     def _ship(self, head: Event) -> None:
         upstream = list(records.upstream(head["stage"]))
-        client = connect()
-        self._ready = True
+        client: Any = _Heard(connect())
+        self._client = client
         sweep(client)
         row = open_row(client, head, [*upstream, *records.beside(head)])
         self._has_row = True
@@ -138,11 +184,15 @@ class Shipper:
 
 
 def main(words: list[str]) -> None:
-    terminal.guard()
     """`python -m pipeline.shipping PROCESS CHECKPOINTS`: an event a line, then how long to wait.
 
-    Where that last line never comes the stage was killed, and what has arrived is shipped.
+    Where that last line never comes the stage was killed, and what has arrived is shipped. On
+    standard output it says that it is alive: when it begins, and while it ends.
     """
+    terminal.guard()
+    # What libraries print has no place there.
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    _beat()
     with contextlib.suppress(AttributeError, OSError):  # Windows has no niceness
         os.nice(NICENESS)
         # Linux weighs sessions against each other first, and this one is a session of its own.
@@ -153,7 +203,7 @@ def main(words: list[str]) -> None:
     # warnings.catch_warnings; a filter from before all threads stays.
     warnings.filterwarnings("ignore", message="SOCKS support in urllib3")
     shipper = Shipper(*words)
-    patience = SHORT_SECONDS
+    patience = END_SECONDS
     for line in sys.stdin.buffer:
         if not line.endswith(b"\n"):  # cut off by a kill
             break
@@ -162,7 +212,12 @@ def main(words: list[str]) -> None:
             patience = event["patience"]
             break
         shipper(event)
-    shipper.close(patience)
+    shipper.close(patience, _beat)
+
+
+def _beat() -> None:
+    with contextlib.suppress(OSError):  # the stage is gone
+        os.write(1, b".")
 
 
 if __name__ == "__main__":

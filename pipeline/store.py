@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
 import sqlite3
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+import psutil
 from filelock import FileLock
 
 from pipeline import paths
+from pipeline.errors import StorageError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,17 +28,32 @@ LOCK_SECONDS = 30.0
 ANSWER_SECONDS = 5.0  # for a database that another process writes into
 LONGEST = 300  # characters of an error's message
 
-_SECRET = r"token|secret|passw|credential|key"
+_SECRET = r"token|secret|passw|pwd|credential|signature|key"
 _SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
 # Behind a scheme and before the host; `http://host:1/a@b` and `sqlite:////a@b` have no user.
 _USER = re.compile(r"(?<=:)//(?!/)(?!(?:(?<=https://)|(?<=http://))[^/\s:@]+(?::\d+)?[/?#])\S*@")
-_ASSIGNED = re.compile(rf"((?:{_SECRET})[\w-]*=)[^\s&]+", re.IGNORECASE)
+_ASSIGNED = re.compile(rf"((?:(?:{_SECRET})[\w-]*|\bsig)=)[^\s&]+", re.IGNORECASE)
+_HEADER = re.compile(r"(?i:\b(Bearer)\s+|\b(Basic)\s+(?-i:(?=[a-z]*[^\sa-z,])))[\w.~+/-]{6,}=*")
+# As those who issue them begin them; the last is a signed JSON web token.
+_TOKEN = re.compile(
+    r"\b(?:(?:hf|gh[pousr])_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}"
+    r"|sk-(?=[\w-]*\d)[\w-]{16,}|A[KS]IA[A-Z0-9]{16}\b|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
+)
 
 
 # Where MLflow's client looks for things, as a URI or as a file.
 _URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _FILES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
 _NO_PATHS = ("databricks", "databricks-uc", "uc")  # MLflow's names for servers
+
+# Where MLflow's client carries artifacts over the network. All else that it knows is a folder of
+# this machine, or may lead to one (`runs:`, `models:`, what a plug-in brought).
+_ELSEWHERE = {"mlflow-artifacts", "http", "https", "s3", "gs", "r2", "b2", "wasbs", "abfss"}
+_ELSEWHERE |= {"ftp", "sftp", "hdfs", "viewfs"}
+
+# File systems on which SQLite's write-ahead log works: all who share it have to share memory.
+_OWN_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs"}
+_OWN_DISKS |= {"overlay", "apfs", "hfs", "ufs", "ntfs", "ntfs3", "refs"}
 
 ARTIFACTS = "mlartifacts"
 MADE_FOR = "pipeline.artifacts"  # an experiment's tag: the artifact root that it was made under
@@ -134,7 +152,13 @@ def connect() -> MlflowClient:
         with lock():
             _create_sqlite(path)
         _check_sqlite(path)
-    return MlflowClient(tracking_uri=uri)
+    if _is_server(uri):
+        _hold_artifacts_elsewhere()
+    try:
+        return MlflowClient(tracking_uri=uri)
+    except ImportError as error:  # SQLAlchemy looks for a database's driver at last
+        place = without_secrets(uri)
+        raise StorageError(f"{place} lacks its database driver: {error}") from error
 
 
 def store_errors() -> tuple[type[Exception], ...]:
@@ -143,6 +167,43 @@ def store_errors() -> tuple[type[Exception], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return MlflowException, SQLAlchemyError, sqlite3.Error, OSError
+
+
+def _is_server(uri: str) -> bool:
+    return _scheme(uri).lower() in ("http", "https")
+
+
+def hold_elsewhere(store: str, place: str) -> None:
+    """Raise StorageError where a server says that artifacts lie on its client's own machine.
+
+    MLflow's client believes every server and would write into that folder, whatever it holds.
+    `store` is the store's URI, `place` where an experiment, a run or a model is said to lie.
+    """
+    from mlflow.utils.uri import get_uri_scheme  # as the client reads it
+
+    if _is_server(store) and get_uri_scheme(place) not in _ELSEWHERE:
+        raise StorageError(
+            f"the server at {without_secrets(store)} says that artifacts lie at {place[:80]!r}, a "
+            "place of this machine, which no server may choose. Start it with --serve-artifacts "
+            "(its default) and name a new tracking.experiment: an old one keeps its place"
+        )
+
+
+def _hold_artifacts_elsewhere() -> None:
+    """Have the same asked where MLflow's client takes a place: a server may change its mind."""
+    from mlflow.store.artifact.artifact_repository_registry import (
+        get_registered_artifact_repositories,
+    )
+
+    known = get_registered_artifact_repositories()
+    for scheme in known.keys() - _ELSEWHERE:
+        if not isinstance(known[scheme], functools.partial):
+            known[scheme] = functools.partial(_held_repository, known[scheme])
+
+
+def _held_repository(made: Any, place: str, tracking_uri: str | None = None, **options: Any) -> Any:
+    hold_elsewhere(tracking_uri or "", place)
+    return made(place, tracking_uri=tracking_uri, **options)
 
 
 def artifact_root() -> str:
@@ -161,24 +222,52 @@ def artifact_location(experiment: str) -> str | None:
 
 
 def lock() -> FileLock:
-    """Held while rows are found and opened: several stages may start at once."""
-    paths.runs().mkdir(parents=True, exist_ok=True)
-    return FileLock(paths.runs() / "tracking.lock", timeout=LOCK_SECONDS)
+    """Held while rows are found and opened: several stages may start at once.
+
+    It is one for all who share a database, from whatever checkout, and lies beside it.
+    """
+    path = sqlite_path(store_uri())
+    place = path.resolve() if path else paths.runs() / "tracking"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{place}.lock", timeout=LOCK_SECONDS)
 
 
 def _create_sqlite(path: Path) -> None:
-    """Build the schema in a temporary file and rename it: a reader never meets half a database.
+    """Build the schema in a temporary file and name it then: a reader never meets half a database.
 
     An empty file is what a client left that lost its database: no database either.
     """
-    if path.exists() and not (path.is_file() and path.stat().st_size == 0):
+    path = path.resolve()  # of a link, the file that it names
+    if _is_something(path):
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    store = SqlAlchemyStore(sqlite_uri(temporary), artifact_root())
-    store.engine.dispose()
-    os.replace(temporary, path)
+    try:
+        store = SqlAlchemyStore(sqlite_uri(temporary), artifact_root())
+        store.engine.dispose()
+        if not _is_something(path):  # by somebody who does not know our lock
+            # An older database's log would be read into the new one.
+            for left in ("", "-wal", "-shm", "-journal"):
+                path.with_name(path.name + left).unlink(missing_ok=True)
+        _give_name(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_something(path: Path) -> bool:
+    return path.exists() and not (path.is_file() and path.stat().st_size == 0)
+
+
+def _give_name(temporary: Path, path: Path) -> None:
+    """Rename a file, but never over one that is there: somebody may have come without our lock."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            os.rename(temporary, path)
 
 
 def _check_sqlite(path: Path) -> None:
@@ -188,11 +277,31 @@ def _check_sqlite(path: Path) -> None:
     """
     uri = f"{path.absolute().as_uri()}?mode=rw"
     with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=ANSWER_SECONDS)) as database:
+        _log_ahead(database, path.resolve())
         database.execute("BEGIN IMMEDIATE")
-        if path.resolve().is_relative_to(paths.root().resolve()):  # else others may share it
-            for former in _former_roots(database):
-                _move(database, former)
-            database.commit()
+        ours = path.resolve().is_relative_to(paths.root().resolve())  # else others may share it
+        if ours and (former := _former_roots(database)):
+            for root in former:
+                _move(database, root)
+            database.commit()  # which waits for readers, also where it has nothing to write
+
+
+def _log_ahead(database: sqlite3.Connection, path: Path) -> None:
+    """Have SQLite write ahead: nobody who reads keeps a stage's points waiting.
+
+    It stays so for everybody, and is no loss where it cannot be: the database is in use just now,
+    or on a disk of the network, where one computer alone could write so.
+    """
+    with contextlib.suppress(sqlite3.OperationalError, OSError):
+        if database.execute("PRAGMA journal_mode").fetchone() != ("wal",) and _on_own_disk(path):
+            database.execute("PRAGMA busy_timeout = 0")
+            database.execute("PRAGMA journal_mode = WAL")
+    database.execute(f"PRAGMA busy_timeout = {int(ANSWER_SECONDS * 1000)}")
+
+
+def _on_own_disk(path: Path) -> bool:
+    disks = {Path(d.mountpoint): d.fstype.lower() for d in psutil.disk_partitions(all=True)}
+    return next((disks[p] for p in path.parents if p in disks), "") in _OWN_DISKS
 
 
 def _former_roots(database: sqlite3.Connection) -> set[str]:
@@ -275,7 +384,8 @@ def without_secrets(text: str) -> str:
     variables, whose values a server may well repeat in what it answers.
     """
     text = _ASSIGNED.sub(r"\1***", _USER.sub("//", text))
-    text = re.sub(r"\b(Basic|Bearer) \S+", r"\1 ***", text)
+    text = _HEADER.sub(lambda found: f"{found[1] or found[2]} ***", text)
+    text = _TOKEN.sub("***", text)
     for name, value in os.environ.items():
         if not _SECRET_NAME.search(name) or (os.path.isabs(value) and os.path.exists(value)):
             continue  # a file of secrets has none in its name

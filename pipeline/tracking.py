@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,17 +26,23 @@ from pipeline.errors import InputError, StorageError, UserError
 from pipeline.experiments import Experiment
 from pipeline.records import Event, Record
 from pipeline.rows import Row, from_workspace, open_row, rename, shipped, sweep
-from pipeline.shipping import CLOSE, SHORT_SECONDS
-from pipeline.store import connect, said, store_errors, store_uri, without_secrets
+from pipeline.shipping import CLOSE, END_SECONDS, SHORT_SECONDS, SLOWEST_UPLOAD
+from pipeline.store import (
+    artifact_root,
+    connect,
+    said,
+    store_errors,
+    store_uri,
+    without_secrets,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
-END_SECONDS = 60.0  # how long a finished stage waits for its last points ...
-SLOWEST_UPLOAD = 1e6  # ... and artifacts, in bytes a second
-GRACE_SECONDS = 5.0  # how long the process that ships may take beyond that to start and to end
+START_SECONDS = 30.0  # how long Python may take to start on a machine that has much to do
+GRACE_SECONDS = 5.0  # how long the process that ships may take to end
 
 
 class Courier:
@@ -47,10 +55,15 @@ class Courier:
     def __init__(self, checkpoints: str):
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._patience = END_SECONDS
-        self._thread = threading.Thread(target=self._carry, name="courier", daemon=True)
+        self._heard = time.monotonic() + START_SECONDS - SHORT_SECONDS
+        self._threads = [
+            threading.Thread(target=task, name=f"courier-{task.__name__}", daemon=True)
+            for task in (self._carry, self._listen)
+        ]
         try:
             self._child = self._start(runs.this_process(), checkpoints)
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
         except (OSError, RuntimeError) as error:  # no process or thread is left
             self._child = None
             self._warn(f"could not be started: {error}")
@@ -67,15 +80,36 @@ class Courier:
         patience = SHORT_SECONDS if hurried else self._patience
         self._events.put({"kind": CLOSE, "patience": patience})
         try:
-            if code := self._child.wait(patience + GRACE_SECONDS):
+            if code := self._wait(patience + GRACE_SECONDS):
                 self._warn(f"ended with exit code {code}")
-        except subprocess.TimeoutExpired:
-            self._warn(f"did not end within {patience + GRACE_SECONDS:.0f} s")
+        except subprocess.TimeoutExpired as late:
+            self._warn(f"did not end within {late.timeout:.0f} s")
         finally:  # somebody may have asked to stop meanwhile
             self._child.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):  # not even then: a dead disk
                 self._child.wait(GRACE_SECONDS)
-            self._thread.join(GRACE_SECONDS)
+            for thread in self._threads:
+                thread.join(GRACE_SECONDS)
+
+    def _wait(self, patience: float) -> int:
+        """The child's exit code. Raises TimeoutExpired where it takes longer, or says nothing."""
+        assert self._child
+        began = time.monotonic()
+        while True:
+            alive = max(began, self._heard) + SHORT_SECONDS
+            left = min(began + patience, alive) - (now := time.monotonic())
+            try:
+                return self._child.wait(max(0.0, min(left, 0.5)))
+            except subprocess.TimeoutExpired:
+                if left <= 0:
+                    raise subprocess.TimeoutExpired("", now - began) from None
+
+    def _listen(self) -> None:
+        """Note when the child was last heard of: what is suspended says nothing."""
+        assert self._child and self._child.stdout
+        with self._child.stdout as said:
+            while said.read1():
+                self._heard = time.monotonic()
 
     def _start(self, *words: str) -> subprocess.Popen:
         home = str(Path(__file__).resolve().parent.parent)
@@ -83,7 +117,7 @@ class Courier:
         return subprocess.Popen(
             [sys.executable, "-X", "faulthandler", "-m", "pipeline.shipping", *words],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
             # Ctrl-C is for the stage, which then has an end to ship.
             start_new_session=True,
@@ -265,15 +299,33 @@ def show(port: int) -> int:
     server = without_secrets(store_uri()) if remote else f"http://127.0.0.1:{port}"
     link = view.link(server.rstrip("/"), found.experiment_id if found else "0")
     log.info("The prepared comparison:\n  %s", link)
-    if remote:
-        return 0
-    log.info("MLflow takes half a minute to start; Ctrl-C ends it.")
-    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
-    # Not among the words of the command, where everybody on the machine could read a password.
-    environment = os.environ | {"MLFLOW_BACKEND_STORE_URI": store_uri()}
-    with contextlib.suppress(KeyboardInterrupt):
-        return subprocess.call(command, cwd=paths.root(), env=environment)
+    if not remote:
+        log.info("MLflow takes some seconds to start; Ctrl-C ends it.")
+        with contextlib.suppress(KeyboardInterrupt):
+            _serve(port)
     return 0
+
+
+def _serve(port: int) -> None:
+    """MLflow's page, for browsers of this machine alone, until it is stopped.
+
+    `mlflow ui` would start fifteen processes, most of them for jobs of language models, and answer
+    any page that makes a browser believe that its own address is this one's.
+    """
+    places = {"_MLFLOW_SERVER_FILE_STORE": store_uri()} | {
+        "_MLFLOW_SERVER_REGISTRY_STORE": os.environ.get("MLFLOW_REGISTRY_URI") or store_uri(),
+        "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+        "_MLFLOW_SERVER_ARTIFACT_DESTINATION": artifact_root(),
+        "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+    }
+    os.environ.update(places, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+    os.environ["MLFLOW_SERVER_ALLOWED_HOSTS"] = f"localhost:{port},127.0.0.1:{port}"
+    import uvicorn
+
+    app = "mlflow.server.fastapi_app:app"
+    with warnings.catch_warnings():  # of what its libraries will do away with
+        warnings.simplefilter("ignore")
+        uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
 if __name__ == "__main__":

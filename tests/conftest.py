@@ -112,7 +112,11 @@ def rest_server(
 
         return server.server_port, stop
 
-    behind = SqlAlchemyStore(store.store_uri(), store.artifact_root())
+    # As `mlflow server` does by default: it takes the artifacts itself.
+    monkeypatch.setenv("_MLFLOW_SERVER_SERVE_ARTIFACTS", "true")
+    monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_DESTINATION", store.artifact_root())
+    monkeypatch.setattr(handlers, "_artifact_repo", None)
+    behind = SqlAlchemyStore(store.store_uri(), "mlflow-artifacts:/")
     monkeypatch.setattr(handlers, "_tracking_store", behind)
     yield start
     for server in running:

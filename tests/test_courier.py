@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import paths, records, store, tracking
+from pipeline import paths, records, shipping, store, tracking
 from tests.conftest import ROOT, record_is_complete, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -146,6 +146,86 @@ def test_a_process_that_reads_nothing_does_not_hold_the_stage_up(
     assert record_is_complete(points)
 
 
+@pytest.mark.alone
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+@pytest.mark.parametrize("listens", [True, pytest.param(False, id="control")])
+def test_a_process_that_is_stuck_costs_seconds_at_the_end_not_a_minute(
+    make_config, children, caplog, monkeypatch, listens: bool
+) -> None:
+    monkeypatch.setattr(tracking, "SHORT_SECONDS", 1.0 if listens else 600.0)
+    monkeypatch.setattr(tracking, "END_SECONDS", 4.0)
+    monkeypatch.setattr(tracking, "GRACE_SECONDS", 1.0)
+    with tracking.record("train", make_config()) as record:
+        first = record._ship._heard
+        wait_for(lambda: record._ship._heard != first)
+        children[0].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+    assert (time.monotonic() - began < 4) == listens
+    (warned,) = caplog.messages
+    assert ("did not end within 1 s" in warned) == listens
+    assert record_is_complete(0)
+
+
+class Slow:
+    """Stands in for MLflow's client: every call takes its time."""
+
+    tracking_uri = "sqlite://"
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def log_batch(self) -> None:
+        time.sleep(self.seconds)
+
+    log_artifacts = log_batch
+
+
+class SlowRow:
+    """Stands in for a row: a call an event."""
+
+    def __init__(self, client: Slow, *_: object):
+        self.client = client
+
+    def write(self, events: list[records.Event], *_: object) -> None:
+        for event in events[events[0]["kind"] == "start" :]:
+            upload = event["kind"] == "checkpoint"
+            (self.client.log_artifacts if upload else self.client.log_batch)()
+
+    def enter(self, *_: object) -> None: ...
+
+    replay = leave = enter
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kind", "size", "arrives"),
+    [
+        pytest.param(0.2, "tags", 0, True, id="slow answers"),
+        pytest.param(1.5, "tags", 5_000_000, False, id="no answer"),
+        pytest.param(1.5, "checkpoint", 5_000_000, True, id="a large upload"),
+        pytest.param(1.5, "checkpoint", 10, False, id="a small upload that hangs"),
+    ],
+)
+def test_a_stage_waits_as_long_as_its_points_arrive(
+    monkeypatch, caplog, seconds: float, kind: str, size: int, arrives: bool
+) -> None:
+    monkeypatch.setattr(shipping, "SHORT_SECONDS", 0.6)
+    monkeypatch.setattr(shipping, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(shipping, "connect", lambda: Slow(seconds))
+    monkeypatch.setattr(shipping, "open_row", SlowRow)
+    shipper, beats = shipping.Shipper("1-1.00", "best"), []
+    start = {"kind": "start", "stage": "tokenize", "id": "1", "invocation": "one"}
+    shipper(start)
+    for number in range(8 if seconds < 1 else 1):
+        shipper({"kind": kind, "number": number, "bytes": size})
+    began = time.monotonic()
+    shipper.close(20.0, lambda: beats.append(1))
+    assert (caplog.messages == []) == arrives
+    assert beats
+    if not arrives:
+        assert "the store did not answer within 1 s" in caplog.messages[0]
+        assert time.monotonic() - began < 3
+
+
 def test_a_process_that_cannot_be_started_is_a_warning(make_config, monkeypatch, caplog) -> None:
     def refused(*_: object, **__: object) -> None:
         raise OSError("no process is left")
@@ -170,7 +250,9 @@ def test_a_stage_gives_its_uploads_time_and_waits_seconds_when_it_was_stopped(
     monkeypatch.setattr(
         Courier,
         "_start",
-        lambda *_: subprocess.Popen([sys.executable, "-c", copy], stdin=subprocess.PIPE),
+        lambda *_: subprocess.Popen(
+            [sys.executable, "-c", copy], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ),
     )
     courier = Courier("best")
     courier({"kind": "artifact", "bytes": size})
@@ -237,4 +319,4 @@ def test_a_store_that_hangs_for_ever_does_not_keep_its_process() -> None:
     )
     assert time.monotonic() - began < 60
     assert done.returncode == 0
-    assert "the store did not answer within 0 s" in done.stderr
+    assert "the store did not answer within" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,34 @@ def test_rates_and_times_have_four_digits(make_config) -> None:
     record.close("FINISHED")
     rounded = {"perf/tokens_per_second": 2199.0, "time/x": 1.235, "train/loss": 1.23457}
     assert shipped[1]["values"] == rounded
+
+
+@pytest.mark.fault(75)
+def test_no_time_is_negative_whatever_becomes_of_the_clock(
+    make_config, monkeypatch, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal.jsonl"
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    first = Record("train", make_config(), journal=journal)
+    monkeypatch.setattr(time, "time", lambda: 1e9)  # set back while the first session is at work
+    first.metrics({"a": 1.0})
+    for file in first._files:  # as a kill does
+        file.close()
+    monkeypatch.setattr(time, "time", lambda: -1e9)  # and to before 1970
+    second = Record("train", make_config(), journal=journal)
+    second.close("FINISHED")
+    events = records.read(paths.record("train"))
+    times = [event["time"] for event in events if "time" in event]
+    assert times == [2 * 10**12, 10**12, 1, 1, 1]
+    (spent,) = [e["values"]["time/train_seconds"] for e in events if "time/" in str(e)]
+    assert 0 <= spent < 60
+
+
+@pytest.mark.fault(75, control=True)
+def test_wall_clocks_would_have_given_a_negative_duration(monkeypatch) -> None:
+    clock = iter([2e9, 1e9])
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    assert -time.time() + time.time() < 0
 
 
 def git(*words: str) -> None:

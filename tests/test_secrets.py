@@ -5,20 +5,26 @@ from __future__ import annotations
 import base64
 import importlib
 import json
+import os
 import shutil
+import socket
 import subprocess
+import sys
 import threading
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from omegaconf import OmegaConf
 
 from pipeline import config as configuration
 from pipeline import paths, records, rows, store, tracking
-from tests.conftest import NANO, tiny_pipeline
+from tests.conftest import NANO, ROOT, tiny_pipeline, wait_for
 
 pytestmark = [
     pytest.mark.usefixtures("own_store"),
@@ -144,18 +150,59 @@ def test_the_servers_own_words_do_hold_the_canaries(echo) -> None:
         ("http://me:pass/w@rd@host:1/x is down", "http://host:1/x is down"),
         ("postgresql://me:pw@host/db?sslpassword=pw", "postgresql://host/db?sslpassword=***"),
         ("api_key=abc&user=me", "api_key=***&user=me"),
-        ("Authorization: Basic bWU6cHc=, denied", "Authorization: Basic *** denied"),
+        ("Authorization: Basic bWU6cHc=, denied", "Authorization: Basic ***, denied"),
         ("sqlite:////home/me/mlflow.db: locked", "sqlite:////home/me/mlflow.db: locked"),
         ("sqlite:////home/a@b/c.db", "sqlite:////home/a@b/c.db"),
         ("http://host:1/a@b and file:///a@b", "http://host:1/a@b and file:///a@b"),
         ("mysql+pymysql://me:1/2@host/a", "mysql+pymysql://host/a"),
         ("http://token@host/", "http://host/"),
+        ("Server=h;PWD=abc", "Server=h;PWD=***"),
+        (
+            "https://b/?X-Amz-Credential=a&X-Amz-Date=1",
+            "https://b/?X-Amz-Credential=***&X-Amz-Date=1",
+        ),
+        (
+            "?X-Amz-Security-Token=a%2B&X-Amz-Signature=b",
+            "?X-Amz-Security-Token=***&X-Amz-Signature=***",
+        ),
+        ("https://blob/x?sv=2&sig=aB%3D&se=1", "https://blob/x?sv=2&sig=***&se=1"),
+        ("authorization: bearer abcdefgh is wrong", "authorization: bearer *** is wrong"),
+        ("BASIC bWU6cHc=", "BASIC ***"),
     ],
 )
 def test_uris_are_shown_without_a_user_and_named_secrets_without_their_value(
     text: str, shown: str
 ) -> None:
     assert store.without_secrets(text) == shown
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *("hf_" + "aB3" * 11, "ghp_" + "aB3" * 12, "github_pat_" + "11AB_" * 10),
+        *(
+            "AKIA" + "AB12" * 4,
+            "sk-" + "aB3" * 16,
+            "sk-proj-" + "a-B3_" * 9,
+            "glpat-" + "aB3-_" * 4,
+        ),
+        *("xoxb-123456789012-aBcD", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.aB-3_"),
+    ],
+)
+def test_a_bare_token_of_a_known_kind_is_not_shown(token: str) -> None:
+    assert store.without_secrets(f"not allowed: '{token}', so go") == "not allowed: '***', so go"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("basic training of a model", "Basic realm=x", "a bearer of news", "design=a&sigma=3"),
+        *("hf_checkpoints_of_a_directory", "sk-learn-based-classifiers", "ghp_short", "AKIAB"),
+        *("eyJust.a.word", "artifacts/import_hf_weights.jsonl", "task-20261128-090000-abcdefgh"),
+    ],
+)
+def test_ordinary_text_stays(text: str) -> None:
+    assert store.without_secrets(text) == text
 
 
 def test_the_path_of_a_file_of_secrets_is_none(tmp_path: Path, monkeypatch) -> None:
@@ -177,18 +224,57 @@ def test_the_facts_of_the_machine_take_no_environment_value(make_config, monkeyp
 def test_the_page_is_served_on_loopback_and_its_password_is_on_no_command_line(
     monkeypatch,
 ) -> None:
-    called = {}
+    import uvicorn
 
-    def call(command: list[str], **options: object) -> int:
-        called.update(options, command=command)
-        return 0
+    served = {}
 
-    monkeypatch.setattr(subprocess, "call", call)
+    def run(app: object, **options: object) -> None:
+        served.update(options, hosts=os.environ["MLFLOW_SERVER_ALLOWED_HOSTS"])
+        served.update(store=os.environ["_MLFLOW_SERVER_FILE_STORE"])
+
+    monkeypatch.setattr(uvicorn, "run", run)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # what it sets stays here
     shutil.copyfile(NANO, paths.PARAMS)
     uri = f"sqlite:///{Path('mlflow.db').absolute().as_posix()}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    os.environ["MLFLOW_TRACKING_URI"] = uri
     assert tracking.show(5000) == 0
-    command = called["command"]
-    assert command[command.index("--host") + 1] == "127.0.0.1"
-    assert "mlflow.db" not in " ".join(command)
-    assert called["env"]["MLFLOW_BACKEND_STORE_URI"] == uri
+    assert (served["host"], served["port"], served["store"]) == ("127.0.0.1", 5000, uri)
+    assert served["hosts"] == "localhost:5000,127.0.0.1:5000"
+
+
+@pytest.mark.slow
+def test_the_page_answers_this_machine_alone_and_is_one_process(own_store: Path) -> None:
+    shutil.copyfile(NANO, paths.PARAMS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from pipeline import tracking; tracking.show({port})"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: said_to(port, f"127.0.0.1:{port}") == 200, 120)
+        assert said_to(port, f"localhost:{port}") == 200
+        foreign = ("evil.example", f"evil.example:{port}", "192.168.1.5", "10.0.0.1.nip.io")
+        assert {host: said_to(port, host) for host in foreign} == dict.fromkeys(foreign, 403)
+        assert psutil.Process(process.pid).children(recursive=True) == []
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def said_to(port: int, host: str) -> int:
+    """The status of an answer to who asks for experiments under that name; 0 for none."""
+    asked = urllib.request.Request(
+        f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search",
+        data=b'{"max_results": 5}',
+        headers={"Content-Type": "application/json", "Host": host},
+    )
+    try:
+        with urllib.request.urlopen(asked, timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as refused:
+        return refused.code
+    except OSError:
+        return 0

@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline import config as configuration
-from pipeline import paths, records, shipping, store, tracking
+from pipeline import paths, records, rows, shipping, store, tracking
+from pipeline.errors import StorageError
 from tests.conftest import ROOT, params, record_is_complete, wait_for
 
 pytestmark = [
@@ -276,6 +278,23 @@ def test_a_naive_call_raises_or_hangs_on_it(monkeypatch, own_store: Path, fault)
         assert naive(log_a_point, heal, patience) == ("hangs" if hangs else "raises")
 
 
+@pytest.mark.parametrize("uri", ["mysql://h/x", "mssql+pyodbc://h/x", "postgresql+nosuch://h/x"])
+def test_a_database_driver_that_is_missing_is_one_line(
+    make_config, monkeypatch, caplog, uri: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.replace("//", "//me:secret@"))
+    with tracking.record("train", make_config()):
+        pass
+    rows.attach(["some record"], Path("folder"), "name")
+    with pytest.raises(SystemExit) as ended:
+        tracking.main(["ui"])
+    assert ended.value.code == StorageError.exit_code
+    said = warnings(caplog)
+    assert len(said) == 3 and not [text for text in said if "\n" in text or "secret" in text]
+    for text in said:
+        assert f"{uri} lacks its database driver: No module named" in text or "nosuch" in text
+
+
 def test_causes_that_go_round_in_a_circle_are_told_in_one_line() -> None:
     first, second = RuntimeError("first"), OSError("second")
     first.__cause__, second.__cause__ = second, first
@@ -510,6 +529,33 @@ def test_a_stage_that_ends_before_mlflow_is_there_says_what_is_so(
     assert said.endswith(words) and "goes on" not in said
     assert ("the store did not answer" in said) == ready
     assert ("MLflow had not started" in said) == (not ready)
+
+
+@pytest.mark.fault(75)
+@pytest.mark.parametrize("later", [1e9, -1e6], ids=["set back", "before 1970"])
+def test_a_row_of_a_wrong_clock_has_an_end_after_its_start_and_the_page_opens(
+    make_config, monkeypatch, caplog, later: float
+) -> None:
+    clock = iter([2e9 if later > 0 else later])
+    wrong = SimpleNamespace(time=lambda: next(clock, later), monotonic=time.monotonic)
+    monkeypatch.setattr(records, "time", wrong)
+    with tracking.record("train", make_config()) as record:
+        record.metrics({"train/value": 0.0})
+    (row,) = rows_of_all_steps(1)
+    assert 0 < row.info.start_time <= row.info.end_time
+    assert tracking.sync() == []
+    monkeypatch.setattr(tracking, "_serve", lambda port: None)
+    shutil.copyfile(ROOT / "recipes/nano.yaml", paths.PARAMS)
+    assert tracking.show(5000) == 0
+    assert not warnings(caplog)
+
+
+@pytest.mark.fault(75, control=True)
+def test_mlflow_refuses_a_time_before_1970() -> None:
+    client = store.connect()
+    run = client.create_run("0")
+    with pytest.raises(store.store_errors(), match="timestamp"):
+        client.log_metric(run.info.run_id, "loss", 1.0, timestamp=-1)
 
 
 # A training that goes on in another process

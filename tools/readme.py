@@ -52,6 +52,7 @@ OTHER_FILES = {
     "tools/fault_table.py": "the table of faults on this page, from the results of their tests",
     "tools/soak*.py": "random faults against a small real pipeline, and whether anything was lost",
     "constraints.txt": "every version, for every platform",
+    "*.lock": "their hashes, made by tools/lock.py; PyTorch has its own",
     "Makefile": "repro, test, faults, ui, report, lint, clean",
 }
 READING_ORDER = [
