@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from pipeline import git, paths, reading, stage_graph
 from pipeline.errors import InputError
 from pipeline.reading import Curve, Event, Log
@@ -363,7 +361,7 @@ class Kept:
         for rev in new:
             text = texts.get(rev, b"")
             if text not in self._by_text:
-                self._by_text[text] = _outs(text)
+                self._by_text[text] = stage_graph.locked(text)
             self._locks[rev] = self._by_text[text]
 
     def locked(self, rev: str) -> dict[str, str]:
@@ -460,13 +458,3 @@ class Kept:
 def _kept(root: Path) -> Kept:
     with _opened() as repo:
         return Kept(repo)
-
-
-def _outs(text: bytes) -> dict[str, str]:
-    """DVC's MD5 by path of every output in a dvc.lock; nothing out of one that is broken."""
-    try:
-        lock = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        outs = [out for stage in lock["stages"].values() for out in stage.get("outs", [])]
-        return {out["path"]: str(out["md5"]) for out in outs if "md5" in out}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        return {}  # a commit without a dvc.lock, or one with a broken one

@@ -183,9 +183,9 @@ def hold_elsewhere(store: str, place: str) -> None:
 
     if _is_server(store) and get_uri_scheme(place) not in _ELSEWHERE:
         raise StorageError(
-            f"the server at {without_secrets(store)} says that artifacts lie at {place[:80]!r}, a "
-            "place of this machine, which no server may choose. Start it with --serve-artifacts "
-            "(its default) and name a new tracking.experiment: an old one keeps its place"
+            f"the server at {without_secrets(store)} says that artifacts lie at {place[:80]!r}, on "
+            "this machine: refused. Start it with --serve-artifacts (its default) and name a new "
+            "tracking.experiment"
         )
 
 

@@ -214,6 +214,8 @@ def _alone(client: MlflowClient, step: history.Step, problems: list[str]) -> Ite
     """What a record does that the store refuses is a warning, unless the store answers no more."""
     try:
         yield
+    except StorageError:
+        raise
     except Exception as error:  # of whatever kind: who wrote the record, or the store, decides
         client.search_experiments(max_results=1)
         path = paths.record(step.head["stage"]).as_posix()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import records, rows, shipping, store, tracking
+from pipeline import paths, records, rows, shipping, store, tracking
 from pipeline.errors import StorageError
 from tests.conftest import record_is_complete
 
@@ -91,12 +91,14 @@ def victim(tmp_path: Path, monkeypatch) -> Path:
 
 
 def ship(make_config) -> None:
-    Path("samples.md").write_text("ours")
+    ours = paths.TRAIN_STUDY / "samples.md"
+    ours.parent.mkdir(parents=True)
+    ours.write_text("ours")
     with tracking.record("train", make_config()) as record:
         for step in range(3):
             record.metrics({"train/value": step / 3}, step)
-        record.artifact(Path("samples.md"))
-        record.checkpoint("best", Path("samples.md"), 3)
+        record.artifact(ours)
+        record.checkpoint("best", ours, 3)
 
 
 def untouched(folder: Path) -> bool:
