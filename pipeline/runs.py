@@ -94,13 +94,15 @@ class Run:
         """Take over the result of another process for this very identity, if it is whole.
 
         That is one that this process waited for, or one that DVC was stopped before it could
-        keep. Every output is checked against its SHA-256 before it replaces anything here.
+        keep. Every output is one of the stage's own, and is checked against its SHA-256 before it
+        replaces anything here.
         """
         made = _json(self.folder / RESULT)
         if not made.keys() >= {"digests", "md5", "by_dvc"}:
             return False
         shared = {name: self.folder / name for name in made["digests"]}
-        if not (self.waited or _left_behind(made)) or any(
+        ours = shared.keys() <= set(stage_graph.stages()[self.identity["stage"]].outs)
+        if not (ours and (self.waited or _left_behind(made))) or any(
             not p.exists() or tree_digest(p) != made["digests"][n] for n, p in shared.items()
         ):
             self.start_over()
@@ -310,7 +312,8 @@ def _left_behind(made: dict[str, Any]) -> bool:
 def _json(path: Path) -> dict[str, Any]:
     """What the file says; nothing where it is not there, or not as we write it."""
     with contextlib.suppress(UserError):
-        found = regular.read_json(path)
+        # A stage's identity names every file of the corpus.
+        found = regular.read_json(path, regular.SNAPSHOT_BYTES)
         if all(isinstance(found.get(key), kind | None) for key, kind in KINDS.items()):
             return found
     return {}

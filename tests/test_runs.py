@@ -14,6 +14,7 @@ import pytest
 from pipeline import runs
 from pipeline.errors import BusyError, InputError, NumericsError
 from pipeline.folders import copy
+from pipeline.records import tree_digest
 
 OUTPUT = Path("artifacts/model")
 
@@ -30,7 +31,12 @@ def produce(text: str) -> None:
     (OUTPUT / "weights").write_text(text)
 
 
-IDENTITY = {"params": {"train.lr": 0.1, "train.steps": 9}, "inputs": {"init": "a"}, "code": "c"}
+IDENTITY = {
+    "stage": "train",
+    "params": {"train.lr": 0.1, "train.steps": 9},
+    "inputs": {"init": "a"},
+    "code": "c",
+}
 
 
 def second(done: dict[str, object]) -> threading.Thread:
@@ -80,6 +86,23 @@ def test_a_damaged_result_is_not_adopted() -> None:
         produce("trained once")
         held.share([OUTPUT])
         (held.folder / OUTPUT / "weights").write_text("trained 0nce")
+    thread.join(20)
+    assert done["adopted"] is False
+
+
+@pytest.mark.parametrize("name", ["../../params.yaml", "params.yaml", "artifacts/samples.md"])
+def test_a_result_that_names_a_file_of_another_is_not_adopted(name: str) -> None:
+    done: dict[str, object] = {}
+    with runs.claim(IDENTITY) as held:
+        thread = second(done)
+        wait_until_awaited(held)
+        produce("trained once")
+        held.share([OUTPUT])
+        (held.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (held.folder / name).write_text("theirs")
+        made = json.loads((held.folder / runs.RESULT).read_text())
+        made["digests"][name] = tree_digest(held.folder / name)
+        (held.folder / runs.RESULT).write_text(json.dumps(made))
     thread.join(20)
     assert done["adopted"] is False
 
