@@ -446,12 +446,17 @@ class Kept:
     def _from_remote(self, rev: str, path: str) -> Path | None:
         from dvc.exceptions import DvcException
 
-        copy = Path(tempfile.mkdtemp(prefix="record-")) / Path(path).name
+        copy = Path(tempfile.mkdtemp(dir=self._scratch.name)) / PurePosixPath(path).name
         try:
             _files(paths.root(), rev).get(path, str(copy))
         except (OSError, DvcException):
             return None
-        return copy
+        return copy if copy.exists() else None
+
+    @functools.cached_property
+    def _scratch(self) -> tempfile.TemporaryDirectory[str]:
+        """For what came from a remote; gone with this process."""
+        return tempfile.TemporaryDirectory()
 
 
 @functools.cache
