@@ -266,6 +266,29 @@ def test_a_row_comes_back_as_far_as_its_records_are_kept(
     assert tracking.sync() == []
 
 
+@pytest.mark.parametrize("stopped_in", ["replay", "settle"])
+def test_a_row_that_a_stopped_sync_left_open_is_closed_by_the_next(
+    make_config, empty_store: Path, monkeypatch, stopped_in: str
+) -> None:
+    run_stage("tokenize", make_config())
+    forget_the_store(empty_store)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(rows, "this_process", lambda: "999999-1.00")  # of which nobody is left
+        patched.setattr(rows.Row, stopped_in, stop)
+        tracking.sync()
+    (left,) = all_rows()
+    assert left.info.status == "RUNNING"
+    assert tracking.sync() == [left.info.run_name]
+    (row,) = all_rows()
+    assert (row.info.run_id, row.info.status) == (left.info.run_id, "FINISHED")
+    assert len(store.connect().get_metric_history(row.info.run_id, "tokenize/value")) == 3
+    assert tracking.sync() == []
+
+
 @pytest.mark.parametrize("git", [False, True])
 def test_no_database_of_dvc_stays_open(monkeypatch, git: bool) -> None:
     opened, connect = [], sqlite3.connect
