@@ -213,16 +213,21 @@ def from_workspace(path: str, sha256: str) -> Path | None:
     return here if here.exists() and records.tree_digest(here) == sha256 else None
 
 
-def open_row(client: MlflowClient, head: Event, others: Sequence[Sequence[Event]]) -> Row:
+def open_row(
+    client: MlflowClient, head: Event, others: Sequence[Sequence[Event]], tidy: bool = True
+) -> Row:
     """The row that a stage writes into.
 
     The newest row of the stage's key that has no part of this stage yet and, of the stages in
     `others` (those upstream, those of the same command), no other part than theirs; else a new
     one, and the newest old one is tagged as superseded. So forcing a stage to run again, an
     edited input under the same params, or two equal experiments at a time never double points.
+    First, if this is to be `tidy`, rows of dead processes are closed.
     """
     parts = {f"record.{r[0]['stage']}": r[0]["id"] for r in others}
     with lock():
+        if tidy:
+            sweep(client)
         experiment_id = _experiment(client, head["experiment"])
         rows = client.search_runs(
             [experiment_id],

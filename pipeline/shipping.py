@@ -22,7 +22,7 @@ from typing import Any
 
 from pipeline import records, terminal
 from pipeline.records import Event
-from pipeline.rows import from_workspace, open_row, sweep
+from pipeline.rows import from_workspace, open_row
 from pipeline.store import connect, said, store_uri, without_secrets
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,6 @@ class Shipper:
         upstream = list(records.upstream(head["stage"]))
         client: Any = _Heard(connect())
         self._client = client
-        sweep(client)
         row = open_row(client, head, [*upstream, *records.beside(head)])
         self._has_row = True
         row.enter(head, self._process)

@@ -247,7 +247,7 @@ def _replay(client: MlflowClient, step: history.Step, folder: Path) -> Row:
         found = from_workspace(path, sha256) or experiments.copy_of(step.where, path, folder)
         return found if found and records.tree_digest(found) == sha256 else None
 
-    row = open_row(client, step.head, step.others)
+    row = open_row(client, step.head, step.others, tidy=False)
     for record_ in [*step.others, step.record]:
         row.replay(record_, step.head["checkpoints"], fetch)
     return row

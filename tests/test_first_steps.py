@@ -15,7 +15,7 @@ from pipeline.errors import InputError
 from pipeline.regular import read_json
 from pipeline.snapshot import read_facts
 from tests.conftest import ROOT
-from tools.lock import LOCKS
+from tools.lock import LOCK
 
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="no make here")
 
@@ -24,7 +24,7 @@ needs_make = pytest.mark.skipif(not shutil.which("make"), reason="no make here")
 def folder(tmp_path: Path, monkeypatch) -> Path:
     """The project's Makefile with nothing to install, in no git repository."""
     shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
-    for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt", *LOCKS):
+    for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt", LOCK.name):
         (tmp_path / name).touch()
     (tmp_path / ".dvc").mkdir()
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

@@ -583,7 +583,7 @@ def journal(make_config, steps: int) -> list[records.Event]:
             record.metrics({"train/val_loss": 9.5 - step}, step)
     events = record.so_far()
     record.close("FINISHED")
-    return events + records.read(paths.record("train"))[-2:]
+    return [*events, *records.read(paths.record("train"))[-2:]]
 
 
 @pytest.fixture(scope="module")

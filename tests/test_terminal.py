@@ -80,6 +80,8 @@ def test_every_command_guards_its_output_first() -> None:
     unguarded = []
     for path in [*ROOT.glob("pipeline/*.py"), *ROOT.glob("tools/*.py")]:
         text = path.read_text("utf-8")
+        if "print(" not in text and "log" not in text:  # it says nothing
+            continue
         _, main, body = text.partition("\ndef main(")
         if main and "__main__" in text and "terminal.guard()" not in body.split("\n\n\n")[0]:
             unguarded.append(path.name)

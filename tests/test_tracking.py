@@ -359,7 +359,7 @@ def test_a_port_that_another_server_has_is_refused_and_not_linked(
 ) -> None:
     Path("params.yaml").write_bytes(NANO.read_bytes())
     served: list[object] = []
-    monkeypatch.setattr(tracking.subprocess, "call", lambda *words, **_: served.append(words) or 0)
+    monkeypatch.setattr(tracking, "_serve", served.append)
     with socket.socket() as another:
         another.bind(("127.0.0.1", 0))
         another.listen()
@@ -367,4 +367,4 @@ def test_a_port_that_another_server_has_is_refused_and_not_linked(
         with pytest.raises(InputError, match=f"port {port}: another server has it"):
             tracking.show(port)
         assert not served
-    assert tracking.show(port) == 0 and len(served) == 1
+    assert tracking.show(port) == 0 and served == [port]
