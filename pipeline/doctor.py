@@ -300,8 +300,7 @@ def slow(found: Experiment) -> Finding | None:
     return Finding(
         "slow for this machine",
         f"Training reaches {share:.0%} of what this machine's matrix products reach.",
-        f"{speed:,.0f} tokens/s; large products run at "
-        f"{rate:,.0f} GFLOP/s",
+        f"{speed:,.0f} tokens/s; large products run at {rate:,.0f} GFLOP/s",
         "a larger train.batch_size with a smaller train.accumulate, train.compile=true, "
         "model.attention=sdpa; and see that nothing else uses the machine",
     )
@@ -309,10 +308,11 @@ def slow(found: Experiment) -> Finding | None:
 
 def data_bound(found: Experiment) -> Finding | None:
     waits, steps = found.values("perf/data_seconds"), found.values("perf/step_seconds")
-    pairs = list(zip(waits, steps, strict=False))  # older records know no waits
+    # Older records know no waits.
+    pairs = [(data, step) for data, step in zip(waits, steps, strict=False) if step]
     if len(pairs) < FEW:
         return None
-    share = statistics.median(data / step for data, step in pairs if step)
+    share = statistics.median(data / step for data, step in pairs)
     if share < DATA_SHARE:
         return None
     return Finding(

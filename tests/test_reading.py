@@ -138,6 +138,7 @@ REFUSED: dict[str, Callable[[str, Events], Any]] = {
     "metric is a list": point([1]),
     "metric is true": point(True),
     "metric of 400 digits": point(10**400),
+    "metric is too large": point(-1e308),
     "step is text": point(1.0, "x"),
     "step is negative": point(1.0, -5),
     "step 2**70": point(1.0, 2**70),
