@@ -376,7 +376,6 @@ def test_ui_opens_and_the_exit_code_tells(hostile: list[str], monkeypatch, caplo
     assert f"error: {len(hostile) + 1} records were left out" in caplog.text
 
 
-@pytest.mark.fault(69)
 def test_pages_of_everything_show_the_good_one_beside_the_odd(hostile: list[str], caplog) -> None:
     page = report.report([], True)
     assert "good" in page and hostile[0] not in page

@@ -456,7 +456,6 @@ def test_a_page_that_cannot_be_written_is_one_message(workspace: Path, caplog) -
     assert ended.value.code == 5 and f"error: --out {workspace}: " in caplog.text
 
 
-@pytest.mark.fault(69)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 0.0, 1e299, None])
 def test_no_value_of_a_metric_stops_a_page_or_a_comparison(value: float | None) -> None:
     keys = {key for record in chain().values() for e in record for key in e.get("values", {})}
