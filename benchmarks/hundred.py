@@ -221,7 +221,7 @@ def page(repo: Checkout) -> Row:
         family = [server, *server.children(recursive=True)]
         memory = sum(process.memory_info().rss for process in family) / 2**20
         spent = sum(sum(process.cpu_times()[:2]) for process in family)
-        return "make ui, until it answers", took, spent, memory, f"{len(family)} processes"
+        return "make ui, until it answers", took, spent, memory, f"processes: {len(family)}"
     finally:
         for process in [*server.children(recursive=True), server]:
             process.terminate()
@@ -268,8 +268,8 @@ def main(words: list[str]) -> None:
     columns = ("command", "s", "s of the processor", "MiB at most", "")
     RESULTS.write_text(
         f"# Commands that read {asked.experiments} experiments of {asked.steps} steps\n\n"
-        f"{time.strftime('%d %B %Y')}, {psutil.cpu_count()} cores of a {platform.machine()} machine, "
-        f"Python {platform.python_version()}.\n\n`python benchmarks/hundred.py`\n\n"
+        f"{time.strftime('%d %B %Y')}, {psutil.cpu_count()} cores ({platform.machine()}), Python "
+        f"{platform.python_version()}.\n\n`python benchmarks/hundred.py`\n\n"
         + markdown(columns, rows),
         "utf-8",
     )

@@ -10,6 +10,7 @@ import argparse
 import csv
 import difflib
 import logging
+import math
 import statistics
 import sys
 from collections.abc import Iterable
@@ -36,6 +37,9 @@ COLUMNS = (
     *("value", "runs", "train loss", "outcome", "difference", "in noise std"),
     *("largest gap", "apart from step", "tokens/s", "of base", "peak MiB", "skipped"),
 )
+
+
+AT_ITS_END = ("perf/tokens_per_second", "perf/peak_memory_mib", "train/skipped_steps")
 
 
 @dataclass(frozen=True)
@@ -181,10 +185,16 @@ def runs_of(found: Iterable[Experiment]) -> list[Run]:
 
 
 def run_of(found: Experiment) -> Run | None:
-    """The training of an experiment; None where it has none that came to its end."""
-    if "train" not in found.records or found.last("train/skipped_steps") is None:
+    """The training of an experiment; None where it has none that came to its end.
+
+    Another version of this project may not have measured, or set, what runs are compared by.
+    """
+    ends = [found.last(key) for key in AT_ITS_END]
+    if "train" not in found.records or not all(v is not None and math.isfinite(v) for v in ends):
         return None
     training = found.records["train"][0]
+    if SEED not in training["params"]:
+        return None
     return Run(
         found.name,
         training["id"],
@@ -195,9 +205,8 @@ def run_of(found: Experiment) -> Run | None:
         found.values("train/loss"),
         found.values("train/val_loss"),
         found.last("val/loss"),
-        found.values("perf/tokens_per_second")[-1],
-        found.values("perf/peak_memory_mib")[-1],
-        int(found.values("train/skipped_steps")[-1]),
+        *ends[:2],
+        int(ends[2]),
     )
 
 

@@ -294,13 +294,13 @@ def _rough(value: float) -> str:
 
 def slow(found: Experiment) -> Finding | None:
     share, rate = found.last("perf/of_matrix_rate"), found.last("perf/matrix_gflops")
-    if share is None or share >= OF_MATRIX_RATE:
+    speed = found.last("perf/tokens_per_second")
+    if share is None or rate is None or speed is None or share >= OF_MATRIX_RATE:
         return None
     return Finding(
         "slow for this machine",
         f"Training reaches {share:.0%} of what this machine's matrix products reach.",
-        f"{found.last('perf/tokens_per_second'):,.0f} tokens/s; large products run at "
-        f"{rate:,.0f} GFLOP/s",
+        f"{speed:,.0f} tokens/s; large products run at {rate:,.0f} GFLOP/s",
         "a larger train.batch_size with a smaller train.accumulate, train.compile=true, "
         "model.attention=sdpa; and see that nothing else uses the machine",
     )
@@ -308,10 +308,11 @@ def slow(found: Experiment) -> Finding | None:
 
 def data_bound(found: Experiment) -> Finding | None:
     waits, steps = found.values("perf/data_seconds"), found.values("perf/step_seconds")
-    pairs = list(zip(waits, steps, strict=False))  # older records know no waits
+    # Older records know no waits.
+    pairs = [(data, step) for data, step in zip(waits, steps, strict=False) if step]
     if len(pairs) < FEW:
         return None
-    share = statistics.median(data / step for data, step in pairs if step)
+    share = statistics.median(data / step for data, step in pairs)
     if share < DATA_SHARE:
         return None
     return Finding(

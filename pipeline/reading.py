@@ -28,6 +28,7 @@ LONGEST_LINE = 8 << 20  # bytes; the settings of a run may hold long prompts
 MOST_EVENTS = 10_000  # beside the points
 MOST_VALUES = 1_000  # in one event
 MOST_METRICS = 10_000  # of a record, those of each kind of point counted
+LARGEST = 1e300  # of a metric that is finite, so that sums of them are
 LATEST = 253_402_300_799_000  # the last millisecond of the year 9999
 
 
@@ -139,6 +140,11 @@ class Log(Sequence[Event]):
         """The metrics of each kind of points, counted."""
         return sum(map(len, self._points))
 
+    def largest(self) -> float:
+        """Of all finite values, whatever their sign."""
+        finite = (map(abs, filter(math.isfinite, p.values)) for p in self._points.values())
+        return max((max(values, default=0.0) for values in finite), default=0.0)
+
     def knows(self, names: tuple[str, ...]) -> bool:
         """Whether a point with these metrics has come before."""
         return names in self._points
@@ -211,6 +217,8 @@ def parse(lines: Iterable[bytes], stage: str = "", whole: bool = True) -> Log:
             )
     if not len(log):
         raise RecordError("empty")
+    if (most := log.largest()) > LARGEST:
+        raise RecordError(f"a metric of {most:.1g}: expected less than {LARGEST:g}, or infinity")
     if whole and not ended:
         raise RecordError("cut short: its last line is not the end of a stage")
     return log

@@ -87,8 +87,16 @@ def of_several(
 ) -> str:
     """The page of two runs or more; the noise of seeds is looked for among `everything`."""
     usual = recipe(workspace)
-    draw = len(found) <= MOST_DRAWN
-    runs = once([run_page(one, one.name, workspace, usual, draw=draw) for one in found])
+    draw, pages = len(found) <= MOST_DRAWN, {}
+    for one in found:
+        try:
+            pages[one.name] = run_page(one, one.name, workspace, usual, draw=draw)
+        except InputError as error:  # of another version of this project
+            log.warning("%s: %s; left out", one.name, error)
+    found = [one for one in found if one.name in pages]
+    if not found:
+        raise InputError("of these runs none can be shown, as the warnings say")
+    runs = once(list(pages.values()))
     looks = dict(zip((one.name for one in found), styles(len(found)), strict=True))
     return page(runs, looks, side_by_side(found, runs, runs_of(everything), looks))
 

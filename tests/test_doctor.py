@@ -149,11 +149,13 @@ CASES: dict[doctor.Rule, list[tuple[Callable[[], Experiment], bool]]] = {
     doctor.slow: [
         (lambda: run({"perf/of_matrix_rate": 0.14, **SPEED}), True),
         (lambda: run({"perf/of_matrix_rate": 0.16, **SPEED}), False),
+        (lambda: run({"perf/of_matrix_rate": 0.14}), False),  # of another version
         (lambda: run(), False),
     ],
     doctor.data_bound: [
         (lambda: run(perf__data_seconds=[0.3] * 20, perf__step_seconds=[1.0] * 20), True),
         (lambda: run(perf__data_seconds=[0.1] * 20, perf__step_seconds=[1.0] * 20), False),
+        (lambda: run(perf__data_seconds=[0.3] * 20, perf__step_seconds=[0.0] * 20), False),
         (lambda: run(perf__data_seconds=[9.0] + [0.1] * 19, perf__step_seconds=[10.0] * 20), False),
     ],
     doctor.worse_than_frequencies: [

@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 
-from pipeline import experiments, paths, reading, records, report, report_run, store, tracking
+from pipeline import (
+    comparison,
+    doctor,
+    experiments,
+    paths,
+    reading,
+    records,
+    report,
+    report_run,
+    store,
+    tracking,
+)
 from pipeline.errors import InputError
 from pipeline.experiments import Experiment
 from pipeline.reading import Log, RecordError
@@ -42,6 +53,8 @@ def chain(own_store: Path, make_config) -> dict[str, Events]:
         if stage == "train":
             for step in range(3):
                 record.metrics({"train/loss": 3 - step / 4, "train/grad_norm": 1.0}, step)
+            record.metrics({"train/skipped_steps": 0.0, "perf/peak_memory_mib": 9.0}, 2)
+            record.metrics({"perf/tokens_per_second": 900.0}, 2)
             record.checkpoint("best", paths.MODEL, 3)
             record.artifact(paths.TRAIN_STUDY, "train_study")
         record.close("FINISHED")
@@ -125,6 +138,7 @@ REFUSED: dict[str, Callable[[str, Events], Any]] = {
     "metric is a list": point([1]),
     "metric is true": point(True),
     "metric of 400 digits": point(10**400),
+    "metric is too large": point(-1e308),
     "step is text": point(1.0, "x"),
     "step is negative": point(1.0, -5),
     "step 2**70": point(1.0, 2**70),
@@ -215,6 +229,11 @@ READ: dict[str, Callable[[str, Events], Any]] = {
     "param of 1 MB": head("params/sample.prompts", ["p" * (1 << 20)]),
     "unknown param": head("params/train.optimizer", "lion"),
     "params lack a setting": lambda _, e: e[0]["params"].pop("model.n_layer") and None,
+    "a metric is missing": text(
+        lambda found: [line for line in found if b"tokens_per_second" not in line]
+    ),
+    "params lack the seed": lambda _, e: e[0]["params"].pop("train.seed") and None,
+    "skipped NaN steps": more("metrics", time=1, step=3, values={"train/skipped_steps": math.nan}),
     "verdict with markdown": more("tags", values={"health.verdict": IMAGE}),
     "a tag of 1 MB": more("tags", values={"health.verdict": "x" * (1 << 20)}),
 }
@@ -270,7 +289,7 @@ def test_points_that_lie_in_arrays_come_back_as_they_were_written(chain) -> None
     assert read.curves["train/loss"] == [(0, 3.0), (1, 2.75), (2, 2.5)]
     assert read.curves["train/loss"][-1] == (2, 2.5)
     assert Log.of(read) is read and Log.of(list(read)) == read
-    assert [event["step"] for event in read.of_kind("metrics")] == [0, 1, 2, 0]
+    assert [event["step"] for event in read.of_kind("metrics")] == [0, 1, 2, 2, 2, 0]
 
 
 def test_a_stage_at_work_has_not_ended_and_may_be_writing_a_line(chain) -> None:
@@ -305,7 +324,7 @@ def hostile(chain, tmp_path: Path, monkeypatch) -> list[str]:
         if name != "good":  # a row takes MLflow a while
             texts = {"train": texts["train"]}
         made.append(as_experiment(name, texts, tmp_path / "others"))
-    for place in (experiments, report):
+    for place in (experiments, report, doctor):
         monkeypatch.setattr(place, "experiments", lambda *_: iter(made))
     monkeypatch.setattr(experiments, "commits", lambda: iter(()))
     monkeypatch.setattr(experiments, "copy_of", lambda *_: None)
@@ -330,7 +349,7 @@ def test_the_good_one_is_whole_and_nothing_leaves_the_repository(
     good = rows.pop("good")
     assert sum(tag.startswith("shipped.") for tag in good.data.tags) == len(STAGES)
     assert [p.step for p in client.get_metric_history(good.info.run_id, "train/loss")] == [0, 1, 2]
-    assert not rows.keys() & set(hostile) and len(rows) == len(READ) - 2  # one lacks a setting
+    assert not rows.keys() & set(hostile) and len(rows) == len(READ) - 2  # one lacks n_layer
     assert {run.info.status for run in found} == {"FINISHED"}
     assert {problem.partition(": ")[0] for problem in problems} == {
         *hostile,
@@ -357,7 +376,12 @@ def test_ui_opens_and_the_exit_code_tells(hostile: list[str], monkeypatch, caplo
     assert f"error: {len(hostile) + 1} records were left out" in caplog.text
 
 
-def test_a_report_of_all_shows_the_good_one(hostile: list[str]) -> None:
-    assert "good" in report.report(["good"], False)
+def test_pages_of_everything_show_the_good_one_beside_the_odd(hostile: list[str], caplog) -> None:
+    page = report.report([], True)
+    assert "good" in page and hostile[0] not in page
+    assert "good" in {run.name for run in comparison.runs_of(experiments.experiments())}
+    for name in READ:
+        (found,) = doctor.asked([name])
+        doctor.examine(found)
     with pytest.raises(InputError):
         report.report([hostile[0]], False)

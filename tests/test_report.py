@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline import config as configuration
-from pipeline import paths, records, report, report_figures, terminal
+from pipeline import paths, records, report, report_figures, report_run, terminal
+from pipeline.comparison import run_of
 from pipeline.doctor import examine
 from pipeline.errors import InputError
 from pipeline.experiments import Experiment, of_workspace
@@ -453,3 +454,18 @@ def test_a_page_that_cannot_be_written_is_one_message(workspace: Path, caplog) -
     with pytest.raises(SystemExit) as ended:
         report.main(["--out", str(workspace)])
     assert ended.value.code == 5 and f"error: --out {workspace}: " in caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 0.0, 1e299, None])
+def test_no_value_of_a_metric_stops_a_page_or_a_comparison(value: float | None) -> None:
+    keys = {key for record in chain().values() for e in record for key in e.get("values", {})}
+    for key in keys:
+        found = chain()
+        for event in (e for record in found.values() for e in record if e["kind"] == "metrics"):
+            if key in event["values"]:
+                event["values"] |= {key: value}
+                if value is None:
+                    del event["values"][key]
+        one = Experiment("odd", "x", found)
+        assert report_run.run_page(one, "odd", Path(), {}, draw=False).name == "odd"
+        run_of(one)
