@@ -177,7 +177,7 @@ def cautions(found: Sequence[Experiment], trained: dict[str, Run]) -> Iterator[s
     if len(found) > MOST_DRAWN:
         yield (
             f"Of more than {MOST_DRAWN} runs the curves are drawn together only; "
-            "`python -m pipeline.report NAME` draws those of one by themselves."
+            "python -m pipeline.report NAME draws those of one by themselves."
         )
 
 
