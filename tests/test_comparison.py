@@ -147,7 +147,8 @@ def event(step: int, **values: float) -> dict[str, Any]:
 
 
 def test_experiments_that_share_a_training_count_once() -> None:
-    head = {"kind": "start", "id": "r1", "time": 3, "params": {"precision": "fp32"}, "code": "c"}
+    params = {"precision": "fp32", "train.seed": 1}
+    head = {"kind": "start", "id": "r1", "time": 3, "params": params, "code": "c"}
     tags = {"kind": "tags", "values": {"digest.train": "d"}}
     summary = event(2, perf__tokens_per_second=9.0, perf__peak_memory_mib=1.0)
     summary["values"]["train/skipped_steps"] = 1.0
