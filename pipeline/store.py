@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 30.0
 ANSWER_SECONDS = 5.0  # for a database that another process writes into
+LARGEST_ANSWER = 1 << 30  # bytes that the client's memory may grow by
 LONGEST = 300  # characters of an error's message
 
 _SECRET = r"token|secret|passw|pwd|credential|signature|key"
@@ -154,6 +155,7 @@ def connect() -> MlflowClient:
         _check_sqlite(path)
     if _is_server(uri):
         _hold_artifacts_elsewhere()
+        _bound_memory()
     try:
         return MlflowClient(tracking_uri=uri)
     except ImportError as error:  # SQLAlchemy looks for a database's driver at last
@@ -166,7 +168,7 @@ def store_errors() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return MlflowException, SQLAlchemyError, sqlite3.Error, OSError
+    return MlflowException, SQLAlchemyError, sqlite3.Error, OSError, MemoryError
 
 
 def _is_server(uri: str) -> bool:
@@ -199,6 +201,17 @@ def _hold_artifacts_elsewhere() -> None:
     for scheme in known.keys() - _ELSEWHERE:
         if not isinstance(known[scheme], functools.partial):
             known[scheme] = functools.partial(_held_repository, known[scheme])
+
+
+def _bound_memory() -> None:
+    """An answer without an end becomes a MemoryError here, before it takes the machine's memory."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = psutil.Process().memory_info().vms + LARGEST_ANSWER
+        if hard == resource.RLIM_INFINITY or most < hard:
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
 def _held_repository(made: Any, place: str, tracking_uri: str | None = None, **options: Any) -> Any:
@@ -372,7 +385,7 @@ def _origin(error: Exception) -> BaseException:
     seen = {id(error)}  # causes may go round in a circle
     while (inner := inner.__cause__ or inner.__context__) and id(inner) not in seen:
         seen.add(id(inner))
-        if isinstance(inner, (OSError, sqlite3.Error)):
+        if isinstance(inner, (OSError, sqlite3.Error, MemoryError)):
             found = inner
     return found
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +16,7 @@ import pytest
 
 from pipeline import paths, records, rows, shipping, store, tracking
 from pipeline.errors import StorageError
-from tests.conftest import record_is_complete
+from tests.conftest import ROOT, record_is_complete
 
 pytestmark = [
     pytest.mark.usefixtures("own_store"),
@@ -207,3 +211,33 @@ def test_a_real_server_gets_the_artifacts_over_the_network(
     assert not [r for r in caplog.records if r.levelname != "INFO"]
     found = [path.read_text() for path in Path("mlartifacts").rglob("samples.md")]
     assert set(found) == {"ours"}
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """Answers with a body that never ends, as long as somebody reads it."""
+
+    def answer(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b" " * (1 << 20))
+
+    do_GET = do_POST = answer
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of memory there")
+def test_an_answer_without_an_end_does_not_take_the_machines_memory(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        env = os.environ | {"MLFLOW_TRACKING_URI": address, "PYTHONPATH": str(ROOT)}
+        words = [sys.executable, "-m", "pipeline.tracking", "sync"]
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+        server.shutdown()
+    assert done.returncode == StorageError.exit_code
+    assert "MemoryError" in done.stderr and "Traceback" not in done.stderr
