@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pipeline import git, paths, reading, stage_graph
+from pipeline import git, paths, reading, regular, stage_graph
 from pipeline.errors import InputError
 from pipeline.reading import Curve, Event, Log
 
@@ -253,13 +253,9 @@ def read_file(found: Experiment, path: Path, workspace: Path) -> bytes | None:
             file = workspace / path
         elif not (file := _kept(paths.root()).place(found.rev, path.as_posix())):
             return None
-        with open(file, "rb") as content:
-            read = content.read(LARGEST + 1)
-    except (FileNotFoundError, IsADirectoryError):
+        return regular.read(file, LARGEST)
+    except FileNotFoundError:
         return None
-    if len(read) > LARGEST:
-        raise InputError(f"{found.name}: {path}: larger than {LARGEST:,} bytes")
-    return read
 
 
 def commits() -> Iterator[Experiment]:
@@ -290,22 +286,37 @@ def copy_of(found: Experiment, path: str, folder: Path) -> Path | None:
     None where the cache has it no more.
     """
     copy = Path(tempfile.mkdtemp(dir=folder)) / Path(path).name
+    if not found.rev:  # by the dvc.lock that lies there now
+        return _by_dvc("", path, copy)
     kept = _kept(paths.root())
     parts = kept.parts(found.rev, path)
-    for part in [path] if parts is None else [f"{path}/{part}" for part in parts]:
-        if not (file := kept.place(found.rev, part)):
-            return None
-        to = copy.parent / Path(part).relative_to(Path(path).parent)
+    names = [path] if parts is None else [f"{path}/{part}" for part in parts]
+    files = {name: kept.place(found.rev, name) for name in names}
+    if not files or None in files.values():
+        return _by_dvc(found.rev, path, copy) if kept.remotes else None
+    for name, file in files.items():
+        to = copy.parent / Path(name).relative_to(Path(path).parent)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, to)
     return copy
+
+
+def _by_dvc(rev: str, path: str, to: Path) -> Path | None:
+    """A copy that DVC itself makes, out of its cache or a remote; None where neither has it."""
+    from dvc.exceptions import DvcException
+
+    try:
+        _files(paths.root(), rev).get(path, str(to), recursive=True)
+    except (OSError, DvcException):
+        return None
+    return to if to.exists() else None
 
 
 @functools.cache
 def _files(root: Path, rev: str) -> Any:
     from dvc.api import DVCFileSystem
 
-    return DVCFileSystem(str(root), rev=rev)
+    return DVCFileSystem(str(root), rev=rev or None)
 
 
 @contextlib.contextmanager
@@ -346,7 +357,7 @@ class Kept:
 
     def __init__(self, repo: Repo):
         self._in_cache = repo.cache.local.oid_to_path
-        self._remotes = bool(repo.config.get("remote"))
+        self.remotes = bool(repo.config.get("remote"))
         above = os.path.relpath(repo.root_dir, repo.scm.root_dir)
         self._lock = (Path(above) / LOCK).as_posix()
         self._locks: dict[str, dict[str, str]] = {}
@@ -410,7 +421,7 @@ class Kept:
             inside = PurePosixPath(path).relative_to(out).as_posix()
             md5 = (self._listing(md5) or {}).get(inside, "")
         file = self._file(md5)
-        return file or (self._from_remote(rev, path) if md5 and self._remotes else None)
+        return file or (self._from_remote(rev, path) if md5 and self.remotes else None)
 
     def parts(self, rev: str, path: str) -> list[str] | None:
         """What an output that is a folder holds, relative to it; None where it is a file."""
@@ -430,8 +441,8 @@ class Kept:
         if not (file := self._file(md5)):
             return None
         try:
-            listed = {one["relpath"]: one["md5"] for one in json.loads(file.read_bytes())}
-        except (ValueError, TypeError, KeyError, RecursionError):
+            listed = {one["relpath"]: one["md5"] for one in json.loads(regular.read(file, LARGEST))}
+        except (ValueError, TypeError, KeyError, RecursionError):  # InputError, too
             return None
         plain = all(".." not in PurePosixPath(n).parts and not n.startswith("/") for n in listed)
         return listed if plain else None
@@ -444,14 +455,8 @@ class Kept:
         return path if path.is_file() else None
 
     def _from_remote(self, rev: str, path: str) -> Path | None:
-        from dvc.exceptions import DvcException
-
-        copy = Path(tempfile.mkdtemp(dir=self._scratch.name)) / PurePosixPath(path).name
-        try:
-            _files(paths.root(), rev).get(path, str(copy))
-        except (OSError, DvcException):
-            return None
-        return copy if copy.exists() else None
+        folder = tempfile.mkdtemp(dir=self._scratch.name)
+        return _by_dvc(rev, path, Path(folder) / PurePosixPath(path).name)
 
     @functools.cached_property
     def _scratch(self) -> tempfile.TemporaryDirectory[str]:

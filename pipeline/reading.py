@@ -215,7 +215,7 @@ def parse(lines: Iterable[bytes], stage: str = "", whole: bool = True) -> Log:
             raise RecordError(
                 f"more than {MOST_EVENTS:,} events that are no points, or too many metrics"
             )
-    if not len(log):
+    if whole and not len(log):
         raise RecordError("empty")
     if (most := log.largest()) > LARGEST:
         raise RecordError(f"a metric of {most:.1g}: expected less than {LARGEST:g}, or infinity")
