@@ -399,7 +399,8 @@ def without_secrets(text: str) -> str:
     text = _ASSIGNED.sub(r"\1***", _USER.sub("//", text))
     text = _HEADER.sub(lambda found: f"{found[1] or found[2]} ***", text)
     text = _TOKEN.sub("***", text)
-    for name, value in os.environ.items():
+    for name in os.environ:  # another thread may change it meanwhile
+        value = os.environ.get(name, "")
         if not _SECRET_NAME.search(name) or (os.path.isabs(value) and os.path.exists(value)):
             continue  # a file of secrets has none in its name
         if len(value) >= 6:  # shorter ones stand in any text

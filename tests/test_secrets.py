@@ -210,6 +210,16 @@ def test_the_path_of_a_file_of_secrets_is_none(tmp_path: Path, monkeypatch) -> N
     assert store.without_secrets(f"{tmp_path}/mlflow.db") == f"{tmp_path}/mlflow.db"
 
 
+def test_a_variable_that_another_thread_takes_away_meanwhile_stops_nothing(monkeypatch) -> None:
+    class Slow:
+        def search(self, name: str) -> bool:
+            monkeypatch.delenv("DB_PASSWORD", raising=False)
+            return name == "HF_TOKEN"
+
+    monkeypatch.setattr(store, "_SECRET_NAME", Slow())
+    assert store.without_secrets(f"it says {CANARIES['HF_TOKEN']}") == "it says ***"
+
+
 def test_short_values_stay_readable(monkeypatch) -> None:
     monkeypatch.setenv("SORT_KEY", "name")
     assert store.without_secrets("a name, " + CANARIES["HF_TOKEN"]) == "a name, ***"

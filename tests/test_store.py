@@ -525,6 +525,7 @@ def test_a_stage_that_ends_before_mlflow_is_there_says_what_is_so(
     record.close(status)
     shipper.close(0.1)
     released.set()
+    shipper._thread.join()  # it would go on while the next test changes what it reads
     (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert said.endswith(words) and "goes on" not in said
     assert ("the store did not answer" in said) == ready
