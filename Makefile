@@ -34,11 +34,11 @@ faults: $(STAMP)
 	$(BIN)/python tools/readme.py --faults
 
 ui: $(STAMP)
-	$(BIN)/python -m pipeline.tracking ui $(PORT)
+	$(BIN)/python -m pipeline ui $(PORT)
 
 # The workspace's run; RUNS="a b" puts DVC experiments side by side, RUNS=--all every one.
 report: $(STAMP)
-	$(BIN)/python -m pipeline.report $(RUNS)
+	$(BIN)/python -m pipeline report $(RUNS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -170,7 +170,7 @@ def timed(repo: Checkout, label: str, *words: str, out: str = "") -> Row:
     """The command, its seconds by the clock and of the processor, its MiB, what it wrote."""
     began = time.perf_counter()
     process = psutil.Popen(
-        [sys.executable, "-m", *words],
+        [sys.executable, "-m", "pipeline", *words],
         cwd=repo.folder,
         env=repo.env,
         stdout=subprocess.DEVNULL,
@@ -205,7 +205,7 @@ def page(repo: Checkout) -> Row:
     """MLflow's page: seconds until it answers, seconds of the processor, MiB of all processes."""
     began = time.perf_counter()
     server = psutil.Popen(
-        [sys.executable, "-m", "pipeline.tracking", "ui", str(PORT)],
+        [sys.executable, "-m", "pipeline", "ui", str(PORT)],
         cwd=repo.folder,
         env=repo.env,
         stdout=subprocess.DEVNULL,
@@ -239,16 +239,16 @@ def answers() -> bool:
 def measure(repo: Checkout, number: int, steps: int, long: int) -> Iterator[Row]:
     multiply(repo, number, steps)
     (repo.folder / "mlflow.db").unlink()
-    yield timed(repo, "doctor of the workspace", "pipeline.doctor")
-    yield timed(repo, "doctor of one experiment", "pipeline.doctor", f"lr-{number // 2:04}")
-    yield timed(repo, "sync into an empty store", "pipeline.tracking", "sync")
-    yield timed(repo, "sync with nothing to do", "pipeline.tracking", "sync")
-    yield timed(repo, "report of one", "pipeline.report", "lr-0000", out="report.html")
-    yield timed(repo, "report --all", "pipeline.report", "--all", out="report.html")
+    yield timed(repo, "doctor of the workspace", "doctor")
+    yield timed(repo, "doctor of one experiment", "doctor", f"lr-{number // 2:04}")
+    yield timed(repo, "sync into an empty store", "sync")
+    yield timed(repo, "sync with nothing to do", "sync")
+    yield timed(repo, "report of one", "report", "lr-0000", out="report.html")
+    yield timed(repo, "report --all", "report", "--all", out="report.html")
     yield page(repo)
     lengthen(repo, long)
-    yield timed(repo, f"doctor of {long:,} steps", "pipeline.doctor")
-    yield timed(repo, f"report of {long:,} steps", "pipeline.report", out="report.html")
+    yield timed(repo, f"doctor of {long:,} steps", "doctor")
+    yield timed(repo, f"report of {long:,} steps", "report", out="report.html")
 
 
 def main(words: list[str]) -> None:

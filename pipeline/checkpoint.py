@@ -1,23 +1,19 @@
 """Model directories on disk: written atomically, read strictly.
 
 A model directory is a Hugging Face GPT-2 directory, so transformers opens it as it is.
-
-    python -m pipeline.checkpoint verify DIR...    whether models and training checkpoints are whole
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline import hf_weights, paths, terminal, tokenizer
-from pipeline.errors import InputError, UserError, quoted
+from pipeline import hf_weights, paths, tokenizer
+from pipeline.errors import InputError, quoted
 from pipeline.folders import SUMS, check, writing
 from pipeline.model import GPT, GPTConfig
 from pipeline.regular import SNAPSHOT_BYTES, read_json
@@ -132,23 +128,3 @@ def _verified(folder: Path) -> str:
         return f"{folder}: training state after step {quoted(facts.get('step'))}: whole, {how}"
     model = load_model(folder)
     return f"{folder}: model of {model.parameter_count():,} parameters: whole, {how}"
-
-
-def main(words: list[str]) -> None:
-    terminal.guard()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    parser = argparse.ArgumentParser(prog="python -m pipeline.checkpoint")
-    commands = parser.add_subparsers(dest="command", required=True)
-    asked = commands.add_parser("verify", help="whether what lies there is whole")
-    asked.add_argument("folder", type=Path, nargs="+")
-    try:
-        for folder in parser.parse_args(words).folder:
-            for line in verify(folder):
-                log.info("%s", line)
-    except UserError as error:
-        log.error("error: %s", error)
-        sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,26 +1,20 @@
-"""Experiments that differ in one setting, side by side: curves, differences, the noise of seeds.
-
-python -m pipeline.comparison precision
-python -m pipeline.comparison init.std --steps 100
-"""
+"""Experiments that differ in one setting, side by side: curves, differences, the noise of seeds."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import difflib
 import logging
 import math
 import statistics
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import config as configuration
-from pipeline import figures, paths, stage_graph, terminal
-from pipeline.errors import ConfigError, InputError, UserError
+from pipeline import figures, paths, stage_graph
+from pipeline.errors import ConfigError, InputError
 from pipeline.experiments import Experiment, experiments
 from pipeline.records import digest_of
 from pipeline.rows import attach
@@ -343,25 +337,3 @@ def conclude(
 def usual_value(setting: str, params: dict[str, Any]) -> Any:
     """What a setting's other values are held against: fp32, else the one in params.yaml."""
     return "fp32" if setting == "precision" else params[setting]
-
-
-def main(words: list[str]) -> None:
-    terminal.guard()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.comparison", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("setting", help="such as precision or init.std")
-    parser.add_argument("--steps", type=int, default=0, help="the first steps only")
-    parser.add_argument("--out", type=Path, help="a folder; default: comparisons/SETTING")
-    asked = parser.parse_args(words)
-    try:
-        check_setting(asked.setting)
-        conclude(asked.setting, steps=max(0, asked.steps), out=asked.out)
-    except UserError as error:
-        log.error("error: %s", error)
-        sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

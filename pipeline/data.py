@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import logging
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import regular, terminal, tokenizer
+from pipeline import regular, tokenizer
 from pipeline.errors import InputError, cut, quoted
 
 if TYPE_CHECKING:  # torch costs 3 s, which the processes that tokenize do without
@@ -66,7 +64,7 @@ def open_tokens(folder: Path, split: str, *, verify: bool = True) -> Tokens:
 
 
 _AGAIN = "tokenize again: `dvc repro -f -s tokenize`"
-_ROT = "DVC's cache may hold the same bytes: `python -m pipeline.cache verify --delete`"
+_ROT = "DVC's cache may hold the same bytes: `python -m pipeline verify cache --delete`"
 
 
 def _record(folder: Path, split: str) -> dict[str, Any]:
@@ -226,19 +224,3 @@ def inspect(folder: Path) -> dict[str, bool]:
             held = f"{len(found):,} tokens, {found.documents:,} documents, {found.bytes:,} bytes"
             told[f"{found.path}: whole, {held} of text"] = True
     return told
-
-
-def main(words: list[str]) -> None:
-    terminal.guard()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    parser = argparse.ArgumentParser(prog="python -m pipeline.data", description=__doc__)
-    parser.add_argument("command", choices=["verify"], help="say whether token files are whole")
-    parser.add_argument("folder", type=Path, help="such as data/tokens")
-    told = inspect(parser.parse_args(words).folder)
-    for line, whole in told.items():
-        log.log(logging.INFO if whole else logging.ERROR, "%s", line)
-    sys.exit(0 if all(told.values()) else InputError.exit_code)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

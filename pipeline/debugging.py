@@ -1,13 +1,7 @@
-"""Stop and look: an interpreter inside a training step, or the same moment on disk for later.
-
-    python -m pipeline.debugging FOLDER       opens a written moment in an interpreter
-
-IPython is used where it is installed, else Python's own `code.interact`.
-"""
+"""Stop and look: an interpreter inside a training step, or the same moment on disk for later."""
 
 from __future__ import annotations
 
-import argparse
 import code
 import contextlib
 import importlib.util
@@ -25,7 +19,7 @@ import torch
 from pipeline import config as configuration
 from pipeline import paths, runtime, terminal, training
 from pipeline.config import Config
-from pipeline.errors import StorageError, UserError
+from pipeline.errors import StorageError
 from pipeline.loss import evaluating
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import choose_precision
@@ -77,7 +71,7 @@ def write_bundle(state: TrainState, config: Config, why: str) -> Path | None:
         return None
     log.warning(
         "%s: weights, batch, random state and optimizer are in %s; look at the step with "
-        "`python -m pipeline.debugging %s`",
+        "`python -m pipeline debug %s`",
         *(why.partition("\n")[0], folder, folder),
     )
     return folder
@@ -136,6 +130,11 @@ def _nested(config: Config) -> dict[str, Any]:
     return values
 
 
+def interact(names: dict[str, Any], said: str) -> None:
+    """An interpreter with these names, which begins with what is `said`."""
+    _interact(names, f"{said}\nIn scope: {SCOPE}. Leave with exit() or Ctrl-D.")
+
+
 def _interact(names: dict[str, Any], banner: str) -> None:
     if importlib.util.find_spec("IPython"):
         import IPython
@@ -145,30 +144,3 @@ def _interact(names: dict[str, Any], banner: str) -> None:
         return
     with contextlib.suppress(SystemExit):  # exit() leaves the interpreter, not the training
         code.interact(banner=banner, local=names, exitmsg="")
-
-
-def main(words: list[str]) -> None:
-    terminal.guard()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.debugging", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("folder", type=Path, help="as the run named it, below .runs/debug")
-    parser.add_argument("--device", default="", choices=("cpu", "cuda", "mps"))
-    asked = parser.parse_args(words)
-    try:
-        names, line = open_bundle(asked.folder, asked.device)
-    except UserError as error:
-        log.error("error: %s", error)
-        sys.exit(error.exit_code)
-    odd = odd_gradients(names["gradients"])
-    line += f"\nnot finite: the gradient of {', '.join(odd[:4])}" if odd else ""
-    line += f" and {len(odd) - 4} more" if len(odd) > 4 else ""
-    if has_terminal():
-        _interact(names, f"{line}\nIn scope: {SCOPE}. Leave with exit() or Ctrl-D.")
-    else:
-        log.info("%s\nno terminal here, so no interpreter", line)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,21 +1,14 @@
-"""The run doctor: rules over what a run recorded, a verdict in plain words, the setting to change.
-
-python -m pipeline.doctor             the run of this workspace
-python -m pipeline.doctor NAME ...    finished DVC experiments
-"""
+"""The run doctor: rules over what a run recorded, a verdict, the setting to change."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import statistics
-import sys
-import textwrap
 from collections.abc import Callable, Sequence
 
-from pipeline import paths, terminal
-from pipeline.errors import InputError, UserError
+from pipeline import paths
+from pipeline.errors import InputError
 from pipeline.experiments import WORKSPACE, Experiment, experiments, of_workspace
 from pipeline.records import Event
 from pipeline.symptoms import (
@@ -208,7 +201,7 @@ def gradient_spike(found: Experiment) -> Finding | None:
         f"The gradient of step {step:,} was {norm / usual:,.0f} times as long as usual; "
         + ("the step was skipped." if skipped else "the step was made."),
         f"norm {norm:,.3g} after a median of {usual:,.3g} in {BEFORE_SPIKE} steps",
-        f"python -m pipeline.passages --step {step}{of} for its text"
+        f"python -m pipeline text --step {step}{of} for its text"
         + ("" if skipped else f", train.skip_spikes={NORM_LEAP:g}")
         + ", a lower train.lr or a longer train.warmup_steps",
     )
@@ -373,21 +366,6 @@ class Rounds:
         return new
 
 
-def main(words: list[str]) -> None:
-    terminal.guard()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.doctor", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("names", nargs="*", default=[WORKSPACE], help="default: the workspace")
-    try:
-        for found in asked(parser.parse_args(words).names):
-            log.info("%s\n%s", found.name, textwrap.indent("\n".join(lines(examine(found))), "  "))
-    except UserError as error:
-        log.error("error: %s", error)
-        sys.exit(error.exit_code)
-
-
 def asked(names: list[str]) -> list[Experiment]:
     """The experiments of these names; raises InputError where one is not there or not trained."""
     everything = [of_workspace(paths.root())] if set(names) == {WORKSPACE} else experiments()
@@ -398,7 +376,3 @@ def asked(names: list[str]) -> list[Experiment]:
         if "train" not in known[name].records:
             raise InputError(f"{name}: nothing trained yet: `dvc repro` or `make repro` trains")
     return [known[name] for name in names]
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

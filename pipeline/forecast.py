@@ -1,7 +1,4 @@
-"""What a training will need: memory by micro-batch and precision, tokens, time.
-
-python -m pipeline.forecast       of the settings in params.yaml, without training
-"""
+"""What a training will need: memory by micro-batch and precision, tokens, time."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import bisect
 import contextlib
 import logging
 import statistics
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,14 +13,10 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from pipeline import config as configuration
-from pipeline import terminal
 from pipeline.budget import validation_seconds
-from pipeline.errors import UserError
 from pipeline.loss import MAX_LOGIT_BYTES
 from pipeline.model import GPT, GPTConfig
 from pipeline.precision import PRECISIONS, Precision, choose_precision
-from pipeline.runtime import choose_device, device_name
 from pipeline.tables import markdown
 from pipeline.throughput import WARM_UP_STEPS
 
@@ -269,26 +261,3 @@ def duration(seconds: float) -> str:
 def size(count: float) -> str:
     """Bytes as MiB or GiB."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
-
-
-def main(words: list[str]) -> None:
-    terminal.guard()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    if words:
-        sys.exit("usage: python -m pipeline.forecast")
-    try:
-        config = configuration.load()
-        device = choose_device(config.device)
-        found = forecast(config, choose_precision(config.precision, device))
-    except UserError as error:
-        log.error("error: %s", error)
-        sys.exit(error.exit_code)
-    log.info("%s, precision %s", device_name(device), config.precision)
-    log.info("%s\n", "\n".join(found.lines()))
-    log.info("%s", table(config, device))
-    if problem := found.problem(config.train.accumulate):
-        log.warning("%s", problem)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,16 +1,9 @@
-"""Where in the token files a step's sequences lie, in which documents, and what they say.
-
-python -m pipeline.passages 20480-20544       the text of these tokens
-python -m pipeline.passages --step 437        every sequence of a step of this workspace's run
-python -m pipeline.passages --step 437 --of NAME      the same of a DVC experiment
-"""
+"""Where in the token files a step's sequences lie, in which documents, and what they say."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
-import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline import config as configuration
-from pipeline import data, paths, terminal, training
+from pipeline import data, paths, training
 from pipeline.config import TrainConfig
 from pipeline.data import Tokens
-from pipeline.errors import InputError, UserError
+from pipeline.errors import InputError
 from pipeline.experiments import WORKSPACE, Experiment, experiments, of_workspace
 from pipeline.tokenizer import EOT, gpt2
 
@@ -74,7 +67,7 @@ def of_step(tokens: Tokens, config: TrainConfig, step: int, place: Place | None 
         [
             f"The step's tokens in {tokens.path}:",
             *lines,
-            f"Read a sequence with `python -m pipeline.passages {read}{_which(tokens)}`"
+            f"Read a sequence with `python -m pipeline text {read}{_which(tokens)}`"
             + ("." if _aside() else f"; `--step {step}` in place of the numbers lists all."),
         ]
     )
@@ -93,7 +86,7 @@ def of_validation(held_out: Tokens, config: TrainConfig, place: Place) -> str:
     lines = _lines(held_out, {f"Its tokens in {held_out.path}": spans}, SHOWN)
     read = "-".join(map(str, spans[0]))
     return (
-        f"{lines[0].strip()}\nRead them with `python -m pipeline.passages --split val "
+        f"{lines[0].strip()}\nRead them with `python -m pipeline text --split val "
         f"{read}{_which(held_out)}`."
     )
 
@@ -163,34 +156,6 @@ def _documents(first: int, last: int) -> str:
     return f"document {first}" if first == last else f"documents {first}-{last}"
 
 
-def main(words: list[str]) -> None:
-    terminal.guard()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.passages", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("spans", nargs="*", metavar="FIRST-LAST", help="tokens, counted from 0")
-    parser.add_argument("--step", type=int, help="list every sequence of a training step")
-    parser.add_argument("--of", metavar="NAME", help="the DVC experiment whose step it is")
-    parser.add_argument("--split", default="train", choices=data.SPLITS)
-    parser.add_argument("--tokens", metavar="SHA256", default="", help="refuse any other tokens")
-    asked = parser.parse_args(words)
-    if bool(asked.spans) == (asked.step is not None):
-        parser.error("expected either FIRST-LAST or --step")
-    if asked.of and asked.step is None:
-        parser.error("--of is for --step; FIRST-LAST counts in data/tokens")
-    if asked.step is not None and asked.step < 0:
-        parser.error(f"--step {asked.step}: expected 0 or more")
-    try:
-        if asked.step is None:
-            log.info("%s", of_spans(asked.spans, asked.split, asked.tokens))
-        else:
-            log.info("%s", of_run(asked.step, asked.of))
-    except UserError as error:
-        log.error("error: %s", error)
-        sys.exit(error.exit_code)
-
-
 def of_spans(spans: list[str], split: str, sha256: str = "") -> str:
     """The text of each FIRST-LAST; raises InputError for tokens that are not there."""
     tokens = data.open_tokens(paths.TOKENS, split, verify=False)
@@ -247,7 +212,3 @@ def _numbers(span: str) -> Span:
     if not match:
         raise InputError(f"{span}: expected FIRST-LAST, as 20480-20544")
     return int(match[1]), int(match[2])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,15 +1,8 @@
-"""The report: one self-contained HTML page for a run, or for several side by side.
-
-python -m pipeline.report                the run of this workspace
-python -m pipeline.report NAME ...       DVC experiments, or `workspace`; the first is the base
-python -m pipeline.report --all          the workspace and every experiment
-"""
+"""The report: one self-contained HTML page for a run, or for several side by side."""
 
 from __future__ import annotations
 
-import argparse
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +14,7 @@ from pipeline import config as configuration
 from pipeline import paths, tables, terminal
 from pipeline.comparison import Run, run_of, runs_of
 from pipeline.contrast import Contrast, contrasts, differing
-from pipeline.errors import InputError, StorageError, UserError
+from pipeline.errors import InputError
 from pipeline.experiments import WORKSPACE, Experiment, experiments, of_workspace
 from pipeline.records import Event
 from pipeline.report_figures import Picture, Style, overlaid, styles
@@ -177,7 +170,7 @@ def cautions(found: Sequence[Experiment], trained: dict[str, Run]) -> Iterator[s
     if len(found) > MOST_DRAWN:
         yield (
             f"Of more than {MOST_DRAWN} runs the curves are drawn together only; "
-            "python -m pipeline.report NAME draws those of one by themselves."
+            "python -m pipeline report NAME draws those of one by themselves."
         )
 
 
@@ -221,34 +214,3 @@ def report(names: Sequence[str], everyone: bool) -> str:
     everything = list(experiments())
     found = choose(everything, (all_of(everything) or [WORKSPACE]) if everyone else names)
     return of_several(found, everything, root) if len(found) > 1 else of_one(found[0], root)
-
-
-def main(words: list[str]) -> None:
-    terminal.guard()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.report", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a DVC experiment, or workspace")
-    parser.add_argument("--all", action="store_true", help="the workspace and every experiment")
-    parser.add_argument("--out", type=Path, help="a file; default: report.html")
-    asked = parser.parse_args(words)
-    if asked.all and asked.names:
-        parser.error("expected names or --all, not both")
-    out = asked.out or paths.root() / "report.html"
-    try:
-        text = report(asked.names, asked.all)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.unlink(missing_ok=True)  # DVC may have linked it to its cache
-            out.write_text(text, "utf-8")
-        except OSError as error:
-            raise StorageError(f"--out {out}: {error.strerror}") from None
-    except UserError as error:
-        log.error("error: %s", error)
-        sys.exit(error.exit_code)
-    log.info("report: %s (%.0f KiB)", out, out.stat().st_size / 1024)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

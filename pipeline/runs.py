@@ -1,17 +1,11 @@
-"""Training runs in progress: a folder each under the main root, one trainer, the others wait.
-
-python -m pipeline.runs            lists them: state, step, settings, size
-python -m pipeline.runs remove ID  gives the disk space of one back
-"""
+"""Training runs in progress: a folder each under the main root, one trainer, the others wait."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from filelock import FileLock, Timeout
 
-from pipeline import paths, regular, stage_graph, terminal
+from pipeline import paths, regular, stage_graph
 from pipeline.config import flatten
 from pipeline.errors import BusyError, InputError, StorageError, UserError, cut, exit_code
 from pipeline.folders import copy, discard, recover
@@ -328,23 +322,6 @@ def _write(path: Path, values: dict[str, Any]) -> None:
     os.replace(part, path)
 
 
-def main(words: list[str]) -> None:
-    terminal.guard()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    parser = argparse.ArgumentParser(prog="python -m pipeline.runs")
-    commands = parser.add_subparsers(dest="command")
-    commands.add_parser("remove", help="give its disk space back").add_argument("id")
-    asked = parser.parse_args(words)
-    try:
-        if asked.command == "remove":
-            remove(asked.id)
-        for line in lines():
-            log.info("%s", line)
-    except UserError as error:
-        log.error("error: %s", error)
-        sys.exit(error.exit_code)
-
-
 def lines() -> list[str]:
     """A line for each training that is at work, was interrupted, or is not yet in DVC's cache."""
     found = []
@@ -367,7 +344,3 @@ def remove(name: str) -> None:
         raise InputError(f"{name}: no training of that name; there are: {known}")
     if not _drop(folder):
         raise BusyError(f"{name}: a process is at work on it, or waits for it")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -2,7 +2,7 @@
 
 MLflow's client takes seconds to import and holds Python's lock whenever it works, a hundred
 libraries come with it, and a store may hang or crash one of them. None of that is to touch what
-the stage computes: it starts `python -m pipeline.shipping` and writes its events into a pipe.
+the stage computes: it starts `python -m pipeline ship` and writes its events into a pipe.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline import records, terminal
+from pipeline import records
 from pipeline.records import Event
 from pipeline.rows import from_workspace, open_row
 from pipeline.store import connect, said, store_uri, without_secrets
@@ -171,7 +171,7 @@ class Shipper:
 
     def _then(self) -> str:
         """What becomes of the points that have not arrived."""
-        sync = "`python -m pipeline.tracking sync`"
+        sync = "`python -m pipeline sync`"
         if not self._closing.is_set():
             return (
                 "The stage goes on and its record keeps it all: what is missing is shipped as soon "
@@ -183,12 +183,11 @@ class Shipper:
 
 
 def main(words: list[str]) -> None:
-    """`python -m pipeline.shipping PROCESS CHECKPOINTS`: an event a line, then how long to wait.
+    """`python -m pipeline ship PROCESS CHECKPOINTS`: an event a line, then how long to wait.
 
     Where that last line never comes the stage was killed, and what has arrived is shipped. On
     standard output it says that it is alive: when it begins, and while it ends.
     """
-    terminal.guard()
     # What libraries print has no place there.
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     _beat()
@@ -196,7 +195,7 @@ def main(words: list[str]) -> None:
         os.nice(NICENESS)
         # Linux weighs sessions against each other first, and this one is a session of its own.
         Path("/proc/self/autogroup").write_text(str(NICENESS))
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     logging.captureWarnings(True)
     # requests silences this, but in the thread that ships, where it may be undone by another's
     # warnings.catch_warnings; a filter from before all threads stays.
@@ -217,10 +216,3 @@ def main(words: list[str]) -> None:
 def _beat() -> None:
     with contextlib.suppress(OSError):  # the stage is gone
         os.write(1, b".")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
-    logging.shutdown()
-    sys.stderr.flush()
-    os._exit(0)  # an orderly end would wait for whatever a store that hangs has begun

@@ -1,25 +1,19 @@
-"""Sweeps: one setting, several values, each checked, queued through DVC, awaited and compared.
-
-python -m pipeline.sweep precision=fp32,tf32,bf16,fp16
-python -m pipeline.sweep train.lr=0.0005,0.002,0.008 train.steps=100 --seeds 1,2
-"""
+"""Sweeps: one setting, several values, each checked, queued through DVC, awaited and compared."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import logging
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline import comparison, experiments, git, paths, terminal
+from pipeline import comparison, experiments, git, paths
 from pipeline.comparison import SEED
 from pipeline.config import Config, flatten, load
-from pipeline.errors import ConfigError, InputError, UserError, together
+from pipeline.errors import ConfigError, InputError, together
 from pipeline.queueing import Watch, enqueue
 
 log = logging.getLogger(__name__)
@@ -212,32 +206,33 @@ def conclude(sweep: Sweep, watch: Watch) -> None:
         raise InputError("\n".join(problems))
 
 
-def main(words: list[str]) -> None:
-    terminal.guard()
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
-    asked = parse(words)
+def carry_out(
+    words: Iterable[str], seeds: Iterable[int], prefix: str, jobs: int, dry_run: bool
+) -> int:
+    """Plan a sweep, queue its experiments, wait for them and compare them: an exit code.
+
+    `words` and the rest are what `plan` takes, `jobs` how many run at a time.
+    """
     watch = None
     try:
-        sweep = plan(asked.words, asked.seeds, asked.name, experiments.names())
-        log.info("%s", sweep.page())
-        if asked.dry_run:
-            return
-        if asked.jobs > 1:
-            log.info("%d at a time share this machine: compare losses, not speeds", asked.jobs)
+        found = plan(words, seeds, prefix, experiments.names())
+        log.info("%s", found.page())
+        if dry_run:
+            return 0
+        if jobs > 1:
+            log.info("%d at a time share this machine: compare losses, not speeds", jobs)
         queued = enqueue(
-            {member.name: member.words() for member in sweep.members},
-            {member.name: list(member.inputs) for member in sweep.members},
+            {member.name: member.words() for member in found.members},
+            {member.name: list(member.inputs) for member in found.members},
         )
-        watch = Watch(queued, min(asked.jobs, len(queued)))
+        watch = Watch(queued, min(jobs, len(queued)))
         watch.start()
         watch.wait()
-        conclude(sweep, watch)
-    except UserError as error:
-        log.error("error: %s", error)
-        sys.exit(error.exit_code)
+        conclude(found, watch)
     except KeyboardInterrupt:
-        log.info("%s", GOES_ON % sweep.setting if watch else "nothing is queued")
-        sys.exit(130)
+        log.info("%s", GOES_ON % found.setting if watch else "nothing is queued")
+        return 130
+    return 0
 
 
 GOES_ON = """
@@ -246,41 +241,4 @@ The experiments go on without this command.
   one's log dvc queue logs NAME --follow
   end one   dvc queue kill NAME, then dvc queue start: a kill takes its worker along
   end all   dvc queue stop --kill
-  compare   python -m pipeline.comparison %s"""
-
-
-def parse(words: list[str]) -> argparse.Namespace:
-    doc, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.sweep",
-        description=doc,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "words", nargs="+", metavar="SETTING=VALUE", help="one with several: train.lr=A,B,C"
-    )
-    parser.add_argument("--seeds", type=seeds, default=[], help="more of the base's, for the noise")
-    parser.add_argument("--jobs", type=int, default=1, help="experiments at a time")
-    parser.add_argument("--name", type=prefix, default="", help="what the names begin with")
-    parser.add_argument("--dry-run", action="store_true", help="check and show, queue nothing")
-    asked = parser.parse_intermixed_args(words)
-    if asked.jobs < 1:
-        parser.error(f"--jobs {asked.jobs}: expected at least 1")
-    return asked
-
-
-def seeds(text: str) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text}: expected whole numbers, as 1,2")
-    return [int(number) for number in text.split(",")]
-
-
-def prefix(text: str) -> str:
-    if text != dvc_name(text):
-        raise argparse.ArgumentTypeError(f"{text}: expected letters, digits, _ and -")
-    return text
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+  compare   python -m pipeline compare %s"""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -16,13 +14,13 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import experiments, history, paths, records, runs, terminal, view
+from pipeline import experiments, history, paths, records, runs, view
 from pipeline.config import Config, load
-from pipeline.errors import InputError, StorageError, UserError
+from pipeline.errors import InputError, StorageError
 from pipeline.experiments import Experiment
 from pipeline.records import Event, Record
 from pipeline.rows import Row, from_workspace, open_row, rename, shipped, sweep
@@ -31,7 +29,6 @@ from pipeline.store import (
     artifact_root,
     connect,
     said,
-    store_errors,
     store_uri,
     without_secrets,
 )
@@ -46,7 +43,7 @@ GRACE_SECONDS = 5.0  # how long the process that ships may take to end
 
 
 class Courier:
-    """Carries one stage's events to the process that ships them, `pipeline.shipping`.
+    """Carries one stage's events to the process that ships them, `python -m pipeline ship`.
 
     It never waits for that process while the stage computes, and it never raises into the stage:
     whatever fails is a warning, and the record keeps it all.
@@ -115,7 +112,7 @@ class Courier:
         home = str(Path(__file__).resolve().parent.parent)
         places = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
         return subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "pipeline.shipping", *words],
+            [sys.executable, "-X", "faulthandler", "-m", "pipeline", "ship", *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
@@ -140,7 +137,7 @@ class Courier:
     def _warn(self, problem: str) -> None:
         log.warning(
             "MLflow: the process that ships this stage's record %s. The record keeps it all: "
-            "`python -m pipeline.tracking sync` ships what is missing once the stage is finished.",
+            "`python -m pipeline sync` ships what is missing once the stage is finished.",
             problem,
         )
 
@@ -253,44 +250,6 @@ def _replay(client: MlflowClient, step: history.Step, folder: Path) -> Row:
     return row
 
 
-def main(words: list[str]) -> None:
-    terminal.guard()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    parser = argparse.ArgumentParser(prog="python -m pipeline.tracking", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("sync", help="fill MLflow's store from the records")
-    page = commands.add_parser("ui", help="that, then MLflow's page")
-    page.add_argument("port", type=int, nargs="?", default=5000)
-    asked = parser.parse_args(words)
-    code = told(bring_up_to_date)
-    # Whatever was left out: the page shows the rest.
-    if asked.command == "ui" and code != StorageError.exit_code:
-        code = told(functools.partial(show, asked.port))
-    sys.exit(code)
-
-
-def bring_up_to_date() -> int:
-    """`sync`, said aloud; the exit code of an InputError where a record was left out."""
-    problems: list[str] = []
-    rows = ", ".join(sync(problems))
-    log.info("rows made or completed: %s", rows or "none, all are up to date")
-    if problems:
-        log.error("error: %d records were left out, each with a warning above", len(problems))
-    return InputError.exit_code if problems else 0
-
-
-def told(command: Callable[[], int]) -> int:
-    """The exit code of a command; what the user or the store has done wrong is one message."""
-    try:
-        return command()
-    except UserError as error:
-        log.error("error: %s", error)
-        return error.exit_code
-    except store_errors() as error:
-        log.error("error: MLflow at %s: %s", without_secrets(store_uri()), said(error))
-        return StorageError.exit_code
-
-
 def show(port: int) -> int:
     """Print the link to the prepared table and serve it, unless a server has the store already."""
     found = connect().get_experiment_by_name(load().tracking.experiment)
@@ -328,7 +287,3 @@ def _serve(port: int) -> None:
     with warnings.catch_warnings():  # of what its libraries will do away with
         warnings.simplefilter("ignore")
         uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

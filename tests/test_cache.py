@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import cache, data
+from pipeline.__main__ import main as command
 from pipeline.errors import InputError
 from tests.conftest import Checkout
 
@@ -58,12 +59,12 @@ def rotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
 @pytest.mark.fault(54)
 def test_bit_rot_in_the_cache_is_refused_and_deleting_it_heals(rotten: Checkout) -> None:
     tokens = rotten.folder / "tokens"
-    with pytest.raises(InputError, match="SHA-256 is .*pipeline.cache verify --delete"):
+    with pytest.raises(InputError, match="SHA-256 is .*pipeline verify cache --delete"):
         data.open_tokens(tokens, "train")
     with pytest.raises(SystemExit) as ended:
-        cache.main(["verify"])
+        command(["verify", "cache"])
     assert ended.value.code == 3
-    cache.main(["verify", "--delete"])
+    command(["verify", "cache", "--delete"])
     rotten.dvc("repro", "-f", "-s", "tokenize")
     assert len(data.open_tokens(tokens, "train")) > 99
     assert list(cache.damaged(rotten.folder / ".dvc/cache/files/md5")) == []
@@ -86,17 +87,17 @@ def test_a_whole_cache_is_called_whole_and_a_changed_file_is_named(
     caplog.set_level("INFO")
     folder = tmp_path / ".dvc/cache/files/md5"
     with pytest.raises(SystemExit):
-        cache.main(["verify"])
+        command(["verify", "cache"])
     assert caplog.messages == [f"{folder}: nothing is cached yet, or DVC's cache lies elsewhere"]
     caplog.clear()
     for name in ("76/5e5c3b4a4e3a6d1d0c2b8a4c4f4b7d", "d4/1d8cd98f00b204e9800998ecf8427e.dir"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_bytes(b"")
     with pytest.raises(SystemExit):
-        cache.main(["verify"])
+        command(["verify", "cache"])
     assert caplog.messages[0].endswith("4f4b7d: its content has changed")
-    cache.main(["verify", "--delete"])
+    command(["verify", "cache", "--delete"])
     caplog.clear()
-    cache.main(["verify"])
+    command(["verify", "cache"])
     assert [m.split(": ")[1] for m in caplog.messages] == ["every file is whole"]
     assert (folder / "d4/1d8cd98f00b204e9800998ecf8427e.dir").exists()

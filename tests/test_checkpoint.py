@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint, folders
+from pipeline.__main__ import main as command
 from pipeline.checkpoint import build_model, load_model, save_model
 from pipeline.errors import InputError, StorageError
 from pipeline.folders import recover
@@ -401,13 +402,13 @@ def test_a_person_is_told_what_is_whole(tmp_path: Path, capsys, caplog) -> None:
     save_model(fresh(), tmp_path / "all" / "model")
     save_model(fresh(), tmp_path / "all" / "foreign")
     (tmp_path / "all" / "foreign" / "sha256.json").unlink()
-    checkpoint.main(["verify", str(tmp_path / "all")])
+    command(["verify", "models", str(tmp_path / "all")])
     foreign, model = caplog.messages
     assert f"{tmp_path / 'all' / 'model'}: model of" in model and "SHA-256 as written" in model
     assert "no sha256.json: its bytes cannot be checked" in foreign
     damaged(tmp_path / "all" / "model")
     with pytest.raises(SystemExit) as ended:
-        checkpoint.main(["verify", str(tmp_path / "all")])
+        command(["verify", "models", str(tmp_path / "all")])
     assert ended.value.code == 3
     assert "model.safetensors: damaged" in caplog.messages[-1]
     with pytest.raises(InputError, match="no model directory and no training checkpoint"):

@@ -296,12 +296,13 @@ def test_who_is_interrupted_while_waiting_for_the_store_leaves_no_process(
 
 # A store that hangs where Python would wait for it at the end of the process.
 HANGING = """
-import concurrent.futures, runpy, time
+import concurrent.futures, runpy, sys, time
 from pipeline import rows, store
 pool = concurrent.futures.ThreadPoolExecutor(1)
 store.connect = lambda: None
 rows.open_row = lambda *_: pool.submit(time.sleep, 120).result()
-runpy.run_module("pipeline.shipping", run_name="__main__", alter_sys=True)
+sys.argv.insert(1, "ship")
+runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
 """
 
 

@@ -98,7 +98,7 @@ def test_an_opened_bundle_makes_the_same_loss_and_gradients(
 
     list(training.fit(state, config.train, batches, look=look, look_at=2))
     assert made["folder"].parent == tmp_path / ".runs" / "debug"
-    assert f"python -m pipeline.debugging {made['folder']}" in caplog.text
+    assert f"python -m pipeline debug {made['folder']}" in caplog.text
     names, line = debugging.open_bundle(made["folder"])
     assert line.startswith("step 2: to be looked at\n") and line.endswith("the same as then")
     for name, gradient in made["gradients"].items():
@@ -243,19 +243,19 @@ def test_a_run_that_leaves_the_finite_numbers_keeps_the_step_and_one_command_ope
     why = re.search(r"error: (step (\d+): .* is (?:nan|inf|-inf).*)", done.stderr)
     assert why, done.stderr
     assert f"{why[1]}\nFirst not finite: " in done.stderr
-    span = re.search(r"`python -m pipeline.passages (\d+-\d+)`", done.stderr)
+    span = re.search(r"`python -m pipeline text (\d+-\d+)`", done.stderr)
     assert "micro-batch 1: " in done.stderr and span
     tokens = data.open_tokens(prepared.folder / paths.TOKENS, "train")
     first, last = map(int, span[1].split("-"))
     assert f"tokens: {span[1]} (document" in passages.text(tokens, first, last)
-    assert f"-m pipeline.debugging {kept}" in done.stderr
+    assert f"-m pipeline debug {kept}" in done.stderr
     assert tags(prepared)["debug.bundle"] == str(kept)
     facts = snapshot.read_facts(kept)
     assert facts["step"] == int(why[2]) and facts["why"].startswith(f"{why[1]}\nFirst not finite: ")
-    opened = prepared.run(sys.executable, "-m", "pipeline.debugging", str(kept))
-    assert f"step {why[2]}: {why[1]}" in opened.stderr
-    assert "the same as then" in opened.stderr
-    assert "not finite: the gradient of transformer." in opened.stderr
+    opened = prepared.run(sys.executable, "-m", "pipeline", "debug", str(kept))
+    assert f"step {why[2]}: {why[1]}" in opened.stdout
+    assert "the same as then" in opened.stdout
+    assert "not finite: the gradient of transformer." in opened.stdout
 
 
 def test_without_a_terminal_the_asked_step_is_written_and_training_goes_on(
@@ -307,7 +307,7 @@ def test_in_a_terminal_an_interpreter_opens_in_the_step(prepared: Checkout) -> N
 
 
 def test_a_folder_that_is_no_bundle_ends_in_one_message(prepared: Checkout) -> None:
-    done = prepared.run(sys.executable, "-m", "pipeline.debugging", "data", expect=3)
+    done = prepared.run(sys.executable, "-m", "pipeline", "debug", "data", expect=3)
     assert "error: data: no snapshot of a training step is there" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -18,6 +18,7 @@ import pytest
 
 from pipeline import config as configuration
 from pipeline import doctor, paths, records, tokenizing, tracking, training
+from pipeline.__main__ import main as command
 from pipeline.checkpoint import save_model
 from pipeline.experiments import Experiment
 from pipeline.init import initialize
@@ -297,12 +298,12 @@ def test_a_spike_of_another_run_names_it_where_its_text_is_to_be_read() -> None:
     leap = [1.0] * 150 + [40.0] + [1.0] * 49
     found = run(train__loss=falling(), train__grad_norm=leap)
     (here,) = doctor.examine(found)
-    assert "passages --step 150 for" in here.advice
+    assert "text --step 150 for" in here.advice
     (kept,) = doctor.examine(Experiment("hot", "abc", found.records))
-    assert "passages --step 150 --of hot for" in kept.advice
+    assert "text --step 150 --of hot for" in kept.advice
     found.records["train"][0]["name"] = "queued"
     (at_work,) = doctor.examine(found)
-    assert "passages --step 150 --of queued for" in at_work.advice
+    assert "text --step 150 --of queued for" in at_work.advice
 
 
 def test_what_is_urgent_is_told_once() -> None:
@@ -356,7 +357,7 @@ def test_a_real_step_of_a_thousandfold_gradient_is_told_at_the_next_validation_a
     made = "the step was skipped" if guard else "the step was made"
     warned = [r.getMessage() for r in caplog.records if r.getMessage().startswith("gradient spike")]
     assert len(warned) == 1 and "The gradient of step 45 was" in warned[0] and made in warned[0]
-    assert "python -m pipeline.passages --step 45" in warned[0]
+    assert "python -m pipeline text --step 45" in warned[0]
     assert f"times as long as usual; {made}" in capsys.readouterr().out
     assert ("skipped as a spike" in caplog.text) == (guard > 0)
 
@@ -394,15 +395,15 @@ def test_the_command_judges_the_runs_that_are_named_and_names_those_there_are(
     monkeypatch.setattr(doctor, "experiments", lambda: iter([sick, bare, well]))
     monkeypatch.setattr(doctor, "of_workspace", lambda _: well)
     caplog.set_level("INFO")
-    doctor.main([])
+    command(["doctor"])
     assert caplog.messages == ["workspace\n  healthy: 13 rules found nothing"]
-    doctor.main(["sick", "workspace"])
+    command(["doctor", "sick", "workspace"])
     assert caplog.messages[1].startswith("sick\n  gradient norm grows: ")
     for name, words in (
         ("sik", "known: sick, bare, workspace"),
         ("bare", "bare: nothing trained yet"),
     ):
         with pytest.raises(SystemExit) as ended:
-            doctor.main([name])
+            command(["doctor", name])
         assert ended.value.code == 3
         assert words in caplog.messages[-1]

@@ -255,7 +255,7 @@ def test_every_study_is_linked_from_every_row(story: Story) -> None:
 
 def test_two_learning_rates_are_compared_and_linked_from_their_rows(story: Story) -> None:
     repo = story.repo
-    said = repo.run(sys.executable, "-m", "pipeline.comparison", "train.lr").stderr
+    said = repo.run(sys.executable, "-m", "pipeline", "compare", "train.lr").stdout
     folder = repo.folder / "comparisons" / "train.lr"
     assert (folder / "comparison.md").read_text("utf-8") in said
     with open(folder / "comparison.csv", newline="", encoding="utf-8") as file:
@@ -280,14 +280,14 @@ def test_two_learning_rates_are_compared_and_linked_from_their_rows(story: Story
 
 
 def test_a_comparison_that_nobody_ran_ends_in_one_message(story: Story) -> None:
-    done = story.repo.run(sys.executable, "-m", "pipeline.comparison", "init.std", expect=3)
+    done = story.repo.run(sys.executable, "-m", "pipeline", "compare", "init.std", expect=3)
     assert "error: no two runs differ in init.std alone" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_experiments_are_reported_side_by_side_with_the_files_that_dvc_keeps(story: Story) -> None:
     repo = story.repo
-    repo.run(sys.executable, "-m", "pipeline.report", "four", "five", "--out", "page.html")
+    repo.run(sys.executable, "-m", "pipeline", "report", "four", "five", "--out", "page.html")
     page = (repo.folder / "page.html").read_text("utf-8")
     together, _, apart = page.partition("Each run")
     assert "<b>five</b>: shares its training with four" in together
@@ -304,7 +304,7 @@ def test_experiments_are_reported_side_by_side_with_the_files_that_dvc_keeps(sto
 
 def test_the_workspace_is_reported_as_its_last_stage_did(story: Story) -> None:
     repo = story.repo
-    repo.run(sys.executable, "-m", "pipeline.report")
+    repo.run(sys.executable, "-m", "pipeline", "report")
     later = (repo.folder / "report.html").read_text("utf-8")
     kept = (repo.folder / "artifacts/report.html").read_text("utf-8")
     assert kept.count("data:image") == later.count("data:image") > 5
@@ -313,7 +313,7 @@ def test_the_workspace_is_reported_as_its_last_stage_did(story: Story) -> None:
 
 
 def test_a_report_of_an_unknown_experiment_lists_those_that_there_are(story: Story) -> None:
-    done = story.repo.run(sys.executable, "-m", "pipeline.report", "four", "fore", expect=3)
+    done = story.repo.run(sys.executable, "-m", "pipeline", "report", "four", "fore", expect=3)
     assert "error: fore: no run of that name; there are: " in done.stderr
     assert all(name in done.stderr for name in ("aside", "cached", "five", "workspace"))
     assert "Traceback" not in done.stderr
@@ -399,14 +399,14 @@ def test_a_deleted_store_is_rebuilt_from_the_records_as_it_was(story: Story) -> 
     before = store_as_text(story, "before.db")
     (repo.folder / "mlflow.db").unlink()
     shutil.rmtree(repo.folder / "mlartifacts")
-    said = repo.run(sys.executable, "-m", "pipeline.tracking", "sync").stderr
+    said = repo.run(sys.executable, "-m", "pipeline", "sync").stdout
     assert all(name in said for name in before), said
     after = store_as_text(story, "after.db")
     assert after.keys() == before.keys()
     for name, row in before.items():
         for part, expected in row.items():
             assert after[name][part] == expected, (name, part)
-    said = repo.run(sys.executable, "-m", "pipeline.tracking", "sync").stderr
+    said = repo.run(sys.executable, "-m", "pipeline", "sync").stdout
     assert "rows made or completed: none" in said
     assert store_as_text(story, "again.db") == after
 

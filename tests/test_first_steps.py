@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cache, checkpoint, data, doctor, experiments, passages, paths, report, sweep
+from pipeline import checkpoint, data, experiments, paths
+from pipeline.__main__ import main as command
 from pipeline.errors import InputError
 from pipeline.regular import read_json
 from pipeline.snapshot import read_facts
@@ -82,7 +83,7 @@ def test_a_sweep_without_git_ends_in_one_message(folder: Path, caplog, no_scm: b
     if no_scm:
         (folder / ".dvc" / "config").write_text("[core]\n    no_scm = true\n")
     with pytest.raises(SystemExit) as ended:
-        sweep.main(["train.lr=0.1,0.2"])
+        command(["sweep", "train.lr=0.1,0.2"])
     assert ended.value.code == InputError.exit_code
     assert f"error: {folder}: no git repository here" in caplog.text
     with pytest.raises(InputError, match="git init && git add --all"):
@@ -119,18 +120,18 @@ def test_what_is_damaged_is_not_called_missing(folder: Path) -> None:
         data.open_tokens(paths.TOKENS, "train")
 
 
-@pytest.mark.parametrize("command", [report.main, doctor.main])
+@pytest.mark.parametrize("verb", ["report", "doctor"])
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_before_anything_is_trained_the_commands_say_so(folder: Path, caplog, command) -> None:
+def test_before_anything_is_trained_the_commands_say_so(folder: Path, caplog, verb: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        command([])
+        command([verb])
     assert ended.value.code == InputError.exit_code
     assert "nothing trained yet: `dvc repro` or `make repro` trains" in caplog.text
 
 
 def test_a_cache_that_is_not_there_yet_is_said_to_be_none(folder: Path, caplog) -> None:
     with pytest.raises(SystemExit):
-        cache.main(["verify"])
+        command(["verify", "cache"])
     assert "nothing is cached yet" in caplog.text
 
 
@@ -138,7 +139,7 @@ def test_the_texts_of_a_step_say_that_nothing_is_tokenized(folder: Path, caplog)
     shutil.copyfile(ROOT / "recipes" / "nano.yaml", "params.yaml")
     for words in (["--step", "3"], ["0-5"]):
         with pytest.raises(SystemExit):
-            passages.main(words)
+            command(["text", *words])
         assert "tokenize first: `dvc repro tokenize`" in caplog.messages[-1]
 
 

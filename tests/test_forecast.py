@@ -212,8 +212,8 @@ def test_validations_are_part_of_the_time(make_config) -> None:
 
 def test_the_command_shows_every_precision_and_trains_nothing(tmp_path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.forecast"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "pipeline", "forecast"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "| micro-batch | fp32" in done.stderr
-    assert len(re.findall(r"^\| +\d+ \|", done.stderr, re.MULTILINE)) == len(forecast.MICRO_BATCHES)
+    assert "| micro-batch | fp32" in done.stdout
+    assert len(re.findall(r"^\| +\d+ \|", done.stdout, re.MULTILINE)) == len(forecast.MICRO_BATCHES)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import paths, records, rows, shipping, store, tracking
+from pipeline.__main__ import main as command
 from pipeline.errors import StorageError
 from tests.conftest import ROOT, record_is_complete
 
@@ -134,7 +135,7 @@ def test_sync_and_what_a_comparison_attaches_are_refused_likewise(
         entry.close("FINISHED")
     places |= {"run": victim.as_uri(), "known": "yes"}
     with pytest.raises(SystemExit) as ended:
-        tracking.main(["sync"])
+        command(["sync"])
     assert ended.value.code == StorageError.exit_code
     Path("report").mkdir()
     Path("report/samples.md").write_text("ours")
@@ -236,7 +237,7 @@ def test_an_answer_without_an_end_does_not_take_the_machines_memory(tmp_path: Pa
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
         env = os.environ | {"MLFLOW_TRACKING_URI": address, "PYTHONPATH": str(ROOT)}
-        words = [sys.executable, "-m", "pipeline.tracking", "sync"]
+        words = [sys.executable, "-m", "pipeline", "sync"]
         done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
         server.shutdown()
     assert done.returncode == StorageError.exit_code

@@ -358,7 +358,7 @@ def test_a_validation_loss_that_is_not_finite_names_the_layer_and_the_batch(
         "the validation loss is nan: this model is not kept\nFirst not finite: the output of "
         "transformer.wte (16 nan of 512 numbers), in sequence 1 of validation batch 3\n"
         "Its tokens in train.bin: 64-80 (document 0 of 1)\n"
-        "Read them with `python -m pipeline.passages --split val 64-80`."
+        "Read them with `python -m pipeline text --split val 64-80`."
     )
     assert state.batches[0][0][0].tolist() == tokens.ids[64:80].tolist()
 

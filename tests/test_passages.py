@@ -14,6 +14,7 @@ import torch
 
 from pipeline import config as configuration
 from pipeline import data, passages, paths, tokenizing, training
+from pipeline.__main__ import main as command
 from pipeline.corpus import Document
 from pipeline.data import Tokens
 from pipeline.experiments import Experiment
@@ -74,10 +75,10 @@ def test_the_sequences_at_fault_come_first_and_are_the_ones_to_read(settings, to
     fault, *named = spans(text)
     assert "  at fault: " in text.splitlines()[1]
     assert fault == named[5]
-    assert f"`python -m pipeline.passages {fault[0]}-{fault[1]}`" in text
+    assert f"`python -m pipeline text {fault[0]}-{fault[1]}`" in text
     everywhere = passages.of_step(tokens, config, 4, Place("the loss", rows=[0, 1, 2], batch=1))
     assert "at fault" not in everywhere
-    assert f"pipeline.passages {named[3][0]}-{named[3][1]}`" in everywhere
+    assert f"pipeline text {named[3][0]}-{named[3][1]}`" in everywhere
 
 
 def test_a_large_step_is_named_in_part_and_says_so(settings, tokens) -> None:
@@ -106,7 +107,7 @@ def said(tmp_path: Path, monkeypatch, caplog) -> Callable[..., str]:
     caplog.set_level("INFO")
 
     def call(*words: str) -> str:
-        passages.main(list(words))
+        command(["text", *words])
         return caplog.messages[-1]
 
     return call

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline import config as configuration
 from pipeline import paths, records, report, report_figures, report_run, terminal
+from pipeline.__main__ import main as command
 from pipeline.comparison import run_of
 from pipeline.doctor import examine
 from pipeline.errors import InputError
@@ -427,10 +428,10 @@ def test_all_is_the_workspace_first_and_not_twice() -> None:
 def test_the_command_writes_the_workspaces_page(workspace: Path, caplog) -> None:
     caplog.set_level("INFO")
     keep(chain())
-    report.main([])
+    command(["report"])
     assert Seen((workspace / "report.html").read_text("utf-8")).text.count("healthy") == 1
     assert f"report: {workspace / 'report.html'}" in caplog.text
-    report.main(["--out", str(workspace / "new/page.html")])
+    command(["report", "--out", str(workspace / "new/page.html")])
     assert (workspace / "new/page.html").read_bytes() == (workspace / "report.html").read_bytes()
 
 
@@ -445,14 +446,14 @@ def test_what_cannot_be_shown_ends_in_one_message(
     workspace: Path, caplog, words: list[str], code: int, message: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        report.main(words)
+        command(["report", *words])
     assert ended.value.code == code and message in caplog.text
 
 
 def test_a_page_that_cannot_be_written_is_one_message(workspace: Path, caplog) -> None:
     keep(chain())
     with pytest.raises(SystemExit) as ended:
-        report.main(["--out", str(workspace)])
+        command(["report", "--out", str(workspace)])
     assert ended.value.code == 5 and f"error: --out {workspace}: " in caplog.text
 
 

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 from pipeline import config as configuration
 from pipeline import paths, records, rows, store, tracking
+from pipeline.__main__ import main as command
 from tests.conftest import NANO, ROOT, tiny_pipeline, wait_for
 
 pytestmark = [
@@ -129,7 +130,7 @@ def test_what_a_refusing_server_repeats_is_not_in_the_warning(
         pass
     rows.attach(["some record"], own_store.parent, "comparison")
     with pytest.raises(SystemExit):
-        tracking.main(["sync"])
+        command(["sync"])
     assert len([r for r in caplog.records if "may not come in" in r.getMessage()]) == 3
     assert not [secret for secret in secrets() if secret.decode() in caplog.text]
     assert leaks(own_store.parent) == {}

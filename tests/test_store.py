@@ -23,6 +23,7 @@ import pytest
 
 from pipeline import config as configuration
 from pipeline import paths, records, rows, shipping, store, tracking
+from pipeline.__main__ import main as command
 from pipeline.errors import StorageError
 from tests.conftest import ROOT, params, record_is_complete, wait_for
 
@@ -248,7 +249,7 @@ def test_a_store_that_fails_costs_one_warning_and_sync_fills_it_later(
         ended = time.monotonic() - began
         (warned,) = warnings(caplog)
         assert warned.startswith(f"MLflow at {store.store_uri()}: ") and SAID[fault] in warned
-        assert "`python -m pipeline.tracking sync`" in warned
+        assert "`python -m pipeline sync`" in warned
         assert started < 2, "a stage does not wait for the store to begin"
         assert ended < 10
         assert record_is_complete(3)
@@ -287,7 +288,7 @@ def test_a_database_driver_that_is_missing_is_one_line(
         pass
     rows.attach(["some record"], Path("folder"), "name")
     with pytest.raises(SystemExit) as ended:
-        tracking.main(["ui"])
+        command(["ui"])
     assert ended.value.code == StorageError.exit_code
     said = warnings(caplog)
     assert len(said) == 3 and not [text for text in said if "\n" in text or "secret" in text]
@@ -502,7 +503,7 @@ def test_a_write_is_a_put_into_a_queue_whatever_the_store_does(make_config, monk
     [
         ("KILLED", "MLflow will be brought up to date by the next run."),
         ("FAILED", "MLflow will be brought up to date by the next run."),
-        ("FINISHED", "`python -m pipeline.tracking sync` ships what is missing."),
+        ("FINISHED", "`python -m pipeline sync` ships what is missing."),
     ],
 )
 @pytest.mark.parametrize("ready", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 
 from pipeline import comparison, compiling, experiments, precision, queueing, sweep
+from pipeline.__main__ import main as command
+from pipeline.commands import experiments as commands
 from pipeline.errors import ConfigError, InputError
 from pipeline.experiments import Task
 from pipeline.queueing import Watch
@@ -136,14 +139,21 @@ def test_what_would_not_be_in_effect_on_this_machine_is_not_queued(monkeypatch) 
 
 def test_every_sweep_that_the_documentation_shows_is_valid(monkeypatch) -> None:
     monkeypatch.setattr(sweep, "machine_problems", lambda config: [])  # of any machine
-    pages = [ROOT / "pipeline/sweep.py", ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [
+        ROOT / "pipeline/commands/experiments.py",
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]
     lines = [line for page in pages for line in page.read_text("utf-8").splitlines()]
     shown = [
-        m[1] for line in lines if (m := re.match(r"(?:\$ )?python -m pipeline.sweep (.+)", line))
+        m[1]
+        for line in lines
+        if (m := re.match(r"(?:\$ |    )?python -m pipeline sweep (.+)", line))  # noqa: E501
     ]
     assert len(shown) >= 2
     for line in shown:
-        asked = sweep.parse(line.partition("#")[0].split())
+        words = line.partition("#")[0].split()
+        asked = commands.sweep_words(argparse.ArgumentParser(), words)
         assert len(plan(asked.words, asked.seeds, asked.name).members) > 1, line
 
 
@@ -264,7 +274,7 @@ def compared(monkeypatch, caplog) -> list[str]:
 
 def run_main(*words: str) -> int:
     try:
-        sweep.main(list(words))
+        command(["sweep", *words])
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -317,7 +327,7 @@ def test_ctrl_c_while_waiting_says_how_to_go_on(monkeypatch, compared, caplog) -
     monkeypatch.setattr(queueing.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(sweep, "enqueue", lambda changes, inputs: {"rev-a": "a"})
     assert run_main("train.lr=0.001,0.002") == 130
-    assert "python -m pipeline.comparison train.lr" in caplog.text and compared == []
+    assert "python -m pipeline compare train.lr" in caplog.text and compared == []
 
 
 def test_a_queue_that_changes_under_the_readers_eyes_is_looked_at_again(
@@ -414,7 +424,7 @@ class Story:
         self.said = repo.folder / "said.txt"
 
     def sweep(self, *words: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "pipeline.sweep", *words]
+        command = [sys.executable, "-m", "pipeline", "sweep", *words]
         with open(self.said, "wb") as said:
             return subprocess.Popen(
                 command,

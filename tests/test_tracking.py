@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import experiments, paths, records, rows, store, tracking, view
+from pipeline.__main__ import main as command
 from pipeline.errors import InputError
 from tests.conftest import NANO, recipe
 
@@ -304,9 +305,9 @@ def test_no_database_of_dvc_stays_open(monkeypatch, git: bool) -> None:
             database.execute("select 1")
 
 
-@pytest.mark.parametrize("command", ["sync", "ui"])
+@pytest.mark.parametrize("verb", ["sync", "ui"])
 def test_a_store_that_is_not_there_ends_sync_and_ui_in_one_message(
-    make_config, monkeypatch, caplog, command: str
+    make_config, monkeypatch, caplog, verb: str
 ) -> None:
     run_stage("tokenize", make_config())
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -315,7 +316,7 @@ def test_a_store_that_is_not_there_ends_sync_and_ui_in_one_message(
         port = closed.getsockname()[1]
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
         with pytest.raises(SystemExit) as ended:
-            tracking.main([command])
+            command([verb])
     assert ended.value.code == 5
     errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert [e.startswith(f"error: MLflow at http://127.0.0.1:{port}") for e in errors] == [True]

@@ -200,7 +200,7 @@ def test_a_stage_ships_to_a_remote_server(server: str, tmp_path: Path) -> None:
     done = repo.run(sys.executable, "-m", "stages.tokenize_corpus", **env)
     assert "MLflow at" not in done.stderr
     assert not (tmp_path / "mlflow.db").exists()
-    said = repo.run(sys.executable, "-m", "pipeline.tracking", "ui", **env).stderr
+    said = repo.run(sys.executable, "-m", "pipeline", "ui", **env).stdout
     client = rows_client(server)
     experiment = client.get_experiment_by_name("gpt2")
     assert view.link(server, experiment.experiment_id) in said

@@ -87,7 +87,7 @@ def settings() -> str:
 
 
 def tree() -> str:
-    modules = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__"}
+    modules = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__", "__main__"}
     assert modules == set(READING_ORDER), modules.symmetric_difference(READING_ORDER)
     rows = [(f"pipeline/{name}.py", phrase(ROOT / f"pipeline/{name}.py")) for name in READING_ORDER]
     stages = sorted((ROOT / "stages").glob("[a-z]*.py"))

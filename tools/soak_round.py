@@ -163,7 +163,7 @@ class Round:
         elif self.stale_store:
             if self.garbage_store:
                 self.without_store()
-            self.made.run(sys.executable, "-m", "pipeline.tracking", "sync", expect=None)
+            self.made.run(sys.executable, "-m", "pipeline", "sync", expect=None)
 
     def interrupted_with(self, count: int) -> list[Path]:
         """The whole checkpoints of a training that is down, by a SIGKILL if there are too few."""

@@ -1,0 +1,1 @@
+"""What people ask of the project: a function for each verb of `python -m pipeline`."""
