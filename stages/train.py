@@ -149,7 +149,7 @@ def train(
     )
     course.checkpoints.check_room(model.parameter_count())
     state = course.begin(training.start(model, config.train, precision), found)
-    loop(course, state, tokens, held_out)
+    go_through(course, state, tokens, held_out)
     save_model(model, paths.LAST)
     copy(course.best_model(), paths.MODEL)
     record.checkpoint("best", paths.MODEL, course.best_step)
@@ -158,7 +158,7 @@ def train(
     write_study(record, course.study, precision, shown, course.curve)
 
 
-def loop(
+def go_through(
     course: Course, state: training.TrainState, tokens: data.Tokens, held_out: data.Tokens
 ) -> None:
     """Every step that is left, and what comes between them."""

@@ -111,7 +111,7 @@ def the_run() -> Path:
     return found
 
 
-def checkpoints() -> list[str]:
+def saved_steps() -> list[str]:
     return sorted(path.name for path in (the_run() / "checkpoints").iterdir())
 
 
@@ -161,7 +161,7 @@ class Seen:
 
     def __init__(self, folder: Path, monkeypatch):
         self.losses, self.end = folder / "losses.txt", folder / "end"
-        step, loop = course.Course.step, train.loop
+        step, through = course.Course.step, train.go_through
 
         def note(self_: course.Course, report: training.StepReport) -> None:
             with open(self.losses, "a") as file:
@@ -169,11 +169,11 @@ class Seen:
             step(self_, report)
 
         def to_the_end(course_: course.Course, state: training.TrainState, *rest: Any) -> None:
-            loop(course_, state, *rest)
+            through(course_, state, *rest)
             snapshot.save_snapshot(self.end, state, {})
 
         monkeypatch.setattr(course.Course, "step", note)
-        monkeypatch.setattr(train, "loop", to_the_end)
+        monkeypatch.setattr(train, "go_through", to_the_end)
 
     def take(self) -> tuple[dict[int, str], dict[str, str], bytes]:
         """Losses by step, the sums of the state's files, the best model; then begin anew."""
@@ -213,7 +213,7 @@ def test_killed_twice_and_resumed_equals_unbroken_to_the_bit(
     for step in kills:
         with at_step(step, kill):
             assert in_a_child(lambda: train.main(config)) == -signal.SIGKILL
-    assert checkpoints()
+    assert saved_steps()
     train.main(config)
     assert seen.take() == unbroken
     assert recorded() == list(range(12))
@@ -260,7 +260,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves(
     with at_step(7, lambda: os.kill(os.getpid(), number)), pytest.raises(ended):
         train.main(settings())
     assert signal.getsignal(number) == handler
-    assert checkpoints()[-1] == "step-00000008"
+    assert saved_steps()[-1] == "step-00000008"
     said = json.loads((the_run() / "run_status.json").read_text())
     assert (said["state"], said["step"], said["exit_code"]) == ("preempted", 8, code)
     assert records.read(paths.record("train").with_suffix(".jsonl.part"))[-1]["status"] == "KILLED"
@@ -274,7 +274,7 @@ def test_without_the_handler_the_step_is_lost(workspace: Path, settings, monkeyp
     number = signal.SIGINT
     with at_step(7, lambda: os.kill(os.getpid(), number)), pytest.raises(KeyboardInterrupt):
         train.main(settings())
-    assert checkpoints()[-1] == "step-00000006"
+    assert saved_steps()[-1] == "step-00000006"
 
 
 def stopped_in_validation(config: configuration.Config, monkeypatch) -> None:
@@ -296,7 +296,7 @@ def test_a_signal_in_the_last_validation_leaves_it_for_later_twice(
     config = settings(train__val_every=50)
     for _ in range(2):  # the second time no step is left
         stopped_in_validation(config, monkeypatch)
-        assert checkpoints()[-1] == "step-00000012"
+        assert saved_steps()[-1] == "step-00000012"
     train.main(config)
     events = records.read(paths.record("train"))
     assert [e["step"] for e in events if "train/val_loss" in e.get("values", {})] == [11]
@@ -307,7 +307,7 @@ def test_a_signal_during_validation_leaves_it_for_later(
     workspace: Path, settings, monkeypatch
 ) -> None:
     stopped_in_validation(settings(), monkeypatch)
-    assert checkpoints() == ["step-00000003", "step-00000004"]
+    assert saved_steps() == ["step-00000003", "step-00000004"]
     train.main(settings())
     events = records.read(paths.record("train"))
     assert [e["step"] for e in events if "train/val_loss" in e.get("values", {})] == [3, 7, 11]
@@ -323,7 +323,7 @@ def test_a_validation_after_the_newest_checkpoint_keeps_its_best_model(
     with at_step(5, kill):  # validated, and killed before the next checkpoint
         assert in_a_child(lambda: train.main(settings())) == -signal.SIGKILL
     stopped_at(6, settings())
-    facts = snapshot.read_facts(the_run() / "checkpoints" / checkpoints()[-1])
+    facts = snapshot.read_facts(the_run() / "checkpoints" / saved_steps()[-1])
     assert facts["best_step"] == 4
     assert (the_run() / "best" / "step-00000004" / "model.safetensors").exists()
 
@@ -346,12 +346,12 @@ def test_a_second_signal_during_the_save_ends_at_once_and_harms_nothing(
         began = time.monotonic()
         monkeypatch.setattr(resume.Checkpoints, "due", lambda *_: False)
         assert in_a_child(lambda: train.main(settings())) == 143  # the first alone
-    assert checkpoints() == ["step-00000006"]
+    assert saved_steps() == ["step-00000006"]
     with at_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         monkeypatch.setattr(course.Course, "validation_due", lambda self: False)
         assert in_a_child(work) == -signal.SIGTERM
         assert time.monotonic() - began < 25
-    assert "step-00000009" not in checkpoints()
+    assert "step-00000009" not in saved_steps()
     monkeypatch.undo()
 
 
@@ -449,7 +449,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
     workspace: Path, settings, caplog, capsys, harm: str
 ) -> None:
     stopped_at(8 if "best" in harm else 7, settings())
-    newest = the_run() / "checkpoints" / checkpoints()[-1]
+    newest = the_run() / "checkpoints" / saved_steps()[-1]
     tensors = newest / "exp_avg.safetensors"
     if harm == "flip":
         flip(tensors)
@@ -491,7 +491,7 @@ def test_safetensors_itself_takes_the_flipped_bit(workspace: Path, settings) -> 
     from safetensors.torch import load_file
 
     stopped_at(7, settings())
-    tensors = the_run() / "checkpoints" / checkpoints()[-1] / "exp_avg.safetensors"
+    tensors = the_run() / "checkpoints" / saved_steps()[-1] / "exp_avg.safetensors"
     flip(tensors)
     assert load_file(tensors)
 
@@ -501,7 +501,7 @@ def test_with_no_whole_checkpoint_nothing_starts_in_silence(
     workspace: Path, settings, capsys
 ) -> None:
     stopped_at(7, settings())
-    for name in checkpoints():
+    for name in saved_steps():
         flip(the_run() / "checkpoints" / name / "model.safetensors")
     with pytest.raises(InputError, match=r"none of 2 checkpoints is whole.*resume=never"):
         train.main(settings())
@@ -550,7 +550,7 @@ def test_going_on_that_is_forced_names_every_difference(
 @pytest.mark.fault(44, control=True)
 def test_a_state_would_load_under_other_settings(workspace: Path, settings, make_config) -> None:
     stopped_at(7, settings())
-    path = the_run() / "checkpoints" / checkpoints()[-1]
+    path = the_run() / "checkpoints" / saved_steps()[-1]
     other = make_config(**SMALL, train__lr=0.5)
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
     state = training.start(model, other.train, choose_precision("fp32", CPU))
@@ -574,7 +574,7 @@ def test_a_full_disk_while_saving_is_storage_and_the_last_checkpoint_stays(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.exit_code == 5
-    assert checkpoints() == ["step-00000003"]
+    assert saved_steps() == ["step-00000003"]
     assert folders.problems(the_run() / "checkpoints" / "step-00000003") == []
     train.main(settings(train__val_every=12))
     assert recorded() == list(range(12))
@@ -824,7 +824,7 @@ def test_a_run_that_left_the_numbers_keeps_its_checkpoints_and_says_why(
     said = json.loads((the_run() / "run_status.json").read_text())
     assert (said["state"], said["exit_code"], said["step"]) == ("failed", 4, 6)
     assert "step 7" in said["message"]
-    assert checkpoints()[-1] == "step-00000006"
+    assert saved_steps()[-1] == "step-00000006"
 
 
 def test_a_finished_training_is_kept_until_dvc_has_it(workspace: Path, settings, capsys) -> None:
@@ -859,9 +859,9 @@ def test_a_training_that_is_asked_for_again_is_done_again(
 def test_a_time_budget_counts_what_was_spent_before(workspace: Path, settings, monkeypatch) -> None:
     config = settings(train__time_budget=5.0)
     stopped_at(5, config)
-    facts = snapshot.read_facts(the_run() / "checkpoints" / checkpoints()[-1])
+    facts = snapshot.read_facts(the_run() / "checkpoints" / saved_steps()[-1])
     assert 0 < facts["budget"]["spent"] < 60 and facts["budget"]["planned"] == 12
-    path = the_run() / "checkpoints" / checkpoints()[-1] / "snapshot.json"
+    path = the_run() / "checkpoints" / saved_steps()[-1] / "snapshot.json"
     seen: list[float] = []
     original = course.Budget
 

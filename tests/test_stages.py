@@ -412,9 +412,9 @@ def test_evaluate_judges_once_more_when_the_yardstick_is_known(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = make_config()
-    training = records.Record("train", config)
-    training.metrics({"train/loss": 10.0, "health/findings": 0.0})
-    training.close("FINISHED")
+    trained = records.Record("train", config)
+    trained.metrics({"train/loss": 10.0, "health/findings": 0.0})
+    trained.close("FINISHED")
     record = records.Record("evaluate", config)
     record.metrics({"val/loss": loss, "val/unigram_loss": 6.64}, 200)
     evaluate.judge(record, 200)
