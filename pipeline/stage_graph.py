@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent  # of the code that runs, in a temporary workspace too
+ROOT = Path(__file__).resolve().parents[2]  # of the code that runs, in a temporary workspace too
 
 
 @dataclass(frozen=True)

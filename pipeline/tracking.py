@@ -109,7 +109,7 @@ class Courier:
                 self._heard = time.monotonic()
 
     def _start(self, *words: str) -> subprocess.Popen:
-        home = str(Path(__file__).resolve().parent.parent)
+        home = str(Path(__file__).resolve().parents[2])
         places = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
         return subprocess.Popen(
             [sys.executable, "-X", "faulthandler", "-m", "pipeline", "ship", *words],

@@ -41,7 +41,7 @@ def cached(folder: Path, size: int) -> Path:
 def rotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
     """A stage of DVC's that tokenizes, checked out from a cache with a flipped bit."""
     made = Checkout(tmp_path)
-    made.env["PYTHONPATH"] = str(Path(data.__file__).parent.parent)
+    made.env["PYTHONPATH"] = str(Path(data.__file__).parents[2])
     (tmp_path / "write.py").write_text(WRITE, "utf-8")
     made.dvc("init", "--no-scm")
     made.dvc("config", "cache.type", "hardlink,copy")

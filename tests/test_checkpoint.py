@@ -120,7 +120,7 @@ def test_saving_does_not_import_transformers(tmp_path: Path) -> None:
         "save_model(GPT(GPTConfig(1, 1, 8, 8)), folder); load_model(folder)\n"
         "assert 'transformers' not in sys.modules and 'huggingface_hub' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
 
 
 # Round trip

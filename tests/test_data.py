@@ -22,7 +22,7 @@ from pipeline.__main__ import main as command
 from pipeline.corpus import Document
 from pipeline.errors import ConfigError, InputError, together
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = [
     Document("a", "train", "The first document."),
     Document("b", "val", "naïve 中文 🦜"),

@@ -16,7 +16,7 @@ import tiktoken_ext.openai_public
 from pipeline import tokenizer
 from pipeline.errors import InputError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Published examples of GPT-2's encoding, and its edge cases.
 KNOWN = {
     "Hello, I'm a language model,": [15496, 11, 314, 1101, 257, 3303, 2746, 11],

@@ -48,8 +48,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
-    store = f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
-    command += ["--port", str(port), "--backend-store-uri", store]
+    database = f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
+    command += ["--port", str(port), "--backend-store-uri", database]
     env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(

@@ -43,8 +43,8 @@ def verify(parser: argparse.ArgumentParser, words: list[str]) -> int:
     kinds.add_parser("tokens", help="token files").add_argument("folder", type=Path)
     models = kinds.add_parser("models", help="models and training checkpoints below folders")
     models.add_argument("folder", type=Path, nargs="+")
-    cache = kinds.add_parser("cache", help="every file of DVC's cache")
-    cache.add_argument("--delete", action="store_true", help="delete what has changed")
+    whole = kinds.add_parser("cache", help="every file of DVC's cache")
+    whole.add_argument("--delete", action="store_true", help="delete what has changed")
     asked = parser.parse_args(words)
     if asked.kind == "tokens":
         return _tokens(asked.folder)
