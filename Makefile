@@ -43,7 +43,7 @@ report: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# DVC wants git; pipeline/experiments.py says the same where it needs it.
+# DVC wants git; pipeline/records/dvc_history.py says the same where it needs it.
 git:
 	@if LC_ALL=C git rev-parse --git-dir 2>&1 | grep -q 'not a git repository' && \
 	    ! grep -qs 'no_scm *= *true' .dvc/config .dvc/config.local; then \

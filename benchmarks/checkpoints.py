@@ -21,19 +21,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline import config, resume, training
-from pipeline.checkpoint import save_model
-from pipeline.hf_weights import outline
-from pipeline.model import GPTConfig
-from pipeline.precision import choose_precision
-from pipeline.throughput import peak_memory_mib
+from pipeline import config
+from pipeline.compute.precision import choose_precision
+from pipeline.compute.throughput import peak_memory_mib
+from pipeline.model.gpt import GPTConfig
+from pipeline.model.hf_layout import outline
+from pipeline.model.model_dir import save_model
+from pipeline.resume import checkpoints
+from pipeline.training import loop
 
 RESULTS = Path(__file__).resolve().parent / "results" / "checkpoints.md"
 GO_ON = "verify and go on, mapped files counted"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def state_of(settings: config.Config) -> training.TrainState:
+def state_of(settings: config.Config) -> loop.TrainState:
     """Weights and moments of the recipe's size; what they are changes no time."""
     c = settings.model
     shape = GPTConfig(c.n_layer, c.n_head, c.n_embd, c.block_size, vocab_rows=c.vocab_rows)
@@ -43,7 +45,7 @@ def state_of(settings: config.Config) -> training.TrainState:
             parameter.normal_(0, 0.02)
             parameter.grad = torch.full_like(parameter, 1e-3)
     device = torch.device("cpu")
-    state = training.start(model, settings.train, choose_precision("fp32", device))
+    state = loop.start(model, settings.train, choose_precision("fp32", device))
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return state
@@ -77,7 +79,7 @@ def main() -> None:
     state = state_of(settings)
     weights = 4 * state.model.parameter_count() / 2**20
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        saved = resume.Checkpoints(Path(folder), settings.checkpoint)
+        saved = checkpoints.Checkpoints(Path(folder), settings.checkpoint)
 
         def save() -> None:
             state.step += 1
@@ -85,7 +87,7 @@ def main() -> None:
 
         def go_on() -> None:
             path, facts = saved.newest() or (Path(), {})
-            resume.go_on(state, path, facts)
+            checkpoints.go_on(state, path, facts)
 
         rows = [
             ("checkpoint", *timed(save, asked.rounds)),

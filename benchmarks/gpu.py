@@ -37,14 +37,18 @@ import torch
 from torch import Tensor
 
 from benchmarks import build_nanogpt
-from pipeline import compiling, config, dtypes, figures, runtime, throughput, training
+from pipeline import config
+from pipeline.compute import runtime, throughput
+from pipeline.compute.precision import PRECISIONS, choose_precision
+from pipeline.drawing import figures
 from pipeline.errors import ConfigError, UserError
-from pipeline.init import initialize
-from pipeline.loss import token_losses
-from pipeline.model import GPT, GPTConfig
-from pipeline.optimizer import parameter_groups
-from pipeline.precision import PRECISIONS, choose_precision
+from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.model.init import initialize
+from pipeline.model.loss import token_losses
+from pipeline.studies import op_dtypes
 from pipeline.tables import markdown
+from pipeline.training import compiling, loop
+from pipeline.training.optimizers import parameter_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -130,11 +134,11 @@ def model_of(rung: Rung, size: str, device: torch.device) -> GPT:
     return model.to(device)
 
 
-def state_of(rung: Rung, size: str, device: torch.device) -> training.TrainState:
+def state_of(rung: Rung, size: str, device: torch.device) -> loop.TrainState:
     """The real training step's state, with the rung's levers and no other."""
     precision, model = choose_precision(rung.precision, device), model_of(rung, size, device)
     settings = config.load(ROOT / "recipes/nano.yaml").train
-    state = training.start(model, replace(settings, compile=False), precision)
+    state = loop.start(model, replace(settings, compile=False), precision)
     if not rung.fused:
         groups = parameter_groups(model, settings.weight_decay)
         state.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), fused=False)
@@ -148,7 +152,7 @@ def state_of(rung: Rung, size: str, device: torch.device) -> training.TrainState
     return state
 
 
-def batch_of(size: str, batch: int) -> training.Batch:
+def batch_of(size: str, batch: int) -> loop.Batch:
     """The same tokens every time: a step's time does not depend on them."""
     tokens, ids = SIZES[size][3:5]
     chance = torch.Generator().manual_seed(0)
@@ -160,7 +164,7 @@ def our_step(rung: Rung, size: str, batch: int, device: torch.device) -> Callabl
     """A call that makes one step and gives its loss."""
     state, (x, y) = state_of(rung, size, device), batch_of(size, batch)
     given = [(x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)]
-    return lambda: training.train_step(state, given, LR, CLIP)[0]
+    return lambda: loop.train_step(state, given, LR, CLIP)[0]
 
 
 def their_step(source: Path, size: str, batch: int, device: torch.device) -> Callable[[], float]:
@@ -273,8 +277,8 @@ def kernels(size: str, device: torch.device) -> str:
     state = state_of(rung, size, device)
     state.eager_loss = state.loss_function
     settings = replace(config.load(ROOT / "recipes/nano.yaml").train, steps=1, warmup_steps=0)
-    watch = dtypes.Watch(state)
-    list(watch.first_of(training.fit(state, settings, lambda step: [batch_of(size, 1)])))
+    watch = op_dtypes.Watch(state)
+    list(watch.first_of(loop.fit(state, settings, lambda step: [batch_of(size, 1)])))
     names = dict.fromkeys(row.operation for row in watch.rows)
     return ", ".join(n for n in names if "attention" in n or "adamw" in n)
 

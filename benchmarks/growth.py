@@ -34,15 +34,19 @@ from benchmarks import outcomes, side_by_side, tokenizing
 from benchmarks.peers import RECIPE
 from benchmarks.side_by_side import Contestant, Result, Turn, Verdict
 from pipeline import config as configuration
-from pipeline import data, doctor, generation, runtime, training
+from pipeline.compute import runtime
+from pipeline.compute.precision import choose_precision
 from pipeline.config import Config
-from pipeline.course import step_metrics
-from pipeline.figures import OTHERS, sheet, svg
-from pipeline.model import GPT, GPTConfig
-from pipeline.precision import choose_precision
-from pipeline.records import Record
+from pipeline.data import token_files
+from pipeline.data.token_writer import usable_cores
+from pipeline.diagnostics import doctor
+from pipeline.drawing.figures import OTHERS, sheet, svg
+from pipeline.inference import generation
+from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.records.record_file import Record
+from pipeline.resume.course import step_metrics
 from pipeline.tables import markdown
-from pipeline.tokenizing import usable_cores
+from pipeline.training import loop
 
 IDLE = "idle"
 HEADS = 4
@@ -84,8 +88,8 @@ def step_of(model: GPTConfig, batch: int, tokens: int, accumulate: int = 1) -> T
     draws = runtime.generator(0, "ids")
     ids = torch.randint(50257, (accumulate, batch, tokens + 1), generator=draws)
     batches = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids]
-    state = training.start(GPT(model).to(device), settings, choose_precision("fp32", device))
-    steps = training.fit(state, dataclasses.replace(settings, steps=10**6), lambda _: batches)
+    state = loop.start(GPT(model).to(device), settings, choose_precision("fp32", device))
+    steps = loop.fit(state, dataclasses.replace(settings, steps=10**6), lambda _: batches)
     return lambda: next(steps).loss
 
 
@@ -140,20 +144,20 @@ def bookkeeping(steps: float) -> Turn:
     return turn
 
 
-def _report(step: int, config: Config) -> training.StepReport:
+def _report(step: int, config: Config) -> loop.StepReport:
     loss = 4 + 6 / (1 + step)
-    return training.StepReport(step, loss, 1.0, 1e-3, 1.0, False, 0.3, 0.001, 1024, 10**6)
+    return loop.StepReport(step, loss, 1.0, 1e-3, 1.0, False, 0.3, 0.001, 1024, 10**6)
 
 
 def batches(tokens: float) -> Turn:
     """A thousand batches out of a corpus of so many tokens."""
     settings = configuration.load(RECIPE).train
-    ids = np.zeros(int(tokens), data.DTYPE)
-    corpus = data.Tokens(ids, len(ids), "", 1, Path())
+    ids = np.zeros(int(tokens), token_files.DTYPE)
+    corpus = token_files.Tokens(ids, len(ids), "", 1, Path())
 
     def turn() -> None:
         for step in range(1000):
-            training.micro_batches(corpus, settings, step)
+            loop.micro_batches(corpus, settings, step)
 
     return turn
 

@@ -33,14 +33,16 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks import checkouts, outcomes, train
 from benchmarks.peers import Task
-from pipeline import data, evaluation, training
-from pipeline.checkpoint import save_model
+from pipeline.compute.precision import choose_precision
 from pipeline.config import Config
-from pipeline.evaluation import Choice, Context
-from pipeline.formats import DTYPES, round_to_format
-from pipeline.model import GPT
-from pipeline.precision import choose_precision
-from pipeline.tokenizer import EOT, encode, gpt2, token_byte_lengths
+from pipeline.data import token_files
+from pipeline.data.tokenizer import EOT, encode, gpt2, token_byte_lengths
+from pipeline.inference import evaluation
+from pipeline.inference.evaluation import Choice, Context
+from pipeline.model.gpt import GPT
+from pipeline.model.model_dir import save_model
+from pipeline.studies.number_formats import DTYPES, round_to_format
+from pipeline.training import loop
 
 CPU = torch.device("cpu")
 ITEMS, VAL_TOKENS = 100, 6000
@@ -83,8 +85,8 @@ def trained(checkout: Path, steps: int) -> tuple[GPT, str]:
     """Our model after `steps`, and how its losses compare to build-nanogpt's."""
     task = Unpadded("nano", device="cpu")
     config = task.config()
-    state = training.start(task.model(), config.train, choose_precision("fp32", CPU))
-    ours = training.fit(state, replace(config.train, steps=10_000), lambda step: [task.batch(step)])
+    state = loop.start(task.model(), config.train, choose_precision("fp32", CPU))
+    ours = loop.fit(state, replace(config.train, steps=10_000), lambda step: [task.batch(step)])
     theirs = train.build_nanogpt(task, checkout)
     pairs = [(next(ours).loss, theirs()) for _ in range(steps)]
     apart = max(abs(a - b) for a, b in pairs)
@@ -164,7 +166,9 @@ def against_harness(folder: Path, path: Path, nats: np.ndarray, items: list[Choi
     )
 
 
-def against_transformers(model: GPT, folder: Path, tokens: data.Tokens, context: Context) -> str:
+def against_transformers(
+    model: GPT, folder: Path, tokens: token_files.Tokens, context: Context
+) -> str:
     """Bits per byte from transformers' own logits in float64, window by window."""
     from transformers import GPT2LMHeadModel
 
@@ -219,7 +223,7 @@ def findings(checkout: Path, steps: int, count: int, work: Path) -> Iterator[tup
     folder, path = work / "model", work / "items.jsonl"
     save_model(model, folder)
     ids = corpus("val")
-    val = data.Tokens(ids, 0, "", 0, path)
+    val = token_files.Tokens(ids, 0, "", 0, path)
     context = Context(CPU, choose_precision("fp32", CPU), 8, model.config.block_size)
     evaluation.write_hellaswag(evaluation.choice_items(val, ITEMS, seed=7), path)
     items = evaluation.hellaswag_items(path)

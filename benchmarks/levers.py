@@ -23,11 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from pipeline import config, loss, optimizer, runtime, training
-from pipeline.init import initialize
-from pipeline.loss import token_losses
-from pipeline.model import GPT, GPTConfig
-from pipeline.precision import choose_precision
+from pipeline import config
+from pipeline.compute import runtime
+from pipeline.compute.precision import choose_precision
+from pipeline.model import loss
+from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.model.init import initialize
+from pipeline.model.loss import token_losses
+from pipeline.training import loop, optimizers
 
 try:
     import resource
@@ -55,14 +58,14 @@ LOSSES = loss._Head._losses
 LEVERS = {
     "loss by the target's probability": [(loss._Head, "_losses", without_a_look)],
     "reused buffer of logits": [(loss, "reused", fresh)],
-    "memory of the tied gradient handed on": [(training, "hand_back", lambda *_: None)],
+    "memory of the tied gradient handed on": [(loop, "hand_back", lambda *_: None)],
     "head's weight gradient by pieces": [(loss, "COLUMNS", 1 << 30)],
-    "look-up's gradient by rows": [(training, "look_up", lambda wte, idx: wte(idx))],
-    "clipping inside fused AdamW": [(optimizer, "SKIPPING", ())],
+    "look-up's gradient by rows": [(loop, "look_up", lambda wte, idx: wte(idx))],
+    "clipping inside fused AdamW": [(optimizers, "SKIPPING", ())],
 }
 
 
-def plain_loss(state: training.TrainState) -> training.LossFunction:
+def plain_loss(state: loop.TrainState) -> loop.LossFunction:
     def function(x, y, factor):
         return token_losses(state.model(x), y).sum() * factor
 
@@ -71,29 +74,29 @@ def plain_loss(state: training.TrainState) -> training.LossFunction:
 
 def contestants(model: GPT, settings: config.TrainConfig, precision) -> dict:
     """{name: (state, patches)}: those that differ in patches alone share one state."""
-    whole = training.start(model, settings, precision)
+    whole = loop.start(model, settings, precision)
     found = {ALL: (whole, [])}
     found |= {f"without {name}": (whole, patches) for name, patches in LEVERS.items()}
-    plain = training.start(copy.deepcopy(model), settings, precision)
+    plain = loop.start(copy.deepcopy(model), settings, precision)
     plain.loss_function = plain_loss(plain)
     found["without linear + cross-entropy in one"] = (plain, [])
-    with mock.patch.object(optimizer, "FUSED", ()):
-        found["without fused AdamW"] = (training.start(model, settings, precision), [])
-    bare = training.start(plain.model, settings, precision)
-    with mock.patch.object(optimizer, "FUSED", ()):
-        bare.optimizer = optimizer.build_optimizer(plain.model, settings)
+    with mock.patch.object(optimizers, "FUSED", ()):
+        found["without fused AdamW"] = (loop.start(model, settings, precision), [])
+    bare = loop.start(plain.model, settings, precision)
+    with mock.patch.object(optimizers, "FUSED", ()):
+        bare.optimizer = optimizers.build_optimizer(plain.model, settings)
     bare.loss_function = plain.loss_function
     found["without any"] = (bare, [])
     return found
 
 
-def step(state: training.TrainState, patches: list, ids: torch.Tensor) -> tuple[float, float, int]:
+def step(state: loop.TrainState, patches: list, ids: torch.Tensor) -> tuple[float, float, int]:
     """(loss, seconds, page faults) of one step at a learning rate so small that states stay put."""
     with contextlib.ExitStack() as stack:
         for module, name, value in patches:
             stack.enter_context(mock.patch.object(module, name, value))
         faults, began = page_faults(), time.perf_counter()
-        mean = training.train_step(state, [(ids[:, :-1], ids[:, 1:])], 1e-12, 1.0)[0]
+        mean = loop.train_step(state, [(ids[:, :-1], ids[:, 1:])], 1e-12, 1.0)[0]
         return mean, time.perf_counter() - began, page_faults() - faults
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from benchmarks.side_by_side import Result
-from pipeline.figures import OTHERS, sheet, svg
+from pipeline.drawing.figures import OTHERS, sheet, svg
 from pipeline.tables import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"

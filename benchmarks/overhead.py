@@ -37,7 +37,7 @@ from benchmarks.side_by_side import in_a_fresh_process
 from pipeline import config as configuration
 from pipeline import paths
 from pipeline.config import Config
-from pipeline.folders import remove
+from pipeline.storage.folders import remove
 from stages import train
 
 ROOT = Path(__file__).resolve().parent.parent

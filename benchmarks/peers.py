@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from benchmarks.checkouts import definitions
 from pipeline import config as configuration
-from pipeline import runtime
+from pipeline.compute import runtime
 from pipeline.config import Config
-from pipeline.hf_weights import from_hf, hf_config, to_hf
-from pipeline.init import initialize
-from pipeline.model import GPT, GPTConfig
+from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.model.hf_layout import from_hf, hf_config, to_hf
+from pipeline.model.init import initialize
 
 HF = "transformers"
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "nano.yaml"

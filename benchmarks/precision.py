@@ -25,10 +25,11 @@ from torch import Tensor
 
 from benchmarks import outcomes
 from benchmarks.peers import SIZES, Task
-from pipeline import precision as modes
-from pipeline import runtime, training
-from pipeline.precision import PRECISIONS, choose_precision
-from pipeline.throughput import Stopwatch
+from pipeline.compute import precision as modes
+from pipeline.compute import runtime
+from pipeline.compute.precision import PRECISIONS, choose_precision
+from pipeline.compute.throughput import Stopwatch
+from pipeline.training import loop
 
 STEPS = 5
 
@@ -44,17 +45,17 @@ def table(task: Task, rounds: int) -> list[str]:
     batches = [task.batch(step) for step in range(STEPS)]
     states, gradients, ends = {}, {}, {}
     for name in PRECISIONS:
-        state = training.start(copy.deepcopy(model), settings, choose_precision(name, device))
+        state = loop.start(copy.deepcopy(model), settings, choose_precision(name, device))
         gradients[name] = first_gradient(state, *batches[0])
         for batch in batches:
-            training.train_step(state, [batch], settings.lr, settings.grad_clip)
+            loop.train_step(state, [batch], settings.lr, settings.grad_clip)
         states[name], ends[name] = state, flat(state.model.parameters())
     watch = Stopwatch(device)
     seconds: dict[str, list[float]] = {name: [] for name in PRECISIONS}
     for turn in range(rounds):
         for name, state in states.items():
             watch.start()
-            training.train_step(state, [batches[turn % STEPS]], settings.lr, settings.grad_clip)
+            loop.train_step(state, [batches[turn % STEPS]], settings.lr, settings.grad_clip)
             seconds[name].append(watch.stop())
     base = statistics.median(seconds["fp32"])
     lines = [
@@ -70,7 +71,7 @@ def table(task: Task, rounds: int) -> list[str]:
     return lines
 
 
-def first_gradient(state: training.TrainState, x: Tensor, y: Tensor) -> Tensor:
+def first_gradient(state: loop.TrainState, x: Tensor, y: Tensor) -> Tensor:
     """The unscaled gradient of the first batch, left without an update."""
     device = state.precision.device
     scale = 1024.0  # a power of two: exact to take away again, and fp16 keeps small gradients

@@ -28,10 +28,11 @@ from benchmarks.checkouts import NANOGPT
 from benchmarks.outcomes import OURS
 from benchmarks.peers import HF, Task, hf_model, nanogpt_model
 from benchmarks.side_by_side import Contestant, Turn, Verdict, in_a_fresh_process
-from pipeline import generation, runtime
+from pipeline.compute import runtime
 from pipeline.config import SampleConfig
-from pipeline.decoding import Decoder
-from pipeline.tokenizer import EOT
+from pipeline.data.tokenizer import EOT
+from pipeline.inference import generation
+from pipeline.inference.decoding import Decoder
 
 PROMPT = 32  # tokens
 EQUAL = 0.5  # how often rounded weights have to choose the token that exact ones do

@@ -33,8 +33,9 @@ from benchmarks.checkouts import BUILD_NANOGPT, NANOGPT
 from benchmarks.outcomes import OURS
 from benchmarks.side_by_side import Contestant, Turn, Verdict
 from pipeline import config as configuration
-from pipeline import corpus, python_docs, tokenizer, tokenizing
-from pipeline.tokenizing import usable_cores
+from pipeline.data import corpus, token_writer, tokenizer
+from pipeline.data.sources import python_docs
+from pipeline.data.token_writer import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "text.jsonl"
@@ -95,9 +96,9 @@ def ours(path: Path, folder: Path, workers: int | None = None) -> Turn:
     config = configuration.load(ROOT / "recipes" / "nano.yaml", settings).corpus
 
     def turn() -> Answer:
-        tokenizing.refuse_empty(corpus.check(config))
+        token_writer.refuse_empty(corpus.check(config))
         documents, about = corpus.documents(config), corpus.describe(config)
-        tokenizing.write_tokens(documents, folder, workers=workers, source=about)
+        token_writer.write_tokens(documents, folder, workers=workers, source=about)
         return "by split", [str(folder / "train.bin"), str(folder / "val.bin")]
 
     return turn

@@ -32,10 +32,11 @@ from benchmarks.checkouts import BUILD_NANOGPT, NANOGPT
 from benchmarks.outcomes import OURS
 from benchmarks.peers import HF, SIZES, Task, build_nanogpt_model, hf_model, nanogpt_model
 from benchmarks.side_by_side import Contestant, Turn, Verdict
-from pipeline import runtime, training
-from pipeline.optimizer import learning_rate
-from pipeline.precision import PRECISIONS, choose_precision
-from pipeline.throughput import synchronize
+from pipeline.compute import runtime
+from pipeline.compute.precision import PRECISIONS, choose_precision
+from pipeline.compute.throughput import synchronize
+from pipeline.training import loop
+from pipeline.training.optimizers import learning_rate
 
 FIRST_STEPS = 3  # compared, not timed
 # Rows that pad a peer's vocabulary count in its softmax: log(50304 / 50257) is 9e-5 of the loss.
@@ -47,8 +48,8 @@ def ours(task: Task) -> Turn:
     """The loop that the train stage runs, one step a turn."""
     config, device = task.config(), runtime.choose_device(task.device)
     precision = choose_precision(task.precision, device)
-    state = training.start(task.model().to(device), config.train, precision)
-    steps = training.fit(state, config.train, lambda step: [task.batch(step)])
+    state = loop.start(task.model().to(device), config.train, precision)
+    steps = loop.fit(state, config.train, lambda step: [task.batch(step)])
     return lambda: next(steps).loss
 
 

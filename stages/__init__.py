@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import config as configuration
-from pipeline import git, plots, provenance, runs, terminal
+from pipeline import terminal
 from pipeline.config import Config
+from pipeline.drawing import dvc_plots
 from pipeline.errors import ChangedError, UserError, disk_full, exit_code, out_of_memory
+from pipeline.records import git, provenance
+from pipeline.resume import run_folder
 
 if TYPE_CHECKING:
-    from pipeline.precision import Precision
-    from pipeline.records import Record
+    from pipeline.compute.precision import Precision
+    from pipeline.records.record_file import Record
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,7 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
             held(main, stage, config)
         else:
             main(config)
-        plots.keep_script()
+        dvc_plots.keep_script()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -90,8 +93,8 @@ def held(main: Callable[[Config], None], stage: str, config: Config) -> None:
     the stage reads, its code, its inputs.
     """
     stamps = provenance.input_stamps(stage, config)
-    identity = runs.identity(stage, config, stamps)
-    if runs.take_over(identity):
+    identity = run_folder.identity(stage, config, stamps)
+    if run_folder.take_over(identity):
         print(f"{stage}: this very work has been done; its checked result is taken over")
     else:
         main(config)
@@ -105,7 +108,7 @@ def held(main: Callable[[Config], None], stage: str, config: Config) -> None:
         )
     if edited:
         way = "put the old back, give the same command, and it is taken over"
-        kept = f"The finished work is kept: {way}. " if runs.keep(identity) else ""
+        kept = f"The finished work is kept: {way}. " if run_folder.keep(identity) else ""
         raise ChangedError(
             f"edited while {stage} was at work:{provenance.listed(edited)}\n"
             "DVC files a result under what it finds when the stage ends, so it did not get this "
@@ -116,7 +119,7 @@ def held(main: Callable[[Config], None], stage: str, config: Config) -> None:
 
 def check_model(folder: Path) -> None:
     """Raise InputError unless a model directory is whole; it is dropped: one at a time fits."""
-    from pipeline.checkpoint import load_model  # torch: see announce
+    from pipeline.model.model_dir import load_model  # torch: see announce
 
     load_model(folder)
 
@@ -126,7 +129,9 @@ def announce(stage: str, precision: Precision, record: Record) -> None:
 
     The tags of `train` are the row's own, those of another stage carry its name.
     """
-    from pipeline.runtime import device_name  # torch: the stages that compute nothing go without
+    from pipeline.compute.runtime import (
+        device_name,  # torch: the stages that compute nothing go without
+    )
 
     device = device_name(precision.device)
     line = f"{stage}: device {device}, precision {precision.effective}"

@@ -5,14 +5,20 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from pipeline import data, doctor, git, paths, records, runs, runtime, tracking
-from pipeline import evaluation as tasks
-from pipeline.checkpoint import load_model
+from pipeline import paths
+from pipeline.compute import runtime
+from pipeline.compute.precision import choose_precision
 from pipeline.config import UNSET_PATH, Config
+from pipeline.data import token_files
+from pipeline.diagnostics import doctor
 from pipeline.errors import together
-from pipeline.experiments import Experiment
-from pipeline.precision import choose_precision
-from pipeline.records import Record
+from pipeline.inference import evaluation as tasks
+from pipeline.model.model_dir import load_model
+from pipeline.records import git, record_file
+from pipeline.records.dvc_history import Experiment
+from pipeline.records.record_file import Record
+from pipeline.resume import run_folder
+from pipeline.tracking import recording
 from stages import announce, check_model, run, write_metrics
 
 MODELS = {"init_val": paths.INIT, "val": paths.MODEL}  # the baseline beside the trained model
@@ -20,10 +26,13 @@ ITEMS = paths.ARTIFACTS / "choice_items.jsonl"
 
 
 def main(config: Config) -> None:
-    runs.forget_result()
-    with tracking.record("evaluate", config) as record:
+    run_folder.forget_result()
+    with recording.record("evaluate", config) as record:
         train, val, given, *_ = together(
-            *(partial(data.open_tokens, paths.TOKENS, split) for split in data.SPLITS),
+            *(
+                partial(token_files.open_tokens, paths.TOKENS, split)
+                for split in token_files.SPLITS
+            ),
             partial(hellaswag, config),
             *(partial(check_model, folder) for folder in MODELS.values()),
         )
@@ -60,7 +69,7 @@ def main(config: Config) -> None:
     show(results)
 
 
-def materials(config: Config, val: data.Tokens) -> dict[str, Any]:
+def materials(config: Config, val: token_files.Tokens) -> dict[str, Any]:
     """What each task works on; the made items are kept in HellaSwag's own file format."""
     items = tasks.choice_items(val, config.evaluate.choice_items, config.evaluate.seed)
     ITEMS.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +91,7 @@ def hellaswag(config: Config) -> dict[str, Any]:
 
 def judge(record: Record, steps: int) -> None:
     """The doctor's verdict once more: whether frequencies alone do as well is known only now."""
-    chain = {events[0]["stage"]: events for events in records.upstream("evaluate")}
+    chain = {events[0]["stage"]: events for events in record_file.upstream("evaluate")}
     if "train" not in chain:
         return
     found = Experiment("", "", chain | {"evaluate": record.so_far()})

@@ -9,23 +9,28 @@ from typing import Any
 
 import torch
 
-from pipeline import figures, git, init_study, paths, runtime, tracking
-from pipeline.checkpoint import build_model, save_model
+from pipeline import paths
+from pipeline.compute import runtime
 from pipeline.config import Config
+from pipeline.drawing import figures
 from pipeline.errors import ConfigError, InputError
-from pipeline.folders import recover, remove
-from pipeline.hf_weights import import_pretrained, parameter_table
-from pipeline.init import initialize
-from pipeline.model import GPT, GPTConfig
-from pipeline.parity import PARITY_BOUND, parity
-from pipeline.records import Record
+from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.model.hf_layout import import_pretrained, parameter_table
+from pipeline.model.init import initialize
+from pipeline.model.model_dir import build_model, save_model
+from pipeline.model.parity import PARITY_BOUND, parity
+from pipeline.records import git
+from pipeline.records.record_file import Record
+from pipeline.storage.folders import recover, remove
+from pipeline.studies import init_study
+from pipeline.tracking import recording
 from stages import run, write_csv
 
 PROBE_SHAPE = (2, 32)
 
 
 def main(config: Config) -> None:
-    with tracking.record("import_hf_weights", config) as record:
+    with recording.record("import_hf_weights", config) as record:
         model = build(config)
         recover(paths.INIT)
         save_model(model, paths.INIT)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from pipeline import figures, formats, paths, roofline, runtime, sensitivity, tracking
+from pipeline import paths
+from pipeline.compute import runtime
 from pipeline.config import Config
-from pipeline.folders import remove
+from pipeline.drawing import figures
+from pipeline.storage.folders import remove
+from pipeline.studies import number_formats, roofline, sensitivity
+from pipeline.tracking import recording
 from stages import run, write_csv, write_json
 
 
 def main(config: Config) -> None:
-    with tracking.record("numerics", config) as record:
+    with recording.record("numerics", config) as record:
         device = runtime.choose_device(config.device)
         record.tags({"numerics.device": runtime.device_name(device), "torch": torch.__version__})
         remove(paths.NUMERICS)
-        known = formats.formats()
+        known = number_formats.formats()
         suffered = sensitivity.sensitivities(device)
         shapes = roofline.shapes(
             config.model.n_embd,
@@ -35,7 +39,7 @@ def main(config: Config) -> None:
 
 
 def write(
-    known: list[formats.Format],
+    known: list[number_formats.Format],
     suffered: list[sensitivity.Sensitivity],
     measured: roofline.Roofline,
 ) -> None:
@@ -46,7 +50,7 @@ def write(
     write_csv(folder / "products.csv", roofline.PRODUCT_COLUMNS, measured.product_rows())
     write_csv(folder / "operations.csv", roofline.OPERATION_COLUMNS, measured.operation_rows())
     pages = {
-        "formats": formats.page(known),
+        "formats": number_formats.page(known),
         "sensitivity": sensitivity.page(suffered),
         "products": measured.products_page(),
         "operations": measured.operations_page(),

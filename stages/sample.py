@@ -11,14 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import data, paths, records, report, runtime, terminal, tokenizer, tracking
-from pipeline.checkpoint import load_model
+from pipeline import paths, terminal
+from pipeline.compute import runtime
+from pipeline.compute.precision import choose_precision
 from pipeline.config import Config
-from pipeline.decoding import Decoder, mean_loss
+from pipeline.data import token_files, tokenizer
 from pipeline.errors import together
-from pipeline.generation import generate, pad, stream_text, until_eot
-from pipeline.model import GPT
-from pipeline.precision import choose_precision
+from pipeline.inference.decoding import Decoder, mean_loss
+from pipeline.inference.generation import generate, pad, stream_text, until_eot
+from pipeline.model.gpt import GPT
+from pipeline.model.model_dir import load_model
+from pipeline.records import record_file
+from pipeline.reports import report
+from pipeline.tracking import recording
 from stages import announce, check_model, run
 
 MODELS = {"before": paths.INIT, "after": paths.MODEL}
@@ -28,7 +33,7 @@ LOSS_BATCH = 2  # 400 MB of logits at 1024 tokens a sequence
 
 
 def main(config: Config) -> None:
-    with tracking.record("sample", config) as record:
+    with recording.record("sample", config) as record:
         together(*(partial(check_model, folder) for folder in MODELS.values()))
         device = runtime.choose_device(config.device)
         announce("sample", choose_precision(config.sample.precision, device), record)
@@ -46,7 +51,7 @@ def main(config: Config) -> None:
             record.artifact(path, "samples")
         record.metrics({"sample/count": len(samples), **losses})
         # Last, as it shows all the others: the chain's records and the files that they name.
-        chain = [*records.upstream("sample"), record.so_far()]
+        chain = [*record_file.upstream("sample"), record.so_far()]
         write(paths.REPORT, report.of_chain(chain))
         record.artifact(paths.REPORT, "report")
     if losses:
@@ -95,12 +100,12 @@ def continuations(model: GPT, config: Config) -> Iterator[dict[str, Any]]:
 
 def cost_of_weights(model: GPT, config: Config) -> dict[str, float]:
     """Validation loss by the products of sampling, with fp32 weights and with those set."""
-    val = data.open_tokens(paths.TOKENS, "val")
+    val = token_files.open_tokens(paths.TOKENS, "val")
     device = next(model.parameters()).device
     precision = choose_precision(config.sample.precision, device)
     losses = {}
     for weights in ("fp32", config.sample.weights):
-        windows = data.validation_windows(
+        windows = token_files.validation_windows(
             val,
             batch_size=LOSS_BATCH,
             sequence_length=config.train.sequence_length,

@@ -7,13 +7,16 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from pipeline import corpus, data, git, listing, overlap, paths, tokenizing, tracking
+from pipeline import paths
 from pipeline.config import Config
+from pipeline.data import contamination, corpus, listing, token_files, token_writer
+from pipeline.records import git
+from pipeline.tracking import recording
 from stages import run
 
 
 def main(config: Config) -> None:
-    with tracking.record("tokenize", config) as record:
+    with recording.record("tokenize", config) as record:
         if config.corpus.source != "python-docs":
             git.check_whole(
                 "corpus.path",
@@ -23,15 +26,15 @@ def main(config: Config) -> None:
         with tqdm(unit="B", unit_scale=True, desc="check", mininterval=0.5) as bar:
             counts = corpus.check(config.corpus, bar.update)
         show_left_out(listing.left_out(config.corpus), counts["empty"])
-        tokenizing.refuse_empty(counts)
+        token_writer.refuse_empty(counts)
         started = time.perf_counter()
         with tqdm(unit="B", unit_scale=True, desc="tokenize", mininterval=0.5) as bar:
             documents = corpus.documents(config.corpus)
-            meta = tokenizing.write_tokens(
+            meta = token_writer.write_tokens(
                 documents, paths.TOKENS, progress=bar.update, source=corpus.describe(config.corpus)
             )
         seconds = time.perf_counter() - started
-        for split in data.SPLITS:
+        for split in token_files.SPLITS:
             facts = meta["splits"][split]
             record.metrics(
                 {f"data/{split}_{name}": facts[name] for name in ("tokens", "documents", "bytes")}
@@ -41,15 +44,16 @@ def main(config: Config) -> None:
                 f"tokenize: {split} {facts['documents']:,} documents, {facts['bytes']:,} bytes, "
                 f"{facts['tokens']:,} tokens"
             )
-        text_bytes = sum(meta["splits"][split]["bytes"] for split in data.SPLITS)
+        text_bytes = sum(meta["splits"][split]["bytes"] for split in token_files.SPLITS)
         record.metrics({"perf/tokenize_mb_per_second": text_bytes / 1e6 / seconds})
-        splits = [data.open_tokens(paths.TOKENS, split, verify=False) for split in data.SPLITS]
-        shared = overlap.overlap(*splits)
+        splits = [
+            token_files.open_tokens(paths.TOKENS, split, verify=False)
+            for split in token_files.SPLITS
+        ]
+        shared = contamination.overlap(*splits)
         record.metrics({"data/val_overlap": shared})
-        print(
-            f"tokenize: {shared:.1%} of the validation passages ({overlap.LENGTH} tokens) stand "
-            "in the training text, too"
-        )
+        passages = f"{contamination.LENGTH}-token validation passages"
+        print(f"tokenize: {shared:.1%} of {passages} also occur in the training text")
 
 
 def show_left_out(files: str, documents: int) -> None:

@@ -16,39 +16,30 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pipeline import (
-    data,
-    debugging,
-    doctor,
-    dtypes,
-    figures,
-    folders,
-    forecast,
-    interruption,
-    nonfinite,
-    passages,
-    paths,
-    records,
-    runs,
-    runtime,
-    scaling,
-    throughput,
-    tracking,
-    training,
-)
-from pipeline.checkpoint import load_model, save_model
+from pipeline import paths
+from pipeline.compute import runtime, throughput
+from pipeline.compute.precision import Precision, choose_precision
 from pipeline.config import Config
-from pipeline.course import Course, step_metrics
+from pipeline.data import token_files
+from pipeline.diagnostics import debugger, doctor, forecast, nonfinite, token_spans
+from pipeline.drawing import figures
 from pipeline.errors import NumericsError, ResumeError, together
-from pipeline.experiments import Experiment
-from pipeline.folders import copy, recover
-from pipeline.interruption import Interruption, Stopped
-from pipeline.loss import mean_loss
-from pipeline.model import GPT
-from pipeline.optimizer import update_ratio
-from pipeline.precision import Precision, choose_precision
-from pipeline.records import Record
-from pipeline.resume import Checkpoint, Checkpoints
+from pipeline.model.gpt import GPT
+from pipeline.model.loss import mean_loss
+from pipeline.model.model_dir import load_model, save_model
+from pipeline.records import record_file
+from pipeline.records.dvc_history import Experiment
+from pipeline.records.record_file import Record
+from pipeline.resume import interruption, run_folder
+from pipeline.resume.checkpoints import Checkpoint, Checkpoints
+from pipeline.resume.course import Course, step_metrics
+from pipeline.resume.interruption import Interruption, Stopped
+from pipeline.storage import folders
+from pipeline.storage.folders import copy, recover
+from pipeline.studies import loss_scaling, op_dtypes
+from pipeline.tracking import recording
+from pipeline.training import loop
+from pipeline.training.optimizers import update_ratio
 from stages import announce, check_model, run, write_csv, write_curve, write_metrics
 
 log = logging.getLogger(__name__)
@@ -66,17 +57,19 @@ OUTPUTS = [
 
 def main(config: Config) -> None:
     tokens, held_out, _ = together(
-        functools.partial(data.open_tokens, paths.TOKENS, "train"),
-        functools.partial(data.open_tokens, paths.TOKENS, "val"),
+        functools.partial(token_files.open_tokens, paths.TOKENS, "train"),
+        functools.partial(token_files.open_tokens, paths.TOKENS, "val"),
         functools.partial(check_model, paths.INIT),
     )
-    data.check_length(tokens, config.train.sequence_length)
+    token_files.check_length(tokens, config.train.sequence_length)
     inputs = {
         "train": tokens.sha256,
         "val": held_out.sha256,
-        "init": records.tree_digest(paths.INIT),
+        "init": record_file.tree_digest(paths.INIT),
     }
-    with runs.claim(runs.identity("train", config, inputs), config.checkpoint.wait) as run:
+    with run_folder.claim(
+        run_folder.identity("train", config, inputs), config.checkpoint.wait
+    ) as run:
         for output in OUTPUTS:
             recover(output)
         if config.checkpoint.resume == "never" and not run.waited:
@@ -88,7 +81,7 @@ def main(config: Config) -> None:
         found = checkpoints.newest()
         announce_start(config, run, found)
         machine = measure(config)  # before the process that ships takes a core for its libraries
-        with tracking.record("train", config, run.journal) as record:
+        with recording.record("train", config, run.journal) as record:
             record.dataset("tokens", tokens.sha256, str(tokens.path), "train")
             record.tags({f"digest.{name}": digest for name, digest in inputs.items()})
             course = Course(config, record, run, checkpoints)
@@ -109,7 +102,7 @@ def measure(config: Config) -> Machine:
     return Machine(precision, throughput.matrix_rate(precision))
 
 
-def announce_start(config: Config, run: runs.Run, found: Checkpoint | None) -> None:
+def announce_start(config: Config, run: run_folder.Run, found: Checkpoint | None) -> None:
     """Where this training starts, and why not elsewhere; raises ResumeError where it may not."""
     if found:
         print(
@@ -117,8 +110,8 @@ def announce_start(config: Config, run: runs.Run, found: Checkpoint | None) -> N
         )
         return
     why = "there is no checkpoint to go on from"
-    if other := runs.unfinished(but=run.folder):
-        changed = "; ".join(runs.differences(run.identity, other)) or "nothing else"
+    if other := run_folder.unfinished(but=run.folder):
+        changed = "; ".join(run_folder.differences(run.identity, other)) or "nothing else"
         why += f"; the training interrupted last, {other}, is another one: here {changed}"
     if config.checkpoint.resume == "require":
         raise ResumeError(f"checkpoint.resume=require: {why}")
@@ -129,15 +122,17 @@ def announce_start(config: Config, run: runs.Run, found: Checkpoint | None) -> N
 def train(
     course: Course,
     found: Checkpoint | None,
-    tokens: data.Tokens,
-    held_out: data.Tokens,
+    tokens: token_files.Tokens,
+    held_out: token_files.Tokens,
     machine: Machine,
 ) -> None:
     config, record = course.config, course.record
     precision, device = machine.precision, machine.precision.device
     announce("train", precision, record)
     foresee(config, precision, record, len(tokens))
-    shown = scaling.demonstrate(device)  # now: nothing is to fail once days of training are done
+    shown = loss_scaling.demonstrate(
+        device
+    )  # now: nothing is to fail once days of training are done
     throughput.forget_peak(device)
     torch.manual_seed(runtime.derived_seed(config.train.seed, "dropout"))
     model = load_model(
@@ -148,7 +143,7 @@ def train(
         device=device,
     )
     course.checkpoints.check_room(model.parameter_count())
-    state = course.begin(training.start(model, config.train, precision), found)
+    state = course.begin(loop.start(model, config.train, precision), found)
     go_through(course, state, tokens, held_out)
     save_model(model, paths.LAST)
     copy(course.best_model(), paths.MODEL)
@@ -159,22 +154,22 @@ def train(
 
 
 def go_through(
-    course: Course, state: training.TrainState, tokens: data.Tokens, held_out: data.Tokens
+    course: Course, state: loop.TrainState, tokens: token_files.Tokens, held_out: token_files.Tokens
 ) -> None:
     """Every step that is left, and what comes between them."""
     config, record = course.config, course.record
-    watch = dtypes.Watch(state)
+    watch = op_dtypes.Watch(state)
     rounds = doctor.Rounds()
     with interruption.listening() as stop:
-        reports = training.fit(
+        reports = loop.fit(
             state,
             config.train,
-            functools.partial(training.micro_batches, tokens, config.train),
+            functools.partial(loop.micro_batches, tokens, config.train),
             look=functools.partial(stop_and_look, config, record, watch, stop),
             look_at=config.debug.interact_at_step,
             steps_at=course.budget.steps,
         )
-        text = functools.partial(passages.of_step, tokens, config.train)
+        text = functools.partial(token_spans.of_step, tokens, config.train)
         steps = nonfinite.explaining(watched(reports, watch, course.study), state, text)
         try:
             validate_if_due(course, state, held_out, stop, rounds)  # a stopped one may owe it
@@ -193,7 +188,7 @@ def go_through(
             raise
 
 
-def leave_if_asked(course: Course, state: training.TrainState, stop: Interruption) -> None:
+def leave_if_asked(course: Course, state: loop.TrainState, stop: Interruption) -> None:
     """After a signal: save, say so, and end."""
     if stop.asked():
         course.save(state)
@@ -205,8 +200,8 @@ def leave_if_asked(course: Course, state: training.TrainState, stop: Interruptio
 
 
 def watched(
-    reports: Iterator[training.StepReport], watch: dtypes.Watch, study: Path
-) -> Iterator[training.StepReport]:
+    reports: Iterator[loop.StepReport], watch: op_dtypes.Watch, study: Path
+) -> Iterator[loop.StepReport]:
     """The reports; what the first step of the whole training did is noted in `study`."""
     if study.exists():
         yield from reports
@@ -214,15 +209,15 @@ def watched(
     for report in watch.first_of(reports):
         if not study.exists():
             with folders.writing(study, needed=1 << 20, sums=False) as partial:
-                write_csv(partial / "dtypes.csv", dtypes.COLUMNS, watch.cells())
+                write_csv(partial / "dtypes.csv", op_dtypes.COLUMNS, watch.cells())
                 (partial / "dtypes.md").write_text(watch.page(), "utf-8")
         yield report
 
 
 def validate_if_due(
     course: Course,
-    state: training.TrainState,
-    held_out: data.Tokens,
+    state: loop.TrainState,
+    held_out: token_files.Tokens,
     stop: Interruption,
     rounds: doctor.Rounds,
 ) -> None:
@@ -254,7 +249,7 @@ def foresee(config: Config, precision: Precision, record: Record, corpus_tokens:
         log.warning("%s", problem)
 
 
-def foresee_time(config: Config, record: Record, curve: list[training.StepReport]) -> None:
+def foresee_time(config: Config, record: Record, curve: list[loop.StepReport]) -> None:
     """After the first measured steps: when this training ends."""
     seconds = [report.seconds for report in curve]
     record.metrics({"time/forecast_seconds": forecast.run_seconds(seconds, config.train)})
@@ -264,34 +259,34 @@ def foresee_time(config: Config, record: Record, curve: list[training.StepReport
 def stop_and_look(
     config: Config,
     record: Record,
-    watch: dtypes.Watch,
+    watch: op_dtypes.Watch,
     stop: Interruption,
-    state: training.TrainState,
+    state: loop.TrainState,
 ) -> None:
     """debug.interact_at_step: an interpreter where somebody sits, else the moment on disk."""
-    if debugging.has_terminal():
+    if debugger.has_terminal():
         record.tags({"debug.interacted_at_step": state.step})
         with watch.looking_away(), stop.suspended():
-            debugging.look(state)
+            debugger.look(state)
     else:
         why = f"debug.interact_at_step={state.step}: no terminal here, so no interpreter"
         keep_for_a_look(state, config, record, why)
 
 
-def keep_for_a_look(state: training.TrainState, config: Config, record: Record, why: str) -> None:
-    folder = debugging.write_bundle(state, config, why)
+def keep_for_a_look(state: loop.TrainState, config: Config, record: Record, why: str) -> None:
+    folder = debugger.write_bundle(state, config, why)
     record.tags({"debug.why": why, "debug.bundle": folder or "not written"})
 
 
 def validate(
-    state: training.TrainState, held_out: data.Tokens, config: Config, stop: Interruption
+    state: loop.TrainState, held_out: token_files.Tokens, config: Config, stop: Interruption
 ) -> float:
     """Mean loss over the same first tokens of the validation split at every call.
 
     Raises Stopped where somebody asks to stop meanwhile.
     """
     windows = functools.partial(
-        data.validation_windows,
+        token_files.validation_windows,
         held_out,
         batch_size=config.train.batch_size,
         sequence_length=config.train.sequence_length,
@@ -300,14 +295,14 @@ def validate(
     device = state.precision.device
     loss = mean_loss(state.model, stop.unless_asked(windows()), state.precision, device)
     if not math.isfinite(loss):
-        text = functools.partial(passages.of_validation, held_out, config.train)
+        text = functools.partial(token_spans.of_validation, held_out, config.train)
         raise nonfinite.of_validation(state, windows(), loss, text)
     return loss
 
 
 def progress(
-    reports: Iterator[training.StepReport], config: Config, done: int
-) -> Iterator[training.StepReport]:
+    reports: Iterator[loop.StepReport], config: Config, done: int
+) -> Iterator[loop.StepReport]:
     """A bar with loss, tokens/s and time left; rarely redrawn where it goes to a file."""
     every = 0.5 if sys.stderr.isatty() else 20.0
     total = config.train.steps
@@ -320,7 +315,7 @@ def progress(
             yield report
 
 
-def update_metric(state: training.TrainState, report: training.StepReport) -> dict[str, float]:
+def update_metric(state: loop.TrainState, report: loop.StepReport) -> dict[str, float]:
     """By how much the step changed the weights; one matrix in the middle speaks for all."""
     blocks = state.model.transformer.h
     ratio = update_ratio(state.optimizer, blocks[len(blocks) // 2].mlp.c_fc.weight)
@@ -351,7 +346,7 @@ def write_results(course: Course, model: GPT, precision: Precision, matrix_rate:
 
 def judge(record: Record, steps: int) -> dict[str, float]:
     """The doctor's verdict, aloud, in the row and as a page; its numbers are returned."""
-    upstream = {events[0]["stage"]: events for events in records.upstream("train")}
+    upstream = {events[0]["stage"]: events for events in record_file.upstream("train")}
     found = Experiment("", "", upstream | {"train": record.so_far()})
     findings = doctor.examine(found)
     numbers = doctor.health(found)
@@ -371,8 +366,8 @@ def write_study(
     record: Record,
     study: Path,
     precision: Precision,
-    shown: scaling.Demonstration,
-    curve: list[training.StepReport],
+    shown: loss_scaling.Demonstration,
+    curve: list[loop.StepReport],
 ) -> None:
     """Which operation ran in what, and the loss scale of this run and in a demonstration.
 

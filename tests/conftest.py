@@ -21,14 +21,17 @@ import torch
 from omegaconf import OmegaConf
 
 from pipeline import config as configuration
-from pipeline import paths, records, runs, shipping, tracking
+from pipeline import paths
 from pipeline.config import Config
+from pipeline.process import this_process
+from pipeline.records import record_file
+from pipeline.tracking import recording, shipping
 
 ROOT = Path(__file__).resolve().parent.parent
 
 NANO = ROOT / "recipes" / "nano.yaml"
 
-pytest_plugins = ["tests.faults", "pytester"]
+pytest_plugins = ["tests.helpers.faults", "pytester"]
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it puts aside
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -63,17 +66,17 @@ def make_config() -> Callable[..., Config]:
 @pytest.fixture(scope="session", autouse=True)
 def _unbounded() -> Iterator[None]:
     """A limit of memory would stay for every test after the one that asked a server."""
-    from pipeline import store
+    from pipeline.tracking import mlflow_store
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "_bound_memory", lambda: None)
+        patch.setattr(mlflow_store, "_bound_memory", lambda: None)
         yield
 
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty database, made once as `connect` makes it: the schema takes seconds."""
-    from pipeline.store import _create_sqlite
+    from pipeline.tracking.mlflow_store import _create_sqlite
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     _create_sqlite(path)
@@ -91,8 +94,8 @@ def own_store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     for name in ("DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(records, "_invocation", lambda: "one")
-    monkeypatch.setattr(tracking, "Courier", InThisProcess)
+    monkeypatch.setattr(record_file, "_invocation", lambda: "one")
+    monkeypatch.setattr(recording, "Courier", InThisProcess)
     return tmp_path / "mlflow.db"
 
 
@@ -105,7 +108,7 @@ def rest_server(
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from werkzeug.serving import make_server
 
-    from pipeline import store
+    from pipeline.tracking import mlflow_store
 
     running = []
 
@@ -124,9 +127,9 @@ def rest_server(
 
     # As `mlflow server` does by default: it takes the artifacts itself.
     monkeypatch.setenv("_MLFLOW_SERVER_SERVE_ARTIFACTS", "true")
-    monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_DESTINATION", store.artifact_root())
+    monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_DESTINATION", mlflow_store.artifact_root())
     monkeypatch.setattr(handlers, "_artifact_repo", None)
-    behind = SqlAlchemyStore(store.store_uri(), "mlflow-artifacts:/")
+    behind = SqlAlchemyStore(mlflow_store.store_uri(), "mlflow-artifacts:/")
     monkeypatch.setattr(handlers, "_tracking_store", behind)
     yield start
     for server in running:
@@ -147,9 +150,9 @@ class InThisProcess:
     """Stands in for tracking.Courier: ships from a thread of the test's own process."""
 
     def __init__(self, checkpoints: str):
-        self._shipper = shipping.Shipper(runs.this_process(), checkpoints)
+        self._shipper = shipping.Shipper(this_process(), checkpoints)
 
-    def __call__(self, event: records.Event) -> None:
+    def __call__(self, event: record_file.Event) -> None:
         self._shipper(event)
 
     def close(self, hurried: bool = False) -> None:
@@ -166,7 +169,7 @@ def wait_for(what: Callable[[], object], seconds: float = 60.0) -> None:
 
 def record_is_complete(steps: int) -> bool:
     """Whether this workspace's record of `train` has ended with each point of train/value once."""
-    events = records.read(paths.record("train"))
+    events = record_file.read(paths.record("train"))
     points = [e["step"] for e in events if "train/value" in e.get("values", {})]
     return points == list(range(steps)) and events[-1]["status"] == "FINISHED"
 

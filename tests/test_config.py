@@ -79,7 +79,7 @@ def test_a_wrong_value_is_named_with_what_is_accepted(changes: dict, message: st
 
 
 def test_the_shortest_sequence_is_the_ending_that_evaluate_makes() -> None:
-    from pipeline.evaluation import ENDING_TOKENS
+    from pipeline.inference.evaluation import ENDING_TOKENS
 
     assert configuration.CHOICE_ENDING == ENDING_TOKENS
 
@@ -324,7 +324,7 @@ def test_a_config_json_that_says_nothing_is_left_to_the_import(
 
 
 def test_the_published_sizes_are_those_that_the_import_knows() -> None:
-    from pipeline.hf_weights import PUBLISHED_HEADS
+    from pipeline.model.hf_layout import PUBLISHED_HEADS
 
     known = {(sizes[0], sizes[2]): sizes[1] for sizes in watched.PUBLISHED.values()}
     assert known.items() >= PUBLISHED_HEADS.items()

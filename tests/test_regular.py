@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 
 from pipeline import config as configuration
-from pipeline import data, errors, evaluation, folders, regular, runs, snapshot, watched, yaml_text
-from pipeline.checkpoint import load_model, save_model
-from pipeline.corpus import check
+from pipeline import errors, regular, watched, yaml_text
+from pipeline.data import token_files
+from pipeline.data.corpus import check
+from pipeline.data.text_fields import rows
 from pipeline.errors import InputError, UserError
-from pipeline.fields import rows
+from pipeline.inference import evaluation
+from pipeline.model.model_dir import load_model, save_model
+from pipeline.resume import run_folder, snapshot
+from pipeline.storage import folders
 from stages import import_hf_weights
 from tests.conftest import params
 
@@ -55,7 +59,7 @@ JSON_FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "sha256.json": ("sha256.json", load_model),
     "weights": ("model.safetensors", load_model),
     "index": ("model.safetensors.index.json", load_model),
-    "meta.json": ("meta.json", lambda folder: data.open_tokens(folder, "train")),
+    "meta.json": ("meta.json", lambda folder: token_files.open_tokens(folder, "train")),
     "snapshot.json": ("snapshot.json", snapshot.read_facts),
     "params": ("params.yaml", lambda folder: configuration.load(folder / "params.yaml")),
 }
@@ -142,11 +146,11 @@ def test_streams_are_read_from_regular_files_alone(
 def test_a_run_folder_of_anything_is_listed_and_passed_over(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs.paths, "runs", lambda: tmp_path)
+    monkeypatch.setattr(run_folder.paths, "runs", lambda: tmp_path)
     (tmp_path / "r").mkdir()
-    for name in (runs.IDENTITY, runs.STATUS, runs.RESULT):
+    for name in (run_folder.IDENTITY, run_folder.STATUS, run_folder.RESULT):
         KINDS[kind](tmp_path / "r" / name)
-    assert [line.partition(" ")[0] for line in runs.lines()] in (
+    assert [line.partition(" ")[0] for line in run_folder.lines()] in (
         ["r"],
         ["no"],  # training: a link to nothing
     )
@@ -156,9 +160,9 @@ def test_facts_of_another_kind_are_no_facts(tmp_path: Path) -> None:
     path = tmp_path / "status.json"
     for value in ({"time": "noon"}, {"step": [1]}, {"params": 7}, {"digests": "x"}):
         path.write_text(json.dumps(value))
-        assert runs._json(path) == {}
+        assert run_folder._json(path) == {}
     path.write_text(json.dumps({"time": 1, "step": None}))
-    assert runs._json(path) == {"time": 1, "step": None}
+    assert run_folder._json(path) == {"time": 1, "step": None}
 
 
 def test_sizes_of_an_odd_model_folder_are_not_known_rather_than_waited_for(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from pipeline import notes, terminal
-from pipeline.comparison import Comparison, Run
+from pipeline import terminal
+from pipeline.experiments.comparison import Comparison, Run
+from pipeline.tracking import run_note
 from stages import sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,10 +123,10 @@ def test_no_page_obeys_what_a_record_or_a_model_says(make_config) -> None:
     config = make_config(sample__prompts=[hostile])
     texts = [{"when": "after", "prompt": hostile, "text": f"{TITLE}\n```\n{IMAGE}", "tokens": []}]
     head = {"git": {"commit": hostile}, "parent": {"settings": "", "changed": {hostile: ["a", 1]}}}
-    facts = notes.Facts(hostile, {"val/loss": 1.0}, {"health.verdict": hostile})
+    facts = run_note.Facts(hostile, {"val/loss": 1.0}, {"health.verdict": hostile})
     run = Run(hostile, "r", 0, {"train.seed": 1}, "", "", [1.0], [], 1.0, 1.0, 1.0, 0)
     other = Comparison(hostile, hostile, {hostile: [run]})
-    for text in (sample.readable(texts, config), notes.note(head, facts, facts), other.page()):
+    for text in (sample.readable(texts, config), run_note.note(head, facts, facts), other.page()):
         assert text == terminal.shown(text)
         seen = MarkdownIt("commonmark").enable("table").parse(text)
         inner = {child.type for token in seen for child in token.children or ()}

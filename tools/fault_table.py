@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tables import markdown
-from tests.faults import EXCUSED, RESULTS, table
+from tests.helpers.faults import EXCUSED, RESULTS, table
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDS = ("passed", "failed", "skipped")

@@ -44,8 +44,7 @@ OTHER_FILES = {
     ".dvc/plots/": "the page of `dvc plots` and its two kinds of charts",
     "recipes/": "complete params files: the default, GPT-2 124M to XL, continued training",
     "docs/notes.md": "the notes behind this project, answered with figures from a run",
-    "tests/": "one file a module, and the claims seen from outside",
-    "tests/faults.yaml": "the fault table's rows; tests name theirs by @pytest.mark.fault(ROW)",
+    "tests/": "the same folders, and end_to_end/: the claims seen from outside",
     "tests/NUMERICS.md": "details that reimplementations get wrong, and the test of each",
     "benchmarks/": "measurements anyone can repeat, and their results",
     "tools/readme.py": "fills the marked blocks of this page and of docs/",
@@ -55,22 +54,6 @@ OTHER_FILES = {
     "*.lock": "their hashes, made by tools/lock.py; PyTorch has its own",
     "Makefile": "repro, test, faults, ui, report, lint, clean",
 }
-READING_ORDER = [
-    *("model", "init", "loss", "precision", "emulation", "fp8", "training"),
-    *("compiling", "prefetch", "optimizer"),
-    *("data", "tokenizing", "corpus", "listing", "fields", "python_docs", "overlap", "tokenizer"),
-    *("hf_weights", "parity", "weight_files", "checkpoint"),
-    *("generation", "decoding", "int8", "evaluation", "throughput", "runtime", "budget"),
-    *("init_study", "formats", "sensitivity", "roofline", "dtypes", "scaling"),
-    *("course", "resume", "snapshot", "interruption", "debugging", "nonfinite", "passages"),
-    *("reading", "experiments", "sweep", "queueing", "comparison", "contrast"),
-    *("doctor", "symptoms", "forecast", "report", "report_run", "report_figures", "figures"),
-    *("plots", "tables"),
-    *("records", "tracking", "shipping", "history", "store", "rows", "logged_models", "notes"),
-    *("view", "runs"),
-    *("config", "hints", "watched", "yaml_text", "paths", "stage_graph", "provenance"),
-    *("git", "cache", "folders", "regular", "terminal", "errors", "buffers"),
-]
 
 
 def settings() -> str:
@@ -87,12 +70,15 @@ def settings() -> str:
 
 
 def tree() -> str:
-    modules = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__", "__main__"}
-    assert modules == set(READING_ORDER), modules.symmetric_difference(READING_ORDER)
-    rows = [(f"pipeline/{name}.py", phrase(ROOT / f"pipeline/{name}.py")) for name in READING_ORDER]
-    stages = sorted((ROOT / "stages").glob("[a-z]*.py"))
-    rows += [(f"stages/{path.name}", phrase(path)) for path in stages]
-    rows += OTHER_FILES.items()
+    """The packages in the order in which they may import one another, a line each."""
+    from tests.helpers.imports import LOOKS, MAKES
+
+    def lines(packages: tuple[str, ...]) -> list[tuple[str, str]]:
+        places = [(f"pipeline/{name}/", ROOT / "pipeline" / name) for name in packages]
+        return [(name, phrase(place / "__init__.py")) for name, place in places]
+
+    rows = [("stages/", phrase(ROOT / "stages/__init__.py"))]
+    rows += [*lines(MAKES), *lines(LOOKS), *OTHER_FILES.items()]
     width = max(len(name) for name, _ in rows) + 2
     return "```text\n" + "\n".join(f"{name:<{width}}{text}" for name, text in rows) + "\n```"
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.folders import SUMS, problems
-from pipeline.records import read, tree_digest
+from pipeline.records.record_file import read, tree_digest
+from pipeline.storage.folders import SUMS, problems
 
 Point = tuple[str, int, float]  # key, step, value
 

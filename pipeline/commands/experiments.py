@@ -21,7 +21,7 @@ def sweep(parser: argparse.ArgumentParser, words: list[str]) -> int | None:
     python -m pipeline sweep precision=fp32,tf32,bf16,fp16
     python -m pipeline sweep train.lr=0.0005,0.002,0.008 train.steps=100 --seeds 1,2
     """
-    from pipeline import sweep
+    from pipeline.experiments import sweep
 
     asked = sweep_words(parser, words)
     return sweep.carry_out(asked.words, asked.seeds, asked.name, asked.jobs, asked.dry_run)
@@ -49,7 +49,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _prefix(text: str) -> str:
-    from pipeline.sweep import dvc_name
+    from pipeline.experiments.sweep import dvc_name
 
     if text != dvc_name(text):
         raise argparse.ArgumentTypeError(f"{text}: expected letters, digits, _ and -")
@@ -62,7 +62,7 @@ def compare(parser: argparse.ArgumentParser, words: list[str]) -> None:
     python -m pipeline compare precision
     python -m pipeline compare init.std --steps 100
     """
-    from pipeline import comparison
+    from pipeline.experiments import comparison
 
     parser.add_argument("setting", help="such as precision or init.std")
     parser.add_argument("--steps", type=int, default=0, help="the first steps only")
@@ -79,7 +79,8 @@ def report(parser: argparse.ArgumentParser, words: list[str]) -> None:
     python -m pipeline report NAME ...       DVC experiments, or `workspace`; the first is the base
     python -m pipeline report --all          the workspace and every experiment
     """
-    from pipeline import paths, report
+    from pipeline import paths
+    from pipeline.reports import report
 
     parser.add_argument("names", nargs="*", metavar="NAME", help="a DVC experiment, or workspace")
     parser.add_argument("--all", action="store_true", help="the workspace and every experiment")
@@ -112,22 +113,22 @@ def ui(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
     python -m pipeline ui [PORT]
     """
-    from pipeline import tracking
+    from pipeline.tracking import mlflow_ui
 
     parser.add_argument("port", type=int, nargs="?", default=5000)
     asked = parser.parse_args(words)
     code = _of_the_store(_bring_up_to_date)
     if code == StorageError.exit_code:
         return code
-    return _of_the_store(lambda: tracking.show(asked.port))  # what was left out, too
+    return _of_the_store(lambda: mlflow_ui.show(asked.port))  # what was left out, too
 
 
 def _bring_up_to_date() -> int:
     """The exit code of an InputError where a record was left out."""
-    from pipeline import tracking
+    from pipeline.experiments.sync import sync
 
     problems: list[str] = []
-    rows = ", ".join(tracking.sync(problems))
+    rows = ", ".join(sync(problems))
     log.info("rows made or completed: %s", rows or "none, all are up to date")
     if problems:
         log.error("error: %d records were left out, each with a warning above", len(problems))
@@ -136,7 +137,7 @@ def _bring_up_to_date() -> int:
 
 def _of_the_store(command: Callable[[], int]) -> int:
     """The exit code of a command; what MLflow's store has done wrong is one message."""
-    from pipeline.store import said, store_errors, store_uri, without_secrets
+    from pipeline.tracking.mlflow_store import said, store_errors, store_uri, without_secrets
 
     try:
         return command()

@@ -18,8 +18,8 @@ def doctor(parser: argparse.ArgumentParser, words: list[str]) -> None:
     python -m pipeline doctor             the run of this workspace
     python -m pipeline doctor NAME ...    finished DVC experiments
     """
-    from pipeline import doctor
-    from pipeline.experiments import WORKSPACE
+    from pipeline.diagnostics import doctor
+    from pipeline.records.dvc_history import WORKSPACE
 
     parser.add_argument("names", nargs="*", metavar="NAME", default=[WORKSPACE])
     for found in doctor.asked(parser.parse_args(words).names):
@@ -33,9 +33,9 @@ def forecast(parser: argparse.ArgumentParser, words: list[str]) -> None:
     python -m pipeline forecast
     """
     from pipeline import config as configuration
-    from pipeline import forecast
-    from pipeline.precision import choose_precision
-    from pipeline.runtime import choose_device, device_name
+    from pipeline.compute.precision import choose_precision
+    from pipeline.compute.runtime import choose_device, device_name
+    from pipeline.diagnostics import forecast
 
     parser.parse_args(words)
     config = configuration.load()
@@ -55,12 +55,13 @@ def text(parser: argparse.ArgumentParser, words: list[str]) -> None:
     python -m pipeline text --step 437              a step of this workspace's run
     python -m pipeline text --step 437 --of NAME    the same of a DVC experiment
     """
-    from pipeline import data, passages
+    from pipeline.data import token_files
+    from pipeline.diagnostics import token_spans
 
     parser.add_argument("spans", nargs="*", metavar="FIRST-LAST", help="tokens, counted from 0")
     parser.add_argument("--step", type=int, help="list every sequence of a training step")
     parser.add_argument("--of", metavar="NAME", help="the DVC experiment whose step it is")
-    parser.add_argument("--split", default="train", choices=data.SPLITS)
+    parser.add_argument("--split", default="train", choices=token_files.SPLITS)
     parser.add_argument("--tokens", metavar="SHA256", default="", help="refuse any other tokens")
     asked = parser.parse_args(words)
     if bool(asked.spans) == (asked.step is not None):
@@ -70,9 +71,9 @@ def text(parser: argparse.ArgumentParser, words: list[str]) -> None:
     if asked.step is not None and asked.step < 0:
         parser.error(f"--step {asked.step}: expected 0 or more")
     if asked.step is None:
-        log.info("%s", passages.of_spans(asked.spans, asked.split, asked.tokens))
+        log.info("%s", token_spans.of_spans(asked.spans, asked.split, asked.tokens))
     else:
-        log.info("%s", passages.of_run(asked.step, asked.of))
+        log.info("%s", token_spans.of_run(asked.step, asked.of))
 
 
 def debug(parser: argparse.ArgumentParser, words: list[str]) -> None:
@@ -82,16 +83,16 @@ def debug(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
     IPython is used where it is installed, else Python's own `code.interact`.
     """
-    from pipeline import debugging
+    from pipeline.diagnostics import debugger
 
     parser.add_argument("folder", type=Path, help="as the run named it, below .runs/debug")
     parser.add_argument("--device", default="", choices=("cpu", "cuda", "mps"))
     asked = parser.parse_args(words)
-    names, line = debugging.open_bundle(asked.folder, asked.device)
-    odd = debugging.odd_gradients(names["gradients"])
+    names, line = debugger.open_bundle(asked.folder, asked.device)
+    odd = debugger.odd_gradients(names["gradients"])
     line += f"\nnot finite: the gradient of {', '.join(odd[:4])}" if odd else ""
     line += f" and {len(odd) - 4} more" if len(odd) > 4 else ""
-    if debugging.has_terminal():
-        debugging.interact(names, line)
+    if debugger.has_terminal():
+        debugger.interact(names, line)
     else:
         log.info("%s\nno terminal here, so no interpreter", line)

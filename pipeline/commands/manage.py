@@ -21,14 +21,14 @@ def runs(parser: argparse.ArgumentParser, words: list[str]) -> None:
     python -m pipeline runs            lists them: state, step, time, size
     python -m pipeline runs remove ID  gives the disk space of one back
     """
-    from pipeline import runs
+    from pipeline.resume import run_folder
 
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("remove", help="give its disk space back").add_argument("id")
     asked = parser.parse_args(words)
     if asked.command == "remove":
-        runs.remove(asked.id)
-    for line in runs.lines():
+        run_folder.remove(asked.id)
+    for line in run_folder.lines():
         log.info("%s", line)
 
 
@@ -54,32 +54,33 @@ def verify(parser: argparse.ArgumentParser, words: list[str]) -> int:
 
 
 def _tokens(folder: Path) -> int:
-    from pipeline import data
+    from pipeline.data import token_files
 
-    told = data.inspect(folder)
+    told = token_files.inspect(folder)
     for line, whole in told.items():
         log.log(logging.INFO if whole else logging.ERROR, "%s", line)
     return 0 if all(told.values()) else InputError.exit_code
 
 
 def _models(folders: list[Path]) -> int:
-    from pipeline import checkpoint
+    from pipeline.model import model_dir
 
     for folder in folders:
-        for line in checkpoint.verify(folder):
+        for line in model_dir.verify(folder):
             log.info("%s", line)
     return 0
 
 
 def _cache(delete: bool) -> int:
-    from pipeline import cache, paths
-    from pipeline.folders import remove
+    from pipeline import paths
+    from pipeline.storage import dvc_cache
+    from pipeline.storage.folders import remove
 
     folder = paths.root() / ".dvc" / "cache" / "files" / "md5"
     if not folder.is_dir():
         log.error("%s: nothing is cached yet, or DVC's cache lies elsewhere", folder)
         return InputError.exit_code
-    found = list(cache.damaged(folder))
+    found = list(dvc_cache.damaged(folder))
     for path in found:
         log.error("%s: %s", path, "changed, deleted" if delete else "its content has changed")
         if delete:
@@ -96,7 +97,7 @@ def _cache(delete: bool) -> int:
 
 def ship(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Ship one stage's record to MLflow; a stage starts this beside itself."""
-    from pipeline import shipping
+    from pipeline.tracking import shipping
 
     shipping.main(words)
     logging.shutdown()

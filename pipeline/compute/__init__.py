@@ -1,0 +1,1 @@
+"""The machine and how it multiplies: device, precision, emulated formats, speed."""

@@ -1,0 +1,263 @@
+"""What a training will need: memory by micro-batch and precision, tokens, time."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import logging
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from pipeline.compute.precision import PRECISIONS, Precision, choose_precision
+from pipeline.compute.throughput import WARM_UP_STEPS
+from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.model.loss import MAX_LOGIT_BYTES
+from pipeline.tables import markdown
+from pipeline.training.time_budget import validation_seconds
+
+if TYPE_CHECKING:
+    from pipeline.config import Config, TrainConfig
+
+log = logging.getLogger(__name__)
+
+MEASURED_AT = 8  # steps done when the time is forecast: 5 of them measured
+MARGIN = 0.8  # of the free memory that a proposal uses; the rest is for what is not foreseen
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's limits, on Linux
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a training step holds at its peak, by what holds them."""
+
+    weights: int
+    moments: int  # AdamW's two
+    gradients: int  # at the end of the backward pass, the embedding's in all its parts
+    activations: int  # at the end of the forward pass: what is kept for the backward pass
+    head: int  # logits and operands of the output layer
+
+    @property
+    def total(self) -> int:
+        """`activations` are gone when the last `gradients` come, so the larger counts."""
+        return self.weights + self.moments + self.head + max(self.activations, self.gradients)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What decides a training's memory, whatever its micro-batch."""
+
+    shape: GPTConfig
+    precision: Precision
+    length: int  # tokens a sequence
+    weights: int  # bytes
+    kept: int  # for the backward pass, whatever the micro-batch (weights in a low format, say)
+    kept_per_sequence: int
+
+    def at(self, batch_size: int, accumulate: int) -> Memory:
+        """Eager: the compiler keeps less. What libraries and allocators take comes on top."""
+        embedding = 4 * self.shape.vocab_rows * self.shape.n_embd
+        earlier = self.weights if accumulate > 1 else 0  # gradients of the micro-batches before
+        activations = self.kept + batch_size * self.kept_per_sequence + embedding
+        # Elsewhere the look-up's part of the tied gradient is a matrix, and so is their sum.
+        parts = 0 if self.precision.device.type == "cpu" else 2
+        if self.precision.emulated:  # an operand and a result of the MLP in fp32, for a moment
+            activations += 2 * 4 * batch_size * self.length * 4 * self.shape.n_embd
+        return Memory(
+            weights=self.weights,
+            moments=2 * self.weights,
+            gradients=self.weights + (parts + bool(earlier)) * embedding,
+            activations=activations + earlier,
+            head=self._head(batch_size * self.length),
+        )
+
+    def largest(self, accumulate: int, free: int) -> int:
+        """The largest micro-batch whose step stays within `free` bytes; 0 where none does."""
+        sizes = range(1, 1 << 20)
+        return bisect.bisect_right(sizes, free, key=lambda n: self.at(n, accumulate).total)
+
+    def _head(self, rows: int) -> int:
+        """The buffers of `loss.linear_cross_entropy`: logits by chunk, operands, gradient."""
+        c = self.shape
+        emulated = self.precision.emulated
+        low = 0 if emulated else self.precision.dtype.itemsize % 4  # 2 where products are low
+        at_once = min(rows, max(1, MAX_LOGIT_BYTES // (4 * c.vocab_rows)))
+        operands = (rows + c.vocab_rows) * c.n_embd * (4 if emulated else low)
+        return at_once * c.vocab_rows * (4 + low) + operands + 4 * rows * c.n_embd
+
+
+def needs(shape: GPTConfig, precision: Precision, length: int) -> Needs:
+    """Measured on the model's own forward pass, on tensors without contents."""
+    one, two = (_kept_by_forward(shape, precision, n, length) for n in (1, 2))
+    with torch.device("meta"):
+        weights = sum(p.nbytes for p in GPT(shape).parameters())
+    return Needs(shape, precision, length, weights, 2 * one - two, two - one)
+
+
+def _kept_by_forward(shape: GPTConfig, precision: Precision, batch_size: int, length: int) -> int:
+    """Bytes that autograd keeps for the backward pass, parameters and the head left out."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept: dict[int, torch.UntypedStorage] = {}  # held, since an address may come again
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with FakeTensorMode(), torch.device(precision.device):
+        model = GPT(shape)
+        idx = torch.zeros(batch_size, length, dtype=torch.long)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+        with hooks, precision.autocast():
+            model.hidden(idx)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still have: of the GPU, else of the host or its container."""
+    if device.type == "cuda":  # what its allocator keeps at hand counts as used with the driver
+        at_hand = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + at_hand
+    return min(psutil.virtual_memory().available, _container_left())
+
+
+def _container_left() -> int:
+    """What the control group leaves, which the host's figure does not know; else very much."""
+    folder = CONTROL_GROUP
+    with contextlib.suppress(OSError, ValueError):  # no such limit: "max", or no such file
+        limit = int((folder / "memory.max").read_text("ascii"))
+        used = int((folder / "memory.current").read_text("ascii"))
+        facts = (folder / "memory.stat").read_text("ascii").split()
+        # Cached files count as used and go when memory is asked for.
+        return limit - used + int(facts[facts.index("inactive_file") + 1])
+    return 1 << 62
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a training before its first step."""
+
+    parameters: int
+    steps: int
+    tokens: int  # that all steps train on
+    epochs: float | None  # these by the tokens of the corpus, where known
+    batch_size: int
+    needed: Memory
+    free: int
+    fits: int  # the largest micro-batch within the free memory; 0: not even one sequence
+
+    def lines(self) -> list[str]:
+        """For the terminal: what is to be trained, and what it takes."""
+        n = self.needed
+        epochs = "" if self.epochs is None else f", {self.epochs:,.2f} epochs"
+        return [
+            f"{self.parameters:,} parameters; {self.steps:,} steps are {self.tokens:,} tokens"
+            f"{epochs}",
+            f"memory for micro-batches of {self.batch_size}: {size(n.total)} (weights and moments "
+            f"{size(n.weights + n.moments)}, activations {size(n.activations)}, output layer "
+            f"{size(n.head)}); free: {size(self.free)}, enough for {self.fits:,}",
+        ]
+
+    def problem(self, accumulate: int) -> str:
+        """What to set instead where the micro-batch does not fit; "" where it does."""
+        if self.needed.total <= self.free:
+            return ""
+        words = (
+            f"train.batch_size={self.batch_size} needs about {size(self.needed.total)}, "
+            f"{size(self.free)} are free: "
+        )
+        if not self.fits:
+            return words + "not even one sequence fits; a smaller model or train.sequence_length"
+        micro, more = proposal(self.batch_size, accumulate, self.fits)
+        return words + f"train.batch_size={micro} train.accumulate={more} fit, tokens a step equal"
+
+
+def proposal(batch_size: int, accumulate: int, fits: int) -> tuple[int, int]:
+    """(micro-batch, micro-batches a step) with the same sequences a step, none over `fits`."""
+    sequences = batch_size * accumulate
+    micro = max(n for n in range(1, fits + 1) if sequences % n == 0)
+    return micro, sequences // micro
+
+
+def forecast(config: Config, precision: Precision, corpus_tokens: int | None = None) -> Forecast:
+    """Before training: what it needs against what is free."""
+    train = config.train
+    found = needs(GPTConfig(**asdict(config.model)), precision, train.sequence_length)
+    needed, free = found.at(train.batch_size, train.accumulate), free_memory(precision.device)
+    tokens = train.steps * train.accumulate * train.batch_size * train.sequence_length
+    return Forecast(
+        parameters=found.weights // 4,
+        steps=train.steps,
+        tokens=tokens,
+        epochs=tokens / corpus_tokens if corpus_tokens else None,
+        batch_size=train.batch_size,
+        needed=needed,
+        free=free,
+        fits=found.largest(2, int(MARGIN * free)),  # a smaller micro-batch means accumulation
+    )
+
+
+def table(config: Config, device: torch.device) -> str:
+    """Markdown: bytes at the peak by micro-batch and precision."""
+    shape, length = GPTConfig(**asdict(config.model)), config.train.sequence_length
+    modes = [needs(shape, choose_precision(name, device), length) for name in PRECISIONS]
+    accumulate = config.train.accumulate
+    rows = [(n, *(size(m.at(n, accumulate).total) for m in modes)) for n in MICRO_BATCHES]
+    return markdown(("micro-batch", *PRECISIONS), rows)
+
+
+def run_seconds(step_seconds: list[float], config: TrainConfig) -> float:
+    """Seconds of the whole training by its first steps, validations included.
+
+    At most those of train.time_budget.
+    """
+    whole, budget = _seconds_of_all(step_seconds, config), 60 * config.time_budget
+    return min(whole, budget) if budget else whole
+
+
+def _seconds_of_all(step_seconds: list[float], config: TrainConfig) -> float:
+    """Without a time budget."""
+    step = statistics.median(step_seconds[WARM_UP_STEPS:] or step_seconds)
+    validations = -(-config.steps // config.val_every)
+    return config.steps * step + validations * validation_seconds(step, config)
+
+
+def time_words(step_seconds: list[float], config: TrainConfig) -> str:
+    """ "5,000 steps need 9 h 10 min; in 1 h you reach step 545"."""
+    whole, budget = _seconds_of_all(step_seconds, config), 60 * config.time_budget
+    if budget and budget < whole:
+        reached, minutes = int(config.steps * budget / whole), config.time_budget
+        return (
+            f"about {reached:,} of {config.steps:,} steps fit into train.time_budget={minutes:g} "
+            "minutes"
+        )
+    words = f"{config.steps:,} steps need {duration(whole)}"
+    for seconds in (86400, 3600, 600, 60):
+        if seconds < whole:
+            reached = int(config.steps * seconds / whole)
+            return f"{words}; in {duration(seconds)} you reach step {reached:,}"
+    return words
+
+
+def duration(seconds: float) -> str:
+    """Two units, the way people say it: 9 h 10 min."""
+    total = round(seconds)
+    for unit, name, part, small in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if total >= unit:
+            rest = total % unit // part
+            return f"{total // unit:,} {name}" + (f" {rest} {small}" if rest else "")
+    return f"{total} s"
+
+
+def size(count: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"

@@ -1,0 +1,225 @@
+"""Where a step left the finite numbers: the step done again, every layer watched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.compute import runtime
+from pipeline.errors import InputError, NumericsError
+from pipeline.model.gpt import GPT
+from pipeline.model.loss import mean_loss
+from pipeline.training import loop
+from pipeline.training.loop import Batch, StepReport, TrainState
+
+
+@dataclass
+class Place:
+    """Where numbers first were not finite."""
+
+    what: str  # the tensor, how many of its numbers, and the weights beside it that are not finite
+    rows: list[int] = field(default_factory=list)  # sequences, from 0; empty: not told apart
+    batch: int = 0  # of the step's micro-batches or of validation's batches, from 0
+
+
+AGAIN = (
+    "Done again, without a compiler, every number of the step is finite: the fault is in compiled "
+    "kernels or in the machine"
+)
+
+Text = Callable[[int, Place | None], str]  # (step, place) -> where the step's tokens lie
+
+
+def explaining(
+    reports: Iterator[StepReport], state: TrainState, text: Text
+) -> Iterator[StepReport]:
+    """`training.fit`'s reports; its NumericsError says in addition where, and in which tokens.
+
+    That takes the time of one more step, which is done eagerly, from the same weights, batches,
+    random state and loss scale. Weights and moments stay as they are; gradients do not.
+    """
+    try:
+        yield from reports
+    except NumericsError as error:
+        raise NumericsError(f"{error}{_details(state, text)}") from None
+
+
+def _details(state: TrainState, text: Text) -> str:
+    """What is known beyond the error; the error itself must not get lost in finding it."""
+    at_hand = [p.grad for p in state.model.parameters() if p.grad is not None]
+    seen = not math.isfinite(state.loss) or not all(grad.isfinite().all() for grad in at_hand)
+    try:
+        place = trace(state)
+        found = _in_step(place, state.batches) if place else ""
+        if seen and not place:
+            found = f"\n{AGAIN}"
+        return f"{found}\n{text(state.step, place)}"
+    except (RuntimeError, MemoryError, OSError, InputError) as problem:
+        return f"\nWhere that began could not be found: {problem}"
+
+
+def _in_step(place: Place, batches: list[Batch]) -> str:
+    of = f" of {len(batches)}"
+    return f"{_sentence(place, batches[place.batch])} micro-batch {place.batch + 1}{of}"
+
+
+def _sentence(place: Place, batch: Batch) -> str:
+    rows = ", ".join(str(row + 1) for row in place.rows)
+    known = 0 < len(place.rows) < len(batch[0])
+    return f"\nFirst not finite: {place.what}" + (f", in sequence {rows} of" if known else " in")
+
+
+def trace(state: TrainState) -> Place | None:
+    """Do the step at work again up to its update; None where every number is finite.
+
+    Forward, the first module whose input or output is not finite, or the logits; backward, the
+    first parameter whose gradient is not; else the norm, which large gradients overflow together.
+    """
+    scaler = state.precision.make_scaler()
+    scaler.load_state_dict(state.before["scaler"])
+    again = replace(state, scaler=scaler, loss_function=state.eager_loss)
+    state.optimizer.zero_grad(set_to_none=True)
+    runtime.set_rng_state(state.rng, state.precision.device)
+    done = 0
+
+    def each(loss: Tensor) -> None:
+        nonlocal done
+        place = watch.place or _in_head(state, watch.hidden, loss) or _in_gradients(state.model)
+        if place:
+            place.batch = done
+            raise _Found(place)
+        done += 1
+
+    with _Watch(state.model) as watch:
+        try:
+            loop.gradients(again, state.batches, each)
+        except _Found as found:
+            return found.place
+    return _in_norm(state.model)
+
+
+def of_validation(
+    state: TrainState, batches: Iterable[Batch], loss: float, text: Callable[[Place], str]
+) -> NumericsError:
+    """The error for a validation loss that is not finite: the layer and the tokens.
+
+    The first of `batches` that makes one is left as the step at work, to be looked at.
+    """
+    message = f"the validation loss is {loss}: this model is not kept"
+    for number, batch in enumerate(batches):
+        if place := _in_validation(state, batch):
+            place.batch = number
+            state.begin([batch])
+            state.loss = loss
+            message += f"{_sentence(place, batch)} validation batch {number + 1}\n{text(place)}"
+            break
+    return NumericsError(message)
+
+
+def _in_validation(state: TrainState, batch: Batch) -> Place | None:
+    with _Watch(state.model) as watch:
+        loss = mean_loss(state.model, [batch], state.precision, state.precision.device)
+    if math.isfinite(loss):
+        return None
+    with state.precision.products():
+        return watch.place or _in_head(state, watch.hidden, torch.tensor(loss))
+
+
+class _Found(Exception):
+    """Ends the repeated step early."""
+
+    def __init__(self, place: Place):
+        self.place = place
+
+
+class _Watch:
+    """While entered, sees the first tensor between two modules that is not finite."""
+
+    place: Place | None = None
+    hidden: Tensor  # of the last forward pass, (B, T, C)
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+
+    def __enter__(self) -> _Watch:
+        self._hooks = ExitStack()
+        for name, module in self.model.named_modules():
+            if name and not isinstance(module, nn.ModuleDict | nn.ModuleList):
+                self._follow(name, module)
+        keep = self.model.transformer.ln_f.register_forward_hook(self._keep)
+        self._hooks.callback(keep.remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+
+    def _keep(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        self.hidden = output.detach()
+
+    def _follow(self, name: str, module: nn.Module) -> None:
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self._look(f"the input of {name}", inputs[0], [])
+
+        def after(_: nn.Module, __: Any, output: Tensor) -> None:
+            own = [(f"{name}.{n}", p) for n, p in module.named_parameters(recurse=False)]
+            self._look(f"the output of {name}", output, own)
+
+        self._hooks.callback(module.register_forward_pre_hook(before).remove)
+        self._hooks.callback(module.register_forward_hook(after).remove)
+
+    def _look(self, what: str, values: Tensor, weights: list[tuple[str, Tensor]]) -> None:
+        if self.place is None and values.is_floating_point():
+            self.place = _place(what, values.detach(), weights)
+
+
+def _place(what: str, values: Tensor, weights: list[tuple[str, Tensor]]) -> Place | None:
+    """None for finite values; rows are told apart in tensors (B, T, C)."""
+    odd = ~values.isfinite()
+    if not odd.any():
+        return None
+    beside = [f"{name} holds {_odd(w.detach())}" for name, w in weights if not w.isfinite().all()]
+    rows = odd.flatten(1).any(1).nonzero().flatten().tolist() if odd.dim() == 3 else []
+    return Place(f"{what} ({'; '.join([_odd(values), *beside])})", rows)
+
+
+def _odd(values: Tensor) -> str:
+    """ "3 inf and 1 nan of 256 numbers" """
+    kinds = (("inf", int(values.isinf().sum())), ("nan", int(values.isnan().sum())))
+    counts = " and ".join(f"{count:,} {kind}" for kind, count in kinds if count)
+    return f"{counts} of {values.numel():,} numbers"
+
+
+def _in_head(state: TrainState, hidden: Tensor, loss: Tensor) -> Place | None:
+    """The logits of a loss that is not finite, a sequence at a time, since they are large."""
+    if loss.isfinite():
+        return None
+    weight = state.model.transformer.wte.weight
+    with torch.no_grad(), state.precision.autocast():
+        found = [
+            _place("the logits", state.model.logits(row), [("transformer.wte.weight", weight)])
+            for row in hidden
+        ]
+    rows = [row for row, place in enumerate(found) if place]
+    return Place(found[rows[0]].what, rows) if rows else Place("the loss, of finite logits")
+
+
+def _in_gradients(model: GPT) -> Place | None:
+    """The first in backward order, in which the head, tied to the embedding, comes last too."""
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return Place(f"going backward, the gradient of {name} ({_odd(parameter.grad)})")
+    return None
+
+
+def _in_norm(model: GPT) -> Place | None:
+    norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
+    if torch.stack([*norms.values()]).norm().isfinite():
+        return None
+    largest = max(norms, key=lambda name: norms[name].item())
+    return Place(f"the norm of all gradients, each of which is finite; {largest}'s is the largest")

@@ -1,0 +1,216 @@
+"""Where in the token files a step's sequences lie, in which documents, and what they say."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline import config as configuration
+from pipeline import paths
+from pipeline.config import TrainConfig
+from pipeline.data import token_files
+from pipeline.data.token_files import Tokens
+from pipeline.data.tokenizer import EOT, gpt2
+from pipeline.errors import InputError
+from pipeline.records.dvc_history import WORKSPACE, Experiment, experiments, of_workspace
+from pipeline.training import loop
+
+if TYPE_CHECKING:
+    from pipeline.diagnostics.nonfinite import Place
+    from pipeline.training.loop import Batch
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1 << 22  # tokens looked at together: documents are counted in files of any size
+SHA_DIGITS = 12
+SHOWN = 8  # micro-batches, and sequences of each, that an error message names
+
+# The settings that say which sequences a step reads; see training.micro_batches.
+DECIDE = ("seed", "batch_size", "accumulate", "sequence_length")
+
+Span = tuple[int, int]  # the first token of a sequence and its last target, from 0
+
+
+class _Positions:
+    """Stands in for a split's ids: every token is its own position."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        return places
+
+
+def positions(tokens: Tokens) -> Tokens:
+    """`tokens` with positions for ids: what makes batches of tokens makes offsets of these."""
+    return replace(tokens, ids=_Positions(len(tokens)))  # type: ignore[arg-type]
+
+
+def of_step(tokens: Tokens, config: TrainConfig, step: int, place: Place | None = None) -> str:
+    """Lines for an error message: the sequences at fault and the others of the step."""
+    batches = loop.micro_batches(positions(tokens), config, step)
+    named = {f"micro-batch {n}": _spans(batch) for n, batch in enumerate(batches[:SHOWN], 1)}
+    suspects = _spans(batches[place.batch if place else 0])
+    fault = _at_fault(suspects, place)
+    lines = _lines(tokens, {"at fault": fault} | named if fault else named, SHOWN)
+    read = "-".join(map(str, (fault or suspects)[0]))
+    more = len(batches) - SHOWN
+    lines += [f"  and {more:,} micro-batches more"] if more > 0 else []
+    return "\n".join(
+        [
+            f"The step's tokens in {tokens.path}:",
+            *lines,
+            f"Read a sequence with `python -m pipeline text {read}{_which(tokens)}`"
+            + ("." if _aside() else f"; `--step {step}` in place of the numbers lists all."),
+        ]
+    )
+
+
+def of_validation(held_out: Tokens, config: TrainConfig, place: Place) -> str:
+    """Lines for an error message: the sequences of the validation batch at fault."""
+    windows = token_files.validation_windows(
+        positions(held_out),
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        limit=config.val_tokens,
+    )
+    spans = _spans(next(islice(windows, place.batch, None)))
+    spans = _at_fault(spans, place) or spans
+    lines = _lines(held_out, {f"Its tokens in {held_out.path}": spans}, SHOWN)
+    read = "-".join(map(str, spans[0]))
+    return (
+        f"{lines[0].strip()}\nRead them with `python -m pipeline text --split val "
+        f"{read}{_which(held_out)}`."
+    )
+
+
+def _aside() -> bool:
+    """Whether this is a temporary workspace of DVC's, where nobody can look later."""
+    return paths.root().resolve() != Path.cwd().resolve()
+
+
+def _which(tokens: Tokens) -> str:
+    """The option that has the command refuse other tokens than these, where that may happen."""
+    return f" --tokens {tokens.sha256[:SHA_DIGITS]}" if _aside() else ""
+
+
+def documents_at(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """(n,) the number of the document, from 1, that each of the (n,) offsets falls into.
+
+    Every document begins with an end-of-text token: these are counted up to the last offset, in
+    memory for CHUNK of them.
+    """
+    numbers, before = np.zeros(len(offsets), dtype=np.int64), 0
+    for start in range(0, int(offsets.max()) + 1, CHUNK):
+        begins = start + np.flatnonzero(ids[start : start + CHUNK] == EOT)
+        inside = (offsets >= start) & (offsets < start + CHUNK)
+        numbers[inside] = before + np.searchsorted(begins, offsets[inside], side="right")
+        before += len(begins)
+    return numbers
+
+
+def text(tokens: Tokens, first: int, last: int) -> str:
+    """What the tokens from `first` to `last` say, and in which documents they stand.
+
+    Raises InputError where the split has no such tokens.
+    """
+    if not 0 <= first <= last < len(tokens):
+        raise InputError(
+            f"{tokens.path}: tokens {first}-{last}: expected FIRST-LAST from 0 to {len(tokens) - 1}"
+        )
+    said = gpt2().decode(tokens.ids[first : last + 1].tolist())
+    (line,) = _lines(tokens, {f"{tokens.path}, tokens": [(first, last)]})
+    return f"{line.strip()}\n{said}"
+
+
+def _spans(batch: Batch) -> list[Span]:
+    x, y = batch  # (B, T) offsets
+    return list(zip(x[:, 0].tolist(), y[:, -1].tolist(), strict=True))
+
+
+def _at_fault(spans: list[Span], place: Place | None) -> list[Span]:
+    """The sequences that the finding tells apart from the rest of their batch, if it does."""
+    return [spans[row] for row in place.rows] if place and len(place.rows) < len(spans) else []
+
+
+def _lines(tokens: Tokens, named: dict[str, list[Span]], most: int | None = None) -> list[str]:
+    """`  NAME: 224-256 (document 3 of 8), ...`, at most `most` spans a line."""
+    ends = np.array([span for spans in named.values() for span in spans[:most]])  # (spans, 2)
+    numbers = iter(documents_at(tokens.ids, ends.ravel()).reshape(ends.shape).tolist())
+    lines, of = [], f" of {tokens.documents:,}"
+    for name, spans in named.items():
+        shown = [f"{a}-{b} ({_documents(*next(numbers))}{of})" for a, b in spans[:most]]
+        shown += [f"and {len(spans) - most:,} more"] if most and len(spans) > most else []
+        lines.append(f"  {name}: {', '.join(shown)}")
+    return lines
+
+
+def _documents(first: int, last: int) -> str:
+    return f"document {first}" if first == last else f"documents {first}-{last}"
+
+
+def of_spans(spans: list[str], split: str, sha256: str = "") -> str:
+    """The text of each FIRST-LAST; raises InputError for tokens that are not there."""
+    tokens = token_files.open_tokens(paths.TOKENS, split, verify=False)
+    if not tokens.sha256.startswith(sha256):
+        raise InputError(
+            f"{tokens.path}: SHA-256 {tokens.sha256[:SHA_DIGITS]}...: these are other tokens than "
+            f"those asked for, {sha256}..."
+        )
+    return "\n\n".join(text(tokens, *_numbers(span)) for span in spans)
+
+
+def of_run(step: int, name: str | None) -> str:
+    """Every sequence of a step, by the settings that the run was trained with.
+
+    Of the workspace without a `name`; before anything is trained there, by its params.yaml.
+    Raises InputError where there is no such run, or it was trained on other tokens.
+    """
+    found = _run(name)
+    tokens = token_files.open_tokens(paths.TOKENS, "train", verify=False)
+    config, whose = configuration.load().train, "by params.yaml, as nothing is trained yet"
+    if found:
+        config = replace(config, **{key: found.params[f"train.{key}"] for key in DECIDE})
+        whose = f"of {name or WORKSPACE}"
+        if (theirs := found.tags.get("digest.train", "")) != tokens.sha256:
+            raise InputError(
+                f"{tokens.path}: not the tokens that {name or WORKSPACE} was trained on (SHA-256 "
+                f"{tokens.sha256[:SHA_DIGITS]}..., there {theirs[:SHA_DIGITS] or 'not known'}...)"
+            )
+    token_files.check_length(tokens, config.sequence_length)
+    batches = loop.micro_batches(positions(tokens), config, step)
+    named = {f"micro-batch {n}": _spans(batch) for n, batch in enumerate(batches, 1)}
+    return "\n".join([f"{tokens.path}, step {step} {whose}:", *_lines(tokens, named)])
+
+
+def _run(name: str | None) -> Experiment | None:
+    """The run of this name, which may still be at work here; the workspace's where none is given.
+
+    None where the workspace has no training; raises InputError for a name that is not there.
+    """
+    here = of_workspace(paths.root())
+    if name is None:
+        return here if "train" in here.records else None
+    known = {one.name: one for one in experiments(("train",))}
+    if "train" in here.records and (now := here.records["train"][0]["name"]):
+        known.setdefault(now, here)
+    if name not in known or "train" not in known[name].records:
+        there = ", ".join(n for n, one in known.items() if "train" in one.records) or "none"
+        raise InputError(f"--of {name}: no trained experiment of that name; there are: {there}")
+    return known[name]
+
+
+def _numbers(span: str) -> Span:
+    match = re.fullmatch(r"(\d+)-(\d+)", span)
+    if not match:
+        raise InputError(f"{span}: expected FIRST-LAST, as 20480-20544")
+    return int(match[1]), int(match[2])

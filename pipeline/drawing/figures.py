@@ -1,0 +1,311 @@
+"""Figures: what the studies measured, drawn with matplotlib, as PNG files or as SVG."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.figure import Figure
+
+    from pipeline.experiments.comparison import Comparison
+    from pipeline.studies.init_study import InitStudy
+    from pipeline.studies.loss_scaling import Demonstration
+    from pipeline.studies.number_formats import Format
+    from pipeline.studies.roofline import Roofline
+
+# Okabe and Ito's palette, which people with any kind of colour vision can tell apart. A format
+# has the same colour in every figure.
+COLOURS = {
+    "fp32": "#000000",
+    "tf32": "#0072B2",
+    "bf16": "#009E73",
+    "fp16": "#D55E00",
+    "fp8": "#CC79A7",  # its operands are e4m3
+    "fp8_e4m3": "#CC79A7",
+    "fp8_e5m2": "#E69F00",
+}
+OTHERS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+DPI = 130
+
+Points = list[tuple[float, float]]  # (step, value)
+
+
+def sheet(
+    panels: int = 1, width: float = 6.4, height: float = 4.2, rows: int = 1
+) -> tuple[Figure, list[Any]]:
+    """A figure of `panels` axes in `rows`, each `width` by `height` inches.
+
+    Without pyplot: no window, no global state, nothing to close.
+    """
+    from matplotlib.figure import Figure
+
+    columns = -(-panels // rows)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in places[panels:]:
+        unused.remove()
+    axes = list(places[:panels])
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG without the date or versions in it: the same figure gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # DVC may have linked it to its cache
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG, its letters as outlines; without date, with ids that never change."""
+    import matplotlib
+
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "pipeline", "svg.fonttype": "path"}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+def loss_scale(
+    run: Sequence[tuple[int, float, bool, bool]], shown: Demonstration, precision: str
+) -> Figure:
+    """This training's loss scale by step, and the demonstration's with all that befell it.
+
+    `run` holds (step, scale, found an inf, skipped) for every step.
+    """
+    figure, (own, other) = sheet(2)
+    if precision == "fp16":
+        own.step([p[0] for p in run], [p[1] for p in run], where="post", color=COLOURS["fp16"])
+        skipped = [p for p in run if p[3]]
+        own.plot(
+            [p[0] for p in skipped], [p[1] for p in skipped], "x", color="black", label="skipped"
+        )
+        own.set_yscale("log", base=2)
+        own.set(xlabel="step", ylabel="loss scale")
+        own.set_title(f"this training: {len(skipped)} of {len(run)} steps skipped")
+        if skipped:
+            own.legend()
+    else:
+        words = f"{precision} needs no loss scaling:\nits gradients have fp32's exponents"
+        own.text(0.5, 0.5, words, ha="center", va="center", transform=own.transAxes)
+        own.set_axis_off()
+        own.set_title("this training")
+    points = shown.points
+    other.step(
+        [p.step for p in points], [p.scale for p in points], where="post", color=COLOURS["fp16"]
+    )
+    for injected, colour, label in ((False, "#0072B2", "by itself"), (True, "black", "injected")):
+        marked = [p for p in points if p.skipped and p.injected == injected]
+        steps, scales = [p.step for p in marked], [p.scale for p in marked]
+        other.plot(steps, scales, "x", color=colour, label=f"overflow {label}: step skipped")
+    other.axvline(points[-1].step, color="#D55E00", linestyle=":", label="the run stops itself")
+    other.set_yscale("log", base=2)
+    other.set(xlabel="step", ylabel="loss scale", title="demonstration: a tiny GPT in fp16")
+    other.legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def init_study(found: InitStudy) -> Figure:
+    """Random adds, the residual stream by block, gradient norms by block."""
+    figure, (adds, stream, gradient) = sheet(3, width=5.2)
+    n = len(found.adds.plain)
+    k = range(1, n + 1)
+    adds.plot(k, found.adds.plain, color=COLOURS["fp16"], label="added as they are")
+    adds.plot(k, found.adds.scaled, color=COLOURS["tf32"], label=f"added times {n}^-0.5")
+    adds.plot(k, [i**0.5 for i in k], ":", color="black", label="sqrt(k)")
+    adds.plot(k, [(i / n) ** 0.5 for i in k], "--", color="black", label=f"sqrt(k / {n})")
+    adds.set(xlabel="adds k", ylabel="std of the stream", title="random adds of N(0, 1)")
+    adds.legend(fontsize=8)
+    depths = sorted({twin.n_layer for twin in found.twins})
+    for twin in found.twins:
+        shade = 0.25 + 0.75 * (depths.index(twin.n_layer) + 1) / len(depths)
+        colour = COLOURS["tf32" if twin.residual_scale else "fp16"]
+        label = "with residual_scale" if twin.residual_scale else "without"
+        label = label if twin.n_layer == depths[-1] else None
+        style = {"color": colour, "alpha": shade, "label": label, "marker": ".", "markersize": 4}
+        stream.plot(range(twin.n_layer + 1), twin.stream_std, **style)
+        gradient.plot(range(1, twin.n_layer + 1), twin.grad_norm[1:], **style)
+    own = found.as_is
+    dots = {"color": "black", "marker": "o", "linestyle": "none", "markersize": 4}
+    stream.plot(range(own.n_layer + 1), own.stream_std, label="this run's model", **dots)
+    gradient.plot(range(1, own.n_layer + 1), own.grad_norm[1:], label="this run's model", **dots)
+    shown = ", ".join(map(str, depths))
+    stream.set(xlabel="block", ylabel="std of the stream", title=f"residual stream, depths {shown}")
+    gradient.set(xlabel="block", ylabel="gradient norm", title="gradient norm of each block")
+    gradient.set_yscale("log")
+    stream.legend(fontsize=8)
+    gradient.legend(fontsize=8)
+    return figure
+
+
+def bit_layout(found: Sequence[Format]) -> Figure:
+    """One row a format, one square a bit: sign, exponent, mantissa."""
+    from matplotlib.patches import Rectangle
+
+    figure, (axis,) = sheet(1, width=11, height=3.4)
+    parts = (("sign", "#999999"), ("exponent", COLOURS["tf32"]), ("mantissa", COLOURS["fp8_e5m2"]))
+    for row, f in enumerate(found):
+        bits = (f.sign_bits, f.exponent_bits, f.mantissa_bits)
+        colours = [colour for (_, colour), n in zip(parts, bits, strict=True) for _ in range(n)]
+        # Exponents end, and mantissas begin, at the same place in every row.
+        start = 8 - f.exponent_bits
+        for place, colour in enumerate(colours):
+            square = Rectangle((start + place, -row), 0.9, 0.8, facecolor=colour)
+            axis.add_patch(square)
+        axis.text(-0.4, 0.4 - row, f.name, ha="right", va="center", fontweight="bold")
+        words = f"{' + '.join(map(str, bits))}   to {f.largest:.3g}, eps {f.epsilon:.3g}"
+        axis.text(33, 0.4 - row, words, va="center", fontsize=9)
+    for name, colour in parts:
+        axis.add_patch(Rectangle((0, 99), 1, 1, facecolor=colour, label=name))
+    axis.set(xlim=(-3.5, 44), ylim=(0.1 - len(found), 1.1))
+    axis.set_axis_off()
+    axis.legend(loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.45, 1.12))
+    return figure
+
+
+def error_and_speed(found: Roofline) -> Figure:
+    """Every product of the model in every mode: relative error against speed."""
+    figure, (axis,) = sheet(1, width=8)
+    base = {p.shape: p.seconds for p in found.products if p.precision.asked == "fp32"}
+    for mode, (speed, error) in found.speed_and_error().items():
+        points = [p for p in found.products if p.precision.asked == mode]
+        emulated = " (emulated)" if points[0].precision.emulated else ""
+        axis.plot(
+            [base[p.shape] / p.seconds for p in points],
+            [p.error for p in points],
+            "o",
+            color=COLOURS[mode],
+            alpha=0.35,
+        )
+        label = f"{mode}{emulated}: {speed:.2f} of fp32's speed, error {error:.1e}"
+        axis.plot([speed], [error], "D", color=COLOURS[mode], markersize=9, label=label)
+    axis.set_yscale("log")
+    axis.set(xlabel="speed of fp32's", ylabel="relative error against float64")
+    axis.set_title(f"the model's products, {found.device}; diamonds are medians")
+    axis.legend(fontsize=9)
+    return figure
+
+
+def roofline(found: Roofline) -> Figure:
+    """Roofs from the measured bandwidth and rates, with every product and operation under them."""
+    figure, (axis,) = sheet(1, width=10, height=5.6)
+    drawn = [f for f in (*found.operations, *found.products) if f.flops]
+    low = min(f.intensity for f in drawn) / 2
+    high = max(*(f.intensity for f in drawn), *(found.ridge(mode) for mode in found.rates)) * 2
+    for mode, rate in found.rates.items():
+        xs = [low, found.ridge(mode), high]
+        label = f"{mode}: {rate / 1e9:,.0f} GFLOP/s"
+        axis.plot(xs, [found.roof(x, mode) for x in xs], color=COLOURS[mode], lw=1.2, label=label)
+    names: dict[str, list[Any]] = {}
+    for f in drawn:
+        names.setdefault(f.name, []).append(f)
+        colour = COLOURS[f.precision.asked] if hasattr(f, "precision") else "#777777"
+        axis.plot([f.intensity], [f.rate], "o", color=colour, markersize=5)
+    _number(axis, names)
+    axis.set(xscale="log", yscale="log", xlim=(low, high))
+    axis.set(xlabel="arithmetic intensity, FLOP a byte", ylabel="FLOP/s")
+    axis.set_title(f"{found.device}, measured bandwidth {found.bandwidth / 1e9:.1f} GB/s")
+    roofs = axis.legend(loc="lower right", fontsize=8, title="roofs and products")
+    axis.add_artist(roofs)
+    return figure
+
+
+def _number(axis: Any, names: dict[str, list[Any]]) -> None:
+    """A number over each column of points and a list of names beside the axes: no text collides."""
+    numbered = sorted(names.items(), key=lambda item: item[1][0].intensity)
+    lines, columns = [], []
+    for number, (name, points) in enumerate(numbered, 1):
+        lines.append(f"{number:>2}  {name}")
+        x = points[0].intensity  # a mode of other widths has a column of its own
+        y = max(p.rate for p in points if p.intensity == x)
+        close = [c for c in columns if x / c[0] < 1.3 and 0.4 < y / c[1] < 2.5]
+        if close:
+            columns.remove(close[0])
+            columns.append((close[0][0], max(y, close[0][1]), f"{close[0][2]},{number}"))
+        else:
+            columns.append((x, y, str(number)))
+    for x, y, text in columns:
+        style = {"ha": "center", "fontsize": 9, "bbox": {"color": "white", "alpha": 0.7, "pad": 1}}
+        axis.annotate(text, (x, y), xytext=(0, 7), textcoords="offset points", **style)
+    axis.text(
+        1.02,
+        0.98,
+        "\n".join(lines),
+        transform=axis.transAxes,
+        va="top",
+        fontsize=9,
+        family="monospace",
+    )
+
+
+def comparison(found: Comparison) -> Figure:
+    """Training losses over one another; their distances from the base beside the noise of seeds."""
+    figure, (curves, distances) = sheet(2, width=6.8)
+    named = {v: COLOURS.get(v, OTHERS[n % len(OTHERS)]) for n, v in enumerate(found.runs)}
+    base = [run.losses for run in found.runs[found.base]]
+    for losses in base[1:]:
+        curves.plot(losses, color="#bbbbbb", lw=0.8)
+    if len(base) > 1:
+        curves.plot([], [], color="#bbbbbb", lw=0.8, label=f"{found.base}, other seeds")
+    # Curves may coincide: later ones are thinner, so that the earlier ones show beneath.
+    lines = []
+    for n, value in enumerate(found.runs):
+        run, colour = found.main(value), named[value]
+        width = 3.2 - 2.2 * n / max(1, len(found.runs) - 1)
+        curves.plot(run.losses, color=colour, lw=width, label=f"{found.setting}={value}")
+        partner = found.partner(run)
+        if partner is not None and value != found.base:
+            style = {"color": colour, "lw": 1.2, "label": str(value)}
+            lines.append((distance(run.losses, partner.losses), style))
+    curves.set(xlabel="step", ylabel="training loss, nats a token", title="training loss")
+    curves.legend(fontsize=8)
+    draw_distances(distances, lines, two_std(base), f"two std over {len(base)} seeds")
+    distances.set_title(f"distance from {found.setting}={found.base}, same seed")
+    if distances.get_legend_handles_labels()[0]:
+        distances.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def distance(losses: Sequence[float], others: Sequence[float]) -> Points:
+    """|difference| of two curves by step."""
+    return [(s, abs(a - b)) for s, (a, b) in enumerate(zip(losses, others, strict=False))]
+
+
+def two_std(curves: Sequence[Sequence[float]]) -> Points:
+    """Twice the standard deviation over the curves by step; nothing for a single one."""
+    steps = enumerate(zip(*curves, strict=False)) if len(curves) > 1 else ()
+    return [(step, 2 * statistics.stdev(losses)) for step, losses in steps]
+
+
+def draw_distances(
+    axis: Any, lines: Sequence[tuple[Points, dict[str, Any]]], noise: Points, label: str
+) -> None:
+    """Distances of curves by step, each with its line's style, over a grey area up to `noise`.
+
+    The axis is logarithmic: seeds may lie a nat apart where precisions differ by a thousandth.
+    A step at which two curves are equal leaves a gap.
+    """
+    axis.set(xlabel="step", ylabel="|difference|, nats a token")
+    seen = [
+        [y for _, y in points if 0 < y < math.inf] for points in (noise, *(p for p, _ in lines))
+    ]
+    seen = [ys for ys in seen if ys]
+    if not seen:
+        axis.text(0.5, 0.5, "no difference", ha="center", va="center", transform=axis.transAxes)
+        return
+    # A difference that changes its sign passes zero: such dips must not set the scale.
+    low, high = min(map(statistics.median, seen)) / 30, max(map(max, seen)) * 1.5
+    axis.set(yscale="log", ylim=(low, high))
+    if noise:
+        steps, level = zip(*noise, strict=True)
+        axis.fill_between(steps, low, level, color="#dddddd", label=label)
+    for points, style in lines:
+        axis.plot([s for s, _ in points], [y or math.nan for _, y in points], **style)

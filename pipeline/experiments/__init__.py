@@ -1,0 +1,1 @@
+"""Several experiments: swept, compared, filled into MLflow."""

@@ -1,0 +1,247 @@
+"""Sweeps: one setting, several values, each checked, queued through DVC, awaited and compared."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pipeline import paths
+from pipeline.config import Config, flatten, load
+from pipeline.errors import ConfigError, InputError, together
+from pipeline.experiments import comparison
+from pipeline.experiments.comparison import SEED
+from pipeline.experiments.dvc_queue import Watch, enqueue
+from pipeline.records import dvc_history, git
+
+log = logging.getLogger(__name__)
+
+TABLE = (
+    r"dvc exp show --only-changed --drop 'Created|State|Executor|^(data|artifacts|records)|\.py$'"
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One experiment of a sweep, checked."""
+
+    name: str
+    changes: dict[str, Any]  # against params.yaml
+    config: Config
+    inputs: tuple[str, ...] = ()  # files and folders that git does not carry, for its workspace
+
+    def shown(self) -> str:
+        return " ".join(f"{name}={_plain(value)}" for name, value in self.changes.items())
+
+    def words(self) -> list[str]:
+        """The changes in Hydra's grammar, as `dvc exp run -S` takes them."""
+        return [f"{name}={_quoted(value)}" for name, value in self.changes.items()]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The members in the order of their values, then the base's other seeds."""
+
+    setting: str
+    base: Any
+    members: list[Member]
+
+    def page(self) -> str:
+        """A line each: its name, and what it changes."""
+        width = max(len(member.name) for member in self.members)
+        lines = [f"  {member.name:<{width}}  {member.shown()}" for member in self.members]
+        count = len(self.members)
+        if inputs := list(dict.fromkeys(path for m in self.members for path in m.inputs)):
+            named = ", ".join(inputs[:3]) + (f" and {len(inputs) - 3} more" if inputs[3:] else "")
+            lines.append(f"each gets a copy of {named}; an absolute path in params.yaml saves that")
+        return "\n".join(
+            [f"{count} experiments, checked; held against {_plain(self.base)}:", *lines]
+        )
+
+
+def plan(
+    asked: Iterable[str], seeds: Iterable[int] = (), prefix: str = "", taken: Iterable[str] = ()
+) -> Sweep:
+    """The sweep that "SETTING=A,B" and "OTHER=VALUE" ask for; names in `taken` are not used.
+
+    `seeds` are more seeds of the base, for the noise. Raises ConfigError naming every problem
+    of every member, and InputError where a member's workspace could not get at its inputs.
+    """
+    texts = split(asked)
+    setting = varied(texts)
+    comparison.check_setting(setting)
+    fixed = {name: found[0] for name, found in texts.items()}
+    choices = [fixed | {setting: text} for text in texts[setting]]
+    configs = checked(choices)
+    values = [flatten(config)[setting] for config in configs]
+    usual = flatten(load(paths.root() / paths.PARAMS))
+    base = comparison.base_of(values, comparison.usual_value(setting, usual))
+    seeded = [choices[values.index(base)] | {SEED: str(seed)} for seed in seeds]
+    configs += checked(seeded)
+    choices += seeded
+    check_different(choices, configs)
+    inputs = together(*(partial(git.to_take_along, config) for config in configs))
+    stem, used, members = prefix or setting.rpartition(".")[2], set(taken), []
+    for choice, config, needed in zip(choices, configs, inputs, strict=True):
+        changes = {name: flatten(config)[name] for name in choice}
+        seed = f"-seed-{config.train.seed}" if choice in seeded else ""
+        name = new_name(dvc_name(f"{stem}-{choice[setting]}{seed}"), used)
+        members.append(Member(name, changes, config, tuple(needed)))
+    return Sweep(setting, base, members)
+
+
+def split(given: Iterable[str]) -> dict[str, list[str]]:
+    """{"train.lr": ["0.1", "0.2"]} of "train.lr=0.1,0.2"; raises ConfigError."""
+    asked: dict[str, list[str]] = {}
+    problems = []
+    for word in given:
+        name, equals, text = word.partition("=")
+        texts = text.split(",")
+        if not equals or not all(texts):
+            problems.append(f"{word}: expected SETTING=VALUE or SETTING=VALUE,VALUE")
+        elif text[0] in "[{":
+            problems.append(f"{word}: a list; a sweep sets plain values")
+        elif name in asked:
+            problems.append(f"{word}: {name} is given twice")
+        asked[name] = texts
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return asked
+
+
+def varied(asked: dict[str, list[str]]) -> str:
+    """The one setting with several values."""
+    several = [name for name, texts in asked.items() if len(texts) > 1]
+    if len(several) != 1:
+        found = ", ".join(several) or "none"
+        raise ConfigError(f"expected one setting with several values, as train.lr=A,B; got {found}")
+    return several[0]
+
+
+def checked(choices: Sequence[dict[str, str]]) -> list[Config]:
+    """A Config for each set of changes; raises one ConfigError with every problem."""
+    params = paths.root() / paths.PARAMS
+    configs, problems = [], []
+    for choice in choices:
+        try:
+            configs.append(load(params, overrides(choice)))
+            problems += machine_problems(configs[-1])
+        except ConfigError as error:
+            problems += [line.removeprefix(f"{params}: ") for line in str(error).splitlines()]
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return configs
+
+
+def machine_problems(config: Config) -> list[str]:
+    """What is asked for and would not be in effect here: its figures would be another's."""
+    from pipeline.compute import precision, runtime
+    from pipeline.training import compiling  # torch, only once the settings are right
+
+    try:
+        device = runtime.choose_device(config.device)
+    except ConfigError as error:
+        return [str(error)]
+    chosen = precision.choose_precision(config.precision, device)
+    problems = []
+    if chosen.effective != chosen.asked:
+        problems.append(f"precision={chosen.asked}: not in effect here, {chosen.reason}")
+    if config.train.compile and (reason := compiling.why_not_compile(chosen)):
+        problems.append(f"train.compile=true: not in effect here, {reason}")
+    return problems
+
+
+def check_different(choices: Sequence[dict[str, str]], configs: Sequence[Config]) -> None:
+    """Raises ConfigError where two members would be one experiment."""
+    first: dict[Config, str] = {}
+    for choice, config in zip(choices, configs, strict=True):
+        shown = " ".join(overrides(choice))
+        if config in first:
+            raise ConfigError(f"{first[config]} and {shown} are the same experiment")
+        first[config] = shown
+
+
+def overrides(choice: dict[str, str]) -> list[str]:
+    return [f"{name}={text}" for name, text in choice.items()]
+
+
+def new_name(wanted: str, taken: set[str]) -> str:
+    """`wanted`, with a number where git or DVC knows one of that name; joins `taken`."""
+    numbered = (f"{wanted}-{number}" for number in itertools.count(2))
+    free = (n for n in itertools.chain([wanted], numbered) if n not in taken and not git.taken(n))
+    name = next(free)
+    taken.add(name)
+    return name
+
+
+def dvc_name(text: str) -> str:
+    """Only what DVC takes: git's rules for branches, and no slash. Points stay in numbers."""
+    return re.sub(r"[^\w.-]+|\.(?!\d)|(?<!\d)\.", "-", text, flags=re.ASCII).strip("-")
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _quoted(value: Any) -> str:
+    if not isinstance(value, str):
+        return _plain(value)
+    # In quotes of Hydra's, a backslash is one of two only before a quote.
+    doubled = re.sub(r"\\+(?='|$)", lambda found: found[0] * 2, value)
+    return "'" + doubled.replace("'", "\\'") + "'"
+
+
+def conclude(sweep: Sweep, watch: Watch) -> None:
+    """The comparison of what has run. Raises InputError naming every member that has not."""
+    problems = watch.problems()
+    try:
+        comparison.conclude(sweep.setting, like=flatten(sweep.members[0].config))
+    except InputError as error:
+        problems.append(str(error))
+    done = " ".join(watch.named("success"))
+    if done:
+        log.info("curves:  dvc plots diff %s\ntable:   %s", done, TABLE)
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def carry_out(
+    words: Iterable[str], seeds: Iterable[int], prefix: str, jobs: int, dry_run: bool
+) -> int:
+    """Plan a sweep, queue its experiments, wait for them and compare them: an exit code.
+
+    `words` and the rest are what `plan` takes, `jobs` how many run at a time.
+    """
+    watch = None
+    try:
+        found = plan(words, seeds, prefix, dvc_history.names())
+        log.info("%s", found.page())
+        if dry_run:
+            return 0
+        if jobs > 1:
+            log.info("%d at a time share this machine: compare losses, not speeds", jobs)
+        queued = enqueue(
+            {member.name: member.words() for member in found.members},
+            {member.name: list(member.inputs) for member in found.members},
+        )
+        watch = Watch(queued, min(jobs, len(queued)))
+        watch.start()
+        watch.wait()
+        conclude(found, watch)
+    except KeyboardInterrupt:
+        log.info("%s", GOES_ON % found.setting if watch else "nothing is queued")
+        return 130
+    return 0
+
+
+GOES_ON = """
+The experiments go on without this command.
+  watch     dvc queue status
+  one's log dvc queue logs NAME --follow
+  end one   dvc queue kill NAME, then dvc queue start: a kill takes its worker along
+  end all   dvc queue stop --kill
+  compare   python -m pipeline compare %s"""

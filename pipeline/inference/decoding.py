@@ -1,0 +1,201 @@
+"""The network as sampling runs it: the model's own blocks, with products made for few rows.
+
+A step of sampling reads every weight to multiply it with one row a text, so it is as fast as
+weights come out of memory, if the product lets them. The model's file stays the only definition
+of the network: a `Decoder` is a copy that shares its parts, only its products are others.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.compute.emulation import emulated
+from pipeline.inference.int8 import Int8Linear
+from pipeline.model.gpt import GPT, KVCache
+from pipeline.model.loss import mean_of, token_losses
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Decoder:
+    """A model for inference that multiplies `rows` rows at a time most often.
+
+    `weights` is fp32 or int8 (see `int8.py`). What it holds beyond the model's memory: see
+    `product_for`. Changes to the model's weights after it is made may go unseen.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: GPT, weights: str = "fp32", rows: int = 1) -> None:
+        self.config = model.config
+        weight = model.transformer.wte.weight
+        self.dtype = weight.dtype  # of products, as autocast has it now
+        if torch.is_autocast_enabled(weight.device.type):
+            self.dtype = torch.get_autocast_dtype(weight.device.type)
+        make = product_for(weight.device, self.dtype, weights, rows)
+        self.body: GPT = _with_products(model, make)
+        self.head = make(weight, None)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> (B, T, C), as `GPT.hidden` without dropout."""
+        return self.body.hidden(idx, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V), as `GPT.logits`."""
+        return self.head(hidden)[..., : self.config.vocab_size]
+
+    def new_cache(self, idx: Tensor, new_tokens: int) -> KVCache:
+        """For prompts (B, T) and `new_tokens` more, in the format that keys and values come in."""
+        columns = min(self.config.block_size, idx.size(1) + new_tokens)
+        return KVCache(self.config, len(idx), idx.device, self.dtype, capacity=columns)
+
+
+def product_for(
+    device: torch.device, dtype: torch.dtype, weights: str, rows: int
+) -> Callable[[Tensor, Tensor | None], Product]:
+    """What makes a product with results in `dtype` out of weights (N, K) and a bias (N,) or none.
+
+    int8 keeps a quarter of the weights' memory beside the model, bf16 and fp16 half. In plain
+    fp32 on a CPU, oneDNN multiplies the model's own weights for one row, and for more a copy that
+    it has sorted; where torch comes without it, a copy of (K, N) serves one row.
+    """
+    if weights == "int8":
+        return lambda weight, bias: Int8Linear(weight, bias, dtype)
+    if device.type != "cpu" or dtype is not torch.float32 or emulated() is not None:
+        return lambda weight, bias: Linear(weight.to(dtype), bias)
+    if has_onednn():
+        return lambda weight, bias: OneDnnLinear(weight, bias, rows)
+    return Linear if rows > 1 else RowLinear
+
+
+class Linear:
+    """`F.linear` without a module around it; autocast finds its weights converted."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, None if bias is None else bias.to(weight.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class RowLinear(Linear):
+    """Weights stored (K, N): one row times them adds up long rows, and reads memory in order."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.t().contiguous().t(), bias)
+
+
+class OneDnnLinear:
+    """oneDNN's product, which torch.compile uses on CPUs; `F.linear` takes MKL's in fp32.
+
+    MKL multiplies a row at a third of the memory's speed on AMD's CPUs, oneDNN at nearly all.
+    For more rows it sorts the weights into the blocks that it multiplies, into a copy.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        self.weight, self.bias = weight.detach() if rows == 1 else pack(weight, rows), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def has_onednn() -> bool:
+    """Whether torch was built with oneDNN's linear product (not on macOS, for one)."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _with_products(module: nn.Module, make: Callable[[Tensor, Tensor | None], Product]) -> object:
+    """A copy that shares every tensor, in evaluation mode, each nn.Linear replaced."""
+    if isinstance(module, nn.Linear):
+        return make(module.weight, module.bias)
+    twin = copy.copy(module)
+    twin.training = False
+    children = module._modules.items()
+    twin._modules = {name: _with_products(child, make) for name, child in children}
+    return twin
+
+
+class Step:
+    """One token a row onto a filled cache: on a GPU as a CUDA graph, launched as a whole.
+
+    A step launches some 200 kernels, which takes the host longer than the GPU needs for them. A
+    graph has fixed shapes and addresses, so the tokens see a mask over the whole cache, and the
+    column to write is a number on the device.
+    """
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        self._decoder, self._cache = decoder, FixedCache(cache)
+        self._token = cache.keys.new_zeros(cache.keys.size(1), 1, dtype=torch.int64)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    def __call__(self, token: Tensor, column: int) -> Tensor:
+        """Tokens (B, 1) for `column`, the first free one -> logits (B, V), valid until the next."""
+        self._token.copy_(token)
+        self._cache.column.fill_(column)
+        if self._token.device.type != "cuda":
+            return self._run()
+        if self._graph is None:
+            self._capture()
+        self._graph.replay()
+        return self._logits
+
+    def _run(self) -> Tensor:
+        self._cache.length = 0  # columns are counted on the device
+        return self._decoder.logits(self._decoder.hidden(self._token, self._cache)[:, -1])
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up, which no graph can hold
+            self._run()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self._run()
+
+
+class FixedCache(KVCache):
+    """The buffers of another cache, with one token a row going to `column`, a 0-dim tensor."""
+
+    def __init__(self, filled: KVCache) -> None:
+        self.keys, self.values, self.padding = filled.keys, filled.values, filled.padding
+        self.column = torch.zeros((), dtype=torch.int64, device=filled.keys.device)
+        self._columns = torch.arange(filled.keys.size(3), device=filled.keys.device)
+        self.length, self.mask = 0, None
+
+    def begin(self, tokens: int) -> Tensor:
+        """Positions (1,) or (B, 1); the mask leaves out the columns behind the token's."""
+        assert tokens == 1, "a step is one token a row"
+        column = self.column.view(1)
+        if self.padding is not None:
+            return self._unpadded(column, self._columns)
+        self.mask = (self._columns <= column)[None, None, None]  # (1, 1, 1, S)
+        return column
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, H, 1, D) at `column`; return the whole buffers."""
+        column = self.column.view(1)
+        for all_of_them, new in ((self.keys[layer], k), (self.values[layer], v)):
+            all_of_them.index_copy_(2, column, new.to(all_of_them.dtype))
+        return self.keys[layer].to(k.dtype), self.values[layer].to(v.dtype)
+
+
+@torch.inference_mode()
+def mean_loss(
+    decoder: Decoder, windows: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> float:
+    """Mean nats a target over windows of inputs and targets (B, T), by the products of sampling.
+
+    `loss.mean_loss` is the same by those of training: the difference is what int8 costs.
+    """
+
+    def nats(x: Tensor, y: Tensor) -> Tensor:
+        return token_losses(decoder.logits(decoder.hidden(x)), y).sum()  # of (B, T, V), (B, T)
+
+    return mean_of(nats, windows, device)

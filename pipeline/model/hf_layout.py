@@ -1,0 +1,309 @@
+"""The Hugging Face layout of GPT-2: names, shapes and config both ways, import."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pipeline.errors import InputError, cut, quoted
+from pipeline.model.gpt import GPT, LAYER_NORM_EPS, GPTConfig
+from pipeline.regular import read_json
+from pipeline.storage.tensor_files import read_tensors, shortened
+
+# OpenAI wrote these four as Conv1D, whose weight is (in, out); nn.Linear holds (out, in).
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # not c_attn.bias, a parameter
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # fp32 holds each of them exactly
+PREFIX = "transformer."
+
+EOT = 50256
+VOCAB_SIZE = 50257
+# What the core computes. Any other value means another function, so it is refused by name.
+FIXED = {
+    "model_type": "gpt2",
+    "vocab_size": VOCAB_SIZE,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": LAYER_NORM_EPS,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+REQUIRED = ("model_type", "vocab_size")  # of FIXED; the others default to the value above
+# Upper bounds before anything is built: XL has 48, 25, 1600 and 1024.
+SIZES = {"n_layer": 512, "n_head": 512, "n_embd": 65536, "n_positions": 1 << 20}
+FOREIGN = (
+    "auto_map",  # custom code
+    "quantization_config",
+    "hidden_size",  # HF reads these four as other names of the sizes above
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+# Heads leave no trace in any shape, so for the published sizes (n_layer, n_embd) they are known.
+PUBLISHED_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """torch.nn.init does nothing inside: on the meta device it would import a compiler first."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def outline(config: GPTConfig) -> GPT:
+    """A model on the meta device: names and shapes, no values, no random number drawn."""
+    with torch.device("meta"), _NoInitialisation():
+        return GPT(config)
+
+
+# Names and shapes
+
+
+def hf_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the HF model by its name without `transformer.`, with its HF shape."""
+    state = outline(config).state_dict()
+    shapes = {name.removeprefix(PREFIX): tuple(tensor.shape) for name, tensor in state.items()}
+    for name, shape in shapes.items():
+        if name.endswith(CONV1D):
+            shapes[name] = shape[::-1]
+    shapes["wte.weight"] = (config.vocab_size, config.n_embd)
+    return shapes
+
+
+def to_hf(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """Our state dict -> HF's: `transformer.` names, Conv1D weights (in, out), no padded rows.
+
+    fp32 on the CPU and contiguous; tensors that need no change share memory with `state`.
+    """
+    names = [PREFIX + name for name in hf_shapes(config)]
+    assert sorted(state) == sorted(names), "not a GPT's state dict (compiled or wrapped?)"
+    out = {}
+    for name in names:
+        tensor = state[name].detach().to("cpu", torch.float32)
+        if name.endswith(CONV1D):
+            tensor = tensor.T
+        elif name.endswith("wte.weight"):
+            tensor = tensor[: config.vocab_size]
+        out[name] = tensor.contiguous()
+    return out
+
+
+def from_hf(
+    state: dict[str, Tensor], config: GPTConfig, where: str | Path = "weights"
+) -> dict[str, Tensor]:
+    """HF's state dict -> ours, in fresh fp32 memory with zeros in the padded rows.
+
+    Takes names with or without `transformer.`, drops mask buffers and a head equal to `wte`.
+    Raises InputError naming every tensor that is missing, unknown or unusable.
+    """
+    tensors = _plain_names(state, where)
+    head = tensors.pop("lm_head.weight", None)
+    problems = _problems(tensors, hf_shapes(config))
+    if head is not None and not problems:
+        wte = tensors["wte.weight"]
+        if head.shape != wte.shape or not torch.equal(head.float(), wte.float()):
+            problems.append("lm_head.weight: expected wte.weight's own values, got others")
+    if problems:
+        raise InputError(f"{where}: {shortened(problems)}")
+    return {PREFIX + name: _adopt(name, tensor, config) for name, tensor in tensors.items()}
+
+
+def _plain_names(state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
+    plain: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        short = name.removeprefix(PREFIX)
+        if MASK_BUFFER.fullmatch(short):
+            continue
+        if short in plain:
+            raise InputError(f"{where}: {cut(short)}: given both with and without `{PREFIX}`")
+        plain[short] = tensor
+    return plain
+
+
+def _problems(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    problems = [f"{name}: missing, expected {shapes[name]}" for name in shapes.keys() - tensors]
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        if name not in shapes:
+            problems.append(f"{cut(name)}: not a tensor of this GPT-2, got {quoted(shape)}")
+        elif shape != shapes[name]:
+            problems.append(f"{name}: expected shape {shapes[name]}, got {quoted(shape)}")
+        elif tensor.dtype not in FLOATS:
+            problems.append(f"{name}: expected fp32, fp16 or bf16, got {tensor.dtype}")
+        elif not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            problems.append(f"{name}: expected finite values, got {bad} NaN or infinite ones")
+    return sorted(problems)
+
+
+def _adopt(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
+    """One checked HF tensor as ours, copied: the file behind `tensor` may change later."""
+    if name.endswith(CONV1D):
+        tensor = tensor.T
+    rows = config.vocab_rows if name == "wte.weight" else len(tensor)
+    ours = torch.zeros(rows, *tensor.shape[1:])
+    ours[: len(tensor)] = tensor
+    return ours
+
+
+# config.json
+
+
+def hf_config(config: GPTConfig) -> dict[str, Any]:
+    """The contents of config.json for a model of this shape.
+
+    n_ctx is n_positions once more: transformers reads it no longer, but llama.cpp's converter and
+    others that go by the published file do.
+    """
+    return FIXED | {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_inner": None,
+        "vocab_size": config.vocab_size,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "initializer_range": 0.02,
+        "bos_token_id": EOT,
+        "eos_token_id": EOT,
+        "use_cache": True,
+        "dtype": "float32",
+    }
+
+
+def gpt_config(
+    hf: dict[str, Any],
+    *,
+    vocab_rows: int = 50304,
+    dropout: float = 0.0,
+    attention: str = "sdpa",
+    where: str | Path = "config.json",
+) -> GPTConfig:
+    """config.json -> GPTConfig. Raises InputError naming every field that asks for another model.
+
+    Only the fields that shape the network are read, within bounds, before anything is built.
+    """
+    problems = [f"{key}: not supported, got {quoted(hf[key])}" for key in FOREIGN if key in hf]
+    for key, accepted in FIXED.items():
+        got = hf.get(key, None if key in REQUIRED else accepted)
+        if type(got) is not type(accepted) or got != accepted:
+            problems.append(f"{key}: expected {accepted!r}, got {quoted(got)}")
+    for key, most in SIZES.items():
+        got = hf.get(key)
+        if type(got) is not int or not 1 <= got <= most:
+            problems.append(f"{key}: expected a whole number from 1 to {most}, got {quoted(got)}")
+    if not problems and hf["n_embd"] % hf["n_head"]:
+        problems.append(f"n_head: expected a divisor of n_embd={hf['n_embd']}, got {hf['n_head']}")
+    if not problems and hf.get("n_inner") not in (None, 4 * hf["n_embd"]):
+        problems.append(
+            f"n_inner: expected null or {4 * hf['n_embd']}, got {quoted(hf['n_inner'])}"
+        )
+    if problems:
+        raise InputError(f"{where}: {shortened(problems)}")
+    return GPTConfig(
+        n_layer=hf["n_layer"],
+        n_head=hf["n_head"],
+        n_embd=hf["n_embd"],
+        block_size=hf["n_positions"],
+        vocab_size=VOCAB_SIZE,
+        vocab_rows=vocab_rows,
+        dropout=dropout,
+        attention=attention,
+    )
+
+
+# Import
+
+
+def import_pretrained(
+    name_or_folder: str,
+    *,
+    vocab_rows: int = 50304,
+    dropout: float = 0.0,
+    attention: str = "sdpa",
+) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Published weights -> (config, our state dict in fp32), from a local folder or a hub id.
+
+    A folder is only read, and only safetensors are. For a size nobody published it warns that
+    `n_head` is taken on trust. Raises InputError where the weights or their config cannot be used,
+    or the hub cannot be reached.
+    """
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        folder = _download(name_or_folder)
+    where = folder / "config.json"
+    config = gpt_config(
+        read_json(where),
+        vocab_rows=vocab_rows,
+        dropout=dropout,
+        attention=attention,
+        where=where,
+    )
+    _check_heads(config, where)
+    return config, from_hf(read_tensors(folder), config, folder)
+
+
+def _check_heads(config: GPTConfig, where: Path) -> None:
+    published = PUBLISHED_HEADS.get((config.n_layer, config.n_embd))
+    size = f"{config.n_layer} layers of {config.n_embd} channels"
+    if published is None:
+        message = f"{where}: {size}: no published size; n_head={config.n_head} cannot be checked"
+        warnings.warn(message, stacklevel=3)
+    elif config.n_head != published:
+        raise InputError(f"{where}: n_head: expected {published} for {size}, got {config.n_head}")
+
+
+def _download(name: str) -> Path:
+    """Snapshot of a hub model: its config and safetensors, nothing else."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        raise InputError(f"init.hf_model={name}: no such folder, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json", "model.safetensors", "model-*.safetensors", "*.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the hub client's errors share no base, nor its HTTP library's
+        reason = re.sub(r"//[^/@\s]*@", "//", str(error).strip().split("\n")[0])
+        raise InputError(
+            f"init.hf_model={name}: no such folder, and the hub did not give it "
+            f"({type(error).__name__}: {reason}). Behind a mirror set HF_ENDPOINT; without a "
+            "network copy config.json and model.safetensors here and name their folder"
+        ) from None
+
+
+# What was imported
+
+
+def parameter_table(model: GPT) -> list[dict[str, Any]]:
+    """One row a tensor: name, hf_name, hf_shape, our_shape, transposed, std, parameters.
+
+    std is of the values HF sees (no padded rows), dividing by their number; parameters counts
+    ours. The head has no row: it is `wte`.
+    """
+    ours = model.state_dict()
+    return [
+        {
+            "name": name,
+            "hf_name": name,
+            "hf_shape": list(tensor.shape),
+            "our_shape": list(ours[name].shape),
+            "transposed": name.endswith(CONV1D),
+            "std": tensor.std(correction=0).item(),
+            "parameters": ours[name].numel(),
+        }
+        for name, tensor in to_hf(ours, model.config).items()
+    ]

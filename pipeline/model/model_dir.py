@@ -1,0 +1,132 @@
+"""Model directories on disk: written atomically, read strictly.
+
+A model directory is a Hugging Face GPT-2 directory, so transformers opens it as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import paths
+from pipeline.data import tokenizer
+from pipeline.errors import InputError, quoted
+from pipeline.model import hf_layout
+from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.regular import SNAPSHOT_BYTES, read_json
+from pipeline.storage.folders import SUMS, check, writing
+from pipeline.storage.tensor_files import read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+
+
+def save_model(model: GPT, folder: Path) -> None:
+    """Write a HF GPT-2 directory, replacing one of that name; the model is left as it is.
+
+    A folder of that name is always whole (see `folders.writing`, also for what is raised). The
+    same weights give the same bytes.
+    """
+    folder = Path(folder)
+    with writing(folder, 4 * model.parameter_count()) as partial:
+        _write(model, partial)
+
+
+def load_model(
+    folder: Path,
+    *,
+    vocab_rows: int = 50304,
+    dropout: float = 0.0,
+    attention: str = "sdpa",
+    device: torch.device | str = "cpu",
+) -> GPT:
+    """Read a HF GPT-2 directory into a model in fp32, drawing no random number.
+
+    Raises InputError where a file is missing or damaged, or a name, shape, dtype or value is not
+    what its config.json promises.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        said = paths.MISSING.get(folder, "no such folder; expected a model directory")
+        raise InputError(f"{folder}: {said}")
+    check(folder)
+    where = folder / "config.json"
+    config = hf_layout.gpt_config(
+        read_json(where),
+        vocab_rows=vocab_rows,
+        dropout=dropout,
+        attention=attention,
+        where=where,
+    )
+    state = hf_layout.from_hf(read_tensors(folder), config, folder)
+    return build_model(config, state, device)
+
+
+def build_model(
+    config: GPTConfig,
+    state: dict[str, torch.Tensor],
+    device: torch.device | str = "cpu",
+) -> GPT:
+    """A model whose parameters are the tensors of `state`: no second copy, no random numbers."""
+    model = hf_layout.outline(config)
+    model.load_state_dict(state, assign=True)
+    return model.to(device)
+
+
+def _write(model: GPT, folder: Path) -> None:
+    config = model.config
+    _write_json(folder / "config.json", hf_layout.hf_config(config))
+    _write_json(
+        folder / "generation_config.json",
+        {"bos_token_id": hf_layout.EOT, "eos_token_id": hf_layout.EOT},
+    )
+    _write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size},
+    )
+    tokenizer.write_files(folder)
+    weights = hf_layout.to_hf(model.state_dict(), config)
+    write_tensors(weights, folder / WEIGHTS, format="pt")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def verify(folder: Path) -> list[str]:
+    """A line for each folder with weights in or below `folder`: what it is, and that it is whole.
+
+    Raises InputError naming everything that is not as it was written, or where there is nothing
+    to verify.
+    """
+    found = sorted({path.parent for path in Path(folder).rglob("*.safetensors")})
+    if not found:
+        raise InputError(f"{folder}: no model directory and no training checkpoint is there")
+    lines, damage = [], []
+    for place in found:
+        try:
+            lines.append(_verified(place))
+        except InputError as error:
+            damage.append(str(error))
+    if damage:
+        raise InputError("\n".join(damage))
+    return lines
+
+
+def _verified(folder: Path) -> str:
+    check(folder)
+    sums = folder / SUMS
+    how = "SHA-256 as written" if sums.exists() else f"no {SUMS}: its bytes cannot be checked"
+    if (folder / "snapshot.json").exists():
+        facts = read_json(folder / "snapshot.json", SNAPSHOT_BYTES)
+        if not sums.exists():
+            raise InputError(f"{folder}: a training checkpoint without {SUMS}")
+        return f"{folder}: training state after step {quoted(facts.get('step'))}: whole, {how}"
+    model = load_model(folder)
+    return f"{folder}: model of {model.parameter_count():,} parameters: whole, {how}"

@@ -1,0 +1,471 @@
+"""Records of every DVC experiment, of every commit and of the workspace, read through DVC."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from pipeline import paths, regular
+from pipeline.errors import InputError
+from pipeline.records import git, record_reader, stage_graph
+from pipeline.records.record_reader import Curve, Event, Log
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+log = logging.getLogger(__name__)
+
+WORKSPACE = "workspace"
+LOCK = "dvc.lock"
+LOOKS = 5
+LARGEST = 64 << 20  # bytes of a file that is shown
+_MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
+NO_GIT = (
+    "{}: no git repository here, as in an unpacked ZIP, or core.no_scm is set; DVC keeps "
+    "experiments in git: clone the project instead, or say `git init && git add --all && "
+    "git commit -m start`"
+)
+
+
+class Unread(Mapping[str, Log]):
+    """Records by stage that are read when somebody first asks for one of them."""
+
+    def __init__(self, read: Callable[[], dict[str, Log]]):
+        self._read = read
+
+    @functools.cached_property
+    def _records(self) -> dict[str, Log]:
+        return self._read()
+
+    def __getitem__(self, stage: str) -> Log:
+        return self._records[stage]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The records of one experiment by stage, as far as they are there, and what they say."""
+
+    name: str
+    rev: str  # of git; "" for the workspace
+    records: Mapping[str, Sequence[Event]]
+    # Records that could not be read, a phrase each; known once `records` were looked at.
+    unreadable: list[str] = field(default_factory=list, compare=False)
+
+    @property
+    def head(self) -> Event:
+        """The start event of the stage that started last: the settings in force are its."""
+        return max((record[0] for record in self.records.values()), key=lambda e: e["time"])
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Every setting by its dotted name."""
+        return self.head["params"]
+
+    @functools.cached_property
+    def curves(self) -> dict[str, Curve]:
+        """(step, value) by metric, in the order of writing."""
+        found: dict[str, Curve] = {}
+        for log_ in self._logs():
+            for key, curve in log_.curves.items():
+                found[key] = found[key].joined(curve) if key in found else curve
+        return found
+
+    @functools.cached_property
+    def tags(self) -> dict[str, str]:
+        """Every tag; of one written twice, the last value."""
+        return {key: v for event in self.events("tags") for key, v in event["values"].items()}
+
+    def values(self, key: str) -> list[float]:
+        """The values of a metric, in the order of writing; none where there is no such metric."""
+        return list(self.curves[key].values) if key in self.curves else []
+
+    def last(self, key: str) -> float | None:
+        """The newest value of a metric."""
+        return self.curves[key].values[-1] if key in self.curves else None
+
+    def events(self, kind: str) -> Iterator[Event]:
+        """Of one kind, in the order of the chain."""
+        return (event for log_ in self._logs() for event in log_.of_kind(kind))
+
+    def _logs(self) -> Iterator[Log]:
+        """In the order of the chain."""
+        return (Log.of(self.records[s]) for s in stage_graph.stages() if s in self.records)
+
+
+def experiments(stages: Iterable[str] | None = None) -> Iterator[Experiment]:
+    """Every DVC experiment of this repository, on whatever commit, and then the workspace.
+
+    Only the records of `stages`, by default all, are read, and each experiment's when they are
+    first looked at. A record that is in no cache any more, or is not to be read, is left out with
+    a warning that names experiment, file and reason. Without git the workspace is all there is.
+    Raises InputError where git refuses the folder, since another user owns it.
+    """
+    with _repository() as repo:
+        listed = repo.experiments.ls(all_commits=True) if repo else {}
+        kept = Kept(repo) if repo else None
+    found = [one for on_commit in listed.values() for one in on_commit]
+    if kept:
+        kept.look_up([rev for _, rev in found])
+        for name, rev in found:
+            unreadable: list[str] = []
+            read = functools.partial(_of_experiment, kept, name, rev, stages, unreadable)
+            yield Experiment(name, rev, Unread(read), unreadable)
+    yield of_workspace(paths.root(), stages)
+
+
+def _of_experiment(
+    kept: Kept, name: str, rev: str, stages: Iterable[str] | None, unreadable: list[str]
+) -> dict[str, Log]:
+    found, gone = kept.records(rev, stages or stage_graph.stages(), unreadable)
+    for path in gone:
+        log.warning("experiment %s: %s is in no cache any more; left out", name, path)
+    for problem in unreadable:
+        log.warning("experiment %s: %s; left out", name, problem)
+    return _of_one_chain(name, found)
+
+
+def of_workspace(root: Path, stages: Iterable[str] | None = None) -> Experiment:
+    """What the records under `root` say; of the stage that failed or is at work, as far as it came.
+
+    An unfinished record counts only where it is the newest: an older one is of another run. One
+    that is not to be read is left out with a warning.
+    """
+    here, unreadable = {}, []
+
+    def read(stage: str, path: Path, whole: bool) -> Log | None:
+        try:
+            return record_reader.read(path, stage, whole) if path.exists() else None
+        except (InputError, OSError) as error:
+            unreadable.append(f"{path}: {error}")
+            log.warning("%s; left out", unreadable[-1])
+        return None
+
+    kept = {stage: root / paths.record(stage) for stage in stages or stage_graph.stages()}
+    for stage, path in kept.items():
+        if finished := read(stage, path, True):
+            here[stage] = finished
+    newest = max((record[0]["time"] for record in here.values()), default=0)
+    for stage, path in kept.items():
+        if stage in here or not (part := read(stage, path.with_suffix(".jsonl.part"), False)):
+            continue
+        began = [e["time"] for kind in ("start", "resume") for e in part.of_kind(kind)]
+        if max(began) >= newest:
+            here[stage] = part
+    return Experiment(WORKSPACE, "", _of_one_chain(WORKSPACE, here), unreadable)
+
+
+def _of_one_chain(name: str, found: dict[str, Log]) -> dict[str, Log]:
+    """Without what a former run has left.
+
+    `dvc repro train`, or a training that fails, leaves the evaluation of the model before.
+    """
+    kept = {
+        stage: record
+        for stage, record in found.items()
+        if all(_builds_on(record, found[u]) for u in stage_graph.upstream(stage) if u in found)
+    }
+    for stage in found.keys() - kept.keys():
+        log.warning("%s: %s is of a former run; left out", name, paths.record(stage).as_posix())
+    return kept
+
+
+def _builds_on(record: Log, upstream: Log) -> bool:
+    """Whether `upstream` came to its end, with the settings that `record` knows it by."""
+    head, here = upstream[0], record[0]["params"]
+    read = stage_graph.settings_of(head["stage"], head["params"])
+    finished = upstream[-1].get("status") == "FINISHED"
+    return finished and all(here.get(name) == value for name, value in read.items())
+
+
+@dataclass(frozen=True)
+class Task:
+    """An entry of DVC's queue."""
+
+    name: str
+    rev: str  # of git's stash: no two tasks share it, as they may a name
+    state: str  # queued | running | failed | success
+
+
+def names() -> set[str]:
+    """Of every experiment and of every task of the queue; raises InputError without git."""
+    with _repository() as repo:
+        if not repo:
+            raise InputError(NO_GIT.format(paths.root()))
+        listed = repo.experiments.ls(all_commits=True)
+    found = {name for on_commit in listed.values() for name, _ in on_commit}
+    return found | {task.name for task in queue()}
+
+
+def queue() -> list[Task]:
+    """DVC's queue, with what has ended in it."""
+    listed = _of_queue(lambda tasks: tasks.status())
+    return [Task(task["name"] or "", task["rev"], task["status"].lower()) for task in listed]
+
+
+def workers() -> int:
+    """How many workers of the queue answer; takes a second."""
+    return len(_of_queue(lambda tasks: tasks.worker_status()))
+
+
+def _of_queue(look: Callable[[Any], Any]) -> Any:
+    """A look at DVC's queue: files that workers move away under a reader's eyes, so look again.
+
+    Raises what the last of several looks raised.
+    """
+
+    def now() -> Any:
+        with _opened() as repo:
+            return look(repo.experiments.celery_queue)
+
+    logging.getLogger("kombu.connection").setLevel(logging.ERROR)  # files need no host
+    for _ in range(LOOKS - 1):
+        try:
+            return now()
+        except Exception:  # of DVC, celery, kombu, json and the system
+            time.sleep(1)
+    return now()
+
+
+def read_file(found: Experiment, path: Path, workspace: Path) -> bytes | None:
+    """A small file that a stage of this experiment wrote; None where nobody keeps it any more.
+
+    Of the workspace it is the file that lies there now, whatever wrote it. Raises InputError for
+    one of more than LARGEST bytes.
+    """
+    try:
+        if not found.rev:
+            file = workspace / path
+        elif not (file := _kept(paths.root()).place(found.rev, path.as_posix())):
+            return None
+        return regular.read(file, LARGEST)
+    except FileNotFoundError:
+        return None
+
+
+def commits() -> Iterator[Experiment]:
+    """The records in every commit of every branch and tag, named after the commit.
+
+    Those that are in no cache any more are left out, with one warning for all of them; so are
+    those that are not to be read.
+    """
+    with _repository() as repo:
+        if not repo:
+            return
+        kept, revs = Kept(repo), repo.scm.list_all_commits()
+    kept.look_up(revs)
+    gone: set[tuple[str, str]] = set()
+    for rev in revs:
+        unreadable: list[str] = []
+        found, missing = kept.records(rev, stage_graph.stages(), unreadable)
+        gone |= {(path, kept.locked(rev)[path]) for path in missing}
+        if found or unreadable:
+            yield Experiment(rev[:7], rev, found, unreadable)
+    if gone:
+        log.warning("%d records of earlier commits are in no cache here; left out", len(gone))
+
+
+def copy_of(found: Experiment, path: str, folder: Path) -> Path | None:
+    """A copy, in `folder`, of a file or folder as the experiment left it, out of DVC's cache.
+
+    None where the cache has it no more.
+    """
+    copy = Path(tempfile.mkdtemp(dir=folder)) / Path(path).name
+    if not found.rev:  # by the dvc.lock that lies there now
+        return _by_dvc("", path, copy)
+    kept = _kept(paths.root())
+    parts = kept.parts(found.rev, path)
+    names = [path] if parts is None else [f"{path}/{part}" for part in parts]
+    files = {name: kept.place(found.rev, name) for name in names}
+    if not files or None in files.values():
+        return _by_dvc(found.rev, path, copy) if kept.remotes else None
+    for name, file in files.items():
+        to = copy.parent / Path(name).relative_to(Path(path).parent)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, to)
+    return copy
+
+
+def _by_dvc(rev: str, path: str, to: Path) -> Path | None:
+    """A copy that DVC itself makes, out of its cache or a remote; None where neither has it."""
+    from dvc.exceptions import DvcException
+
+    try:
+        _files(paths.root(), rev).get(path, str(to), recursive=True)
+    except (OSError, DvcException):
+        return None
+    return to if to.exists() else None
+
+
+@functools.cache
+def _files(root: Path, rev: str) -> Any:
+    from dvc.api import DVCFileSystem
+
+    return DVCFileSystem(str(root), rev=rev or None)
+
+
+@contextlib.contextmanager
+def _repository() -> Iterator[Repo | None]:
+    """This repository in DVC's hands; None where there is no git, hence no experiment."""
+    from dvc.scm import NoSCM, SCMError
+
+    try:
+        repo = _opened()
+    except SCMError:
+        yield None
+        return
+    with repo:
+        yield None if isinstance(repo.scm, NoSCM) else repo
+
+
+def _opened() -> Repo:
+    """This repository in DVC's hands, for `with`. Raises SCMError where there is no git.
+
+    That is asked first: DVC asks when it has opened its databases, and leaves them open then.
+    Raises InputError where git, and so DVC, refuses the folder of another owner.
+    """
+    from dvc.repo import Repo
+    from dvc.scm import SCM
+
+    if problem := git.refused():
+        raise InputError(problem)
+    SCM(str(paths.root())).close()
+    return Repo(str(paths.root()))
+
+
+class Kept:
+    """What DVC's cache keeps of the outputs of revisions, found by their dvc.lock.
+
+    DVC's own reader takes a third of a second for each revision, as it reads dvc.yaml, dvc.lock
+    and params.yaml in pure Python. It is asked where a remote may have what the cache has not.
+    """
+
+    def __init__(self, repo: Repo):
+        self._in_cache = repo.cache.local.oid_to_path
+        self.remotes = bool(repo.config.get("remote"))
+        above = os.path.relpath(repo.root_dir, repo.scm.root_dir)
+        self._lock = (Path(above) / LOCK).as_posix()
+        self._locks: dict[str, dict[str, str]] = {}
+        self._by_text: dict[bytes, dict[str, str]] = {}  # most commits share their dvc.lock
+        # Revisions share most of their records: by stage and MD5.
+        self._records: dict[tuple[str, str], Log | InputError] = {}
+
+    def look_up(self, revs: Iterable[str]) -> None:
+        """Read the dvc.lock of all of these at once."""
+        new = [rev for rev in dict.fromkeys(revs) if rev not in self._locks]
+        texts = git.contents(self._lock, new) if new else {}
+        for rev in new:
+            text = texts.get(rev, b"")
+            if text not in self._by_text:
+                self._by_text[text] = stage_graph.locked(text)
+            self._locks[rev] = self._by_text[text]
+
+    def locked(self, rev: str) -> dict[str, str]:
+        """DVC's MD5 by path of what the dvc.lock of a revision lists."""
+        self.look_up([rev])
+        return self._locks[rev]
+
+    def records(
+        self, rev: str, stages: Iterable[str], unreadable: list[str]
+    ) -> tuple[dict[str, Log], list[str]]:
+        """A revision's records by stage, and the paths of those that are in no cache.
+
+        To `unreadable` goes a phrase for each that is there and is not to be read.
+        """
+        found, gone = {}, []
+        for stage in stages:
+            path = paths.record(stage).as_posix()
+            if path not in self.locked(rev):  # this stage had not run there
+                continue
+            try:
+                if record := self._record(rev, stage, path):
+                    found[stage] = record
+                else:
+                    gone.append(path)
+            except (InputError, OSError) as error:
+                unreadable.append(f"{path}: {error}")
+        return found, gone
+
+    def _record(self, rev: str, stage: str, path: str) -> Log | None:
+        key = stage, self.locked(rev)[path]
+        if key not in self._records:
+            if not (file := self.place(rev, path)):
+                return None
+            try:
+                self._records[key] = record_reader.read(file, stage)
+            except InputError as error:
+                self._records[key] = error
+        if isinstance(known := self._records[key], InputError):
+            raise known
+        return known
+
+    def place(self, rev: str, path: str) -> Path | None:
+        """Where a file of a revision's outputs lies; None where it is in no cache any more."""
+        out, md5 = self._out(rev, path)
+        if md5.endswith(".dir"):
+            inside = PurePosixPath(path).relative_to(out).as_posix()
+            md5 = (self._listing(md5) or {}).get(inside, "")
+        file = self._file(md5)
+        return file or (self._from_remote(rev, path) if md5 and self.remotes else None)
+
+    def parts(self, rev: str, path: str) -> list[str] | None:
+        """What an output that is a folder holds, relative to it; None where it is a file."""
+        out, md5 = self._out(rev, path)
+        return list(self._listing(md5) or {}) if out == path and md5.endswith(".dir") else None
+
+    def _out(self, rev: str, path: str) -> tuple[str, str]:
+        """The output that a path is, or lies in, and its MD5."""
+        pure = PurePosixPath(path)
+        for place in (pure, *pure.parents):
+            if md5 := self.locked(rev).get(place.as_posix()):
+                return place.as_posix(), md5
+        return "", ""
+
+    def _listing(self, md5: str) -> dict[str, str] | None:
+        """MD5 by name of the files in a folder; None where the cache does not have the list."""
+        if not (file := self._file(md5)):
+            return None
+        try:
+            listed = {one["relpath"]: one["md5"] for one in json.loads(regular.read(file, LARGEST))}
+        except (ValueError, TypeError, KeyError, RecursionError):  # InputError, too
+            return None
+        plain = all(".." not in PurePosixPath(n).parts and not n.startswith("/") for n in listed)
+        return listed if plain else None
+
+    def _file(self, md5: str) -> Path | None:
+        """A file of the cache; the name comes out of a file that anybody may have written."""
+        if not _MD5.fullmatch(md5):
+            return None
+        path = Path(self._in_cache(md5))
+        return path if path.is_file() else None
+
+    def _from_remote(self, rev: str, path: str) -> Path | None:
+        folder = tempfile.mkdtemp(dir=self._scratch.name)
+        return _by_dvc(rev, path, Path(folder) / PurePosixPath(path).name)
+
+    @functools.cached_property
+    def _scratch(self) -> tempfile.TemporaryDirectory[str]:
+        """For what came from a remote; gone with this process."""
+        return tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def _kept(root: Path) -> Kept:
+    with _opened() as repo:
+        return Kept(repo)

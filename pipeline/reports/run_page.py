@@ -1,0 +1,323 @@
+"""What the report says of one run: every section as plain values, ready for the page."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from pipeline import paths
+from pipeline.diagnostics.doctor import Finding, examine, headline
+from pipeline.records import stage_graph
+from pipeline.records.dvc_history import Experiment, read_file
+from pipeline.records.record_file import Event
+from pipeline.reports.curves import Picture, curves_of, data_uri
+from pipeline.tables import cell
+from pipeline.tracking.mlflow_run import from_workspace
+
+Read = Callable[[Path], bytes | None]  # a file that the run's own record vouches for
+
+# Of the stage that writes the page with its last work: still true when somebody reads it.
+WRITING = "wrote this page"
+LACKING = {
+    "tokenize": "what the data is",
+    "import_hf_weights": "the initialisation study",
+    "train": "curves, speed and memory",
+    "evaluate": "losses over the validation split and accuracy on multiple choice",
+    "numerics": "the machine's numerics",
+    "sample": "samples",
+}
+STUDIES = (
+    (
+        "Initialisation",
+        paths.INIT_STUDY,
+        {"init_study.png": "Random adds, residual stream and gradient norms by block"},
+        ("init_study.md",),
+    ),
+    (
+        "Formats and loss scale in this training",
+        paths.TRAIN_STUDY,
+        {"loss_scale.png": "The loss scale by step, of this training and in a demonstration"},
+        ("dtypes.md", "loss_scale.md"),
+    ),
+    (
+        "Numerics of this machine",
+        paths.NUMERICS,
+        {
+            "formats.png": "Sign, exponent and mantissa bits of the number formats",
+            "error_and_speed.png": "Error against speed of the model's products in every mode",
+            "roofline.png": "FLOP/s against arithmetic intensity under the measured roofs",
+        },
+        ("formats.md", "sensitivity.md", "products.md", "operations.md"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    title: str
+    note: str  # why there is nothing to show, if so
+    pictures: list[Picture]
+    pages: list[Markup]
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """One run as the page shows it; a section that was not recorded is empty."""
+
+    name: str
+    verdict: str
+    mood: str  # of the verdict: good | warn | bad | none
+    numbers: list[tuple[str, str, str]]  # (what, value, beside it)
+    notes: list[str]  # what is missing
+    findings: list[Finding]
+    curves: list[Picture]
+    evaluation: list[tuple[Any, ...]]
+    samples: list[tuple[str, list[tuple[str, str]]]]  # (prompt, (before, after) of each sample)
+    studies: list[Study]
+    settings: dict[str, list[tuple[str, str]]]  # by section
+    changed: list[tuple[str, str, str]]  # (setting, here, in the recipe)
+    data: list[tuple[Any, ...]]
+    stages: list[tuple[Any, ...]]
+    environment: list[tuple[str, str]]
+    metrics: list[tuple[str, int, float]]
+
+
+def run_page(
+    found: Experiment,
+    name: str,
+    workspace: Path,
+    recipe: dict[str, Any],
+    at_work: str = "",
+    draw: bool = True,
+) -> RunPage:
+    """Everything the page says of `found`, without its curves where they are not to `draw`.
+
+    `recipe` holds the settings that others are marked against, and `at_work` is the stage that
+    writes this very page: its record is not closed yet.
+    """
+    read = reader(found, workspace)
+    trained = bool(found.values("train/loss"))
+    findings = examine(found) if trained else []
+    statuses = {stage: _status(record) for stage, record in found.records.items()}
+    statuses |= {at_work: WRITING} if at_work else {}
+    samples = samples_of(read)
+    return RunPage(
+        name,
+        *verdict(findings, statuses, trained),
+        numbers=key_numbers(found),
+        notes=list(missing(found, statuses, bool(samples))),
+        findings=findings,
+        curves=curves_of(found) if draw else [],
+        evaluation=evaluation(found),
+        samples=samples,
+        studies=list(studies(found, read)),
+        settings=settings(found.params),
+        changed=changed(found.params, recipe),
+        data=data_sets(found),
+        stages=[_stage(stage, found, status) for stage, status in statuses.items()],
+        environment=environment(found),
+        metrics=[(key, *points[-1]) for key, points in sorted(found.curves.items())],
+    )
+
+
+def reader(found: Experiment, workspace: Path) -> Read:
+    """Reads files that a record of `found` names as its artifacts, and that are still the same."""
+    kept = {e["path"]: e["sha256"] for e in found.events("artifact")}
+
+    def read(path: Path) -> bytes | None:
+        inside = [p for p in (path, *path.parents) if p.as_posix() in kept]
+        if not inside:
+            return None
+        place = inside[0].as_posix()
+        if not found.rev and not from_workspace(str(workspace / place), kept[place]):
+            return None
+        return read_file(found, path, workspace)
+
+    return read
+
+
+def verdict(findings: list[Finding], statuses: dict[str, str], trained: bool) -> tuple[str, str]:
+    """(words, mood)."""
+    ended = [f"{stage} {status.lower()}" for stage, status in statuses.items() if status in BAD]
+    if ended:
+        return ", ".join([*ended, *(finding.rule for finding in findings)]), "bad"
+    if not trained:
+        return "nothing trained yet", "none"
+    return headline(findings), "warn" if findings else "good"
+
+
+BAD = ("FAILED", "KILLED")
+
+
+def missing(found: Experiment, statuses: dict[str, str], sampled: bool) -> Iterator[str]:
+    for stage in stage_graph.stages():
+        if stage not in statuses:
+            yield f"{stage} has no record of this run, so {LACKING[stage]} cannot be shown."
+        elif statuses[stage] not in ("FINISHED", WRITING):
+            words = {"FAILED": "failed", "KILLED": "was stopped"}
+            ended = words.get(statuses[stage], "is at work, or was killed without a word")
+            why = found.tags.get("debug.why") if stage == "train" else None
+            yield f"{stage} {ended}{f' ({why})' if why else ''}; shown is what it had recorded."
+    if "sample" in found.records and not sampled:
+        yield "The samples are neither in this workspace nor in DVC's cache any more."
+
+
+def key_numbers(found: Experiment) -> list[tuple[str, str, str]]:
+    """The few numbers that a run is judged by."""
+
+    def change(key: str, shown: Callable[[float], str]) -> str:
+        both = found.last(f"init_val/{key}"), found.last(f"val/{key}")
+        return " → ".join(shown(value) for value in both if value is not None)
+
+    unigram, error = found.last("val/unigram_loss"), found.last("val/choice_acc_stderr")
+    count, steps = found.last("val/choice_count"), found.last("train/steps")
+    rate, memory = found.last("perf/tokens_per_second"), found.last("perf/peak_memory_mib")
+    seconds = [found.last(f"time/{stage}_seconds") for stage in found.records]
+    known = [value for value in seconds if value is not None]
+    losses = found.values("train/loss")
+    trained = f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else ""
+    rows = (
+        ("Training loss", trained, "nats a token, first and last step"),
+        ("Validation loss", change("loss", "{:.3f}".format), "nats a token"),
+        ("Unigram yardstick", _number(unigram, ".3f"), "a model that knows frequencies only"),
+        ("Bits per byte", change("bits_per_byte", "{:.3f}".format), "of the validation text"),
+        ("Perplexity", change("perplexity", cell), ""),
+        (
+            "Choice accuracy",
+            change("choice_acc", "{:.1%}".format),
+            f"± {error:.1%} over {count:.0f} items" if error is not None and count else "",
+        ),
+        ("Speed", _number(rate, ",.0f"), "tokens a second"),
+        ("Peak memory", _number(memory, ",.0f"), "MiB"),
+        (
+            "Duration",
+            f"{sum(known):,.0f} s" if known else "",
+            f"{steps:,.0f} steps" if steps else "",
+        ),
+    )
+    return [row for row in rows if row[1]]
+
+
+def _number(value: float | None, digits: str) -> str:
+    return "" if value is None else f"{value:{digits}}"
+
+
+def evaluation(found: Experiment) -> list[tuple[Any, ...]]:
+    """(metric, of the initial model, of the trained one)."""
+    keys = [key for key in found.curves if key.startswith("val/")]
+    return [(key.removeprefix("val/"), found.last(f"init_{key}"), found.last(key)) for key in keys]
+
+
+def samples_of(read: Read) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(prompt, pairs of texts before and after training), in the order of the file."""
+    content = read(paths.SAMPLES_JSONL)
+    if content is None:
+        return []
+    texts: dict[str, dict[str, list[str]]] = {}
+    for line in content.decode("utf-8").split("\n")[:-1]:
+        sample = json.loads(line)
+        by_time = texts.setdefault(sample["prompt"], {"before": [], "after": []})
+        by_time[sample["when"]].append(sample["text"])
+    return [(p, list(zip(t["before"], t["after"], strict=True))) for p, t in texts.items()]
+
+
+def studies(found: Experiment, read: Read) -> Iterator[Study]:
+    """Tables and figures that the stages wrote, of this run and no other."""
+    written = {e["path"] for e in found.events("artifact")}
+    for title, folder, pictures, pages in STUDIES:
+        if folder.as_posix() not in written:
+            continue
+        images = [(alt, read(folder / name)) for name, alt in pictures.items()]
+        texts = [read(folder / name) for name in pages]
+        gone = any(content is None for content in [*texts, *(image for _, image in images)])
+        yield Study(
+            title,
+            f"Not all of {folder.as_posix()} is kept as this run wrote it." if gone else "",
+            [Picture("", alt, data_uri(image, "png")) for alt, image in images if image],
+            [render(text.decode("utf-8")) for text in texts if text],
+        )
+
+
+@functools.lru_cache(maxsize=64)  # experiments share their studies
+def render(text: str) -> Markup:
+    """A study's Markdown as HTML. HTML in it stays text, and nothing is linked or loaded."""
+    reader = (
+        MarkdownIt("commonmark", {"html": False})
+        .enable("table")
+        .disable(["image", "link", "autolink"])
+    )
+    reader.add_render_rule("table_open", lambda *_: '<div class="scroll"><table>\n')
+    reader.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    tokens = reader.parse(text)
+    for token in tokens:
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{min(6, int(token.tag[1]) + 3)}"  # below the section's own heading
+    return Markup(reader.renderer.render(tokens, reader.options, {}))
+
+
+def settings(params: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """(name, value) by section of params.yaml."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, value in params.items():
+        section, _, rest = name.rpartition(".")
+        found.setdefault(section or "general", []).append((rest, setting_text(value)))
+    return found
+
+
+def setting_text(value: Any) -> str:
+    """As params.yaml would say it."""
+    if isinstance(value, list):
+        return "\n".join(map(str, value))
+    if value is None:
+        return "–"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def changed(params: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The settings that are not the recipe's."""
+    return [
+        (name, setting_text(value), setting_text(recipe.get(name)))
+        for name, value in params.items()
+        if recipe and recipe.get(name) != value
+    ]
+
+
+def data_sets(found: Experiment) -> list[tuple[Any, ...]]:
+    """(name, split, source, tokens, documents, bytes, sha256) of what was tokenised."""
+    rows = {}
+    for event in found.events("dataset"):
+        split = event["context"]
+        sizes = [found.last(f"data/{split}_{what}") for what in ("tokens", "documents", "bytes")]
+        row = (event["name"], split, event["source"], *sizes, event["digest"])
+        rows.setdefault((split, event["digest"]), row)
+    return list(rows.values())
+
+
+def environment(found: Experiment) -> list[tuple[str, str]]:
+    """Machine, versions, precision and code of the stage that started last."""
+    head, tags = found.head, found.tags
+    facts = dict(head["environment"]) | {"code": head["code"]}
+    facts |= {k.removeprefix("env."): v for k, v in tags.items() if k.startswith("env.")}
+    facts |= {k: v for k, v in tags.items() if k.startswith(("device.", "precision.")) and v}
+    facts |= {f"git {k}": v for k, v in head["git"].items() if v}
+    return list(facts.items())
+
+
+def _stage(stage: str, found: Experiment, status: str) -> tuple[Any, ...]:
+    start = found.records[stage][0]
+    began = datetime.fromtimestamp(start["time"] / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    commit = start["git"]["commit"][:10] + (" (dirty)" if start["git"]["dirty"] == "true" else "")
+    seconds = found.last(f"time/{stage}_seconds")
+    return stage, status.lower(), began, seconds, start["environment"]["host"], commit
+
+
+def _status(record: list[Event]) -> str:
+    return record[-1]["status"] if record[-1]["kind"] == "end" else "unfinished"

@@ -1,0 +1,185 @@
+"""Training checkpoints: when to save, which to keep, and the one to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.compute import runtime
+from pipeline.errors import InputError, StorageError
+from pipeline.model.model_dir import save_model
+from pipeline.resume.snapshot import Tensors, read_facts, restore, save_snapshot, understood
+from pipeline.storage.folders import SUMS, discard, problems, recover_all
+
+if TYPE_CHECKING:
+    from pipeline.compute.precision import Precision
+    from pipeline.config import CheckpointConfig
+    from pipeline.model.gpt import GPT
+    from pipeline.training.loop import TrainState
+
+log = logging.getLogger(__name__)
+
+Facts = dict[str, Any]
+Checkpoint = tuple[Path, Facts]
+
+
+class Checkpoints:
+    """The checkpoints of one training below its run's folder: `checkpoints/` and `best/`.
+
+    A checkpoint is a snapshot between two steps. The best model so far is a model directory of
+    its own; checkpoints name it by its step, and those that none names any more go.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: CheckpointConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.folder, self._best = folder / "checkpoints", folder / "best"
+        self._settings, self._clock = settings, clock
+        self._saved = clock()
+        for parent in (self.folder, self._best):
+            recover_all(parent)  # what a killed save left; the run's lock is held
+
+    def due(self, done: int) -> bool:
+        """Whether it is time to save after so many steps."""
+        steps, minutes = self._settings.every_steps, self._settings.every_minutes
+        by_time = minutes and self._clock() - self._saved >= 60 * minutes
+        return bool(by_time or (steps and done % steps == 0))
+
+    def save(self, state: TrainState, facts: Facts) -> None:
+        """A checkpoint of the state as it stands after a step; old ones go when it is there.
+
+        Raises StorageError where the disk does not take it; the earlier ones are as they were.
+        """
+        state.begin([])
+        save_snapshot(self.folder / _name(state.step), state, facts)
+        self._saved = self._clock()
+        with contextlib.suppress(OSError):  # where somebody reads an old one, the next save tries
+            for old in self._all()[: -self._settings.keep]:
+                discard(old)
+        self._prune_best(facts["best_step"])
+
+    def keep_best(self, model: GPT, step: int) -> None:
+        """The best model so far; those before it go, unless a checkpoint names them."""
+        save_model(model, self.best(step))
+        self._prune_best(step)
+
+    def _prune_best(self, newest: int) -> None:
+        named = {_name(newest)}
+        for path in self._all():
+            try:
+                named.add(_name(read_facts(path)["best_step"]))
+            except (InputError, KeyError):  # damaged since: which one it names is not known
+                return
+        with contextlib.suppress(OSError):
+            for model in self._best.glob("step-*"):
+                if model.name not in named:
+                    discard(model)
+
+    def best(self, step: int) -> Path:
+        """Where the best model of that step lies."""
+        return self._best / _name(step)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, and its facts; None where there never was one.
+
+        A damaged one is a warning, and goes where an older one is whole. Raises InputError where
+        none is: to begin again in silence would throw days away.
+        """
+        damaged = []
+        for path in reversed(self._all()):
+            try:
+                facts: Facts = {}
+                damage = _damage(path)
+                if not damage:
+                    facts = read_facts(path)
+                    best = facts["best_step"]
+                    damage = _damage(self.best(best)) if best else []
+            except InputError as error:
+                damage = [str(error)]
+            if not damage:
+                for old in damaged:
+                    discard(old)
+                return path, facts
+            log.warning("a damaged checkpoint is passed over:\n%s", "\n".join(damage))
+            damaged.append(path)
+        if damaged:
+            raise InputError(
+                f"{self.folder}: none of {len(damaged)} checkpoints is whole; "
+                "checkpoint.resume=never starts this training anew"
+            )
+        return None
+
+    def check_room(self, parameters: int) -> None:
+        """Raise StorageError where the disk cannot take what this training will keep at a time.
+
+        A checkpoint holds three times the weights and may name a best model of its own; one more
+        than `keep` lies there while it is written, beside the last model and the copies of both
+        for the pipeline.
+        """
+        weights = 4 * parameters
+        needed = (4 * (self._settings.keep + 1) + 5) * weights - _size(self.folder.parent)
+        free = shutil.disk_usage(_existing(self.folder)).free
+        if free < needed:
+            raise StorageError(
+                f"{self.folder.parent}: checkpoints and models of this training need "
+                f"{needed:,} more bytes, {free:,} are free; make room, or lower checkpoint.keep="
+                f"{self._settings.keep}"
+            )
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+
+def go_on(state: TrainState, path: Path, facts: Facts) -> None:
+    """Put a checkpoint into a fresh state and into torch's generators."""
+    with understood(path):
+        restore(state, Tensors(path), facts)
+    runtime.set_rng_state(state.rng, state.precision.device)
+
+
+def machine(precision: Precision) -> dict[str, str]:
+    """What has to be the same for a resumed training to be bit-equal to an unbroken one."""
+    return {
+        "torch": torch.__version__,
+        "device": runtime.device_name(precision.device),  # with the threads of a CPU
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "precision": precision.effective + (" (emulated)" if precision.emulated else ""),
+    }
+
+
+def warn_of_differences(then: dict[str, str], now: dict[str, str]) -> None:
+    """One warning that names every fact by which the machine is not the one that saved."""
+    changed = [f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
+    if changed:
+        log.warning(
+            "this training goes on, but not bit-equal to an unbroken one: %s", "; ".join(changed)
+        )
+
+
+def _damage(folder: Path) -> list[str]:
+    """What is not as it was written; a folder without sums was not written by us."""
+    if not (folder / SUMS).exists():
+        return [f"{folder / SUMS}: missing"]
+    return problems(folder)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08}"
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.parents) if p.exists())

@@ -1,0 +1,334 @@
+"""Training runs in progress: a folder each under the main root, one trainer, the others wait."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from pipeline import paths, regular
+from pipeline.config import flatten
+from pipeline.errors import BusyError, InputError, StorageError, UserError, cut, exit_code
+from pipeline.records import stage_graph
+from pipeline.records.provenance import code_of
+from pipeline.records.record_file import digest_of, dvc_md5, tree_digest
+from pipeline.storage.folders import copy, discard, recover
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+from pipeline.process import is_alive, this_process
+
+log = logging.getLogger(__name__)
+
+IDENTITY, STATUS, RESULT, JOURNAL = "run.json", "run_status.json", "result.json", "record.jsonl"
+# What the first three hold, where they hold it.
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("params", "inputs", "digests"), dict),
+    **dict.fromkeys(("state", "process", "md5"), str),
+    **dict.fromkeys(("time", "step"), int),
+}
+
+
+def identity(stage: str, config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides a stage's result: settings by name, inputs, and SHA-256 of its code by file.
+
+    dvc.yaml says which settings and files these are; `inputs` tell the stage's data from other.
+    """
+    settings = stage_graph.settings_of(stage, flatten(config))
+    return {"stage": stage, "params": settings, "inputs": inputs, "code": code_of(stage)}
+
+
+class Run:
+    """A training's folder, held under its lock: checkpoints, journal, status, and its result.
+
+    Its `identity` is what the function of that name gives.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], waited: bool):
+        self.folder, self.identity, self.waited = folder, identity, waited
+        self.journal = folder / JOURNAL
+
+    def say(self, state: str, **facts: Any) -> None:
+        """Write run_status.json: `dvc repro` turns every exit code into one."""
+        known = _json(self.folder / STATUS)
+        me = {"pid": os.getpid(), "process": this_process()}
+        facts = {"state": state, **me, "time": max(0, int(time.time()))} | facts
+        kept = {"step": known["step"]} if "step" in known else {}
+        with contextlib.suppress(OSError):  # a full disk, or a reader on Windows: no reason to end
+            _write(self.folder / STATUS, kept | facts)
+
+    def start_over(self) -> None:
+        """Forget what earlier processes left here."""
+        discard(self.folder)
+        self.folder.mkdir()
+        _write(self.folder / IDENTITY, self.identity)
+        self.say("running")
+
+    def adopt(self) -> bool:
+        """Take over the result of another process for this very identity, if it is whole.
+
+        That is one that this process waited for, or one that DVC was stopped before it could
+        keep. Every output is one of the stage's own, and is checked against its SHA-256 before it
+        replaces anything here.
+        """
+        made = _json(self.folder / RESULT)
+        if not made.keys() >= {"digests", "md5", "by_dvc"}:
+            return False
+        shared = {name: self.folder / name for name in made["digests"]}
+        ours = shared.keys() <= set(stage_graph.stages()[self.identity["stage"]].outs)
+        if not (ours and (self.waited or _left_behind(made))) or any(
+            not p.exists() or tree_digest(p) != made["digests"][n] for n, p in shared.items()
+        ):
+            self.start_over()
+            return False
+        for name, path in shared.items():
+            copy(path, Path(name))
+        return True
+
+    def share(self, outputs: list[Path]) -> None:
+        """Leave the result for those that wait, and for DVC's next try if this one is stopped."""
+        for output in outputs:
+            recover(self.folder / output)
+            copy(output, self.folder / output)
+        digests = {output.as_posix(): tree_digest(output) for output in outputs}
+        made = {"digests": digests, "md5": dvc_md5(outputs[0]), "by_dvc": _under_dvc()}
+        _write(self.folder / RESULT, made)
+        for name in ("checkpoints", "best", "study", JOURNAL):
+            discard(self.folder / name)
+
+
+@contextlib.contextmanager
+def claim(identity: dict[str, Any], wait: bool = True) -> Iterator[Run]:
+    """Hold a training; a second process with the same identity waits here for its turn.
+
+    Raises BusyError where it shall not `wait`, StorageError where the folder cannot be written.
+    """
+    folder = _folder(identity)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            waited = stack.enter_context(_holding(folder, wait))
+            recover(folder)
+            folder.mkdir(exist_ok=True)
+            run = Run(folder, identity, waited)
+            _write(folder / IDENTITY, identity)
+            run.say("running")
+        except OSError as error:
+            raise StorageError(
+                f"{folder}: cannot be written: {error}; checkpoints of training go there"
+            ) from error
+        try:
+            yield run
+        except BaseException as error:
+            code = exit_code(error)
+            state = "preempted" if code >= 128 else "failed"
+            run.say(state, exit_code=code, message=str(error))
+            raise
+        run.say("finished", exit_code=0)
+
+
+@contextlib.contextmanager
+def _holding(folder: Path, wait: bool) -> Iterator[bool]:
+    """The folder's lock; True if it had to be waited for, under a mark that others can see."""
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    holder = folder.with_name(f"{folder.name}.holder")
+    waited = False
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = "another process"
+        with contextlib.suppress(OSError):
+            who = f"process {cut(holder.read_text('utf-8'))}"
+        if not wait:
+            raise BusyError(
+                f"{who} trains this very configuration, and checkpoint.wait=false: wait for it, "
+                "or set checkpoint.wait=true to take its result over"
+            ) from None
+        mark = folder.with_name(f"{folder.name}.waiting-{this_process()}")
+        mark.touch()
+        try:
+            log.warning("%s trains this very configuration: waiting for its result", who)
+            lock.acquire()
+        finally:
+            mark.unlink(missing_ok=True)
+        waited = True
+    try:
+        holder.write_text(str(os.getpid()), "utf-8")
+        yield waited
+    finally:
+        with contextlib.suppress(OSError):  # Windows: somebody may be reading it
+            holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def forget_result() -> None:
+    """Drop the result that this workspace's training left: DVC holds the outputs by now.
+
+    For the stage after it to call, which DVC starts when it has.
+    """
+    for folder in _left_by("train"):
+        _drop(folder)
+
+
+def keep(found: dict[str, Any]) -> bool:
+    """Keep a finished stage's outputs for `take_over`, unless its run has left them there itself.
+
+    `found` is its identity. False where they cannot be kept: the disk is full, or the stage was
+    started by hand, so that it will be done again in any case.
+    """
+    if not _under_dvc():
+        return False
+    if not _left_by(found["stage"]):
+        try:
+            with claim(found) as run:
+                run.share([Path(out) for out in stage_graph.stages()[found["stage"]].outs])
+        except (OSError, StorageError) as error:
+            log.warning("%s", error)
+            return False
+    return True
+
+
+def take_over(found: dict[str, Any]) -> bool:
+    """Whether `keep` had this stage's very outputs; they are put back, checked."""
+    folder = _folder(found)
+    if not (folder / RESULT).exists():
+        return False
+    with claim(found) as run:
+        taken = run.adopt()
+    _drop(folder)
+    return taken
+
+
+def _left_by(stage: str) -> list[Path]:
+    """The folders that hold the result whose record is the workspace's."""
+    record = paths.record(stage)
+    mine = tree_digest(record) if record.exists() else ""
+    results = paths.runs().glob(f"*/{RESULT}")
+    return [r.parent for r in results if _json(r).get("digests", {}).get(record.as_posix()) == mine]
+
+
+def _folder(found: dict[str, Any]) -> Path:
+    return paths.runs() / digest_of(found)[:16]
+
+
+def unfinished(but: Path) -> Path | None:
+    """The folder of the training that stopped last without a result, other than `but`."""
+    found = [
+        folder
+        for folder in _folders()
+        if folder != but
+        and _state(folder) in ("killed", "preempted", "failed")
+        and any(folder.glob("checkpoints/step-*"))
+    ]
+    return max(found, key=lambda f: _json(f / STATUS).get("time", 0), default=None)
+
+
+def differences(mine: dict[str, Any], other: Path) -> list[str]:
+    """By what another training's identity differs, a phrase each."""
+    theirs = _json(other / IDENTITY)
+    params, before = mine["params"], theirs.get("params", {})
+    names = dict.fromkeys([*params, *before])
+    changed = [
+        f"{name}={params.get(name)} instead of {before.get(name)}"
+        for name in names
+        if params.get(name) != before.get(name)
+    ]
+    inputs = theirs.get("inputs", {})
+    changed += [f"other bytes in {n}" for n, d in mine["inputs"].items() if inputs.get(n) != d]
+    code, once = mine["code"], theirs.get("code")
+    if not isinstance(once, dict):  # of a version that kept one digest of all files
+        return [*changed, "other code"]
+    names = sorted(n for n in {**code, **once} if code.get(n) != once.get(n))
+    return changed + ([f"other code in {', '.join(names)}"] if names else [])
+
+
+def _state(folder: Path) -> str:
+    said = _json(folder / STATUS)
+    state = said.get("state", "unknown")
+    dead = state == "running" and not is_alive(said.get("process", ""))
+    return "killed" if dead else state
+
+
+def _folders() -> list[Path]:
+    return sorted(path.parent for path in paths.runs().glob(f"*/{IDENTITY}"))
+
+
+def _drop(folder: Path) -> bool:
+    """Remove a run's folder, unless a process is at work on it or waits for it."""
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+        if not _awaited(folder):
+            discard(folder)
+            return True
+    return False
+
+
+def _awaited(folder: Path) -> bool:
+    """Whether another living process waits for this training."""
+    marks = folder.parent.glob(f"{folder.name}.waiting-*")
+    return any(is_alive(mark.name.partition(".waiting-")[2]) for mark in marks)
+
+
+def _under_dvc() -> bool:
+    return "DVC_ROOT" in os.environ
+
+
+def _left_behind(made: dict[str, Any]) -> bool:
+    """Whether DVC was stopped after this result was made and before it was kept.
+
+    A stage that is started by hand, or forced to run again with `dvc repro -f`, is to train.
+    """
+    lock = Path("dvc.lock")
+    kept = lock.exists() and made["md5"] in lock.read_text("utf-8")
+    return made["by_dvc"] and _under_dvc() and not kept
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What the file says; nothing where it is not there, or not as we write it."""
+    with contextlib.suppress(UserError):
+        # A stage's identity names every file of the corpus.
+        found = regular.read_json(path, regular.SNAPSHOT_BYTES)
+        if all(isinstance(found.get(key), kind | None) for key, kind in KINDS.items()):
+            return found
+    return {}
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "w", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(values, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def lines() -> list[str]:
+    """A line for each training that is at work, was interrupted, or is not yet in DVC's cache."""
+    found = []
+    for folder in _folders():
+        said, about = _json(folder / STATUS), _json(folder / IDENTITY)
+        params = about.get("params", {})
+        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(said.get("time", 0)))
+        step = f"{said.get('step', 0):,} of {params.get('train.steps', 0):,}"
+        where = f" at step {step}" if "train.steps" in params else f" {about.get('stage')}"
+        found.append(f"{folder.name}  {_state(folder)}{where}, {when}, {size / 2**20:,.0f} MiB")
+    return found or ["no training is at work or interrupted"]
+
+
+def remove(name: str) -> None:
+    """Raises InputError for a run that is not there, BusyError for one at work."""
+    folder = paths.runs() / name
+    if folder not in _folders():
+        known = ", ".join(path.name for path in _folders()) or "none"
+        raise InputError(f"{name}: no training of that name; there are: {known}")
+    if not _drop(folder):
+        raise BusyError(f"{name}: a process is at work on it, or waits for it")

@@ -1,0 +1,292 @@
+"""A training state on disk: all that its next step needs to be done again, and no pickle.
+
+A snapshot is a folder. Its tensors have names that say what they are (`model.NAME`,
+`exp_avg.NAME`, `rng.cpu`, `x.0`, ...) and lie in one safetensors file a kind; `snapshot.json`
+holds the plain facts, the optimizer's among them, and `sha256.json` the sums of all files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import regular
+from pipeline.errors import InputError, UserError, cut, out_of_memory
+from pipeline.storage.folders import check, writing
+from pipeline.storage.tensor_files import write_tensors
+from pipeline.training.loop import TrainState
+
+FACTS = "snapshot.json"
+OWN = ("model", "rng", "x", "y", "rest", "options")  # no part of an optimizer may be called so
+EARLIER = ("step", "exp_avg", "exp_avg_sq")  # what snapshots without the optimizer's facts held
+# Options that say how a device computes, not what: those of the machine at hand stay.
+MACHINE = ("fused", "foreach", "capturable")
+PART = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # what may be the first word of a tensor's name
+
+Parts = dict[str, dict[str, Tensor]]
+
+
+def save_snapshot(folder: Path, state: TrainState, facts: dict[str, Any]) -> None:
+    """Write the state and the step at work, its batches included; `facts` are plain values.
+
+    Scaler, counts and generators are those of the step's beginning (`TrainState.begin`), whether
+    or not it has updated them since; weights and moments are as they stand. Takes the disk space
+    of the weights and the optimizer's moments, three times the weights with AdamW, and no memory on
+    a CPU: the files are written from the tensors themselves. From another device one file's
+    tensors at a time come over, as many bytes as the weights have. Raises StorageError as
+    `folders.writing`, InputError for an optimizer whose state is not tensors and plain values.
+    """
+    optimizer, parts = _packed(state.optimizer, dict(state.model.named_parameters()))
+    kinds = _kinds(state, parts)
+    needed = sum(t.numel() * t.element_size() for kind in kinds.values() for t in kind.values())
+    with writing(folder, needed) as partial:
+        for kind, tensors in kinds.items():
+            own = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            write_tensors(own, partial / f"{kind}.safetensors")
+        own_facts = {
+            "step": state.step,
+            **state.before,
+            "micro_batches": len(state.batches),
+            "loss": repr(state.loss),  # JSON knows no NaN
+            "optimizer": optimizer,
+        }
+        text = json.dumps({**facts, **own_facts}, indent=1) + "\n"
+        (partial / FACTS).write_text(text, "utf-8")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The plain facts of a snapshot; raises InputError where there is none."""
+    if not (folder / FACTS).exists():
+        raise InputError(
+            f"{folder}: no snapshot of a training step is there; a run names the one it leaves"
+        )
+    return regular.read_json(folder / FACTS, regular.SNAPSHOT_BYTES)
+
+
+@contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """Whatever a snapshot lacks, or has of another kind, becomes an InputError with its name."""
+    from safetensors import SafetensorError
+
+    strange = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
+    try:
+        yield
+    except (*strange, SafetensorError) as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        said = cut(f"{type(error).__name__}: {error}")
+        raise InputError(f"{folder}: not a snapshot that can be put back: {said}") from error
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a snapshot by name, each read when it is asked for.
+
+    Raises InputError where a file is not the one that was written.
+    """
+
+    def __init__(self, folder: Path):
+        from safetensors import safe_open
+
+        check(folder)
+        paths = sorted(folder.glob("*.safetensors"))
+        for path in paths:
+            regular.check(path)
+        files = [safe_open(path, framework="pt") for path in paths]
+        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # without reading the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def restore(state: TrainState, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """Put a snapshot into a fresh state; the generators stay: see `runtime.set_rng_state`.
+
+    NaN and infinite weights are put back as they were: they may be what one wants to look at.
+    Raises InputError where the snapshot is of another optimizer.
+    """
+    parameters = dict(state.model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"model.{name}"])
+    optimizer = facts.get("optimizer") or _earlier(tensors, state.optimizer, parameters)
+    _unpack(optimizer, tensors, state.optimizer, parameters)
+    if facts["scaler"]:
+        state.scaler.load_state_dict(facts["scaler"])
+    for name in state.before.keys() - {"scaler"} | {"step"}:
+        setattr(state, name, facts[name])
+    count = range(facts["micro_batches"])
+    state.begin([(tensors[f"x.{n}"].clone(), tensors[f"y.{n}"].clone()) for n in count])
+    names = [name for name in tensors if name.startswith("rng.")]
+    state.rng = {name.removeprefix("rng."): tensors[name].clone() for name in names}
+    state.loss = float(facts["loss"])
+
+
+def _kinds(state: TrainState, parts: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The state's tensors by the file that they go into; parameters by name, tied ones once.
+
+    `parts` are the optimizer's, by kind; those that have not a parameter's shape are small.
+    """
+    model = {f"model.{name}": p.detach() for name, p in state.model.named_parameters()}
+    small = {f"rng.{kind}": value for kind, value in state.rng.items()} | parts.pop("rest", {})
+    for n, (x, y) in enumerate(state.batches):  # views into larger tensors: not their own memory
+        small |= {f"x.{n}": x.clone(), f"y.{n}": y.clone()}
+    return {"model": model, **parts, "rest": small}
+
+
+# --- any torch optimizer's state as named tensors and JSON, and back to the bit
+
+
+def _packed(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Any], Parts]:
+    """(facts for JSON, {kind: {name: tensor}}) of the state of `parameters`, which have names.
+
+    Tensors keep their memory. Those of a parameter's shape are of the kind that their key in the
+    state names, others of kind "rest". Raises InputError naming what is neither a tensor nor a
+    plain value nor a list, tuple or dictionary of such, and a key among OWN.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    groups, states, parts = [], {}, _Parts()
+    for number, group in enumerate(optimizer.param_groups):
+        options = {key: value for key, value in group.items() if key != "params"}
+        groups.append(
+            {
+                "params": [_named(names, p) for p in group["params"]],
+                "options": {k: parts.pack(v, f"options.{k}.{number}") for k, v in options.items()},
+            }
+        )
+    for parameter, state in optimizer.state.items():
+        name = _named(names, parameter)
+        for key in state:
+            if not (isinstance(key, str) and PART.fullmatch(key)) or key in OWN:
+                raise InputError(f"the optimizer's state of {name}: {key!r} cannot be saved")
+        states[name] = {k: parts.pack(v, f"{k}.{name}", parameter) for k, v in state.items()}
+    kind = type(optimizer).__name__
+    return {"kind": kind, "groups": groups, "state": states}, parts.kinds
+
+
+def _unpack(
+    facts: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+) -> None:
+    """Put what `_packed` gave into a fresh optimizer of the same kind over the same parameters.
+
+    The tensors are copied, to the device of their parameter or the host, where they lay, and in
+    their own dtype, which `load_state_dict` would change. Options are put back but for MACHINE.
+    Raises InputError where the optimizer is another one.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    own = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+    then, now = facts["kind"], type(optimizer).__name__
+    if then != now or own != [group["params"] for group in facts["groups"]]:
+        differs = f"{then} then, {now} now" if then != now else "its groups hold other parameters"
+        raise InputError(f"the snapshot is of another optimizer: {differs}")
+    device = next(iter(parameters.values())).device
+    for group, saved in zip(optimizer.param_groups, facts["groups"], strict=True):
+        options = {k: v for k, v in saved["options"].items() if k not in MACHINE}
+        group.update({k: _unpacked(v, tensors, device) for k, v in options.items()})
+    optimizer.state.clear()
+    for name, state in facts["state"].items():
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            key: _unpacked(value, tensors, parameter.device) for key, value in state.items()
+        }
+
+
+class _Parts:
+    """Collects tensors by kind while values become JSON."""
+
+    def __init__(self) -> None:
+        self.kinds: Parts = {}
+        self._memory: set[int] = set()
+
+    def pack(self, value: Any, name: str, parameter: Tensor | None = None) -> Any:
+        """A JSON value; a list stands for itself, {"kind": ...} for what JSON has no word for."""
+        if isinstance(value, Tensor):
+            return self._tensor(value, name, parameter)
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"float": repr(value)}
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if type(value) is complex:
+            return {"complex": [self.pack(part, name) for part in (value.real, value.imag)]}
+        if type(value) in (list, tuple):
+            items = [self.pack(v, f"{name}.{n}", parameter) for n, v in enumerate(value)]
+            return items if isinstance(value, list) else {"tuple": items}
+        if type(value) is dict:
+            items = enumerate(value.items())
+            return {
+                "dict": [
+                    [self.pack(k, f"{name}.{n}.key"), self.pack(v, f"{name}.{n}", parameter)]
+                    for n, (k, v) in items
+                ]
+            }
+        raise InputError(
+            f"the optimizer's {name} is a {type(value).__name__}, which cannot be saved: expected "
+            "tensors, numbers, texts and lists, tuples or dictionaries of them"
+        )
+
+    def _tensor(self, value: Tensor, name: str, parameter: Tensor | None) -> dict[str, str]:
+        if value.layout is not torch.strided or hasattr(value, "__tensor_flatten__"):  # of parts
+            raise InputError(f"the optimizer's {name} is not a plain dense tensor: cannot be saved")
+        alike = parameter is not None and value.shape == parameter.shape and value.dim() > 0
+        kind = name.partition(".")[0] if alike else "rest"
+        memory = value.untyped_storage().data_ptr()
+        value = value.detach()
+        if memory in self._memory:  # a file holds nothing twice
+            value = value.clone()
+        self._memory.add(memory)
+        self.kinds.setdefault(kind, {})[name] = value
+        beside = parameter is None or value.device == parameter.device
+        return {"tensor" if beside else "host": name}
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(part, tensors, device) for part in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind in ("tensor", "host"):  # a copy: what was read may be the file, mapped into memory
+        return tensors[content].to(device if kind == "tensor" else "cpu", copy=True)
+    if kind == "float":
+        return float(content)
+    parts = _unpacked(content, tensors, device)
+    return {"tuple": tuple, "complex": lambda ends: complex(*ends), "dict": dict}[kind](parts)
+
+
+def _named(names: Mapping[int, str], parameter: Any) -> str:
+    if id(parameter) not in names:
+        what = tuple(parameter.shape) if isinstance(parameter, Tensor) else repr(parameter)
+        raise InputError(f"the optimizer holds {what}, which is no parameter of the model")
+    return names[id(parameter)]
+
+
+def _earlier(
+    tensors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+) -> dict[str, Any]:
+    """The facts of AdamW that a snapshot has which was written without them."""
+    held = [name for name in parameters if all(f"{part}.{name}" in tensors for part in EARLIER)]
+    state = {n: {part: {"tensor": f"{part}.{n}"} for part in EARLIER} for n in held}
+    return _packed(optimizer, parameters)[0] | {"kind": "AdamW", "state": state}

@@ -1,0 +1,1 @@
+"""What the numbers teach: initialisation, number formats, roofline."""

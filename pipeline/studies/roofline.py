@@ -1,0 +1,352 @@
+"""Error against speed, and what bounds each operation: measured on this device, for this model.
+
+Arithmetic intensity is floating-point operations by bytes moved, each operand read once and each
+result written once. Below the ridge, peak rate by bandwidth, memory is the roof (Williams,
+Waterman and Patterson 2009).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.compute.precision import PRECISIONS, Precision, choose_precision
+from pipeline.compute.runtime import generator
+from pipeline.compute.throughput import SQUARE, Stopwatch
+from pipeline.tables import markdown
+
+PRODUCT_COLUMNS = ("product", "shape", "mode", "in effect", "error", "ms", "GFLOP/s", "of fp32")
+OPERATION_COLUMNS = ("operation", "shape", "FLOP/byte", "bound by", "GFLOP/s", "GB/s")
+OPERATION_COLUMNS += ("of its roof", "MB moved", "ms", "of it the call")
+
+ROUNDS = 5  # modes take turns, so that a machine that slows down slows all of them
+REFERENCE_ROWS = 64  # of a product are made again in float64
+CPU_FLOPS = 3e9  # most of one product on a CPU; its rows are cut, and the table says how many
+RESULT_BYTES = 1 << 29  # of one fp32 result, on any device: a small GPU is to do it, too
+STREAM_BYTES = {"cuda": 1 << 30, "mps": 1 << 28, "cpu": 1 << 28}  # of each of two arrays
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A matrix product (batch, rows, inner) x (batch, inner, columns) of the model."""
+
+    name: str
+    rows: int
+    inner: int
+    columns: int
+    batch: int = 1
+    linear: bool = True  # a linear layer's: where those are fp8, the others are bf16
+
+    def __str__(self) -> str:
+        return f"{self.batch} x ({self.rows}, {self.inner}) ({self.columns})"
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.batch * self.rows * self.inner * self.columns
+
+    def bytes_moved(self, operand: int, result: int) -> float:
+        """Both operands read and the result written once, with that many bytes a number."""
+        read = self.rows * self.inner + self.inner * self.columns
+        return float(self.batch) * (operand * read + result * self.rows * self.columns)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something timed. `rate` is in FLOP/s, `intensity` in FLOP a byte."""
+
+    seconds: float
+    bytes_moved: float
+
+    @property
+    def rate(self) -> float:
+        return self.flops / self.seconds
+
+    @property
+    def intensity(self) -> float:
+        return self.flops / self.bytes_moved
+
+
+@dataclass(frozen=True)
+class Operation(Work):
+    """An operation of the model that is no product, in fp32, on one tensor of this shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    flops: float
+
+
+@dataclass(frozen=True)
+class Product(Work):
+    """One of the model's products in one mode."""
+
+    shape: Shape
+    precision: Precision
+    error: float  # relative, norm by norm, against float64
+
+    @property
+    def name(self) -> str:
+        return self.shape.name
+
+    @property
+    def mode(self) -> Precision:
+        """That this very product is in."""
+        return self.precision if self.shape.linear else self.precision.of_the_rest()
+
+    @property
+    def flops(self) -> float:
+        return self.shape.flops
+
+
+def _share(found: Work, roofline: Roofline, mode: str) -> float:
+    """Of the roof that bounds it: of the bandwidth, or of the mode's peak rate."""
+    if roofline.bound(found.intensity, mode) == "memory":
+        return found.bytes_moved / found.seconds / roofline.bandwidth
+    return found.rate / roofline.rates[mode]
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """All that was measured. `rates` are FLOP/s of a large square product by mode."""
+
+    device: str
+    bandwidth: float  # bytes a second
+    rates: dict[str, float]
+    products: list[Product]
+    operations: list[Operation]
+    notes: tuple[str, ...] = ()  # why a mode is emulated, or was not measured
+    call_seconds: float = 0.0  # of an operation on a single number: what any call takes
+
+    def roof(self, intensity: float, mode: str) -> float:
+        """FLOP/s that memory and the mode's products allow at this intensity."""
+        return min(intensity * self.bandwidth, self.rates[mode])
+
+    def ridge(self, mode: str) -> float:
+        """The intensity, FLOP a byte, below which memory bounds."""
+        return self.rates[mode] / self.bandwidth
+
+    def bound(self, intensity: float, mode: str) -> str:
+        return "memory" if intensity < self.ridge(mode) else "compute"
+
+    def speed_and_error(self) -> dict[str, tuple[float, float]]:
+        """By mode, medians over the model's products: speed of fp32's, and relative error."""
+        by_mode: dict[str, list[Product]] = {}
+        for product in self.products:
+            by_mode.setdefault(product.precision.asked, []).append(product)
+        plain = by_mode["fp32"]
+        return {
+            mode: (
+                statistics.median(
+                    base.seconds / p.seconds for base, p in zip(plain, found, strict=True)
+                ),
+                statistics.median(p.error for p in found),
+            )
+            for mode, found in by_mode.items()
+        }
+
+    def product_rows(self) -> list[tuple[Any, ...]]:
+        """One tuple of PRODUCT_COLUMNS for each product in each mode."""
+        base = {p.shape: p.seconds for p in self.products if p.precision.asked == "fp32"}
+        return [
+            (
+                p.name,
+                str(p.shape),
+                p.precision.asked,
+                p.mode.effective + (" emulated" if p.mode.emulated else ""),
+                p.error,
+                p.seconds * 1e3,
+                p.rate / 1e9,
+                base[p.shape] / p.seconds,
+            )
+            for p in self.products
+        ]
+
+    def operation_rows(self) -> list[tuple[Any, ...]]:
+        """One tuple of OPERATION_COLUMNS for each operation, and for each product in fp32."""
+        return [
+            (
+                f.name,
+                str(f.shape),
+                f.intensity,
+                self.bound(f.intensity, "fp32"),
+                f.rate / 1e9,
+                f.bytes_moved / f.seconds / 1e9,
+                _share(f, self, "fp32"),
+                f.bytes_moved / 1e6,
+                f.seconds * 1e3,
+                round(min(1.0, self.call_seconds / f.seconds), 3),
+            )
+            for f in (
+                *self.operations,
+                *(p for p in self.products if p.precision.asked == "fp32"),
+            )
+        ]
+
+    def products_page(self) -> str:
+        """Markdown: error and time of every product in every mode."""
+        words = [
+            f"{mode} {speed:.2f} times fp32's speed, relative error {error:.1e}"
+            for mode, (speed, error) in self.speed_and_error().items()
+        ]
+        return (
+            f"# Error against speed\n\n{self.device}. Medians over the model's products: "
+            + "; ".join(words)
+            + ". Error is against float64.\n"
+            + "".join(f"\n- {note}" for note in self.notes)
+            + ("\n" if self.notes else "")
+            + f"\n{markdown(PRODUCT_COLUMNS, self.product_rows())}"
+        )
+
+    def operations_page(self) -> str:
+        """Markdown: what bounds the operations that are no products, and the products in fp32."""
+        rows = self.operation_rows()
+        limited = [row[0] for row in rows if row[3] == "memory"]
+        return (
+            f"# What bounds each operation\n\n{self.device}, fp32. Measured bandwidth "
+            f"{self.bandwidth / 1e9:.1f} GB/s, measured matrix rate {self.rates['fp32'] / 1e9:.0f} "
+            f"GFLOP/s: below {self.ridge('fp32'):.1f} FLOP a byte memory is the roof. That is so "
+            f"for {len(limited)} of {len(rows)}: {', '.join(limited) or 'none'}.\n\n"
+            "Neither roof says much of what is small. A call on a single number takes "
+            f"{self.call_seconds * 1e6:.1f} microseconds; the last column is that by the whole "
+            "time. And what moves a few megabytes may live in a cache, where it can pass its roof: "
+            "the bandwidth is that of arrays far larger than any cache.\n\n"
+            f"{markdown(OPERATION_COLUMNS, rows)}"
+        )
+
+
+def shapes(n_embd: int, n_head: int, vocab_rows: int, sequences: int, tokens: int) -> list[Shape]:
+    """The forward products of a GPT for a micro-batch of `sequences` by `tokens`."""
+    c, rows, heads = n_embd, sequences * tokens, sequences * n_head
+    return [
+        Shape("attn.c_attn", rows, c, 3 * c),
+        Shape("attn q k^T", tokens, c // n_head, tokens, heads, linear=False),
+        Shape("attn weights v", tokens, tokens, c // n_head, heads, linear=False),
+        Shape("attn.c_proj", rows, c, c),
+        Shape("mlp.c_fc", rows, c, 4 * c),
+        Shape("mlp.c_proj", rows, 4 * c, c),
+        Shape("head", rows, c, vocab_rows, linear=False),
+    ]
+
+
+def fitted(shape: Shape, device: torch.device) -> Shape:
+    """The shape, with fewer rows where a CPU would take long or the result be very large."""
+    share = RESULT_BYTES / (4 * shape.batch * shape.rows * shape.columns)
+    if device.type == "cpu":
+        share = min(share, CPU_FLOPS / shape.flops)
+    if share >= 1:
+        return shape
+    if shape.batch > 1:
+        return replace(shape, batch=max(2, int(shape.batch * share)))
+    return replace(shape, rows=max(REFERENCE_ROWS, int(shape.rows * share)))
+
+
+def measure(model_shapes: list[Shape], device: torch.device, device_name: str) -> Roofline:
+    """Bandwidth, peak rates, the model's products in every mode, and its other operations."""
+    side = SQUARE.get(device.type, 1024)
+    modes = [choose_precision(name, device) for name in PRECISIONS]
+    # A mode that comes to another one here has no figures of its own.
+    own = [mode for mode in modes if mode.effective == mode.asked]
+    square = _timed_products(Shape("square", side, side, side), own)
+    one = torch.ones(1, device=device)
+    return Roofline(
+        device_name,
+        bandwidth(device),
+        {product.precision.asked: product.rate for product in square},
+        [p for shape in model_shapes for p in _timed_products(fitted(shape, device), own)],
+        list(_timed_operations(model_shapes[-1], device)),
+        tuple(f"{mode.asked}: {mode.reason}" for mode in modes if mode.reason),
+        _medians([lambda: one.add_(one)], device)[0],
+    )
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second of a += b over arrays far larger than any cache.
+
+    A roof for what streams through memory once; what stays in a cache may pass it. In place,
+    since a CPU reads the lines of a fresh result before it writes them, which no formula counts.
+    """
+    count = STREAM_BYTES.get(device.type, 1 << 28) // 4
+    a, b = (torch.ones(count, device=device) for _ in range(2))
+    (seconds,) = _medians([lambda: a.add_(b)], device)
+    return 3 * 4 * count / seconds
+
+
+def relative_error(found: Tensor, a: Tensor, b: Tensor) -> float:
+    """Norm of the first rows' distance from the float64 product, by the norm of that."""
+    rows = REFERENCE_ROWS
+    a, b, found = (x.cpu().double() for x in (a[..., :rows, :], b, found[..., :rows, :]))
+    exact = a @ b
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+def _timed_products(shape: Shape, precisions: list[Precision]) -> list[Product]:
+    device = precisions[0].device
+    chance = generator(0, f"product {shape.name}")
+    sizes = ((shape.rows, shape.inner), (shape.inner, shape.columns))
+    lead = (shape.batch,) if shape.batch > 1 else ()
+    a, b = (torch.randn(*lead, *size, generator=chance).to(device) for size in sizes)
+    # Operands have the mode's format already: autocast casts a weight once, not a product.
+    modes = [p if shape.linear else p.of_the_rest() for p in precisions]
+    calls = [mode.multiplication(a, b) for mode in modes]
+    errors = [relative_error(call(), a, b) for call in calls]
+    # An emulated product moves fp32 numbers, whatever format their values are in.
+    moved = [shape.bytes_moved(p.operand_bytes, p.result_bytes) for p in modes]
+    times = _medians(calls, device)
+    return [
+        Product(seconds, bytes_moved, shape, precision, error)
+        for seconds, bytes_moved, precision, error in zip(
+            times, moved, precisions, errors, strict=True
+        )
+    ]
+
+
+def _timed_operations(head: Shape, device: torch.device) -> Iterator[Operation]:
+    """The model's other operations, fp32, on the tokens that the product `head` has as rows.
+
+    Logits get the rows that `head` itself is cut to. FLOPs by the count of their formulas.
+    """
+    c, columns = head.inner, head.columns
+    rows = min(head.rows, RESULT_BYTES // (4 * 4 * c))
+    x, other = (torch.randn(rows, c, device=device) for _ in range(2))
+    wide = torch.randn(rows, 4 * c, device=device)
+    logits = torch.randn(fitted(head, device).rows, columns, device=device)
+    ids, targets = (torch.randint(columns, (n,), device=device) for n in (rows, len(logits)))
+    table = torch.randn(columns, c, device=device)
+    ones = torch.ones(c, device=device)
+    weight = torch.nn.Parameter(torch.randn(columns, c, device=device))
+    weight.grad = torch.randn_like(weight)
+    adamw = torch.optim.AdamW([weight], fused=device.type in ("cpu", "cuda", "mps"))
+    # For each number of the tensor: FLOPs, and reads and writes of fp32 numbers, each once.
+    listed: list[tuple[str, Callable[[], Any], Tensor, int, int]] = [
+        ("embedding", lambda: F.embedding(ids, table), x, 0, 2),
+        ("layer_norm", lambda: F.layer_norm(x, (c,), ones, ones), x, 8, 2),
+        ("residual add", lambda: x + other, x, 1, 3),
+        ("gelu", lambda: F.gelu(wide, approximate="tanh"), wide, 14, 2),
+        ("softmax", lambda: torch.softmax(logits, -1), logits, 5, 2),
+        ("cross_entropy", lambda: F.cross_entropy(logits, targets), logits, 5, 1),
+        ("AdamW", adamw.step, weight, 15, 7),
+    ]
+    for name, call, on, flops, moved in listed:
+        with torch.no_grad():
+            (seconds,) = _medians([call], device)
+        n = on.numel()
+        yield Operation(seconds, 4.0 * moved * n, name, tuple(on.shape), float(flops * n))
+
+
+def _medians(calls: list[Callable[[], Any]], device: torch.device) -> list[float]:
+    """Median seconds of each call, the calls taking turns, after one turn that does not count."""
+    watch = Stopwatch(device)
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(ROUNDS + 1):
+        for call, times in zip(calls, seconds, strict=True):
+            watch.start()
+            call()
+            spent = watch.stop()
+            if turn:
+                times.append(spent)
+    return [statistics.median(times) for times in seconds]

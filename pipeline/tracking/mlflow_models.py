@@ -1,0 +1,97 @@
+"""MLflow's Models tab: a row's checkpoints, with step, losses, and where DVC keeps their files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.records.record_file import Event
+from pipeline.tracking.mlflow_store import hold_elsewhere
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+LOSSES = {"train/loss": "train", "train/val_loss": "val"}  # with the split that they are of
+EVALUATED = "val/"  # what `evaluate` measures of the best checkpoint
+DATASET = "tokens"
+EXTERNAL = "mlflow.model.isExternal"  # MLflow's own word for a model whose files it does not hold
+
+
+class LoggedModels:
+    """The checkpoints of one row. Nothing is copied: a model here says where its files are."""
+
+    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str):
+        self._client, self._run_id, self._experiment_id = client, run_id, experiment_id
+        self._latest: dict[str, Metric] = {}
+        self._validated: dict[int, list[Metric]] = {}  # by step: the two losses there
+        self._digests: dict[str, str] = {}  # of the tokens, by split, as long as MLflow takes
+        self._known: dict[str, str] | None = None  # model id by checkpoint name
+
+    def points(self, event: Event) -> list[Metric]:
+        """A metrics event as MLflow's points; those of the best checkpoint carry its id."""
+        from mlflow.entities import Metric
+
+        step, time = event["step"], event["time"]
+        points = [Metric(key, value, time, step) for key, value in event["values"].items()]
+        self._latest |= {point.key: point for point in points if point.key in LOSSES}
+        if "train/val_loss" in event["values"]:
+            self._validated[step] = list(self._latest.values())
+        best = self._ids().get("best") if any(p.key.startswith(EVALUATED) for p in points) else None
+        if best is None:
+            return points
+        return [self._of(best, p, "val") if p.key.startswith(EVALUATED) else p for p in points]
+
+    def put(self, name: str, place: dict[str, str]) -> None:
+        """Show a checkpoint; showing it again changes nothing.
+
+        `place` holds DVC's `path` and `md5`, the `sha256`, the number of `step`s that were done
+        and, where the row has one, the `copy`.
+        """
+        from mlflow.entities import LoggedModelOutput
+
+        id_ = self._ids().get(name)
+        if id_ is None:
+            id_ = self._ids()[name] = self._create(name, place)
+        outputs = self._client.get_run(self._run_id).outputs
+        if id_ not in {m.model_id for m in (outputs.model_outputs if outputs else [])}:
+            output = LoggedModelOutput(id_, int(place["step"]))
+            self._client.log_outputs(self._run_id, [output])
+        losses = self._validated.get(int(place["step"]) - 1, [])  # steps count from 0, done from 1
+        if losses:
+            linked = [self._of(id_, point, LOSSES[point.key]) for point in losses]
+            self._client.log_batch(self._run_id, metrics=linked)
+
+    def _create(self, name: str, place: dict[str, str]) -> str:
+        model = self._client.create_logged_model(
+            self._experiment_id,
+            name=f"{name} at step {place['step']}",
+            source_run_id=self._run_id,
+            params={key: place[key] for key in ("step", "path", "md5") if key in place},
+            tags={EXTERNAL: "true", "checkpoint": name} | place,
+            model_type="gpt2",
+        )
+        hold_elsewhere(self._client.tracking_uri, model.artifact_location)
+        self._client.finalize_logged_model(model.model_id, "READY")
+        return model.model_id
+
+    def _ids(self) -> dict[str, str]:
+        """Of the models that this row has by now, also of those made before this process."""
+        if self._known is None:
+            found = self._client.search_logged_models(
+                [self._experiment_id], f"source_run_id = '{self._run_id}'"
+            )
+            ours = [model for model in found if "checkpoint" in model.tags]
+            self._known = {model.tags["checkpoint"]: model.model_id for model in ours}
+        return self._known
+
+    def _of(self, model_id: str, point: Metric, split: str) -> Metric:
+        """The same point as the model's, on the tokens that it was measured on."""
+        from mlflow.entities import Metric
+
+        if split not in self._digests:
+            tags = self._client.get_run(self._run_id).data.tags
+            self._digests[split] = tags.get(f"digest.{split}", "")[:36]
+        digest = self._digests[split]
+        dataset = {"dataset_name": DATASET, "dataset_digest": digest} if digest else {}
+        place = (point.key, point.value, point.timestamp, point.step)
+        return Metric(*place, model_id=model_id, **dataset)

@@ -1,0 +1,393 @@
+"""MLflow: the store, and one flat row an experiment, filled from the events of records."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.process import is_alive, this_process
+from pipeline.records import record_file
+from pipeline.records.record_file import Event
+from pipeline.tracking import mlflow_view, run_note
+from pipeline.tracking.mlflow_models import LoggedModels
+from pipeline.tracking.mlflow_store import (
+    MADE_FOR,
+    artifact_location,
+    artifact_root,
+    connect,
+    hold_elsewhere,
+    lock,
+    said,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Metric, Run
+
+log = logging.getLogger(__name__)
+
+SHIPPED = "shipped."
+NOTE = "mlflow.note.content"
+OWN_NOTE = "pipeline.note"  # a mark of what we wrote there last
+
+MOST_POINTS, MOST_TAGS = 900, 100  # MLflow takes 1000 of both a request, and 100 tags
+
+Fetch = Callable[[str, str], Path | None]  # (path, sha256) -> where those very bytes lie, or None
+
+
+class Row:
+    """One MLflow run: what an experiment's records look like there."""
+
+    def __init__(
+        self,
+        client: MlflowClient,
+        run_id: str,
+        experiment_id: str,
+        tags: Mapping[str, str] | None = None,
+    ):
+        self.client, self.id, self.experiment_id = client, run_id, experiment_id
+        self._known = dict(tags or {})  # what it says of itself, as far as that was looked up
+        self._models = LoggedModels(client, run_id, experiment_id)
+
+    def write(
+        self,
+        events: Iterable[Event],
+        checkpoints: str,
+        fetch: Fetch,
+        then: Mapping[str, str] | None = None,
+    ) -> None:
+        """Ship events, then some tags; writing the same events again changes nothing."""
+        points: list[Metric] = []
+        tags: dict[str, str] = {}
+        for event in events:
+            if event["kind"] == "metrics":
+                points += self._models.points(event)
+            elif event["kind"] in _SHIP:
+                if event["kind"] == "checkpoint":  # which refers to points that have to be there
+                    self._send(points, tags)
+                    points, tags = [], {}
+                tags |= _SHIP[event["kind"]](self, event, checkpoints, fetch) or {}
+        self._send(points, tags | dict(then or {}))
+
+    def _send(self, points: Sequence[Metric], tags: Mapping[str, str]) -> None:
+        """In as few requests as MLflow allows: each costs as much as a hundred points."""
+        from mlflow.entities import RunTag
+
+        values = {key: str(value)[:5000] for key, value in tags.items() if value != ""}
+        new = [RunTag(*item) for item in values.items() - self._known.items()]
+        while points or new:
+            metrics, points = points[:MOST_POINTS], points[MOST_POINTS:]
+            with_them = [] if points else new[:MOST_TAGS]
+            self.client.log_batch(self.id, metrics=metrics, tags=with_them)
+            new = new[len(with_them) :]
+        self._known |= values
+
+    def replay(self, record: Sequence[Event], checkpoints: str, fetch: Fetch) -> None:
+        """Write a stage's whole record, unless all of it has arrived before."""
+        arrived = {shipped_tag(record[0]): record[0]["id"]}
+        if not arrived.items() <= self._known.items():
+            self.write(record, checkpoints, fetch, arrived)
+
+    def enter(self, head: Event, process: str) -> None:
+        """A stage starts: its process, as `process.this_process` names it, works on the row."""
+        self.tag({"pipeline.process": process, "pipeline.host": head["environment"]["host"]})
+        self.client.update_run(self.id, status="RUNNING")
+
+    def leave(self, head: Event, end: Event, run: Run | None = None) -> None:
+        """The stage is over and all of its record has arrived.
+
+        One that was interrupted may go on under the same id, so it has not arrived whole.
+        """
+        if end["status"] == "FINISHED":
+            self.tag({shipped_tag(head): head["id"]})
+        run = run or self.client.get_run(self.id)
+        self._describe(head, run)
+        began = run.info.start_time or 0  # by a clock that was set back since?
+        self.client.set_terminated(self.id, end["status"], end_time=max(began, end["time"]))
+
+    def settle(self, head: Event, end: Event, known: set[str]) -> None:
+        """Leave a row to which a finished stage's record came late, if no stage is left in it.
+
+        A part that is not among the `known` finished records failed, or is at work right now.
+        """
+        run = self.client.get_run(self.id)
+        tags = run.data.tags.items()
+        if {id_ for tag, id_ in tags if tag.startswith("record.")} <= known:
+            self.leave(head, end, run)
+
+    def _describe(self, head: Event, run: Run) -> None:
+        """Write the note, unless a person has edited it."""
+        if (kept := run.data.tags.get(NOTE)) and _mark(kept) != run.data.tags.get(OWN_NOTE):
+            return
+        parent = self._parent(head, run)
+        text = run_note.note(head, _facts(run), _facts(parent) if parent else None)[:5000]
+        self.tag({OWN_NOTE: _mark(text), NOTE: text})
+
+    def _parent(self, head: Event, run: Run) -> Run | None:
+        """The newest evaluated row before this one with the settings of this one's commit."""
+        if not head["parent"].get("changed"):
+            return None
+        found = self.client.search_runs(
+            [self.experiment_id],
+            f"tags.`pipeline.settings` = '{head['parent']['settings']}' and "
+            f"attributes.start_time < {run.info.start_time} and metrics.`val/loss` > 0",
+            order_by=["attributes.start_time DESC"],
+            max_results=1,
+        )
+        return found[0] if found else None
+
+    def tag(self, values: Mapping[str, str]) -> None:
+        self._send((), values)
+
+    def _start(self, event: Event, *_: Any) -> dict[str, str]:
+        tags = {f"record.{event['stage']}": event["id"], "code": event["code"][:12]}
+        return tags | {f"env.{key}": value for key, value in event["environment"].items()}
+
+    def _resumed(self, event: Event, *_: Any) -> dict[str, str]:
+        """The experiment that goes on may have another name, and is the one that DVC will keep."""
+        name = event["name"]
+        return {"dvc.exp_name": name, "mlflow.runName": name} if name else {}
+
+    def _tagged(self, event: Event, *_: Any) -> dict[str, str]:
+        return event["values"]
+
+    def _dataset(self, event: Event, *_: Any) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = json.dumps({"uri": event["source"]})
+        dataset = Dataset(event["name"], event["digest"][:36], "local", source)
+        context = InputTag("mlflow.data.context", event["context"])
+        self.client.log_inputs(self.id, [DatasetInput(dataset, [context])])
+        self.tag({f"digest.{event['name']}.{event['context']}": event["digest"]})
+
+    def _artifact(self, event: Event, _: str, fetch: Fetch) -> None:
+        if path := fetch(event["path"], event["sha256"]):
+            self._copy(path, event["folder"])
+
+    def _checkpoint(self, event: Event, checkpoints: str, fetch: Fetch) -> dict[str, str]:
+        name = event["name"]
+        place = {k: str(event[k]) for k in ("path", "md5", "sha256", "step") if k in event}
+        tags = {f"checkpoint.{name}.{key}": value for key, value in place.items()}
+        if checkpoints in ("all", name) and (path := fetch(event["path"], event["sha256"])):
+            self._copy(path, f"checkpoints/{name}")
+            place["copy"] = f"runs:/{self.id}/checkpoints/{name}"
+        if checkpoints != "none":
+            self._models.put(name, place)
+        return tags
+
+    def _copy(self, path: Path, folder: str) -> None:
+        if path.is_dir():
+            self.client.log_artifacts(self.id, str(path), folder)
+        else:
+            self.client.log_artifact(self.id, str(path), folder or None)
+
+
+def _mark(text: str) -> str:
+    return record_file.digest_of(text)[:12]
+
+
+def _facts(run: Run) -> run_note.Facts:
+    return run_note.Facts(run.info.run_name, run.data.metrics, run.data.tags)
+
+
+def shipped_tag(head: Event) -> str:
+    """The tag that says that the whole record has arrived."""
+    return f"{SHIPPED}{head['stage']}"
+
+
+_SHIP: dict[str, Callable[..., dict[str, str] | None]] = {
+    "start": Row._start,
+    "resume": Row._resumed,
+    "tags": Row._tagged,
+    "dataset": Row._dataset,
+    "artifact": Row._artifact,
+    "checkpoint": Row._checkpoint,
+}
+
+
+def from_workspace(path: str, sha256: str) -> Path | None:
+    """The file or folder in this workspace, if it still holds what the record saw."""
+    here = Path(path)
+    return here if here.exists() and record_file.tree_digest(here) == sha256 else None
+
+
+def open_row(
+    client: MlflowClient, head: Event, others: Sequence[Sequence[Event]], tidy: bool = True
+) -> Row:
+    """The row that a stage writes into.
+
+    The newest row of the stage's key that has no part of this stage yet and, of the stages in
+    `others` (those upstream, those of the same command), no other part than theirs; else a new
+    one, and the newest old one is tagged as superseded. So forcing a stage to run again, an
+    edited input under the same params, or two equal experiments at a time never double points.
+    First, if this is to be `tidy`, rows of dead processes are closed.
+    """
+    parts = {f"record.{r[0]['stage']}": r[0]["id"] for r in others}
+    with lock():
+        if tidy:
+            sweep(client)
+        experiment_id = _experiment(client, head["experiment"])
+        rows = client.search_runs(
+            [experiment_id],
+            f"tags.`pipeline.key` = '{head['key']}'",
+            order_by=["attributes.start_time DESC"],
+        )
+        parts[f"record.{head['stage']}"] = head["id"]
+        fitting = [
+            run
+            for run in rows
+            if all(run.data.tags.get(part, id_) == id_ for part, id_ in parts.items())
+        ]
+        own = f"record.{head['stage']}"  # a replayed stage has its row already, mostly
+        fitting.sort(key=lambda run: run.data.tags.get(own) != head["id"])
+        if fitting:
+            hold_elsewhere(client.tracking_uri, fitting[0].info.artifact_uri)
+            row = Row(client, fitting[0].info.run_id, experiment_id, fitting[0].data.tags)
+        else:
+            row = _new_row(client, experiment_id, head)
+            if rows:
+                Row(client, rows[0].info.run_id, experiment_id).tag({"superseded": row.id})
+        row.tag({f"record.{head['stage']}": head["id"]})
+    return row
+
+
+def attach(training_records: Iterable[str], folder: Path, name: str) -> None:
+    """Copy a folder under `name` into every row that holds one of these training records.
+
+    A store that cannot be had is one warning: the files are in `folder` all the same.
+    """
+    try:
+        client = connect()
+        everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+        for record in training_records:
+            for run in client.search_runs(everywhere, f"tags.`record.train` = '{record}'"):
+                hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
+                client.log_artifacts(run.info.run_id, str(folder), name)
+    except Exception as error:  # a store's errors are of every kind
+        log.warning("MLflow did not take %s: %s", folder, said(error))
+
+
+def rename(client: MlflowClient, record: Event, known: set[str], name: str) -> dict[str, str]:
+    """Give the row of a DVC experiment the name that DVC has now: {row id: name} of what changed.
+
+    `record` is the start event of its last stage, `known` holds the ids of all of its records. A
+    name that a person has given to the row stays.
+    """
+    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+    part = f"record.{record['stage']}"
+    renamed = {}
+    for run in client.search_runs(everywhere, f"tags.`{part}` = '{record['id']}'"):
+        tags = run.data.tags
+        former = tags.get("dvc.exp_name", "")
+        own = {id_ for tag, id_ in tags.items() if tag.startswith("record.")} <= known
+        if former not in ("", name) and own:
+            row = Row(client, run.info.run_id, run.info.experiment_id)
+            row.tag({"dvc.exp_name": name})
+            if run.info.run_name == former:
+                row.tag({"mlflow.runName": name})
+            renamed[row.id] = name
+    return renamed
+
+
+def shipped(client: MlflowClient) -> list[set[str]]:
+    """For every row, of whatever MLflow experiment, the ids of the records that arrived whole.
+
+    Without rows that a stopped process has left open: somebody has to close them.
+    """
+    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+    found, token = [], None
+    while True:
+        page = client.search_runs(everywhere, max_results=1000, page_token=token)
+        for run in page:
+            if not _is_left(run):
+                tags = run.data.tags.items()
+                found.append({id_ for tag, id_ in tags if tag.startswith(SHIPPED)})
+        if not (token := page.token):
+            return found
+
+
+def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
+    from mlflow.entities import Param
+
+    tags = {
+        "pipeline.key": head["key"],
+        "pipeline.settings": head["settings"],
+        "pipeline.process": this_process(),  # until a stage says that it works on the row
+        "pipeline.host": record_file.environment()["host"],
+        "model": run_note.model_size(head["params"]),
+        "init": run_note.initial_weights(head["params"]),
+        "dvc.exp_name": head["name"],
+        "mlflow.runColor": _next_color(client, experiment_id),
+        "mlflow.source.type": "PROJECT",
+        "mlflow.source.name": "gpt2-pipeline",
+        "mlflow.source.git.commit": head["git"]["commit"],
+        "mlflow.source.git.branch": head["git"]["branch"],
+        "git.dirty": head["git"]["dirty"],
+    }
+    name = head["name"] or f"repro-{head['key'][:6]}"
+    tags = {key: value for key, value in tags.items() if value != ""}
+    run = client.create_run(experiment_id, start_time=head["time"], run_name=name, tags=tags)
+    hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
+    params = [Param(key, str(value)[:6000]) for key, value in head["params"].items()]
+    client.log_batch(run.info.run_id, params=params[:100])
+    return Row(client, run.info.run_id, experiment_id, tags)
+
+
+def _next_color(client: MlflowClient, experiment_id: str) -> str:
+    """The colour that rows have gone longest without."""
+    newest = client.search_runs(
+        [experiment_id],
+        order_by=["attributes.start_time DESC"],
+        max_results=len(mlflow_view.COLORS) - 1,
+    )
+    used = {run.data.tags.get("mlflow.runColor") for run in newest}
+    return next(color for color in mlflow_view.COLORS if color not in used)
+
+
+def sweep(client: MlflowClient) -> None:
+    """Rows whose process died without a word would say RUNNING for ever."""
+    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+    for run in client.search_runs(everywhere, "attributes.status = 'RUNNING'"):
+        if _is_left(run):
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _is_left(run: Run) -> bool:
+    """Whether a row of ours says RUNNING and its process, on this machine, is there no more."""
+    tags, here = run.data.tags, record_file.environment()["host"]
+    ours = run.info.status == "RUNNING" and "pipeline.key" in tags
+    # Former versions of `sync` did not say who they were.
+    at_home = tags.get("pipeline.host", here) == here
+    return ours and at_home and not is_alive(tags.get("pipeline.process", ""))
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found and found.lifecycle_stage == "deleted":
+        _make_way(client, found)
+        found = None
+    if found:
+        hold_elsewhere(client.tracking_uri, found.artifact_location)
+        if found.tags.get(mlflow_view.TAG) != mlflow_view.state():
+            client.set_experiment_tag(found.experiment_id, mlflow_view.TAG, mlflow_view.state())
+        return found.experiment_id
+    location = artifact_location(name)
+    tags = {MADE_FOR: artifact_root()} if location else None
+    experiment_id = client.create_experiment(name, artifact_location=location, tags=tags)
+    client.set_experiment_tag(experiment_id, mlflow_view.TAG, mlflow_view.state())
+    return experiment_id
+
+
+def _make_way(client: MlflowClient, deleted: Experiment) -> None:
+    """A deleted experiment keeps its name from a new one, and only one in use can be renamed.
+
+    What a person deleted stays deleted, and can still be restored under the other name.
+    """
+    client.restore_experiment(deleted.experiment_id)
+    client.rename_experiment(
+        deleted.experiment_id, f"{deleted.name} (deleted, {deleted.experiment_id})"
+    )
+    client.delete_experiment(deleted.experiment_id)

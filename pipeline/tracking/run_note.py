@@ -1,0 +1,99 @@
+"""A row in words: its model and initial weights, what changed and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import terminal
+from pipeline.records.record_file import Event
+
+LONGEST = 60  # characters of a setting's value
+
+# (metric, what it is called, how it is written, how a difference is)
+RESULTS = (
+    ("val/loss", "Validation loss", "{:.4f}", "{:+.4f}"),
+    ("val/bits_per_byte", "bits per byte", "{:.3f}", "{:+.3f}"),
+    ("val/choice_acc_norm", "multiple choice", "{:.3f}", "{:+.3f}"),
+    ("perf/tokens_per_second", "tokens/s", "{:,.0f}", "{:+,.0f}"),
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a row says that a note speaks of."""
+
+    name: str
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+
+
+def model_size(params: Mapping[str, Any]) -> str:
+    """ "7.2M: 4 x 128" (layers by width); the count is `model/parameters`, padded rows included."""
+    layers, width = params["model.n_layer"], params["model.n_embd"]
+    rows = params["model.vocab_rows"] + params["model.block_size"]
+    count = rows * width + layers * (12 * width**2 + 13 * width) + 2 * width
+    return f"{count / 1e6:.{1 if count < 1e8 else 0}f}M: {layers} x {width}"
+
+
+def initial_weights(params: Mapping[str, Any]) -> str:
+    """ "std 0.02, scaled" (the residual projections, that is), or "hf gpt2"."""
+    if params["init.source"] == "hf":
+        return f"hf {params['init.hf_model']}"
+    scaled = "scaled" if params["init.residual_scale"] else "unscaled"
+    return f"std {params['init.std']:g}, {scaled}"
+
+
+def note(head: Event, own: Facts, parent: Facts | None) -> str:
+    """Markdown: what changed against the commit's settings, and what came out.
+
+    `parent` is a row with exactly those settings, where there is one.
+    """
+    return f"{_change(head)}\n\n{_outcome(own, parent)}\n"
+
+
+def _change(head: Event) -> str:
+    commit = _value(head["git"]["commit"])[:7]
+    if not head.get("parent"):
+        where = f"commit `{commit}` has no settings to read" if commit else "there is no commit"
+        return f"**What changed** is unknown: {where}."
+    changed = head["parent"]["changed"]
+    if not changed:
+        return f"**Nothing changed** against the settings of commit `{commit}`."
+    words = "; ".join(_changed(name, *pair) for name, pair in changed.items())
+    return f"**Changed** against commit `{commit}`: {words}."
+
+
+def _changed(name: str, theirs: Any, ours: Any) -> str:
+    if theirs is None:
+        return f"`{_value(name)}` = `{_value(ours)}`, new"
+    if ours is None:
+        return f"`{_value(name)}` is gone, it was `{_value(theirs)}`"
+    return f"`{_value(name)}` from `{_value(theirs)}` to `{_value(ours)}`"
+
+
+def _value(value: Any) -> str:
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    shown = terminal.shown(shown.replace("`", "'").replace("\n", " "))
+    return shown if len(shown) <= LONGEST else shown[: LONGEST - 3] + "..."
+
+
+def _outcome(own: Facts, parent: Facts | None) -> str:
+    parts = [_result(own, parent, *result) for result in RESULTS if result[0] in own.metrics]
+    came = f"**Came out:** {'; '.join(parts)}." if parts else "**Nothing came out** yet."
+    if parts and parent:
+        name = terminal.in_markdown(parent.name)
+        came += f" In brackets: against {name}, which has that commit's settings."
+    verdict = own.tags.get("health.verdict") or own.tags.get("health.grad_norm")
+    return f"{came}\n\n**Health:** {terminal.in_markdown(verdict)}" if verdict else came
+
+
+def _result(
+    own: Facts, parent: Facts | None, key: str, words: str, shown: str, difference: str
+) -> str:
+    value = own.metrics[key]
+    text = f"{words} {shown.format(value)}"
+    if parent is None or key not in parent.metrics:
+        return text
+    return f"{text} ({difference.format(value - parent.metrics[key])})"

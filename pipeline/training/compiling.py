@@ -1,0 +1,84 @@
+"""torch.compile for the training step: one graph forward, one backward, eager where it cannot be.
+
+What is compiled is a function of its own, never the model: evaluation and sampling call the
+model itself, in other modes and shapes, and so cannot make the step's graphs anew. The update is
+left out: fused AdamW is one kernel for many tensors already.
+
+No CUDA graphs by default. They save launches, some 2 ms for the compiled step at 124M, which run
+ahead of a device that takes far longer; and the gradients that they return lie in memory that
+the next micro-batch overwrites, so that accumulating would need a copy of each.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pipeline.model.loss import token_losses
+
+if TYPE_CHECKING:
+    from pipeline.compute.precision import Precision
+    from pipeline.model.gpt import GPT
+
+LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def compiled_loss(
+    model: GPT, precision: Precision, eager: LossFunction, mode: str | None = None
+) -> LossFunction:
+    """The plain formula, whose parts the compiler fuses by itself; `eager` where it cannot.
+
+    `mode` is torch.compile's, None its default. Shapes are fixed: a training has one.
+    """
+
+    def plain(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+        return token_losses(model(x), y).sum() * factor
+
+    reason = why_not_compile(precision)
+    if reason:
+        warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
+        return eager
+    return _compiled_or(eager, torch.compile(plain, dynamic=False, fullgraph=True, mode=mode))
+
+
+def _compiled_or(eager: LossFunction, compiled: LossFunction) -> LossFunction:
+    """`compiled`, until the compiler fails at it: what is missing shows on the first call only."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    function = compiled
+
+    def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+        nonlocal function
+        try:
+            return function(x, y, factor)
+        except TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
+            function = eager
+            return eager(x, y, factor)
+
+    return loss
+
+
+def why_not_compile(precision: Precision) -> str:
+    """Why torch.compile cannot work here, or ""."""
+    if precision.emulated:
+        return f"{precision.asked} is emulated on this device, by a mode that no compiler sees"
+    if precision.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if precision.device.type == "mps":
+        return "it is not supported on MPS"
+    if precision.device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "no C++ compiler was found"
+    return ""

@@ -1,0 +1,71 @@
+"""train.time_budget: how many steps fit into the minutes that a training may take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pipeline.compute.throughput import WARM_UP_STEPS
+
+if TYPE_CHECKING:
+    from pipeline.config import TrainConfig
+
+MEASURED = 3  # steps after warm-up, before which the plan is that of the settings
+FORWARD_SHARE = 1 / 3  # of a step's time on the same tokens: forward 2 N, forward and backward 6 N
+
+
+def validation_seconds(step_seconds: float, config: TrainConfig) -> float:
+    """What one validation takes, from the time of a step: its tokens, the forward pass alone."""
+    tokens = config.batch_size * config.sequence_length * config.accumulate
+    return FORWARD_SHARE * step_seconds * config.val_tokens / tokens
+
+
+class Budget:
+    """Asked before every step how many steps the run is to have; its clock starts when made.
+
+    A machine that slows down gets fewer steps, one that speeds up more, never more than
+    `train.steps`. The answer settles as the end comes near, so that the learning rate arrives at
+    its minimum in the last step and the last validation still fits.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        clock: Callable[[], float] = time.monotonic,
+        first: int = 0,
+        spent: float = 0.0,
+        planned: int = 0,
+    ):
+        """A resumed run gives its `first` step, and the `facts` of the one before it."""
+        self._config, self._clock = config, clock
+        self._began, self._first = clock() - spent, first
+        self._warm: tuple[int, float] | None = None  # the first measured step, and when it began
+        self._planned = planned or config.steps
+        self._total: int | None = None
+
+    def facts(self) -> dict[str, float]:
+        """What a later process has to know: seconds spent, and the plan as it stands."""
+        return {"spent": self._clock() - self._began, "planned": self._planned}
+
+    def steps(self, step: int) -> int:
+        """Steps of the whole run, as things stand before step number `step`."""
+        now = self._clock()
+        if self._warm is None and step >= self._first + WARM_UP_STEPS:
+            self._warm = step, now
+        if self._total is None:
+            fitting = self._fitting(step, now)
+            if fitting is None:
+                return self._planned
+            self._planned = min(step + max(1, fitting), self._config.steps)
+            if fitting < 2:  # this one is the last, whatever the clock says after it
+                self._total = self._planned
+        return self._planned
+
+    def _fitting(self, step: int, now: float) -> int | None:
+        """Steps that fit into what is left, with all that lies between them; None: not known."""
+        if not self._config.time_budget or not self._warm or step < self._warm[0] + MEASURED:
+            return None
+        pace = (now - self._warm[1]) / (step - self._warm[0])
+        left = self._config.time_budget * 60 - (now - self._began)
+        return int((left - validation_seconds(pace, self._config)) / pace)

@@ -1,0 +1,656 @@
+"""Claims about token files and the batches made from them."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.__main__ import main as command
+from pipeline.data import corpus, token_files, token_writer, tokenizer
+from pipeline.data.corpus import Document
+from pipeline.errors import ConfigError, InputError, together
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    Document("a", "train", "The first document."),
+    Document("b", "val", "naïve 中文 🦜"),
+    Document("c", "train", "A part", True),
+    Document("c", "train", " and another of <|endoftext|> it.", False),
+]
+
+
+def some_documents(count, characters=20_000):
+    words = ["the", "quick", "brown", "fox", "naïve", "中文", "jumps", "over", "it\n"]
+    draw = np.random.default_rng(0)
+    for i in range(count):
+        text = " ".join(draw.choice(words, characters // 5))
+        yield Document(f"d{i}", "val" if i % 5 == 0 else "train", text)
+
+
+def made_of(ids):
+    ids = np.asarray(ids, dtype=np.uint16)
+    return token_files.Tokens(ids, len(ids), "", 1, Path("made.bin"))
+
+
+@pytest.fixture
+def written(tmp_path):
+    token_writer.write_tokens(SMALL, tmp_path)
+    return tmp_path
+
+
+def rewrite(folder, split, content, **record):
+    """Replace a token file, and what meta.json says of it."""
+    (folder / f"{split}.bin").write_bytes(content)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["splits"][split] |= {"tokens": len(content) // 2} | record
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+# --- writing
+
+
+def test_one_end_of_text_token_stands_before_each_document(written):
+    encode, eot = tokenizer.gpt2().encode_ordinary, [tokenizer.EOT]
+    train = eot + encode("The first document.") + eot + encode("A part")
+    train += encode(" and another of <|endoftext|> it.")
+    assert token_files.open_tokens(written, "train").ids.tolist() == train
+    assert token_files.open_tokens(written, "val").ids.tolist() == eot + encode("naïve 中文 🦜")
+
+
+def test_a_literal_end_of_text_makes_no_end_of_text_token(written):
+    train = token_files.open_tokens(written, "train")
+    assert (train.ids == tokenizer.EOT).sum() == train.documents == 2
+    assert "<|endoftext|> it." in tokenizer.gpt2().decode(train.ids.tolist())
+
+
+def test_meta_says_what_the_files_hold(tmp_path):
+    meta = token_writer.write_tokens(SMALL, tmp_path, source={"source": "test"})
+    assert meta == json.loads((tmp_path / "meta.json").read_text())
+    assert meta["source"] == {"source": "test"}
+    assert (meta["tokenizer"], meta["dtype"], meta["vocab_size"]) == ("gpt2", "uint16", 50257)
+    for split in token_files.SPLITS:
+        content = (tmp_path / f"{split}.bin").read_bytes()
+        text = "".join(d.text for d in SMALL if d.split == split)
+        assert meta["splits"][split] == {
+            "tokens": len(content) // 2,
+            "documents": sum(d.starts for d in SMALL if d.split == split),
+            "bytes": len(text.encode()),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+
+
+def test_bytes_of_the_text_are_the_bytes_of_its_tokens(written):
+    tokens = token_files.open_tokens(written, "val")
+    assert tokenizer.token_byte_lengths()[tokens.ids].sum() == tokens.bytes
+
+
+def test_tokens_are_little_endian_uint16(written):
+    raw = (written / "val.bin").read_bytes()
+    assert raw[:2] == (50256).to_bytes(2, "little")
+
+
+def test_files_do_not_depend_on_the_number_of_workers_or_the_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_writer, "BATCH_BYTES", 50_000)
+    documents = list(some_documents(12))
+    alone = token_writer.write_tokens(documents, tmp_path / "1", workers=1)
+    monkeypatch.setattr(token_writer, "BATCH_BYTES", 30_000)
+    together = token_writer.write_tokens(documents, tmp_path / "2", workers=2)
+    assert alone == together
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_workers_encode_at_the_same_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_writer, "BATCH_BYTES", 10_000)
+    both, encode = threading.Barrier(2, timeout=20), token_writer._encode
+
+    def meeting(batch):
+        both.wait()  # passes when another is in here as well
+        return encode(batch)
+
+    monkeypatch.setattr(token_writer, "_encode", meeting)
+    token_writer.write_tokens(some_documents(6), tmp_path, workers=2)
+
+
+def test_progress_adds_up_to_the_bytes_of_the_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_writer, "BATCH_BYTES", 30_000)
+    done = []
+    meta = token_writer.write_tokens(some_documents(6), tmp_path, done.append, workers=1)
+    assert len(done) > 2
+    assert sum(done) == sum(meta["splits"][split]["bytes"] for split in token_files.SPLITS)
+
+
+def test_reading_is_never_more_than_a_few_batches_ahead_of_writing(tmp_path, monkeypatch):
+    """What bounds the memory, whatever the size of the corpus."""
+    monkeypatch.setattr(token_writer, "BATCH_BYTES", 10_000)
+    taken, done, ahead = [0], [0], []
+
+    def documents():
+        for document in some_documents(40, 5_000):
+            taken[0] += len(document.text.encode())
+            ahead.append(taken[0] - done[0])
+            yield document
+
+    def progress(text_bytes):
+        done[0] += text_bytes
+
+    token_writer.write_tokens(documents(), tmp_path, progress, workers=2)
+    assert done[0] == taken[0] > 200_000
+    assert max(ahead) < 100_000
+
+
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("left", ["train", "val"])
+def test_an_empty_split_is_an_input_error_and_leaves_nothing(tmp_path, left):
+    with pytest.raises(InputError, match="split is empty.*corpus.val_fraction"):
+        token_writer.write_tokens([d for d in SMALL if d.split == left], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_documents_at_all_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="train split is empty"):
+        token_writer.write_tokens([], tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failure_on_the_way_leaves_the_old_files_and_nothing_partial(
+    written, monkeypatch, workers
+):
+    monkeypatch.setattr(token_writer, "BATCH_BYTES", 10_000)
+    before = {path.name: path.read_bytes() for path in written.iterdir()}
+
+    def documents():
+        yield from some_documents(4)
+        raise InputError("broken source")
+
+    with pytest.raises(InputError, match="broken source"):
+        token_writer.write_tokens(documents(), written, workers=workers)
+    assert {path.name: path.read_bytes() for path in written.iterdir()} == before
+
+
+def test_a_crash_between_renames_leaves_no_record_that_looks_whole(written, monkeypatch):
+    def crash(source, target):
+        raise OSError("crash")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="crash"):
+        token_writer.write_tokens(list(some_documents(6)), written)
+    with pytest.raises(InputError, match="meta.json.*tokenize first"):
+        token_files.open_tokens(written, "train")
+
+
+@pytest.mark.fault(13)
+def test_a_vocabulary_over_uint16_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "VOCAB_SIZE", 70_000)
+    with pytest.raises(ConfigError, match="70000 does not fit into uint16"):
+        token_writer.write_tokens(SMALL, tmp_path)
+
+
+@pytest.mark.fault(13, control=True)
+def test_numpy_wraps_a_token_over_uint16_silently():
+    assert np.array([69_999]).astype(np.uint16).tolist() == [4463]
+
+
+def test_tokenizing_does_without_torch():
+    code = (
+        "import sys; from pipeline.data import corpus, token_files, token_writer; "
+        "print(*sys.modules)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "pyarrow", "transformers", "mlflow"} & set(ran.stdout.split())
+
+
+# --- reading
+
+
+def test_tokens_are_read_only(written):
+    tokens = token_files.open_tokens(written, "train")
+    assert len(tokens) == len(tokens.ids) and tokens.path == written / "train.bin"
+    with pytest.raises(ValueError, match="read-only"):
+        tokens.ids[0] = 0
+
+
+def test_a_missing_folder_or_split_is_an_input_error(tmp_path, written):
+    with pytest.raises(InputError, match="meta.json"):
+        token_files.open_tokens(tmp_path / "nowhere", "train")
+    with pytest.raises(InputError, match="test: incomplete"):
+        token_files.open_tokens(written, "test")
+    (written / "val.bin").unlink()
+    with pytest.raises(InputError, match="val.bin: no such file"):
+        token_files.open_tokens(written, "val")
+
+
+SIZES = [
+    pytest.param(lambda content: content[:-1], marks=pytest.mark.fault(9)),
+    pytest.param(lambda content: content[:-2], marks=pytest.mark.fault(10)),
+    pytest.param(lambda content: b"", marks=pytest.mark.fault(10)),
+    pytest.param(lambda content: content + b"\0\0", marks=pytest.mark.fault(10)),
+    pytest.param(
+        lambda content: np.frombuffer(content, "<u2").astype("<u4").tobytes(),
+        marks=pytest.mark.fault(11),
+    ),
+]
+
+
+@pytest.mark.parametrize("change", SIZES)
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_file_of_another_size_is_refused(written, change, verify):
+    path = written / "train.bin"
+    path.write_bytes(change(path.read_bytes()))
+    size = path.stat().st_size
+    with pytest.raises(InputError, match=f"train.bin: {size} bytes, meta.json says .* bytes; tok"):
+        token_files.open_tokens(written, "train", verify=verify)
+
+
+DAMAGES = {
+    9: lambda content: content[:-1],
+    10: lambda content: content[:-2],
+    11: lambda content: np.frombuffer(content, "<u2").astype("<u4").tobytes(),
+    12: lambda content: content[:-2] + b"\xff\xff",
+    14: lambda content: bytes([content[0] ^ 1]) + content[1:],
+    18: lambda content: b"",
+}
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.fault(row, control=True)) for row in DAMAGES]
+)
+def test_numpy_reads_the_damaged_file_without_a_word(written, row):
+    path = written / "train.bin"
+    before = np.fromfile(path, np.uint16)
+    path.write_bytes(DAMAGES[row](path.read_bytes()))
+    after = np.fromfile(path, np.uint16)
+    assert after.tolist() != before.tolist()
+
+
+@pytest.mark.fault(14)
+@pytest.mark.fault(54)
+def test_one_flipped_bit_is_refused(written):
+    content = bytearray((written / "train.bin").read_bytes())
+    content[5] ^= 1
+    (written / "train.bin").write_bytes(content)
+    with pytest.raises(InputError, match="train.bin: SHA-256 is"):
+        token_files.open_tokens(written, "train")
+
+
+@pytest.mark.fault(12)
+def test_a_token_over_the_vocabulary_is_refused_at_the_start(written):
+    content = np.array([50256, 5, 50257], dtype="<u2").tobytes()
+    rewrite(written, "train", content, sha256=hashlib.sha256(content).hexdigest())
+    with pytest.raises(InputError, match="train.bin: token 50257: expected less than .* 50257"):
+        token_files.open_tokens(written, "train")
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dtype", "uint32"), ("tokenizer", "r50k"), ("byte_order", "big"), ("vocab_size", 70_000)],
+)
+def test_tokens_of_another_kind_are_refused(written, key, value):
+    meta = json.loads((written / "meta.json").read_text())
+    (written / "meta.json").write_text(json.dumps(meta | {key: value}))
+    with pytest.raises(InputError, match=f"meta.json: {key}={value}: expected"):
+        token_files.open_tokens(written, "train")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "{}", '{"splits": []}', '{"splits": {"train": 3}}'),
+        *("[" * 100_000, " " * (1 << 20) + "{}"),
+    ],
+)
+def test_a_damaged_record_is_refused(written, text):
+    (written / "meta.json").write_text(text)
+    with pytest.raises(InputError, match="meta.json: .*tokenize again"):
+        token_files.open_tokens(written, "train")
+
+
+@pytest.mark.parametrize("key", ["documents", "bytes"])
+def test_a_count_that_the_tokens_do_not_bear_out_is_refused(written, key):
+    meta = json.loads((written / "meta.json").read_text())
+    meta["splits"]["train"][key] += 1
+    (written / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="train.bin: 2 documents and .* meta.json says"):
+        token_files.open_tokens(written, "train")
+
+
+def test_all_that_is_wrong_with_both_splits_is_one_error(written):
+    for split in token_files.SPLITS:
+        content = (written / f"{split}.bin").read_bytes()
+        (written / f"{split}.bin").write_bytes(content[:-2] + b"\xff\xff")
+    with pytest.raises(InputError) as caught:
+        together(
+            *(partial(token_files.open_tokens, written, split) for split in token_files.SPLITS)
+        )
+    found = [line.split(": ")[1][:8] for line in str(caught.value).split("\n  ")]
+    assert found == ["SHA-256 ", "token 65", "SHA-256 ", "token 65"]
+
+
+def test_counts_that_are_none_are_refused(written):
+    rewrite(written, "train", b"", tokens="many")
+    with pytest.raises(InputError, match="counts and a hash are expected"):
+        token_files.open_tokens(written, "train")
+
+
+def test_fewer_than_two_tokens_are_refused(written):
+    content = b"\x50\xc4"
+    rewrite(written, "val", content, sha256=hashlib.sha256(content).hexdigest())
+    with pytest.raises(InputError, match="val.bin: 1 tokens; at least 2"):
+        token_files.open_tokens(written, "val")
+
+
+@pytest.mark.fault(7)
+def test_data_shorter_than_one_sequence_is_refused():
+    token_files.check_length(made_of(range(9)), 8)
+    with pytest.raises(InputError, match="train.sequence_length=8: at least 9 are needed"):
+        token_files.check_length(made_of(range(8)), 8)
+
+
+@pytest.mark.fault(7, control=True)
+def test_a_slice_beyond_the_tokens_is_shorter_without_a_word():
+    assert len(made_of(range(8)).ids[0:9]) == 8
+
+
+@pytest.mark.fault(15)
+def test_tokenizing_again_leaves_an_open_split_as_it_was(written):
+    tokens = token_files.open_tokens(written, "train")
+    before = tokens.ids.tolist()
+    token_writer.write_tokens([*SMALL[:2], SMALL[0]], written)
+    assert tokens.ids.tolist() == before
+    assert token_files.open_tokens(written, "train").ids.tolist() != before
+
+
+@pytest.mark.fault(15, control=True)
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps a mapped file from being truncated")
+def test_a_mapped_file_truncated_in_place_kills_its_reader(tmp_path):
+    code = (
+        "import sys, numpy as np\n"
+        "np.zeros(1 << 20, 'u1').tofile(sys.argv[1])\n"
+        "ids = np.memmap(sys.argv[1], mode='r')\n"
+        "open(sys.argv[1], 'wb').close()\n"
+        "print(ids.sum())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x"], capture_output=True)
+    assert done.returncode == -signal.SIGBUS
+
+
+def verified(folder, caplog):
+    """The exit code and the lines of `python -m pipeline verify tokens FOLDER`."""
+    caplog.set_level("INFO")
+    caplog.clear()
+    try:
+        command(["verify", "tokens", str(folder)])
+    except SystemExit as ended:
+        return ended.code, caplog.messages
+    return 0, caplog.messages
+
+
+def test_verify_tells_what_each_whole_split_holds(written, caplog):
+    code, lines = verified(written, caplog)
+    assert code == 0
+    path = written / "val.bin"
+    tokens = path.stat().st_size // 2
+    assert lines[1] == f"{path}: whole, {tokens:,} tokens, 1 documents, 18 bytes of text"
+
+
+def test_verify_says_what_is_wrong_with_one_split_and_that_the_other_is_whole(written, caplog):
+    content = (written / "train.bin").read_bytes()
+    (written / "train.bin").write_bytes(content[:-1])
+    code, lines = verified(written, caplog)
+    assert code == 3 and len(lines) == 2
+    assert "train.bin: " in lines[0] and "tokenize again" in lines[0] and ": whole, " in lines[1]
+
+
+def test_verify_says_once_that_there_is_nothing(tmp_path, caplog):
+    code, lines = verified(tmp_path / "none", caplog)
+    assert code == 3 and len(lines) == 1 and "meta.json" in lines[0]
+
+
+# --- batches
+
+
+def batches(tokens, steps, *, batch_size, accumulate=1, world=1, **options):
+    """The inputs of every micro-batch of `steps`, each with (step, micro_step, rank)."""
+    for step, micro_step, rank in product(range(steps), range(accumulate), range(world)):
+        x, _ = token_files.batch_at(
+            tokens,
+            step,
+            micro_step,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            rank=rank,
+            world=world,
+            **options,
+        )
+        yield (step, micro_step, rank), x
+
+
+def test_targets_are_the_inputs_one_token_later():
+    tokens = made_of(np.random.default_rng(0).integers(50257, size=999))
+    x, y = token_files.batch_at(
+        tokens, 3, 1, batch_size=4, sequence_length=16, accumulate=2, seed=1
+    )
+    assert x.shape == y.shape == (4, 16) and x.dtype == y.dtype == torch.int64
+    assert x.is_contiguous() and y.is_contiguous()
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    whole = tokens.ids.tolist()
+    for row, last in zip(x.tolist(), y[:, -1].tolist(), strict=True):
+        assert any(whole[i : i + 17] == [*row, last] for i in range(len(whole)))
+
+
+def test_a_batch_depends_on_its_place_alone():
+    tokens = made_of(range(5000))
+    options = {"batch_size": 4, "sequence_length": 16, "accumulate": 2}
+    asked = [token_files.batch_at(tokens, step, 0, seed=1, **options)[0] for step in range(200)]
+    token_files._epoch.cache_clear()
+    for step in (199, 3, 77):
+        assert torch.equal(asked[step], token_files.batch_at(tokens, step, 0, seed=1, **options)[0])
+    assert not torch.equal(asked[0], token_files.batch_at(tokens, 0, 0, seed=2, **options)[0])
+
+
+@pytest.mark.parametrize("count", [161, 170, 176])
+def test_an_epoch_visits_every_window_exactly_once(count):
+    tokens = made_of(range(count))
+    for epoch in range(5):
+        steps = range(epoch * 10, epoch * 10 + 10)
+        x = torch.cat(
+            [
+                token_files.batch_at(
+                    tokens, s, 0, batch_size=1, sequence_length=16, accumulate=1, seed=3
+                )[0]
+                for s in steps
+            ]
+        )
+        seen = sorted(x.flatten().tolist())
+        assert seen == list(range(seen[0], seen[0] + 160))
+        assert seen[0] <= count - 161
+
+
+def test_no_usable_tail_is_dropped():
+    tokens = made_of(range(176))
+    used = set()
+    for step in range(400):
+        _, y = token_files.batch_at(
+            tokens, step, 0, batch_size=1, sequence_length=16, accumulate=1, seed=3
+        )
+        used |= set(y.flatten().tolist())
+    assert used == set(range(1, 176))
+
+
+def test_an_incomplete_batch_goes_on_into_the_next_epoch():
+    tokens = made_of(range(161))  # 10 windows, taken 4 at a time
+    rows = torch.cat([x for _, x in batches(tokens, 5, batch_size=4, sequence_length=16, seed=3)])
+    assert rows.shape == (20, 16)
+    for epoch in (rows[:10], rows[10:]):
+        assert sorted(epoch.flatten().tolist()) == list(range(160))
+    assert not torch.equal(rows[:10], rows[10:])
+
+
+def test_ranks_and_micro_steps_are_disjoint():
+    tokens = made_of(range(64 * 16 + 1))
+    found = list(
+        batches(tokens, 4, batch_size=2, accumulate=2, world=4, sequence_length=16, seed=5)
+    )
+    firsts = [first for _, x in found for first in x[:, 0].tolist()]
+    assert len(firsts) == len(set(firsts)) == 64
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_a_step_takes_the_same_windows_however_the_global_batch_is_factored(world, accumulate):
+    tokens = made_of(range(3001))
+    options = {"sequence_length": 16, "seed": 7}
+
+    def windows(step, **factors):
+        found = [x for place, x in batches(tokens, 20, **factors, **options) if place[0] == step]
+        return sorted(torch.cat(found)[:, 0].tolist())
+
+    factors = {"batch_size": 24 // world // accumulate, "world": world, "accumulate": accumulate}
+    for step in (0, 7, 8, 19):  # 187 windows: step 7 reaches into the second epoch
+        assert windows(step, **factors) == windows(step, batch_size=24)
+
+
+# --- validation
+
+
+def validation(tokens, world=1, **options):
+    """(input, target) pairs that all ranks see, sorted."""
+    pairs = []
+    for rank in range(world):
+        for x, y in token_files.validation_windows(tokens, rank=rank, world=world, **options):
+            assert x.shape == y.shape and x.dtype == torch.int64
+            pairs += zip(x.flatten().tolist(), y.flatten().tolist(), strict=True)
+    return sorted(pairs)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize(
+    ("limit", "count"), [(None, 999), (500, 500), (5, 5), (16, 16), (9999, 999)]
+)
+def test_every_validation_target_is_seen_once_for_any_batch_size_and_world(
+    world, batch_size, limit, count
+):
+    tokens = made_of(range(1000))
+    pairs = validation(tokens, world, batch_size=batch_size, sequence_length=16, limit=limit)
+    assert pairs == [(i, i + 1) for i in range(count)]
+
+
+def test_windows_are_the_same_for_any_batch_size_so_contexts_are_too():
+    tokens = made_of(range(1000))
+    rows = [
+        [
+            row
+            for x, _ in token_files.validation_windows(tokens, batch_size=b, sequence_length=16)
+            for row in x.tolist()
+        ]
+        for b in (1, 8)
+    ]
+    assert rows[0] == rows[1]
+    assert [row[0] for row in rows[0]] == list(range(0, 999, 16)) and len(rows[0][-1]) == 7
+
+
+def test_two_tokens_are_one_validation_target():
+    [(x, y)] = token_files.validation_windows(made_of([3, 4]), batch_size=8, sequence_length=16)
+    assert (x.tolist(), y.tolist()) == ([[3]], [[4]])
+
+
+# --- memory
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from pipeline.data import corpus, token_writer as tokenizing
+
+if __name__ == "__main__":
+    source, path, folder = sys.argv[1:]
+    config = SimpleNamespace(
+        source=source, path=path, pattern="**/*", field="text", val_fraction=0.1
+    )
+    tokenizing.write_tokens(corpus.documents(config), Path(folder), workers=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["text", "jsonl", "parquet"])
+def test_tokenizing_300_megabytes_takes_under_500_of_memory(tmp_path, source):
+    psutil = pytest.importorskip("psutil")
+    script, path = tmp_path / "script.py", generated(tmp_path, source, 300_000_000)
+    script.write_text(MEASURED)
+    command = [sys.executable, script, source, path, tmp_path / "tokens"]
+    with psutil.Popen(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(ROOT)}) as ran:
+        peak = 0
+        while ran.poll() is None:
+            peak = max(peak, resident(psutil, ran))
+            time.sleep(0.1)
+    assert ran.returncode == 0
+    assert 50_000_000 < peak < 500_000_000
+
+
+def resident(psutil, process):
+    """Bytes in memory of a process and its children; shared pages count for each."""
+    total = 0
+    for one in (process, *process.children(recursive=True)):
+        try:
+            total += one.memory_info().rss
+        except psutil.Error:  # it has just ended
+            continue
+    return total
+
+
+def generated(folder, source, size):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # Parquet's reader decodes a page at a time and its writers put 1024 rows into one, so rows
+    # here are as long as a web page, and all stand in a single row group.
+    documents = some_documents(1, 5000) if source == "parquet" else some_documents(50)
+    text = "\n\n".join(d.text for d in documents)
+    count = size // len(text.encode()) + 1
+    path = folder / f"big.{source}"
+    if source == "parquet":
+        schema = pa.schema({"text": pa.string()})
+        with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+            column = pa.chunked_array([[text]] * count)
+            writer.write_table(pa.table({"text": column}), row_group_size=count)
+    else:
+        piece = text + "\n\n" if source == "text" else json.dumps({"text": text}) + "\n"
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(piece for _ in range(count))
+    assert path.stat().st_size > size
+    return path
+
+
+def test_a_corpus_goes_from_files_to_batches(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(f"Document {i} says: <|endoftext|>\n" * 20)
+    config = SimpleNamespace(
+        source="text", path=str(tmp_path), pattern="**/*", field="", val_fraction=0.1
+    )
+    folder = tmp_path / "tokens"
+    about = corpus.describe(config)
+    first = token_writer.write_tokens(corpus.documents(config), folder, source=about)
+    again = token_writer.write_tokens(corpus.documents(config), folder, source=about)
+    assert first == again
+    tokens = token_files.open_tokens(folder, "train")
+    x, _ = token_files.batch_at(
+        tokens, 0, 0, batch_size=2, sequence_length=32, accumulate=1, seed=0
+    )
+    assert "says: <|endoftext|>" in tokenizer.gpt2().decode(x[0].tolist())

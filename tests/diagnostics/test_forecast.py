@@ -1,0 +1,224 @@
+"""What a training needs: bytes that it really holds, words that a person understands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline.compute import precision
+from pipeline.compute.buffers import release
+from pipeline.diagnostics import forecast
+from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.model.init import initialize
+from pipeline.training import loop
+from tests.conftest import ROOT
+from tests.helpers import stand_in
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+WIDE = {"n_head": 2, "block_size": 64, "vocab_size": 97, "vocab_rows": 128}
+HEADY = {"n_head": 2, "block_size": 32, "vocab_size": 7000, "vocab_rows": 7040}
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors held at a time while it was entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.alive:
+                storage = x.untyped_storage()
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "batch_size", "accumulate"),
+    [
+        (GPTConfig(n_layer=4, n_embd=64, **WIDE), "fp32", 16, 1),
+        (GPTConfig(n_layer=4, n_embd=64, **WIDE), "bf16", 16, 1),
+        (GPTConfig(n_layer=4, n_embd=64, attention="naive", **WIDE), "fp32", 16, 1),
+        (GPTConfig(n_layer=2, n_embd=192, **WIDE), "fp32", 2, 1),
+        (GPTConfig(n_layer=2, n_embd=192, **WIDE), "fp32", 2, 3),
+        (GPTConfig(n_layer=1, n_embd=64, **HEADY), "fp32", 8, 1),
+        (GPTConfig(n_layer=1, n_embd=64, **HEADY), "tf32", 8, 1),
+    ],
+)
+def test_the_memory_forecast_is_what_tensors_of_real_steps_hold(
+    make_config, monkeypatch, shape: GPTConfig, name: str, batch_size: int, accumulate: int
+) -> None:
+    monkeypatch.setattr(precision, "_cpu_capabilities", dict)  # the same CPU everywhere
+    mode = precision.choose_precision(name, CPU)
+    config = make_config(train__steps=3, train__warmup_steps=0).train
+    length = shape.block_size
+    expected = forecast.needs(shape, mode, length).at(batch_size, accumulate).total
+    ids = torch.randint(97, (batch_size, length + 1))
+    batches = [(ids[:, :-1], ids[:, 1:])] * accumulate
+    release()
+    with Held() as held:
+        model = GPT(shape)
+        initialize(model, make_config().init, torch.Generator().manual_seed(0))
+        state = loop.start(model, config, mode)
+        list(loop.fit(state, config, lambda step: batches))
+    release()
+    assert held.peak == pytest.approx(expected, rel=0.1)
+
+
+def test_memory_of_a_real_process_is_the_forecast_and_what_allocators_add() -> None:
+    script = """
+import re, torch
+from pipeline import config as configuration
+from pipeline.compute import throughput
+from pipeline.diagnostics import forecast
+from pipeline.training import loop
+from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.compute.precision import choose_precision
+torch.set_num_threads(1)
+config = configuration.load("recipes/nano.yaml")
+shape, mode = GPTConfig(4, 4, 256, 128), choose_precision("fp32", torch.device("cpu"))
+needed = forecast.needs(shape, mode, 128).at(8, 1).total / 2**20
+loop.start(GPT(GPTConfig(1, 1, 8, 8, 97, 97)), config.train, mode)  # imports of its own
+before = int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**10
+state = loop.start(GPT(shape), config.train, mode)
+ids = torch.randint(50257, (8, 129))
+for report in loop.fit(state, config.train, lambda step: [(ids[:, :-1], ids[:, 1:])]):
+    if report.step == 2:
+        break
+print(needed, throughput.peak_memory_mib(torch.device("cpu")) - before)
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the resident set is read from Linux's /proc")
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    needed, grown = map(float, done.stdout.split())
+    assert 0.85 < grown / needed < 1.5, done.stdout
+
+
+def test_the_published_model_needs_what_its_parameters_say() -> None:
+    mode = precision.choose_precision("fp32", CPU)
+    found = forecast.needs(GPTConfig(12, 12, 768, 1024), mode, 1024)
+    assert found.weights == 4 * 124_475_904
+    one, nine = found.at(1, 1), found.at(9, 1)
+    assert one.moments == 2 * found.weights
+    assert (nine.activations - one.activations) // 8 == found.kept_per_sequence
+    # A block keeps some 34 numbers a token and channel, attention's statistics aside.
+    assert found.kept_per_sequence / (4 * 1024 * 768 * 12) == pytest.approx(15, abs=3)
+
+
+def test_low_precision_keeps_less_for_each_sequence() -> None:
+    kept = {
+        name: forecast.needs(
+            GPTConfig(12, 12, 768, 1024), precision.choose_precision(name, CPU), 1024
+        ).kept_per_sequence
+        for name in ("fp32", "tf32", "bf16", "fp16")
+    }
+    assert kept["fp32"] == kept["tf32"] > 1.5 * kept["bf16"] == 1.5 * kept["fp16"]
+
+
+def foreseen(make_config, monkeypatch, free: int, **changes: Any) -> forecast.Forecast:
+    monkeypatch.setattr(forecast, "free_memory", lambda device: free)
+    config = make_config(train__batch_size=16, **changes)
+    mode = precision.choose_precision("fp32", CPU)
+    return forecast.forecast(config, mode, corpus_tokens=819_200)
+
+
+def test_a_micro_batch_that_does_not_fit_is_named_with_the_one_that_does(
+    make_config, monkeypatch
+) -> None:
+    enough = foreseen(make_config, monkeypatch, 4 << 30)
+    assert enough.problem(1) == ""
+    assert enough.tokens == 200 * 16 * 128 and enough.epochs == 0.5
+    tight = foreseen(make_config, monkeypatch, 450 << 20)
+    problem = tight.problem(2)
+    assert "train.batch_size=16 needs about" in problem and "450 MiB are free" in problem
+    micro, accumulate = map(
+        int, re.search(r"train.batch_size=(\d+) train.accumulate=(\d+) fit", problem).groups()
+    )
+    assert micro * accumulate == 32 and 1 <= micro <= tight.fits < 16
+    assert tight.fits == int(re.search(r"enough for (\d+)", tight.lines()[1])[1])
+    none = foreseen(make_config, monkeypatch, 50 << 20)
+    assert none.fits == 0 and "not even one sequence fits" in none.problem(1)
+
+
+def test_the_largest_micro_batch_is_the_last_that_stays_within_the_limit() -> None:
+    mode = precision.choose_precision("fp32", CPU)
+    found = forecast.needs(GPTConfig(4, 4, 128, 128), mode, 128)
+    largest = found.largest(2, 1 << 30)
+    assert found.at(largest, 2).total <= 1 << 30 < found.at(largest + 1, 2).total
+
+
+@pytest.mark.parametrize(("sequences", "fits", "micro"), [(32, 7, 4), (12, 7, 6), (13, 12, 1)])
+def test_a_proposal_keeps_the_sequences_of_a_step(sequences: int, fits: int, micro: int) -> None:
+    assert forecast.proposal(sequences, 1, fits) == (micro, sequences // micro)
+
+
+def test_a_containers_limit_counts_and_its_cached_files_do_not(monkeypatch, tmp_path) -> None:
+    for name, text in {
+        "memory.max": "1000000",
+        "memory.current": "700000",
+        "memory.stat": "anon 5\nfile 400000\ninactive_file 300000\n",
+    }.items():
+        (tmp_path / name).write_text(text, "ascii")
+    monkeypatch.setattr(forecast, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(
+        forecast.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**12)
+    )
+    assert forecast.free_memory(CPU) == 600_000
+    (tmp_path / "memory.max").write_text("max\n", "ascii")
+    assert forecast.free_memory(CPU) == 10**12
+
+
+def test_what_the_gpus_allocator_keeps_at_hand_is_free(monkeypatch) -> None:
+    stand_in.pretend(monkeypatch)
+    expected = torch.cuda.mem_get_info(CUDA)[0] + (2 << 30)
+    assert torch.cuda.memory_reserved(CUDA) - torch.cuda.memory_allocated(CUDA) == 2 << 30
+    assert forecast.free_memory(CUDA) == expected
+
+
+def test_the_time_is_told_as_people_tell_it(make_config) -> None:
+    config = make_config(train__steps=5000, train__val_every=6000, train__val_tokens=1).train
+    words = forecast.time_words([60.0, 60.0, 60.0, 6.6, 6.6, 6.6, 6.6, 7.0], config)
+    assert words == "5,000 steps need 9 h 10 min; in 1 h you reach step 545"
+    assert forecast.duration(59.6) == "1 min"
+    assert forecast.duration(172_800 + 3700) == "2 d 1 h"
+    assert forecast.duration(75) == "1 min 15 s"
+
+
+def test_a_time_budget_bounds_what_is_foretold(make_config) -> None:
+    steps = {"train__steps": 10_000, "train__val_every": 10_000, "train__val_tokens": 1}
+    config = make_config(**steps, train__time_budget=3.0).train
+    words = forecast.time_words([1.0] * 8, config)
+    assert words == "about 179 of 10,000 steps fit into train.time_budget=3 minutes"
+    assert forecast.run_seconds([1.0] * 8, config) == 180
+    long = make_config(**steps, train__time_budget=600.0).train
+    assert forecast.time_words([1.0] * 8, long).startswith("10,000 steps need 2 h 46 min; in 1 h ")
+
+
+def test_validations_are_part_of_the_time(make_config) -> None:
+    config = make_config(train__steps=100, train__val_every=10, train__val_tokens=3072).train
+    # 10 validations of three steps' tokens, forward alone: as long as 10 steps.
+    assert forecast.run_seconds([1.0] * 8, config) == pytest.approx(110)
+
+
+def test_the_command_shows_every_precision_and_trains_nothing(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "forecast"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| micro-batch | fp32" in done.stdout
+    assert len(re.findall(r"^\| +\d+ \|", done.stdout, re.MULTILINE)) == len(forecast.MICRO_BATCHES)

@@ -1,0 +1,188 @@
+"""The network as sampling runs it equals the network, whatever its products are made of."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.compute.precision import choose_precision
+from pipeline.inference import decoding
+from pipeline.inference.decoding import Decoder, FixedCache, Step, mean_loss
+from pipeline.inference.int8 import dequantize, quantize
+from pipeline.model import loss
+from pipeline.model.gpt import GPT, GPTConfig
+from tests.helpers import stand_in
+
+SHAPE = GPTConfig(2, 4, 32, 16, 61, 64, dropout=0.5)
+CPU = torch.device("cpu")
+
+
+def tiny() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(SHAPE)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def ids(batch: int, tokens: int) -> torch.Tensor:
+    random = torch.Generator().manual_seed(batch)
+    return torch.randint(SHAPE.vocab_size, (batch, tokens), generator=random)
+
+
+def without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "has_onednn", lambda: False)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("onednn", [True, False])
+@torch.no_grad()
+def test_logits_are_the_models_whatever_the_layout(
+    rows: int, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not onednn:
+        without_onednn(monkeypatch)
+    model = tiny()
+    decoder = Decoder(model, rows=rows)
+    idx = ids(rows, 9)
+    expected = copy.deepcopy(model).eval()(idx)
+    torch.testing.assert_close(decoder.logits(decoder.hidden(idx)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_layout_follows_the_rows_the_precision_and_what_torch_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if decoding.has_onednn():
+        assert type(Decoder(tiny(), rows=1).head) is decoding.OneDnnLinear
+        assert type(Decoder(tiny(), rows=8).head) is decoding.OneDnnLinear
+    for name in ("bf16", "fp16", "tf32"):
+        precision = choose_precision(name, CPU)
+        with precision.products(), precision.autocast():
+            head = Decoder(tiny(), rows=1).head
+        assert type(head) is (decoding.Linear if precision.emulated or name != "tf32" else None)
+        assert head.weight.dtype is precision.dtype
+    without_onednn(monkeypatch)
+    assert type(Decoder(tiny(), rows=1).head) is decoding.RowLinear
+    assert Decoder(tiny(), rows=1).head.weight.t().is_contiguous()
+    assert type(Decoder(tiny(), rows=8).head) is decoding.Linear
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "tf32"])
+@torch.no_grad()
+def test_a_low_precision_has_the_numerics_that_it_has_in_the_model(name: str) -> None:
+    model, precision = tiny().eval(), choose_precision(name, CPU)
+    with precision.products(), precision.autocast():
+        decoder = Decoder(model)
+        ours, theirs = decoder.logits(decoder.hidden(ids(2, 9))), model(ids(2, 9))
+    assert torch.equal(ours, theirs)
+
+
+def test_one_row_multiplies_the_models_own_memory() -> None:
+    if not decoding.has_onednn():
+        pytest.skip("torch without oneDNN keeps a copy")
+    model = tiny()
+    assert Decoder(model, rows=1).head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+
+
+def test_the_model_is_left_as_it_is() -> None:
+    model = tiny().train()
+    before = copy.deepcopy(model.state_dict())
+    decoder = Decoder(model, "int8", rows=3)
+    assert all(module.training for module in model.modules())
+    assert type(model.transformer.h[0].attn.c_attn) is nn.Linear
+    assert not decoder.body.transformer.h[1].mlp.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_int8_logits_are_those_of_a_model_with_the_rounded_weights() -> None:
+    model, idx = tiny().eval(), ids(2, 9)
+    decoder = Decoder(model, "int8")
+    rounded = copy.deepcopy(model)
+    for module in rounded.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(dequantize(*quantize(module.weight)))
+    head = dequantize(*quantize(model.transformer.wte.weight))  # the look-up keeps its fp32
+    expected = (rounded.hidden(idx) @ head.t())[..., : SHAPE.vocab_size]
+    ours = decoder.logits(decoder.hidden(idx))
+    torch.testing.assert_close(ours, expected, rtol=2e-4, atol=2e-4)
+    assert (ours - model(idx)).abs().max() > 2e-3, "rounding that nobody sees would prove little"
+
+
+def test_the_loss_by_fp32_products_is_the_validation_loss() -> None:
+    model = tiny()
+    windows = [(ids(4, 17)[:, :-1], ids(4, 17)[:, 1:]), (ids(1, 6)[:, :-1], ids(1, 6)[:, 1:])]
+    expected = loss.mean_loss(model, windows, choose_precision("fp32", CPU), CPU)
+    assert mean_loss(Decoder(model), windows, CPU) == pytest.approx(expected, rel=1e-5)
+    assert mean_loss(Decoder(model, "int8"), windows, CPU) != pytest.approx(expected, rel=1e-5)
+
+
+# --- what a CUDA graph holds, run step by step
+
+
+@pytest.mark.parametrize("padding", [None, [3, 0, 1]])
+@torch.no_grad()
+def test_a_step_at_fixed_addresses_equals_a_step_of_the_growing_cache(padding) -> None:
+    decoder, idx = Decoder(tiny(), rows=3), ids(3, 12)
+    growing = [decoder.new_cache(idx[:, :5], 7) for _ in range(2)]
+    for cache in growing:
+        cache.padding = None if padding is None else torch.tensor(padding)
+        decoder.hidden(idx[:, :5], cache)
+    step = Step(decoder, growing[1])
+    for column in range(5, 12):
+        token = idx[:, column : column + 1]
+        expected = decoder.logits(decoder.hidden(token, growing[0])[:, -1])
+        torch.testing.assert_close(step(token, column), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_fixed_step_takes_a_cache_of_a_lower_format() -> None:
+    decoder, idx = Decoder(tiny()), ids(1, 6)
+    decoder.dtype = torch.bfloat16
+    cache = decoder.new_cache(idx, 2)
+    decoder.hidden(idx, cache)
+    logits = Step(decoder, cache)(idx[:, -1:], 6)
+    assert logits.dtype is torch.float32 and logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_graph_is_captured_once_and_replayed_with_new_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with stand_in.gpu(monkeypatch):
+        decoder, idx = Decoder(tiny().to("cuda"), rows=3), ids(3, 12).to("cuda")
+        growing = [decoder.new_cache(idx[:, :5], 7) for _ in range(2)]
+        for cache in growing:
+            decoder.hidden(idx[:, :5], cache)
+        step = Step(decoder, growing[1])
+        graphs = []
+        for column in range(5, 12):
+            token = idx[:, column : column + 1]
+            expected = decoder.logits(decoder.hidden(token, growing[0])[:, -1])
+            torch.testing.assert_close(
+                step(token, column).cpu(), expected.cpu(), rtol=1e-5, atol=1e-5
+            )
+            graphs.append(step._graph)
+        assert len({*map(id, graphs)}) == 1 and graphs[0].replayed == 7
+
+
+@torch.no_grad()
+def test_a_step_that_waits_for_the_device_cannot_be_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with stand_in.gpu(monkeypatch):
+        decoder, idx = Decoder(tiny().to("cuda"), rows=1), ids(1, 6).to("cuda")
+        step = Step(decoder, decoder.new_cache(idx, 3))
+        run = step._run
+        monkeypatch.setattr(step, "_run", lambda: run() if run().isfinite().all() else None)
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            step(idx[:, -1:], 0)
+
+
+def test_a_fixed_cache_takes_one_token_a_row() -> None:
+    decoder = Decoder(tiny())
+    with pytest.raises(AssertionError, match="one token"):
+        FixedCache(decoder.new_cache(ids(1, 3), 3)).begin(2)

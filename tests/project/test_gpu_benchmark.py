@@ -1,0 +1,142 @@
+"""The GPU benchmark, all of it, on a CPU and tiny: what it says, and what it refuses to say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import build_nanogpt, gpu
+from pipeline.compute import precision as precision_module
+from pipeline.errors import ConfigError, InputError
+from pipeline.training import compiling
+
+CPU = torch.device("cpu")
+TINY = ["--device", "cpu", "--size", "tiny", "--rounds", "2", "--batch", "2"]
+
+# Stands for a checkout: its names and their arguments, and a script that must not run.
+CHECKOUT = """
+from dataclasses import dataclass
+import torch
+from hellaswag import nothing
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 0
+    n_layer: int = 0
+    n_head: int = 0
+    n_embd: int = 0
+    block_size: int = 0
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        from pipeline.model import gpt as model
+        made = model.GPT(model.GPTConfig(
+            config.n_layer, config.n_head, config.n_embd, config.block_size,
+            config.vocab_size, config.vocab_size))
+        self.transformer, self.hidden, self.logits = made.transformer, made.hidden, made.logits
+
+    def configure_optimizers(self, decay, rate, device):
+        return torch.optim.AdamW(self.parameters(), lr=rate, weight_decay=decay)
+
+    def forward(self, x, y):
+        logits = self.logits(self.hidden(x))
+        return logits, torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+
+raise SystemExit("this is the training, which nobody asked for")
+"""
+
+
+@pytest.fixture(autouse=True)
+def without_the_compilers_time(monkeypatch):
+    monkeypatch.setattr(precision_module, "_cpu_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(compiling, "why_not_compile", lambda precision: "")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setitem(gpu.throughput.SQUARE, "cpu", 64)
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    (tmp_path / "train_gpt2.py").write_text(CHECKOUT, "utf-8")
+    return tmp_path
+
+
+def test_the_whole_script_runs_and_shows_every_rung(tmp_path, checkout, capsys) -> None:
+    gpu.main([*TINY, "--build-nanogpt", str(checkout)], tmp_path / "results")
+    page = (tmp_path / "results/gpu.md").read_text("utf-8")
+    table = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")]
+    rungs = [rung.name for rung in gpu.ladder()]
+    assert rungs == ["fp32", "+ tf32", "+ bf16", "+ compile"] + [
+        "+ flash attention",
+        "+ padded rows",
+        "+ fused AdamW",
+    ]
+    start = table.index("fp32", table.index("rung"))
+    assert table[start : start + 11] == rungs + [
+        "large micro-batch",
+        "... with CUDA graphs",
+        "... with autotuning",
+        "... in fp8",
+    ]
+    assert "--build-nanogpt CHECKOUT`" in page and str(checkout) not in page
+    assert table[-2:] == ["build-nanogpt", "ours"]
+    assert "Kernels seen: _scaled_dot_product_flash_attention_for_cpu" in page
+    assert "_fused_adamw_" in page
+    assert (tmp_path / "results/gpu.png").stat().st_size > 1000
+    assert page in capsys.readouterr().out
+
+
+def test_a_rung_adds_one_lever_and_keeps_the_others() -> None:
+    rungs = gpu.ladder()
+    for before, after in zip(rungs, rungs[1:], strict=False):
+        changed = [name for name, value in vars(after).items() if value != vars(before)[name]]
+        assert len(changed) == 2 and changed[0] == "name", (after.name, changed)
+    assert replace(rungs[-1], name="") == gpu.Rung("", "bf16", True, None, "sdpa", True, True)
+
+
+def test_every_lever_is_really_pulled() -> None:
+    first, last = (gpu.state_of(gpu.ladder()[n], "tiny", CPU) for n in (0, -1))
+    assert (first.precision.effective, last.precision.effective) == ("fp32", "bf16")
+    assert (first.model.config.vocab_rows, last.model.config.vocab_rows) == (127, 128)
+    assert (first.model.config.attention, last.model.config.attention) == ("naive", "sdpa")
+    assert not first.optimizer.defaults["fused"] and last.optimizer.defaults["fused"]
+
+
+def test_a_first_loss_that_disagrees_voids_the_time(checkout) -> None:
+    text = (checkout / "train_gpt2.py").read_text("utf-8")
+    wrong = text.replace("cross_entropy(logits", "cross_entropy(1.1 + 2 * logits")
+    (checkout / "train_gpt2.py").write_text(wrong, "utf-8")
+    ours, theirs = gpu.duel(checkout, "tiny", 2, 1, CPU)
+    assert not ours.refused and "first loss" in theirs.refused
+    rows = gpu.rows_of([ours, theirs], "tiny", CPU, {"bf16": 1e9})
+    assert rows[1][2] == "-" and "ours's is" in rows[1][0]
+
+
+def test_what_does_not_fit_is_halved_in_the_first_rung_and_refused_later(monkeypatch) -> None:
+    tried = []
+
+    def full(rung, size, batch, device):
+        tried.append((rung.name, batch))
+        if batch > 2:
+            raise torch.OutOfMemoryError("no")
+        return lambda: 1.0
+
+    monkeypatch.setattr(gpu, "our_step", full)
+    found = gpu.climb("tiny", 8, 1, CPU, lambda line: None)
+    assert tried[:4] == [("fp32", 8), ("fp32", 4), ("fp32", 2), ("+ tf32", 2)]
+    assert [r.refused for r in found[7:]] == ["out of memory"] * 4
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA device here.*--device cpu --size tiny"):
+        gpu.main([], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_the_script_is_named(tmp_path) -> None:
+    with pytest.raises(InputError, match="no train_gpt2.py there"):
+        build_nanogpt.definitions(tmp_path)

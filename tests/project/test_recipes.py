@@ -1,0 +1,97 @@
+"""Every recipe is complete, builds the model it promises, and trains."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import config as configuration
+from pipeline.compute.precision import choose_precision
+from pipeline.config import Config
+from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.model.hf_layout import outline
+from pipeline.model.model_dir import save_model
+from pipeline.training import loop
+from stages.import_hf_weights import build
+from tests.conftest import ROOT
+
+PARAMETERS = {  # with 50304 rows
+    "nano": 7_248_640,
+    "gpt2-124m": 124_475_904,
+    "gpt2-medium": 354_871_296,
+    "gpt2-large": 774_090_240,
+    "gpt2-xl": 1_557_686_400,
+    "gpt2-124m-continue": 124_475_904,
+}
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+pytestmark = pytest.mark.filterwarnings("ignore:train.compile=true runs eagerly:UserWarning")
+
+
+def recipe(name: str) -> Config:
+    return configuration.load(ROOT / "recipes" / f"{name}.yaml")
+
+
+def shape(config: Config) -> GPTConfig:
+    c = config.model
+    return GPTConfig(c.n_layer, c.n_head, c.n_embd, c.block_size, vocab_rows=c.vocab_rows)
+
+
+def steps(config: Config, model: GPT, count: int) -> list[loop.StepReport]:
+    """Real optimizer steps on one short random sequence."""
+    train = replace(
+        config.train, batch_size=1, sequence_length=32, accumulate=1, steps=count, warmup_steps=0
+    )
+    state = loop.start(model, train, choose_precision(config.precision, torch.device("cpu")))
+    ids = torch.randint(50257, (1, 33), generator=torch.Generator().manual_seed(0))
+    return list(loop.fit(state, train, lambda step: [(ids[:, :-1], ids[:, 1:])]))
+
+
+def test_every_recipe_is_in_the_table() -> None:
+    assert set(RECIPES) == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_has_the_exact_parameter_count(name: str) -> None:
+    assert outline(shape(recipe(name))).parameter_count() == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_two_steps_at_full_width_and_depth_one(name: str, tmp_path: Path) -> None:
+    config = recipe(name)
+    init = config.init
+    if init.source == "hf":  # a folder of the recipe's width stands in for the hub
+        published = replace(init, source="random")
+        save_model(build(shallow(replace(config, init=published))), tmp_path / "published")
+        init = replace(init, hf_model=str(tmp_path / "published"))
+    with (
+        pytest.warns() if init.source == "hf" else contextlib.nullcontext()
+    ):  # a depth that nobody published
+        model = build(shallow(replace(config, init=init)))
+    first, second = steps(config, model, 2)
+    assert first.loss == pytest.approx(math.log(50257), abs=1.0)
+    assert second.loss < first.loss
+
+
+def shallow(config: Config) -> Config:
+    return replace(config, model=replace(config.model, n_layer=1, dropout=0.0))
+
+
+def test_124m_takes_one_full_step() -> None:
+    config = recipe("gpt2-124m")
+    model = build(config)
+    (report,) = steps(config, model, 1)
+    assert model.parameter_count() == PARAMETERS["gpt2-124m"]
+    assert report.loss == pytest.approx(math.log(50257), abs=1.0)
+    assert math.isfinite(report.grad_norm)
+
+
+@pytest.mark.parametrize("name", ["gpt2-124m", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_a_step_is_half_a_million_tokens_as_published(name: str) -> None:
+    train = recipe(name).train
+    assert train.batch_size * train.accumulate * train.sequence_length == 524_288
+    assert (train.steps, train.warmup_steps) == (19_073, 715)

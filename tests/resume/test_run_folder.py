@@ -1,0 +1,204 @@
+"""One trainer a fingerprint: the second waits, then takes over the checked result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import BusyError, InputError, NumericsError
+from pipeline.records.record_file import tree_digest
+from pipeline.resume import run_folder
+from pipeline.storage.folders import copy
+
+OUTPUT = Path("artifacts/model")
+
+
+@pytest.fixture(autouse=True)
+def _workspace(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / ".dvc").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+
+
+def produce(text: str) -> None:
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    (OUTPUT / "weights").write_text(text)
+
+
+IDENTITY = {
+    "stage": "train",
+    "params": {"train.lr": 0.1, "train.steps": 9},
+    "inputs": {"init": "a"},
+    "code": "c",
+}
+
+
+def second(done: dict[str, object]) -> threading.Thread:
+    def work() -> None:
+        with run_folder.claim(IDENTITY) as held:
+            done["adopted"] = held.adopt()
+            done["content"] = (OUTPUT / "weights").read_text() if OUTPUT.exists() else None
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def wait_until_awaited(held: run_folder.Run) -> None:
+    for _ in range(200):
+        if run_folder._awaited(held.folder):
+            return
+        time.sleep(0.02)
+    raise AssertionError("the second process never said that it waits")
+
+
+@pytest.mark.fault(40)
+@pytest.mark.fault(57)
+def test_the_second_waits_and_adopts_what_the_first_made(caplog) -> None:
+    done: dict[str, object] = {}
+    with run_folder.claim(IDENTITY) as held:
+        thread = second(done)
+        wait_until_awaited(held)
+        assert not done
+        produce("trained once")
+        held.share([OUTPUT])
+        (OUTPUT / "weights").write_text("changed since")
+    thread.join(20)
+    assert done == {"adopted": True, "content": "trained once"}
+    assert f"process {os.getpid()} trains this very configuration" in caplog.text
+    assert not list(run_folder.paths.runs().glob("*.waiting-*")) + list(
+        run_folder.paths.runs().glob("*.holder")
+    )
+
+
+@pytest.mark.fault(40)
+def test_a_damaged_result_is_not_adopted() -> None:
+    done: dict[str, object] = {}
+    with run_folder.claim(IDENTITY) as held:
+        thread = second(done)
+        wait_until_awaited(held)
+        produce("trained once")
+        held.share([OUTPUT])
+        (held.folder / OUTPUT / "weights").write_text("trained 0nce")
+    thread.join(20)
+    assert done["adopted"] is False
+
+
+@pytest.mark.parametrize("name", ["../../params.yaml", "params.yaml", "artifacts/samples.md"])
+def test_a_result_that_names_a_file_of_another_is_not_adopted(name: str) -> None:
+    done: dict[str, object] = {}
+    with run_folder.claim(IDENTITY) as held:
+        thread = second(done)
+        wait_until_awaited(held)
+        produce("trained once")
+        held.share([OUTPUT])
+        (held.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (held.folder / name).write_text("theirs")
+        made = json.loads((held.folder / run_folder.RESULT).read_text())
+        made["digests"][name] = tree_digest(held.folder / name)
+        (held.folder / run_folder.RESULT).write_text(json.dumps(made))
+    thread.join(20)
+    assert done["adopted"] is False
+
+
+def test_a_dead_waiter_does_not_count() -> None:
+    with run_folder.claim(IDENTITY) as held:
+        held.folder.with_name(held.folder.name + ".waiting-999999-1.00").touch()
+        assert not run_folder._awaited(held.folder)
+
+
+def test_a_failed_training_lets_the_next_one_train() -> None:
+    with pytest.raises(RuntimeError), run_folder.claim(IDENTITY):
+        raise RuntimeError
+    with run_folder.claim(IDENTITY) as held:
+        assert not held.adopt()
+
+
+def test_a_copy_never_writes_into_a_linked_file(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.write_text("kept")
+    target = tmp_path / "out"
+    os.link(cache, target)
+    source = tmp_path / "new"
+    source.write_text("new")
+    copy(source, target)
+    assert (cache.read_text(), target.read_text()) == ("kept", "new")
+
+
+@pytest.mark.fault(40)
+def test_who_is_asked_not_to_wait_is_told_for_whom_and_writes_nothing() -> None:
+    with run_folder.claim(IDENTITY) as held:
+        before = sorted((p, p.stat().st_mtime_ns) for p in held.folder.rglob("*"))
+        with (
+            pytest.raises(BusyError, match=rf"process {os.getpid()} trains.*wait=false") as error,
+            run_folder.claim(IDENTITY, wait=False),
+        ):
+            raise AssertionError("two processes hold the same training")
+        assert error.value.exit_code == 6
+        assert before == sorted((p, p.stat().st_mtime_ns) for p in held.folder.rglob("*"))
+
+
+@pytest.mark.fault(40, control=True)
+def test_two_without_a_lock_would_hold_the_same_training(monkeypatch) -> None:
+    monkeypatch.setattr(run_folder.FileLock, "acquire", lambda self, timeout=None: None)
+    with run_folder.claim(IDENTITY) as first, run_folder.claim(IDENTITY, wait=False) as second_:
+        assert first.folder == second_.folder
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code"),
+    [
+        (NumericsError("the loss is nan"), "failed", 4),
+        (KeyboardInterrupt(), "preempted", 130),
+        (SystemExit(143), "preempted", 143),
+        (MemoryError(), "failed", 5),
+        (ZeroDivisionError("a bug"), "failed", 1),
+    ],
+)
+def test_the_status_says_how_a_training_ended(error: BaseException, state: str, code: int) -> None:
+    with pytest.raises(type(error)), run_folder.claim(IDENTITY) as held:
+        held.say("running", step=7)
+        raise error
+    said = json.loads((held.folder / "run_status.json").read_text())
+    assert (said["state"], said["exit_code"], said["step"]) == (state, code, 7)
+    assert said["pid"] == os.getpid() and said["message"] == str(error)
+
+
+def test_trainings_that_were_stopped_are_listed_and_removed_by_name(caplog) -> None:
+    with pytest.raises(KeyboardInterrupt), run_folder.claim(IDENTITY) as held:
+        held.say("running", step=7)
+        raise KeyboardInterrupt
+    (line,) = run_folder.lines()
+    assert line.startswith(f"{held.folder.name}  preempted at step 7 of 9")
+    with run_folder.claim(IDENTITY), pytest.raises(BusyError, match="a process is at work on it"):
+        run_folder.remove(held.folder.name)
+    with pytest.raises(
+        InputError, match=f"no training of that name; there are: {held.folder.name}"
+    ):
+        run_folder.remove("../artifacts")
+    run_folder.remove(held.folder.name)
+    assert not held.folder.exists() and run_folder.lines() == [
+        "no training is at work or interrupted"
+    ]
+
+
+def test_a_training_whose_process_is_gone_is_called_killed() -> None:
+    with contextlib.suppress(RuntimeError), run_folder.claim(IDENTITY) as held:
+        status = (held.folder / "run_status.json").read_text()
+        raise RuntimeError
+    (held.folder / "run_status.json").write_text(status.replace(str(os.getpid()), "999999"))
+    assert "killed at step 0 of 9" in run_folder.lines()[0]
+    assert run_folder.unfinished(but=Path("another")) is None  # it has nothing to go on from
+    (held.folder / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert run_folder.unfinished(but=Path("another")) == held.folder
+
+
+def test_a_training_at_work_is_not_called_interrupted() -> None:
+    with run_folder.claim(IDENTITY):
+        assert run_folder.unfinished(but=Path("another")) is None

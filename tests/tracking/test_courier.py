@@ -1,0 +1,326 @@
+"""The process that ships: whatever becomes of it, the stage goes on, says so once and ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline import paths
+from pipeline.experiments import sync
+from pipeline.records import record_file
+from pipeline.tracking import mlflow_store, recording, shipping
+from tests.conftest import ROOT, record_is_complete, wait_for
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+Courier = recording.Courier  # before `own_store` puts another in its place
+
+
+@pytest.fixture(autouse=True)
+def _courier(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "Courier", Courier)
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen]:
+    """The processes that couriers have started."""
+    started: list[subprocess.Popen] = []
+    start = Courier._start
+
+    def noted(self: recording.Courier, *words: str) -> subprocess.Popen | None:
+        if child := start(self, *words):
+            started.append(child)
+        return child
+
+    monkeypatch.setattr(Courier, "_start", noted)
+    return started
+
+
+def rows() -> list:
+    client = mlflow_store.connect()
+    experiment = client.get_experiment_by_name("gpt2")
+    return client.search_runs([experiment.experiment_id]) if experiment else []
+
+
+def steps_of(row) -> list[int]:
+    history = mlflow_store.connect().get_metric_history(row.info.run_id, "train/value")
+    return sorted(point.step for point in history)
+
+
+# A stage as a process, which says what it has imported when its record is closed.
+STAGE = """
+import sys, time
+from pathlib import Path
+from pipeline import config; from pipeline.tracking import recording as tracking
+with tracking.record("train", config.load(Path(sys.argv[1]))) as record:
+    for step in range(5):
+        record.metrics({"train/value": step / 3}, step)
+    if "killed" in sys.argv:
+        while record._ship._events.qsize():  # what is not in the pipe yet dies with the stage
+            time.sleep(0.01)
+        time.sleep(0.5)  # for the last one, which has left the queue
+        print(record._ship._child.pid, flush=True)
+        sys.stdin.read()
+print(*sys.modules)
+"""
+
+
+def stage(*words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", STAGE, str(ROOT / "recipes" / "nano.yaml"), *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.alone
+def test_a_row_is_whole_and_its_stage_has_imported_nothing_of_a_store() -> None:
+    out, said = stage().communicate()
+    assert said == ""
+    (row,) = rows()
+    assert (row.info.status, steps_of(row)) == ("FINISHED", list(range(5)))
+    loaded = set(out.split())
+    assert "pipeline.tracking.recording" in loaded
+    assert not {"mlflow", "sqlalchemy", "pandas", "requests"} & loaded
+
+
+@pytest.mark.alone
+def test_what_a_killed_stage_has_written_arrives_and_no_process_stays() -> None:
+    killed = stage("killed")
+    assert killed.stdout
+    courier = psutil.Process(int(killed.stdout.readline()))
+    killed.kill()
+    _, said = killed.communicate()
+    wait_for(lambda: not courier.is_running() or courier.status() == psutil.STATUS_ZOMBIE)
+    assert said == ""
+    (row,) = rows()
+    assert (row.info.status, steps_of(row)) == ("RUNNING", list(range(5)))
+    assert row.data.tags["pipeline.process"].startswith(f"{killed.pid}-")
+
+
+def train(make_config, meanwhile: Callable[[], None], points: int = 5) -> float:
+    """Record a stage in which something happens; how many seconds its writing took."""
+    with recording.record("train", make_config()) as record:
+        meanwhile()
+        began = time.monotonic()
+        for step in range(points):
+            record.metrics({"train/value": step / 3}, step)
+        return time.monotonic() - began
+
+
+def test_a_process_that_dies_costs_one_warning_and_sync_ships_the_rest(
+    make_config, children, caplog
+) -> None:
+    train(make_config, lambda: children[0].kill())
+    (warned,) = caplog.messages
+    code = 1 if sys.platform == "win32" else -signal.SIGKILL
+    assert f"ended with exit code {code}" in warned and "sync" in warned
+    assert record_is_complete(5)
+    assert len(sync.sync()) == 1
+    (row,) = rows()
+    assert (row.info.status, steps_of(row)) == ("FINISHED", list(range(5)))
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+def test_a_process_that_reads_nothing_does_not_hold_the_stage_up(
+    make_config, children, caplog, monkeypatch
+) -> None:
+    monkeypatch.setattr(recording, "END_SECONDS", 1.0)
+    monkeypatch.setattr(recording, "GRACE_SECONDS", 1.0)
+    points = 2000  # some 200 KB: more than a pipe holds
+    seconds = train(make_config, lambda: children[0].send_signal(signal.SIGSTOP), points)
+    assert seconds < 2
+    (warned,) = caplog.messages
+    assert "did not end within 2 s" in warned
+    assert children[0].returncode == -signal.SIGKILL
+    assert record_is_complete(points)
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+@pytest.mark.parametrize("listens", [True, pytest.param(False, id="control")])
+def test_a_process_that_is_stuck_costs_seconds_at_the_end_not_a_minute(
+    make_config, children, caplog, monkeypatch, listens: bool
+) -> None:
+    monkeypatch.setattr(recording, "SHORT_SECONDS", 1.0 if listens else 600.0)
+    monkeypatch.setattr(recording, "END_SECONDS", 4.0)
+    monkeypatch.setattr(recording, "GRACE_SECONDS", 1.0)
+    with recording.record("train", make_config()) as record:
+        first = record._ship._heard
+        wait_for(lambda: record._ship._heard != first)
+        children[0].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+    assert (time.monotonic() - began < 4) == listens
+    (warned,) = caplog.messages
+    assert ("did not end within 1 s" in warned) == listens
+    assert record_is_complete(0)
+
+
+class Slow:
+    """Stands in for MLflow's client: every call takes its time."""
+
+    tracking_uri = "sqlite://"
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def log_batch(self) -> None:
+        time.sleep(self.seconds)
+
+    log_artifacts = log_batch
+
+
+class SlowRow:
+    """Stands in for a row: a call an event."""
+
+    def __init__(self, client: Slow, *_: object):
+        self.client = client
+
+    def write(self, events: list[record_file.Event], *_: object) -> None:
+        for event in events[events[0]["kind"] == "start" :]:
+            upload = event["kind"] == "checkpoint"
+            (self.client.log_artifacts if upload else self.client.log_batch)()
+
+    def enter(self, *_: object) -> None: ...
+
+    replay = leave = enter
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kind", "size", "arrives"),
+    [
+        pytest.param(0.2, "tags", 0, True, id="slow answers"),
+        pytest.param(1.5, "tags", 5_000_000, False, id="no answer"),
+        pytest.param(1.5, "checkpoint", 5_000_000, True, id="a large upload"),
+        pytest.param(1.5, "checkpoint", 10, False, id="a small upload that hangs"),
+    ],
+)
+def test_a_stage_waits_as_long_as_its_points_arrive(
+    monkeypatch, caplog, seconds: float, kind: str, size: int, arrives: bool
+) -> None:
+    monkeypatch.setattr(shipping, "SHORT_SECONDS", 0.6)
+    monkeypatch.setattr(shipping, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(shipping, "connect", lambda: Slow(seconds))
+    monkeypatch.setattr(shipping, "open_row", SlowRow)
+    shipper, beats = shipping.Shipper("1-1.00", "best"), []
+    start = {"kind": "start", "stage": "tokenize", "id": "1", "invocation": "one"}
+    shipper(start)
+    for number in range(8 if seconds < 1 else 1):
+        shipper({"kind": kind, "number": number, "bytes": size})
+    began = time.monotonic()
+    shipper.close(20.0, lambda: beats.append(1))
+    assert (caplog.messages == []) == arrives
+    assert beats
+    if not arrives:
+        assert "the store did not answer within 1 s" in caplog.messages[0]
+        assert time.monotonic() - began < 3
+
+
+def test_a_process_that_cannot_be_started_is_a_warning(make_config, monkeypatch, caplog) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("no process is left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recording.subprocess, "Popen", refused)
+        patch.setattr(record_file, "_git", lambda *_: "")
+        train(make_config, lambda: None)
+    (warned,) = caplog.messages
+    assert "could not be started: no process is left" in warned
+    assert record_is_complete(5)
+
+
+@pytest.mark.parametrize(
+    ("hurried", "size", "patience"),
+    [(False, 0, 60.0), (False, 5_000_000, 65.0), (True, 5_000_000, 10.0)],
+)
+def test_a_stage_gives_its_uploads_time_and_waits_seconds_when_it_was_stopped(
+    monkeypatch, hurried: bool, size: int, patience: float
+) -> None:
+    copy = "import pathlib, sys; pathlib.Path('lines').write_bytes(sys.stdin.buffer.read())"
+    monkeypatch.setattr(
+        Courier,
+        "_start",
+        lambda *_: subprocess.Popen(
+            [sys.executable, "-c", copy], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ),
+    )
+    courier = Courier("best")
+    courier({"kind": "artifact", "bytes": size})
+    courier.close(hurried)
+    *_, last = Path("lines").read_text("utf-8").splitlines()
+    assert json.loads(last) == {"kind": "close", "patience": patience}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sessions of Unix")
+def test_a_signal_to_the_terminal_s_processes_does_not_reach_it(make_config, children) -> None:
+    with recording.record("train", make_config()):
+        assert os.getsid(children[0].pid) != os.getsid(0)
+
+
+def test_a_record_that_cannot_begin_leaves_no_process_and_no_word_but_its_own(
+    make_config, children, caplog, capfd
+) -> None:
+    paths.RECORDS.write_text("a file where a folder is to be")
+    with pytest.raises(OSError), recording.record("train", make_config()):
+        pass
+    assert children[0].returncode == 0
+    assert (caplog.messages, capfd.readouterr().err) == ([], "")
+
+
+def test_who_is_interrupted_while_waiting_for_the_store_leaves_no_process(
+    make_config, children, monkeypatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt), recording.record("train", make_config()):
+        wait, calls = children[0].wait, []
+
+        def interrupted(timeout: float) -> int:
+            calls.append(timeout)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return wait(timeout)
+
+        monkeypatch.setattr(children[0], "wait", interrupted)
+    assert children[0].returncode is not None
+    assert record_is_complete(0)
+
+
+# A store that hangs where Python would wait for it at the end of the process.
+HANGING = """
+import concurrent.futures, runpy, sys, time
+from pipeline.tracking import mlflow_run as rows, mlflow_store as store
+pool = concurrent.futures.ThreadPoolExecutor(1)
+store.connect = lambda: None
+rows.open_row = lambda *_: pool.submit(time.sleep, 120).result()
+sys.argv.insert(1, "ship")
+runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_store_that_hangs_for_ever_does_not_keep_its_process() -> None:
+    start = {"kind": "start", "stage": "train", "invocation": "one"}
+    lines = [start, {"kind": "close", "patience": 0.5}]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, "1-1.00", "best"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        input="".join(f"{json.dumps(line)}\n" for line in lines),
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert time.monotonic() - began < 60
+    assert done.returncode == 0
+    assert "the store did not answer within" in done.stderr
