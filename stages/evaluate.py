@@ -15,8 +15,8 @@ from pipeline.errors import together
 from pipeline.inference import evaluation as tasks
 from pipeline.model.model_dir import load_model
 from pipeline.records import git, record_file
-from pipeline.records.dvc_history import Experiment
 from pipeline.records.record_file import Record
+from pipeline.records.run_data import Experiment
 from pipeline.resume import run_folder
 from pipeline.tracking import recording
 from stages import announce, check_model, run, write_metrics

@@ -28,8 +28,8 @@ from pipeline.model.gpt import GPT
 from pipeline.model.loss import mean_loss
 from pipeline.model.model_dir import load_model, save_model
 from pipeline.records import record_file
-from pipeline.records.dvc_history import Experiment
 from pipeline.records.record_file import Record
+from pipeline.records.run_data import Experiment
 from pipeline.resume import interruption, run_folder
 from pipeline.resume.checkpoints import Checkpoint, Checkpoints
 from pipeline.resume.course import Course, step_metrics

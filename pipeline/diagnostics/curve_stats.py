@@ -6,7 +6,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from pipeline.records.dvc_history import Experiment
+from pipeline.records.run_data import Experiment
 
 FEW = 10  # steps that a median is taken over
 TAIL = 0.1  # share of steps that speak for a run's end

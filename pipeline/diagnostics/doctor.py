@@ -23,8 +23,9 @@ from pipeline.diagnostics.curve_stats import (
     tail,
 )
 from pipeline.errors import InputError
-from pipeline.records.dvc_history import WORKSPACE, Experiment, experiments, of_workspace
+from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
 from pipeline.records.record_file import Event
+from pipeline.records.run_data import Experiment
 
 log = logging.getLogger(__name__)
 

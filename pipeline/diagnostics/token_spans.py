@@ -18,7 +18,8 @@ from pipeline.data import token_files
 from pipeline.data.token_files import Tokens
 from pipeline.data.tokenizer import EOT, gpt2
 from pipeline.errors import InputError
-from pipeline.records.dvc_history import WORKSPACE, Experiment, experiments, of_workspace
+from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
+from pipeline.records.run_data import Experiment
 from pipeline.training import loop
 
 if TYPE_CHECKING:

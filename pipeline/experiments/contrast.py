@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.experiments.comparison import APART, Run, evenly, family, first_apart, largest_gap
-from pipeline.records.dvc_history import Experiment
+from pipeline.records.run_data import Experiment
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.records.dvc_history import Experiment
 from pipeline.records.record_file import Event
+from pipeline.records.run_data import Experiment
 from pipeline.records.stage_graph import upstream
 
 

@@ -13,7 +13,7 @@ from pipeline import paths
 from pipeline.errors import StorageError
 from pipeline.experiments import history
 from pipeline.records import dvc_history, record_file
-from pipeline.records.dvc_history import Experiment
+from pipeline.records.run_data import Experiment
 from pipeline.tracking.mlflow_run import Row, from_workspace, open_row, rename, shipped, sweep
 from pipeline.tracking.mlflow_store import connect, said
 

@@ -20,7 +20,7 @@ from pipeline.drawing.figures import (
     two_std,
 )
 from pipeline.experiments.contrast import Contrast
-from pipeline.records.dvc_history import Experiment
+from pipeline.records.run_data import Experiment
 
 MOST = 400  # points a curve: more could not be told apart, and would make the page heavy
 MOST_TOGETHER = 8000  # of all curves in one figure

@@ -15,8 +15,9 @@ from pipeline import paths, tables, terminal
 from pipeline.errors import InputError
 from pipeline.experiments.comparison import Run, run_of, runs_of
 from pipeline.experiments.contrast import Contrast, contrasts, differing
-from pipeline.records.dvc_history import WORKSPACE, Experiment, experiments, of_workspace
+from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
 from pipeline.records.record_file import Event
+from pipeline.records.run_data import Experiment
 from pipeline.reports.curves import Picture, Style, overlaid, styles
 from pipeline.reports.run_page import RunPage, Study, run_page, setting_text
 

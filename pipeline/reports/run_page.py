@@ -16,8 +16,9 @@ from markupsafe import Markup
 from pipeline import paths
 from pipeline.diagnostics.doctor import Finding, examine, headline
 from pipeline.records import stage_graph
-from pipeline.records.dvc_history import Experiment, read_file
+from pipeline.records.dvc_history import read_file
 from pipeline.records.record_file import Event
+from pipeline.records.run_data import Experiment
 from pipeline.reports.curves import Picture, curves_of, data_uri
 from pipeline.tables import cell
 from pipeline.tracking.mlflow_run import from_workspace

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.compute import runtime, throughput
 from pipeline.errors import InputError
 from pipeline.records import provenance
-from pipeline.records.dvc_history import Experiment
+from pipeline.records.run_data import Experiment
 from pipeline.resume.checkpoints import Checkpoint, Checkpoints, go_on, machine, warn_of_differences
 from pipeline.training.loop import StepReport, TrainState
 from pipeline.training.time_budget import Budget

@@ -26,7 +26,7 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.model.model_dir import save_model
 from pipeline.records import record_file
-from pipeline.records.dvc_history import Experiment
+from pipeline.records.run_data import Experiment
 from pipeline.tracking import recording
 from pipeline.training import loop
 from tests.conftest import NoCourier, params

@@ -21,7 +21,7 @@ from pipeline.data.token_files import Tokens
 from pipeline.data.tokenizer import EOT, encode
 from pipeline.diagnostics import token_spans
 from pipeline.diagnostics.nonfinite import Place
-from pipeline.records.dvc_history import Experiment
+from pipeline.records.run_data import Experiment
 from pipeline.training import loop
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import paths
 from pipeline.experiments import sync
-from pipeline.records.dvc_history import Experiment
+from pipeline.records.run_data import Experiment
 from pipeline.tracking import mlflow_run, mlflow_store
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

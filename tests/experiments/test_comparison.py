@@ -13,7 +13,7 @@ from pipeline.drawing import figures
 from pipeline.errors import ConfigError, InputError
 from pipeline.experiments import comparison
 from pipeline.experiments.comparison import COLUMNS, Comparison, Run, compare, cut, groups, runs_of
-from pipeline.records.dvc_history import Experiment
+from pipeline.records.run_data import Experiment
 
 
 def run(precision: str = "fp32", seed: int = 1, final: float = 5.0, **changes: Any) -> Run:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.experiments.contrast import contrasts, differing
-from pipeline.records.dvc_history import Experiment
+from pipeline.records.run_data import Experiment
 from tests.experiments.test_comparison import run
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.experiments import history
-from pipeline.records.dvc_history import Experiment
+from pipeline.records.run_data import Experiment
 
 
 def record(

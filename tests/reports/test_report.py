@@ -17,8 +17,9 @@ from pipeline.diagnostics.doctor import examine
 from pipeline.errors import InputError
 from pipeline.experiments.comparison import run_of
 from pipeline.records import record_file
-from pipeline.records.dvc_history import Experiment, of_workspace
+from pipeline.records.dvc_history import of_workspace
 from pipeline.records.record_file import Event
+from pipeline.records.run_data import Experiment
 from pipeline.records.stage_graph import stages as stages_in_order
 from pipeline.reports import curves, report, run_page
 from tests.conftest import params, recipe
