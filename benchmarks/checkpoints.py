@@ -28,14 +28,14 @@ from pipeline.model.gpt import GPTConfig
 from pipeline.model.hf_layout import outline
 from pipeline.model.model_dir import save_model
 from pipeline.resume import checkpoints
-from pipeline.training import loop
+from pipeline.training import training_step
 
 RESULTS = Path(__file__).resolve().parent / "results" / "checkpoints.md"
 GO_ON = "verify and go on, mapped files counted"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def state_of(settings: config.Config) -> loop.TrainState:
+def state_of(settings: config.Config) -> training_step.TrainState:
     """Weights and moments of the recipe's size; what they are changes no time."""
     c = settings.model
     shape = GPTConfig(c.n_layer, c.n_head, c.n_embd, c.block_size, vocab_rows=c.vocab_rows)
@@ -45,7 +45,7 @@ def state_of(settings: config.Config) -> loop.TrainState:
             parameter.normal_(0, 0.02)
             parameter.grad = torch.full_like(parameter, 1e-3)
     device = torch.device("cpu")
-    state = loop.start(model, settings.train, choose_precision("fp32", device))
+    state = training_step.start(model, settings.train, choose_precision("fp32", device))
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return state

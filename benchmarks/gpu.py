@@ -47,7 +47,7 @@ from pipeline.model.init import initialize
 from pipeline.model.loss import token_losses
 from pipeline.studies import op_dtypes
 from pipeline.tables import markdown
-from pipeline.training import compiling, loop
+from pipeline.training import compiling, loop, training_step
 from pipeline.training.optimizers import parameter_groups
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,11 +134,11 @@ def model_of(rung: Rung, size: str, device: torch.device) -> GPT:
     return model.to(device)
 
 
-def state_of(rung: Rung, size: str, device: torch.device) -> loop.TrainState:
+def state_of(rung: Rung, size: str, device: torch.device) -> training_step.TrainState:
     """The real training step's state, with the rung's levers and no other."""
     precision, model = choose_precision(rung.precision, device), model_of(rung, size, device)
     settings = config.load(ROOT / "recipes/nano.yaml").train
-    state = loop.start(model, replace(settings, compile=False), precision)
+    state = training_step.start(model, replace(settings, compile=False), precision)
     if not rung.fused:
         groups = parameter_groups(model, settings.weight_decay)
         state.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), fused=False)
@@ -152,7 +152,7 @@ def state_of(rung: Rung, size: str, device: torch.device) -> loop.TrainState:
     return state
 
 
-def batch_of(size: str, batch: int) -> loop.Batch:
+def batch_of(size: str, batch: int) -> training_step.Batch:
     """The same tokens every time: a step's time does not depend on them."""
     tokens, ids = SIZES[size][3:5]
     chance = torch.Generator().manual_seed(0)
@@ -164,7 +164,7 @@ def our_step(rung: Rung, size: str, batch: int, device: torch.device) -> Callabl
     """A call that makes one step and gives its loss."""
     state, (x, y) = state_of(rung, size, device), batch_of(size, batch)
     given = [(x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)]
-    return lambda: loop.train_step(state, given, LR, CLIP)[0]
+    return lambda: training_step.train_step(state, given, LR, CLIP)[0]
 
 
 def their_step(source: Path, size: str, batch: int, device: torch.device) -> Callable[[], float]:

@@ -46,7 +46,7 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.records.record_file import Record
 from pipeline.resume.course import step_metrics
 from pipeline.tables import markdown
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 
 IDLE = "idle"
 HEADS = 4
@@ -88,7 +88,7 @@ def step_of(model: GPTConfig, batch: int, tokens: int, accumulate: int = 1) -> T
     draws = runtime.generator(0, "ids")
     ids = torch.randint(50257, (accumulate, batch, tokens + 1), generator=draws)
     batches = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids]
-    state = loop.start(GPT(model).to(device), settings, choose_precision("fp32", device))
+    state = training_step.start(GPT(model).to(device), settings, choose_precision("fp32", device))
     steps = loop.fit(state, dataclasses.replace(settings, steps=10**6), lambda _: batches)
     return lambda: next(steps).loss
 

@@ -42,7 +42,7 @@ from pipeline.inference.evaluation import Choice, Context
 from pipeline.model.gpt import GPT
 from pipeline.model.model_dir import save_model
 from pipeline.studies.number_formats import DTYPES, round_to_format
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 
 CPU = torch.device("cpu")
 ITEMS, VAL_TOKENS = 100, 6000
@@ -85,7 +85,7 @@ def trained(checkout: Path, steps: int) -> tuple[GPT, str]:
     """Our model after `steps`, and how its losses compare to build-nanogpt's."""
     task = Unpadded("nano", device="cpu")
     config = task.config()
-    state = loop.start(task.model(), config.train, choose_precision("fp32", CPU))
+    state = training_step.start(task.model(), config.train, choose_precision("fp32", CPU))
     ours = loop.fit(state, replace(config.train, steps=10_000), lambda step: [task.batch(step)])
     theirs = train.build_nanogpt(task, checkout)
     pairs = [(next(ours).loss, theirs()) for _ in range(steps)]

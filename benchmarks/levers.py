@@ -30,7 +30,7 @@ from pipeline.model import loss
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.model.loss import token_losses
-from pipeline.training import loop, optimizers
+from pipeline.training import loop, optimizers, training_step
 
 try:
     import resource
@@ -65,7 +65,7 @@ LEVERS = {
 }
 
 
-def plain_loss(state: loop.TrainState) -> loop.LossFunction:
+def plain_loss(state: training_step.TrainState) -> loop.LossFunction:
     def function(x, y, factor):
         return token_losses(state.model(x), y).sum() * factor
 
@@ -74,15 +74,15 @@ def plain_loss(state: loop.TrainState) -> loop.LossFunction:
 
 def contestants(model: GPT, settings: config.TrainConfig, precision) -> dict:
     """{name: (state, patches)}: those that differ in patches alone share one state."""
-    whole = loop.start(model, settings, precision)
+    whole = training_step.start(model, settings, precision)
     found = {ALL: (whole, [])}
     found |= {f"without {name}": (whole, patches) for name, patches in LEVERS.items()}
-    plain = loop.start(copy.deepcopy(model), settings, precision)
+    plain = training_step.start(copy.deepcopy(model), settings, precision)
     plain.loss_function = plain_loss(plain)
     found["without linear + cross-entropy in one"] = (plain, [])
     with mock.patch.object(optimizers, "FUSED", ()):
-        found["without fused AdamW"] = (loop.start(model, settings, precision), [])
-    bare = loop.start(plain.model, settings, precision)
+        found["without fused AdamW"] = (training_step.start(model, settings, precision), [])
+    bare = training_step.start(plain.model, settings, precision)
     with mock.patch.object(optimizers, "FUSED", ()):
         bare.optimizer = optimizers.build_optimizer(plain.model, settings)
     bare.loss_function = plain.loss_function
@@ -90,13 +90,15 @@ def contestants(model: GPT, settings: config.TrainConfig, precision) -> dict:
     return found
 
 
-def step(state: loop.TrainState, patches: list, ids: torch.Tensor) -> tuple[float, float, int]:
+def step(
+    state: training_step.TrainState, patches: list, ids: torch.Tensor
+) -> tuple[float, float, int]:
     """(loss, seconds, page faults) of one step at a learning rate so small that states stay put."""
     with contextlib.ExitStack() as stack:
         for module, name, value in patches:
             stack.enter_context(mock.patch.object(module, name, value))
         faults, began = page_faults(), time.perf_counter()
-        mean = loop.train_step(state, [(ids[:, :-1], ids[:, 1:])], 1e-12, 1.0)[0]
+        mean = training_step.train_step(state, [(ids[:, :-1], ids[:, 1:])], 1e-12, 1.0)[0]
         return mean, time.perf_counter() - began, page_faults() - faults
 
 

@@ -29,7 +29,7 @@ from pipeline.compute import precision as modes
 from pipeline.compute import runtime
 from pipeline.compute.precision import PRECISIONS, choose_precision
 from pipeline.compute.throughput import Stopwatch
-from pipeline.training import loop
+from pipeline.training import training_step
 
 STEPS = 5
 
@@ -45,17 +45,19 @@ def table(task: Task, rounds: int) -> list[str]:
     batches = [task.batch(step) for step in range(STEPS)]
     states, gradients, ends = {}, {}, {}
     for name in PRECISIONS:
-        state = loop.start(copy.deepcopy(model), settings, choose_precision(name, device))
+        state = training_step.start(copy.deepcopy(model), settings, choose_precision(name, device))
         gradients[name] = first_gradient(state, *batches[0])
         for batch in batches:
-            loop.train_step(state, [batch], settings.lr, settings.grad_clip)
+            training_step.train_step(state, [batch], settings.lr, settings.grad_clip)
         states[name], ends[name] = state, flat(state.model.parameters())
     watch = Stopwatch(device)
     seconds: dict[str, list[float]] = {name: [] for name in PRECISIONS}
     for turn in range(rounds):
         for name, state in states.items():
             watch.start()
-            loop.train_step(state, [batches[turn % STEPS]], settings.lr, settings.grad_clip)
+            training_step.train_step(
+                state, [batches[turn % STEPS]], settings.lr, settings.grad_clip
+            )
             seconds[name].append(watch.stop())
     base = statistics.median(seconds["fp32"])
     lines = [
@@ -71,7 +73,7 @@ def table(task: Task, rounds: int) -> list[str]:
     return lines
 
 
-def first_gradient(state: loop.TrainState, x: Tensor, y: Tensor) -> Tensor:
+def first_gradient(state: training_step.TrainState, x: Tensor, y: Tensor) -> Tensor:
     """The unscaled gradient of the first batch, left without an update."""
     device = state.precision.device
     scale = 1024.0  # a power of two: exact to take away again, and fp16 keeps small gradients

@@ -35,7 +35,7 @@ from benchmarks.side_by_side import Contestant, Turn, Verdict
 from pipeline.compute import runtime
 from pipeline.compute.precision import PRECISIONS, choose_precision
 from pipeline.compute.throughput import synchronize
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 from pipeline.training.optimizers import learning_rate
 
 FIRST_STEPS = 3  # compared, not timed
@@ -48,7 +48,7 @@ def ours(task: Task) -> Turn:
     """The loop that the train stage runs, one step a turn."""
     config, device = task.config(), runtime.choose_device(task.device)
     precision = choose_precision(task.precision, device)
-    state = loop.start(task.model().to(device), config.train, precision)
+    state = training_step.start(task.model().to(device), config.train, precision)
     steps = loop.fit(state, config.train, lambda step: [task.batch(step)])
     return lambda: next(steps).loss
 

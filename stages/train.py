@@ -38,7 +38,7 @@ from pipeline.storage import folders
 from pipeline.storage.folders import copy, recover
 from pipeline.studies import loss_scaling, op_dtypes
 from pipeline.tracking import recording
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 from pipeline.training.optimizers import update_ratio
 from stages import announce, check_model, run, write_csv, write_curve, write_metrics
 
@@ -143,7 +143,7 @@ def train(
         device=device,
     )
     course.checkpoints.check_room(model.parameter_count())
-    state = course.begin(loop.start(model, config.train, precision), found)
+    state = course.begin(training_step.start(model, config.train, precision), found)
     go_through(course, state, tokens, held_out)
     save_model(model, paths.LAST)
     copy(course.best_model(), paths.MODEL)
@@ -154,7 +154,10 @@ def train(
 
 
 def go_through(
-    course: Course, state: loop.TrainState, tokens: token_files.Tokens, held_out: token_files.Tokens
+    course: Course,
+    state: training_step.TrainState,
+    tokens: token_files.Tokens,
+    held_out: token_files.Tokens,
 ) -> None:
     """Every step that is left, and what comes between them."""
     config, record = course.config, course.record
@@ -188,7 +191,7 @@ def go_through(
             raise
 
 
-def leave_if_asked(course: Course, state: loop.TrainState, stop: Interruption) -> None:
+def leave_if_asked(course: Course, state: training_step.TrainState, stop: Interruption) -> None:
     """After a signal: save, say so, and end."""
     if stop.asked():
         course.save(state)
@@ -216,7 +219,7 @@ def watched(
 
 def validate_if_due(
     course: Course,
-    state: loop.TrainState,
+    state: training_step.TrainState,
     held_out: token_files.Tokens,
     stop: Interruption,
     rounds: doctor.Rounds,
@@ -261,7 +264,7 @@ def stop_and_look(
     record: Record,
     watch: op_dtypes.Watch,
     stop: Interruption,
-    state: loop.TrainState,
+    state: training_step.TrainState,
 ) -> None:
     """debug.interact_at_step: an interpreter where somebody sits, else the moment on disk."""
     if debugger.has_terminal():
@@ -273,13 +276,18 @@ def stop_and_look(
         keep_for_a_look(state, config, record, why)
 
 
-def keep_for_a_look(state: loop.TrainState, config: Config, record: Record, why: str) -> None:
+def keep_for_a_look(
+    state: training_step.TrainState, config: Config, record: Record, why: str
+) -> None:
     folder = debugger.write_bundle(state, config, why)
     record.tags({"debug.why": why, "debug.bundle": folder or "not written"})
 
 
 def validate(
-    state: loop.TrainState, held_out: token_files.Tokens, config: Config, stop: Interruption
+    state: training_step.TrainState,
+    held_out: token_files.Tokens,
+    config: Config,
+    stop: Interruption,
 ) -> float:
     """Mean loss over the same first tokens of the validation split at every call.
 
@@ -315,7 +323,7 @@ def progress(
             yield report
 
 
-def update_metric(state: loop.TrainState, report: loop.StepReport) -> dict[str, float]:
+def update_metric(state: training_step.TrainState, report: loop.StepReport) -> dict[str, float]:
     """By how much the step changed the weights; one matrix in the middle speaks for all."""
     blocks = state.model.transformer.h
     ratio = update_ratio(state.optimizer, blocks[len(blocks) // 2].mlp.c_fc.weight)

@@ -25,8 +25,8 @@ from pipeline.errors import StorageError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import evaluating
 from pipeline.resume.snapshot import Tensors, read_facts, restore, save_snapshot, understood
-from pipeline.training import loop
-from pipeline.training.loop import TrainState
+from pipeline.training import training_step
+from pipeline.training.training_step import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +104,10 @@ def open_bundle(folder: Path, device: str = "") -> tuple[dict[str, Any], str]:
         where = runtime.choose_device(device or facts["device"])
         precision = choose_precision(config.precision, where)
         model = GPT(GPTConfig(**facts["gpt"])).to(where)
-        state = loop.start(model, replace(config.train, compile=False), precision)
+        state = training_step.start(model, replace(config.train, compile=False), precision)
         restore(state, Tensors(folder), facts)
     runtime.set_rng_state(state.rng, where)
-    then, state.loss = state.loss, loop.gradients(state, state.batches).item()
+    then, state.loss = state.loss, training_step.gradients(state, state.batches).item()
     same = state.loss == then or (math.isnan(state.loss) and math.isnan(then))
     line = f"step {state.step}: {facts['why']}\nloss {state.loss!r}, "
     line += "the same as then" if same else f"{then!r} then (torch {facts['torch']}, "

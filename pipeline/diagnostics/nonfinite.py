@@ -15,8 +15,9 @@ from pipeline.compute import runtime
 from pipeline.errors import InputError, NumericsError
 from pipeline.model.gpt import GPT
 from pipeline.model.loss import mean_loss
-from pipeline.training import loop
-from pipeline.training.loop import Batch, StepReport, TrainState
+from pipeline.training import training_step
+from pipeline.training.loop import StepReport
+from pipeline.training.training_step import Batch, TrainState
 
 
 @dataclass
@@ -98,7 +99,7 @@ def trace(state: TrainState) -> Place | None:
 
     with _Watch(state.model) as watch:
         try:
-            loop.gradients(again, state.batches, each)
+            training_step.gradients(again, state.batches, each)
         except _Found as found:
             return found.place
     return _in_norm(state.model)

@@ -24,7 +24,7 @@ from pipeline.training import loop
 
 if TYPE_CHECKING:
     from pipeline.diagnostics.nonfinite import Place
-    from pipeline.training.loop import Batch
+    from pipeline.training.training_step import Batch
 
 log = logging.getLogger(__name__)
 

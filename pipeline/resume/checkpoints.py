@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
     from pipeline.config import CheckpointConfig
     from pipeline.model.gpt import GPT
-    from pipeline.training.loop import TrainState
+    from pipeline.training.training_step import TrainState
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ from pipeline.errors import InputError
 from pipeline.records import provenance
 from pipeline.records.run_data import Experiment
 from pipeline.resume.checkpoints import Checkpoint, Checkpoints, go_on, machine, warn_of_differences
-from pipeline.training.loop import StepReport, TrainState
+from pipeline.training.loop import StepReport
 from pipeline.training.time_budget import Budget
+from pipeline.training.training_step import TrainState
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision

@@ -22,7 +22,7 @@ from pipeline import regular
 from pipeline.errors import InputError, UserError, cut, out_of_memory
 from pipeline.storage.folders import check, writing
 from pipeline.storage.tensor_files import write_tensors
-from pipeline.training.loop import TrainState
+from pipeline.training.training_step import TrainState
 
 FACTS = "snapshot.json"
 OWN = ("model", "rng", "x", "y", "rest", "options")  # no part of an optimizer may be called so

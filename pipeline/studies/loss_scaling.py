@@ -17,7 +17,7 @@ from pipeline.errors import NumericsError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.tables import markdown
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 
 SHAPE = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=64, vocab_rows=64)
 GROWTH_INTERVAL = 5  # steps without an overflow until the scale doubles; torch's own is 2000
@@ -82,7 +82,7 @@ def demonstrate(device: torch.device) -> Demonstration:
     )
     seen: list[tuple[float, bool, Tensor]] = []
 
-    def look(now: loop.TrainState) -> None:
+    def look(now: training_step.TrainState) -> None:
         grads = torch.cat([p.grad.flatten() for p in now.model.parameters()])
         seen.append((now.scaler.get_scale(), not grads.isfinite().all().item(), _weights(now)))
 
@@ -98,7 +98,9 @@ def demonstrate(device: torch.device) -> Demonstration:
     raise AssertionError("the demonstration ends with a stop")
 
 
-def _point(state: loop.TrainState, step: int, scale: float, inf: bool, before: Tensor) -> Point:
+def _point(
+    state: training_step.TrainState, step: int, scale: float, inf: bool, before: Tensor
+) -> Point:
     skipped = state.scaler.get_scale() < scale
     unchanged = torch.equal(before, _weights(state))
     return Point(step, scale, _is_injected(step), inf, skipped, unchanged)
@@ -123,24 +125,24 @@ def _settings() -> SimpleNamespace:
     )
 
 
-def _start(device: torch.device) -> loop.TrainState:
+def _start(device: torch.device) -> training_step.TrainState:
     with torch.random.fork_rng(devices=[]):  # a new module draws weights that nobody uses
         model = GPT(SHAPE)
     initialize(model, SimpleNamespace(std=0.02, residual_scale=True), generator(0, "demonstration"))
-    state = loop.start(model.to(device), _settings(), choose_precision("fp16", device))
+    state = training_step.start(model.to(device), _settings(), choose_precision("fp16", device))
     state.scaler = torch.amp.GradScaler(
         device.type, init_scale=FIRST_SCALE, growth_interval=GROWTH_INTERVAL
     )
     return state
 
 
-def _batches() -> Callable[[int], list[loop.Batch]]:
+def _batches() -> Callable[[int], list[training_step.Batch]]:
     """On the host, as those of every training are: the step takes them to the device."""
     ids = torch.randint(SHAPE.vocab_size, (4, SHAPE.block_size + 1), generator=generator(0, "ids"))
     return lambda step: [(ids[:, :-1], ids[:, 1:])]
 
 
-def _weights(state: loop.TrainState) -> Tensor:
+def _weights(state: training_step.TrainState) -> Tensor:
     return torch.cat([p.detach().flatten() for p in state.model.parameters()])
 
 

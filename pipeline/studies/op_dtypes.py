@@ -27,7 +27,8 @@ from pipeline.tables import markdown
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
-    from pipeline.training.loop import StepReport, TrainState
+    from pipeline.training.loop import StepReport
+    from pipeline.training.training_step import TrainState
 
 NAMES = {
     torch.float64: "fp64",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,31 +45,51 @@ def build_optimizer(
     )
 
 
-def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """The norm of all gradients together as one vector: 0-dim, on their device."""
-    return nn.utils.get_total_norm([p.grad for p in _with_gradients(optimizer)])
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group the schedule's rate, times the group's own `rate_factor` if it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("rate_factor", 1.0)
 
 
-@contextmanager
-def clipping(optimizer: torch.optim.Optimizer, norm: Tensor, limit: float) -> Iterator[None]:
-    """Inside, a step uses gradients of `norm` scaled down to `limit` where they are longer.
+class Update:
+    """One update of an optimizer: clipped, and made only where it is allowed.
 
-    One-kernel AdamW divides each gradient as it reads it, which saves a pass over all of them:
-    `grad_scale` is made for loss scales and divides by what it is given. `.grad` is clipped only
-    once the step is made. `limit` 0 clips nothing.
+    One-kernel AdamW reads both from the device, so that nobody waits for it: `found_inf`, by which
+    GradScaler tells it of an overflow, skips the step, and `grad_scale`, made for loss scales,
+    divides each gradient as it is read, which saves a pass over all of them. Other optimizers
+    get gradients that are clipped in place, and step once the host knows.
+
+    Inside the context, `launch` queues what can be, and `finish` makes the rest. `limit` 0 clips
+    nothing. `norm` is the gradients' before clipping, 0-dim on their device.
     """
-    if limit and skips_by_itself(optimizer):
-        optimizer.grad_scale = (norm.float() / limit).clamp(min=1)
-    elif limit:
-        nn.utils.clip_grads_with_norm_(_with_gradients(optimizer), limit, norm)
-    try:
-        yield
-    finally:
-        vars(optimizer).pop("grad_scale", None)  # a GradScaler takes it away by itself
 
+    def __init__(self, optimizer: torch.optim.Optimizer, limit: float):
+        self._optimizer, self._alone = optimizer, skips_by_itself(optimizer)
+        parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        self.norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if limit and self._alone:
+            optimizer.grad_scale = (self.norm.float() / limit).clamp(min=1)
+        elif limit:
+            nn.utils.clip_grads_with_norm_(parameters, limit, self.norm)
 
-def _with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    def __enter__(self) -> Update:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name in ("grad_scale", "found_inf"):  # a GradScaler takes its own away by itself
+            vars(self._optimizer).pop(name, None)
+
+    def launch(self, allowed: Tensor) -> None:
+        """Queue the update if `allowed` (0-dim, bool) says so on the device."""
+        if self._alone:
+            self._optimizer.found_inf = (~(allowed & self.norm.isfinite())).float()
+            self._optimizer.step()
+            del self._optimizer.found_inf
+
+    def finish(self, allowed: bool) -> None:
+        """Make the update, if `launch` could not."""
+        if allowed and not self._alone:
+            self._optimizer.step()
 
 
 def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:

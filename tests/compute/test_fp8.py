@@ -19,7 +19,7 @@ from pipeline.model.init import initialize
 from pipeline.model.loss import linear_cross_entropy
 from pipeline.studies.number_formats import formats, unit_roundoff
 from pipeline.studies.op_dtypes import Watch
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 
 CPU = torch.device("cpu")
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=97, vocab_rows=128)
@@ -182,7 +182,7 @@ def test_the_linear_layers_of_the_blocks_are_fp8_and_nothing_else_is(
     model, make_config, cpu
 ) -> None:
     config = make_config(train__steps=1, train__warmup_steps=0).train
-    state = loop.start(model, config, choose_precision("fp8", CPU))
+    state = training_step.start(model, config, choose_precision("fp8", CPU))
     watch = Watch(state)
     ids = torch.randint(97, (2, 17), generator=torch.Generator().manual_seed(7))
     batches = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
@@ -204,7 +204,7 @@ def test_a_tiny_training_learns(model, make_config) -> None:
     batches = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
     ends = {}
     for name in ("fp32", "fp8"):
-        state = loop.start(copy.deepcopy(model), config, choose_precision(name, CPU))
+        state = training_step.start(copy.deepcopy(model), config, choose_precision(name, CPU))
         losses = [report.loss for report in loop.fit(state, config, lambda step: batches)]
         assert losses[0] == pytest.approx(math.log(97), rel=0.05)
         ends[name] = losses[-1]

@@ -213,7 +213,7 @@ def test_getters_of_torch_work_after_every_precision_in_a_fresh_process():
     script = """
 import pytest, torch
 from pipeline.compute.precision import PRECISIONS, choose_precision
-from tests import stand_in
+from tests.helpers import stand_in
 stand_in.pretend(pytest.MonkeyPatch(), (9, 0))
 before = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
 for device in ("cuda", "cpu", "mps"):

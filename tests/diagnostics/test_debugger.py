@@ -31,7 +31,7 @@ from pipeline.model.init import initialize
 from pipeline.model.model_dir import save_model
 from pipeline.resume import snapshot
 from pipeline.resume.interruption import Interruption
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 from stages import import_hf_weights
 from tests.conftest import Checkout, tiny_pipeline
 
@@ -44,18 +44,18 @@ def config(make_config):
     return make_config(train__steps=3, train__warmup_steps=1, precision="bf16")
 
 
-def made(config, shape: GPTConfig = SHAPE) -> loop.TrainState:
+def made(config, shape: GPTConfig = SHAPE) -> training_step.TrainState:
     model = GPT(shape)
     initialize(model, config.init, torch.Generator().manual_seed(0))
-    return loop.start(model, config.train, choose_precision(config.precision, CPU))
+    return training_step.start(model, config.train, choose_precision(config.precision, CPU))
 
 
 @pytest.fixture
-def state(config) -> loop.TrainState:
+def state(config) -> training_step.TrainState:
     return made(config)
 
 
-def batches(step: int) -> list[loop.Batch]:
+def batches(step: int) -> list[training_step.Batch]:
     ids = torch.randint(97, (2, 2, 17), generator=torch.Generator().manual_seed(step))
     return [(part[:, :-1], part[:, 1:]) for part in ids]
 
@@ -63,7 +63,7 @@ def batches(step: int) -> list[loop.Batch]:
 def test_the_scope_holds_the_steps_values_before_the_update(state, config) -> None:
     seen = {}
 
-    def look(at: loop.TrainState) -> None:
+    def look(at: training_step.TrainState) -> None:
         seen.update(debugger.scope(at))
         seen["weights"] = [p.detach().clone() for p in at.model.parameters()]
         seen["norm"] = torch.stack([g.norm() for g in seen["gradients"].values()]).norm().item()
@@ -94,7 +94,7 @@ def test_an_opened_bundle_makes_the_same_loss_and_gradients(
     monkeypatch.delenv("DVC_ROOT", raising=False)
     made = {}
 
-    def look(at: loop.TrainState) -> None:
+    def look(at: training_step.TrainState) -> None:
         made["folder"] = debugger.write_bundle(at, config, "to be looked at")
         made["gradients"] = {n: g.clone() for n, g in debugger.scope(at)["gradients"].items()}
 
@@ -148,7 +148,7 @@ def test_a_bundle_of_a_step_with_dropout_does_not_depend_on_what_chance_did_sinc
     state = made(config, replace(SHAPE, dropout=0.2))
     kept = {}
 
-    def look(at: loop.TrainState) -> None:
+    def look(at: training_step.TrainState) -> None:
         kept["folder"] = debugger.write_bundle(at, config, "dropout")
         kept["gradients"] = {n: p.grad.clone() for n, p in at.model.named_parameters()}
 
@@ -331,7 +331,7 @@ def test_a_validation_loss_that_is_not_finite_leaves_its_own_first_window_to_loo
     monkeypatch.setattr(train.data, "validation_windows", lambda *_, **__: iter(windows))
     monkeypatch.setattr(train.passages, "of_validation", lambda *_: "its text")
     model = GPT(SHAPE)
-    state = loop.start(model, config.train, choose_precision("fp32", CPU))
+    state = training_step.start(model, config.train, choose_precision("fp32", CPU))
     with torch.no_grad():
         model.transformer.ln_f.bias[0] = torch.nan
     with pytest.raises(NumericsError, match="the validation loss is nan"):

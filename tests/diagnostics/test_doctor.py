@@ -28,7 +28,7 @@ from pipeline.model.model_dir import save_model
 from pipeline.records import record_file
 from pipeline.records.run_data import Experiment
 from pipeline.tracking import recording
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 from tests.conftest import NoCourier, params
 
 LN_V = math.log(50257)
@@ -347,9 +347,9 @@ def test_a_real_training_whose_norm_diverges_is_told_while_it_runs_and_at_its_en
 def test_a_real_step_of_a_thousandfold_gradient_is_told_at_the_next_validation_and_at_the_end(
     trained, monkeypatch, caplog, capsys, guard: float
 ) -> None:
-    start = loop.start
+    start = training_step.start
 
-    def spiked(*given: Any) -> loop.TrainState:
+    def spiked(*given: Any) -> training_step.TrainState:
         state = start(*given)
         for parameter in state.model.parameters():
             parameter.register_hook(lambda g: 1000 * g if state.step == 45 else g)

@@ -19,7 +19,7 @@ from pipeline.compute.buffers import release
 from pipeline.diagnostics import forecast
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 from tests.conftest import ROOT
 from tests.helpers import stand_in
 
@@ -73,7 +73,7 @@ def test_the_memory_forecast_is_what_tensors_of_real_steps_hold(
     with Held() as held:
         model = GPT(shape)
         initialize(model, make_config().init, torch.Generator().manual_seed(0))
-        state = loop.start(model, config, mode)
+        state = training_step.start(model, config, mode)
         list(loop.fit(state, config, lambda step: batches))
     release()
     assert held.peak == pytest.approx(expected, rel=0.1)
@@ -85,16 +85,16 @@ import re, torch
 from pipeline import config as configuration
 from pipeline.compute import throughput
 from pipeline.diagnostics import forecast
-from pipeline.training import loop
+from pipeline.training import training_step, loop
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.compute.precision import choose_precision
 torch.set_num_threads(1)
 config = configuration.load("recipes/nano.yaml")
 shape, mode = GPTConfig(4, 4, 256, 128), choose_precision("fp32", torch.device("cpu"))
 needed = forecast.needs(shape, mode, 128).at(8, 1).total / 2**20
-loop.start(GPT(GPTConfig(1, 1, 8, 8, 97, 97)), config.train, mode)  # imports of its own
+training_step.start(GPT(GPTConfig(1, 1, 8, 8, 97, 97)), config.train, mode)  # imports of its own
 before = int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**10
-state = loop.start(GPT(shape), config.train, mode)
+state = training_step.start(GPT(shape), config.train, mode)
 ids = torch.randint(50257, (8, 129))
 for report in loop.fit(state, config.train, lambda step: [(ids[:, :-1], ids[:, 1:])]):
     if report.step == 2:

@@ -24,9 +24,9 @@ from pipeline.errors import NumericsError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.resume.interruption import Interruption
-from pipeline.training import compiling, loop
-from pipeline.training.loop import Batch, TrainState
+from pipeline.training import compiling, loop, training_step
 from pipeline.training.optimizers import parameter_groups
+from pipeline.training.training_step import Batch, TrainState
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=97, vocab_rows=128)
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def settings(make_config) -> Callable[..., Any]:
 def made(config: Any, precision: str = "fp32", **shape: Any) -> TrainState:
     model = GPT(replace(SHAPE, **shape))
     initialize(model, config.init, torch.Generator().manual_seed(0))
-    return loop.start(model, config.train, choose_precision(precision, CPU))
+    return training_step.start(model, config.train, choose_precision(precision, CPU))
 
 
 def batches(step: int, count: int = 2) -> list[Batch]:
@@ -399,7 +399,7 @@ def test_an_unguarded_scaler_skips_for_ever(settings) -> None:
     gradient(math.inf)(state)
     before = everything(state)
     for _ in range(40):
-        loop.gradients(state, batches(0))
+        training_step.gradients(state, batches(0))
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()

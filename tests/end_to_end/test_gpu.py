@@ -34,7 +34,7 @@ from pipeline.resume import snapshot
 from pipeline.storage import folders
 from pipeline.studies import loss_scaling
 from pipeline.tracking import recording
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 from pipeline.training.prefetch import Prefetch
 from stages import evaluate, import_hf_weights, sample, tokenize_corpus, train
 from tests.conftest import TINY, NoCourier, params, tiny_pipeline, write_tiny_text
@@ -89,7 +89,7 @@ def model_of(std: float = 0.02, **changes: Any) -> GPT:
     return model
 
 
-def batches_of(step: int) -> list[loop.Batch]:
+def batches_of(step: int) -> list[training_step.Batch]:
     """Two micro-batches on the host, the same at every step, of five words: easy to learn."""
     ids = torch.randint(5, (2, 4, 33), generator=runtime.generator(0, "ids"))
     return [(part[:, :-1], part[:, 1:]) for part in ids]
@@ -105,7 +105,9 @@ def start(device: torch.device, precision: str = "fp32", compile: bool = False, 
             train__compile=compile,
         )
     ).train
-    made = loop.start(model_of(**changes).to(device), config, choose_precision(precision, device))
+    made = training_step.start(
+        model_of(**changes).to(device), config, choose_precision(precision, device)
+    )
     return made, config
 
 
@@ -212,7 +214,7 @@ def test_the_memory_forecast_is_near_what_the_allocator_held(make_config, name: 
     before = torch.cuda.memory_allocated()
     throughput.forget_peak(CUDA)
     config = make_config(train__steps=3, train__warmup_steps=0).train
-    state = loop.start(GPT(shape).to(CUDA), config, mode)
+    state = training_step.start(GPT(shape).to(CUDA), config, mode)
     ids = torch.randint(50257, (16, 513))
     list(loop.fit(state, config, lambda step: [(ids[:, :-1], ids[:, 1:])]))
     taken = throughput.peak_memory_mib(CUDA) * 2**20 - before
@@ -389,7 +391,7 @@ def test_a_signal_saves_and_the_stage_goes_on_from_there(workspace: Path, monkey
     folders.discard(paths.runs())
     micro_batches = loop.micro_batches
 
-    def interrupted(tokens: Any, train_config: Any, step: int) -> list[loop.Batch]:
+    def interrupted(tokens: Any, train_config: Any, step: int) -> list[training_step.Batch]:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return micro_batches(tokens, train_config, step)

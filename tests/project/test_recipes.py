@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.hf_layout import outline
 from pipeline.model.model_dir import save_model
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 from stages.import_hf_weights import build
 from tests.conftest import ROOT
 
@@ -46,7 +46,9 @@ def steps(config: Config, model: GPT, count: int) -> list[loop.StepReport]:
     train = replace(
         config.train, batch_size=1, sequence_length=32, accumulate=1, steps=count, warmup_steps=0
     )
-    state = loop.start(model, train, choose_precision(config.precision, torch.device("cpu")))
+    state = training_step.start(
+        model, train, choose_precision(config.precision, torch.device("cpu"))
+    )
     ids = torch.randint(50257, (1, 33), generator=torch.Generator().manual_seed(0))
     return list(loop.fit(state, train, lambda step: [(ids[:, :-1], ids[:, 1:])]))
 

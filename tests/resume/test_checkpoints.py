@@ -37,7 +37,7 @@ from pipeline.records import provenance, record_file
 from pipeline.resume import checkpoints, course, run_folder, snapshot
 from pipeline.storage import folders
 from pipeline.tracking import recording
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 from stages import train
 from tests.conftest import NoCourier, params
 
@@ -118,10 +118,10 @@ def at_step(step: int, act: Callable[[], None]) -> contextlib.AbstractContextMan
 
     @contextlib.contextmanager
     def patched() -> Iterator[None]:
-        original = loop.gradients
+        original = training_step.gradients
 
         def gradients(
-            state: loop.TrainState, batches: list[loop.Batch], *each: Any
+            state: training_step.TrainState, batches: list[training_step.Batch], *each: Any
         ) -> torch.Tensor:
             if state.step == step:
                 if act is kill:
@@ -129,11 +129,11 @@ def at_step(step: int, act: Callable[[], None]) -> contextlib.AbstractContextMan
                 act()
             return original(state, batches, *each)
 
-        loop.gradients = gradients
+        training_step.gradients = gradients
         try:
             yield
         finally:
-            loop.gradients = original
+            training_step.gradients = original
 
     return patched()
 
@@ -162,7 +162,7 @@ class Seen:
                 file.write(f"{report.step} {report.loss.hex()}\n")
             step(self_, report)
 
-        def to_the_end(course_: course.Course, state: loop.TrainState, *rest: Any) -> None:
+        def to_the_end(course_: course.Course, state: training_step.TrainState, *rest: Any) -> None:
             through(course_, state, *rest)
             snapshot.save_snapshot(self.end, state, {})
 
@@ -352,10 +352,10 @@ def test_a_second_signal_during_the_save_ends_at_once_and_harms_nothing(
 
 
 @pytest.fixture
-def small_state(make_config) -> loop.TrainState:
+def small_state(make_config) -> training_step.TrainState:
     config = make_config(**SMALL)
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
-    return loop.start(model, config.train, choose_precision("fp32", CPU))
+    return training_step.start(model, config.train, choose_precision("fp32", CPU))
 
 
 def kept(folder: Path, make_config, **changes: Any) -> checkpoints.Checkpoints:
@@ -549,7 +549,7 @@ def test_a_state_would_load_under_other_settings(workspace: Path, settings, make
     path = the_run() / "checkpoints" / saved_steps()[-1]
     other = make_config(**SMALL, train__lr=0.5)
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
-    state = loop.start(model, other.train, choose_precision("fp32", CPU))
+    state = training_step.start(model, other.train, choose_precision("fp32", CPU))
     checkpoints.go_on(state, path, snapshot.read_facts(path))
     assert state.step == 8
 
@@ -662,7 +662,7 @@ def test_a_naive_training_learns_of_a_folder_like_that_when_it_saves(
         if os.geteuid() == 0:
             os.setuid(65534)
         for _ in range(3):
-            loop.train_step(small_state, [(ids, ids)], 1e-3, 1.0)
+            training_step.train_step(small_state, [(ids, ids)], 1e-3, 1.0)
         os.write(tell, b"trained")
         torch.save({}, tmp_path / "naive.pt")
 
@@ -691,9 +691,9 @@ def test_a_disk_too_small_for_the_checkpoints_ends_before_training(
 def test_saving_takes_less_memory_than_the_model(tmp_path: Path, make_config) -> None:
     config = make_config()
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=64))
-    state = loop.start(model, config.train, choose_precision("fp32", CPU))
+    state = training_step.start(model, config.train, choose_precision("fp32", CPU))
     x = torch.zeros(1, 8, dtype=torch.int64)
-    loop.train_step(state, [(x, x)], 1e-3, 1.0)
+    training_step.train_step(state, [(x, x)], 1e-3, 1.0)
 
     def resident(line: str) -> int:
         text = Path("/proc/self/status").read_text()
@@ -809,9 +809,11 @@ def test_a_step_that_comes_out_otherwise_the_second_time_is_told(
 def test_a_run_that_left_the_numbers_keeps_its_checkpoints_and_says_why(
     workspace: Path, settings, monkeypatch
 ) -> None:
-    original = loop.gradients
+    original = training_step.gradients
 
-    def nan(state: loop.TrainState, batches: list[loop.Batch], *each: Any) -> torch.Tensor:
+    def nan(
+        state: training_step.TrainState, batches: list[training_step.Batch], *each: Any
+    ) -> torch.Tensor:
         return torch.tensor(torch.nan) if state.step == 7 else original(state, batches, *each)
 
     monkeypatch.setattr(loop, "gradients", nan)

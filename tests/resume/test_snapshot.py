@@ -17,7 +17,7 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.resume import snapshot
 from pipeline.storage import folders
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 
 CPU = torch.device("cpu")
 SHAPE = GPTConfig(
@@ -30,18 +30,18 @@ def config(make_config):
     return make_config(train__steps=6, train__warmup_steps=1)
 
 
-def fresh(config, name: str, seed: int = 0) -> loop.TrainState:
+def fresh(config, name: str, seed: int = 0) -> training_step.TrainState:
     model = GPT(SHAPE)
     initialize(model, config.init, torch.Generator().manual_seed(seed))
-    return loop.start(model, config.train, choose_precision(name, CPU))
+    return training_step.start(model, config.train, choose_precision(name, CPU))
 
 
-def batches(step: int) -> list[loop.Batch]:
+def batches(step: int) -> list[training_step.Batch]:
     ids = torch.randint(97, (3, 2, 17), generator=torch.Generator().manual_seed(step))
     return [(part[:, :-1], part[:, 1:]) for part in ids]
 
 
-def weights(state: loop.TrainState) -> torch.Tensor:
+def weights(state: training_step.TrainState) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in state.model.parameters()])
 
 

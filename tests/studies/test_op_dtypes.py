@@ -13,7 +13,7 @@ from pipeline.model import gpt as model_module
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.studies.op_dtypes import MATRIX_PRODUCTS, PRODUCTS, Watch
-from pipeline.training import loop, optimizers
+from pipeline.training import loop, optimizers, training_step
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 97}
 CPU = torch.device("cpu")
@@ -37,18 +37,18 @@ def config(make_config):
     return make_config(train__steps=2, train__warmup_steps=1)
 
 
-def start(config, name: str, attention: str = "sdpa") -> loop.TrainState:
+def start(config, name: str, attention: str = "sdpa") -> training_step.TrainState:
     model = GPT(GPTConfig(**SHAPE, vocab_rows=128, attention=attention))
     initialize(model, config.init, torch.Generator().manual_seed(0))
-    return loop.start(model, config.train, choose_precision(name, CPU))
+    return training_step.start(model, config.train, choose_precision(name, CPU))
 
 
-def batches(step: int) -> list[loop.Batch]:
+def batches(step: int) -> list[training_step.Batch]:
     ids = torch.randint(97, (2, 17), generator=torch.Generator().manual_seed(step))
     return [(ids[:, :-1], ids[:, 1:])] * 2
 
 
-def watched(state: loop.TrainState, config) -> Watch:
+def watched(state: training_step.TrainState, config) -> Watch:
     watch = Watch(state)
     reports = list(watch.first_of(loop.fit(state, config.train, batches)))
     assert [report.step for report in reports] == [0, 1]
@@ -205,7 +205,7 @@ def test_what_is_computed_in_the_middle_of_the_step_by_others_is_not_counted(con
     expected = watched(plain, config)
     watch = Watch(looked_at)
 
-    def look(state: loop.TrainState) -> None:
+    def look(state: training_step.TrainState) -> None:
         with watch.looking_away():
             state.model(batches(0)[0][0]).softmax(-1)
 

@@ -13,7 +13,7 @@ from pipeline.inference import generation
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.model.loss import mean_loss
-from pipeline.training import compiling, loop
+from pipeline.training import compiling, loop, training_step
 from pipeline.training.compiling import why_not_compile
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=97, vocab_rows=128)
@@ -27,13 +27,13 @@ def model(make_config) -> GPT:
     return made
 
 
-def batch(rows: int, seed: int = 0) -> loop.Batch:
+def batch(rows: int, seed: int = 0) -> training_step.Batch:
     ids = torch.randint(97, (rows, 17), generator=torch.Generator().manual_seed(seed))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def start(model: GPT, config, name: str = "fp32") -> loop.TrainState:
-    return loop.start(copy.deepcopy(model), config, choose_precision(name, CPU))
+def start(model: GPT, config, name: str = "fp32") -> training_step.TrainState:
+    return training_step.start(copy.deepcopy(model), config, choose_precision(name, CPU))
 
 
 def test_compile_where_it_cannot_work_warns_and_trains_eagerly(model, make_config) -> None:
@@ -41,7 +41,7 @@ def test_compile_where_it_cannot_work_warns_and_trains_eagerly(model, make_confi
     precision = choose_precision("tf32", CPU)
     assert precision.emulated
     with pytest.warns(UserWarning, match="train.compile=true runs eagerly: tf32 is emulated"):
-        state = loop.start(model, config, precision)
+        state = training_step.start(model, config, precision)
     assert len(list(loop.fit(state, config, lambda step: [batch(2)]))) == 1
 
 

@@ -17,7 +17,7 @@ from pipeline.model import loss
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.model.loss import IGNORE, token_losses
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 from pipeline.training.optimizers import parameter_groups
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=97, vocab_rows=128)
@@ -36,7 +36,7 @@ def train_config(make_config):
     return make_config(train__steps=4, train__warmup_steps=1).train
 
 
-def batch(rows: int, seed: int = 0, ignored: int = 0) -> loop.Batch:
+def batch(rows: int, seed: int = 0, ignored: int = 0) -> training_step.Batch:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(97, (rows, 16), generator=generator)
     y = torch.randint(97, (rows, 16), generator=generator)
@@ -44,19 +44,21 @@ def batch(rows: int, seed: int = 0, ignored: int = 0) -> loop.Batch:
     return x, y
 
 
-def start(model: GPT, config, name: str = "fp32") -> loop.TrainState:
-    return loop.start(copy.deepcopy(model), config, choose_precision(name, CPU))
+def start(model: GPT, config, name: str = "fp32") -> training_step.TrainState:
+    return training_step.start(copy.deepcopy(model), config, choose_precision(name, CPU))
 
 
-def weights(state: loop.TrainState) -> torch.Tensor:
+def weights(state: training_step.TrainState) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in state.model.parameters()])
 
 
 def test_ragged_micro_batches_of_one_equal_one_batch(model, train_config) -> None:
     x, y = batch(4, ignored=23)
     whole, parts = start(model, train_config), start(model, train_config)
-    one = loop.train_step(whole, [(x, y)], 1e-3, 1.0)
-    four = loop.train_step(parts, [(x[i : i + 1], y[i : i + 1]) for i in range(4)], 1e-3, 1.0)
+    one = training_step.train_step(whole, [(x, y)], 1e-3, 1.0)
+    four = training_step.train_step(
+        parts, [(x[i : i + 1], y[i : i + 1]) for i in range(4)], 1e-3, 1.0
+    )
     assert four[:2] == pytest.approx(one[:2], rel=1e-5)
     # Adam's first step is lr * sign(gradient): where that is rounding noise signs may differ.
     assert (weights(parts) - weights(whole)).abs().mean() < 1e-6
@@ -65,7 +67,7 @@ def test_ragged_micro_batches_of_one_equal_one_batch(model, train_config) -> Non
 def test_the_logged_loss_covers_every_micro_batch(model, train_config) -> None:
     first, second = batch(2, seed=1), batch(2, seed=2)
     losses = [
-        loop.train_step(start(model, train_config), batches, 1e-3, 1.0)[0]
+        training_step.train_step(start(model, train_config), batches, 1e-3, 1.0)[0]
         for batches in ([first], [second], [first, second])
     ]
     assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-6)
@@ -80,14 +82,16 @@ def test_the_norm_is_reported_before_clipping_and_the_update_uses_the_clipped_on
     for state in states:
         state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
     before = weights(states[0])
-    norm = loop.train_step(states[0], [batch(2)], 1.0, 0.0)[1]
+    norm = training_step.train_step(states[0], [batch(2)], 1.0, 0.0)[1]
     assert (weights(states[0]) - before).norm().item() == pytest.approx(norm, rel=1e-4)
-    assert loop.train_step(states[1], [batch(2)], 1.0, norm / 4)[1] == pytest.approx(norm)
+    assert training_step.train_step(states[1], [batch(2)], 1.0, norm / 4)[1] == pytest.approx(norm)
     assert (weights(states[1]) - before).norm().item() == pytest.approx(norm / 4, rel=1e-4)
 
 
-def of_every_parameter(state: loop.TrainState, batches: list[loop.Batch]) -> torch.Tensor:
-    loop.gradients(state, batches)
+def of_every_parameter(
+    state: training_step.TrainState, batches: list[training_step.Batch]
+) -> torch.Tensor:
+    training_step.gradients(state, batches)
     return torch.cat([p.grad.flatten() for p in state.model.parameters() if p.requires_grad])
 
 
@@ -140,12 +144,12 @@ def test_a_frozen_embedding_gets_no_gradient_and_the_rest_the_same(model, train_
 def test_the_tied_gradient_keeps_its_memory_from_step_to_step(model, train_config) -> None:
     state, places = start(model, train_config), []
 
-    def look(state: loop.TrainState) -> None:
+    def look(state: training_step.TrainState) -> None:
         places.append(state.model.transformer.wte.weight.grad.data_ptr())
 
     buffers.release()
     for seed in range(3):
-        loop.train_step(state, [batch(2, seed)], 1e-3, 1.0, look)
+        training_step.train_step(state, [batch(2, seed)], 1e-3, 1.0, look)
         with torch.no_grad():  # a validation in between takes nothing away
             state.loss_function(*batch(2), torch.ones(()))
     assert len(set(places)) == 1
@@ -154,8 +158,8 @@ def test_the_tied_gradient_keeps_its_memory_from_step_to_step(model, train_confi
 def test_clipping_inside_the_fused_kernel_equals_a_pass_of_its_own(model, train_config) -> None:
     fused, passes = start(model, train_config), start(model, train_config)
     for seed in range(3):
-        norm = loop.train_step(fused, [batch(2, seed)], 1e-3, 0.1)[1]
-        loop.gradients(passes, [batch(2, seed)])
+        norm = training_step.train_step(fused, [batch(2, seed)], 1e-3, 0.1)[1]
+        training_step.gradients(passes, [batch(2, seed)])
         for group in passes.optimizer.param_groups:
             group["lr"] = 1e-3
         before = torch.nn.utils.clip_grad_norm_(passes.model.parameters(), 0.1).item()
@@ -174,8 +178,8 @@ def test_clipping_inside_the_fused_kernel_equals_a_pass_of_its_own(model, train_
 @pytest.mark.parametrize("limit", [0.0, 1e9])
 def test_a_gradient_within_the_limit_is_not_touched(model, train_config, limit: float) -> None:
     clipped, free = start(model, train_config), start(model, train_config)
-    loop.train_step(clipped, [batch(2)], 1e-3, limit)
-    loop.gradients(free, [batch(2)])
+    training_step.train_step(clipped, [batch(2)], 1e-3, limit)
+    training_step.gradients(free, [batch(2)])
     for group in free.optimizer.param_groups:
         group["lr"] = 1e-3
     free.optimizer.step()
@@ -189,14 +193,14 @@ def test_fp16_clips_the_same_gradient_at_scales_1_and_65536(model, train_config)
         state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
         state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         before = weights(state)
-        norms.append(loop.train_step(state, [batch(2)], 1.0, 0.1)[1])
+        norms.append(training_step.train_step(state, [batch(2)], 1.0, 0.1)[1])
         moved.append(weights(state) - before)
     assert norms[0] == pytest.approx(norms[1], rel=5e-3)
     assert moved[0].norm().item() == pytest.approx(0.1, rel=1e-3)
     assert (moved[0] - moved[1]).norm().item() < 5e-3 * moved[0].norm().item()
 
 
-def poison(state: loop.TrainState, value: float) -> None:
+def poison(state: training_step.TrainState, value: float) -> None:
     """Make one gradient `value` in every backward pass from now on."""
     state.model.transformer.ln_f.bias.register_hook(lambda g: torch.full_like(g, value))
 
@@ -205,7 +209,7 @@ def test_an_inf_gradient_leaves_parameters_alone_and_halves_the_scale(model, tra
     state = start(model, train_config, "fp16")
     poison(state, math.inf)
     before = weights(state)
-    _, norm, scale, skipped = loop.train_step(state, [batch(2)], 1e-3, 1.0)
+    _, norm, scale, skipped = training_step.train_step(state, [batch(2)], 1e-3, 1.0)
     assert skipped and math.isinf(norm)
     assert torch.equal(weights(state), before)
     assert state.scaler.get_scale() == scale / 2
@@ -261,13 +265,13 @@ def test_the_usual_mean_over_no_target_is_nan_and_its_step_is_made(model, train_
 USUAL = 24  # quiet steps that a spike comes after
 
 
-def spiking(state: loop.TrainState, steps: set[int], factor: float = 1000.0) -> None:
+def spiking(state: training_step.TrainState, steps: set[int], factor: float = 1000.0) -> None:
     """Multiply every gradient of these steps."""
     for parameter in state.model.parameters():
         parameter.register_hook(lambda g: factor * g if state.step in steps else g)
 
 
-def everything(state: loop.TrainState) -> list[torch.Tensor]:
+def everything(state: training_step.TrainState) -> list[torch.Tensor]:
     """Weights, moments and the counts of AdamW."""
     values = [*state.model.parameters()]
     for parameter in state.model.parameters():
@@ -275,11 +279,11 @@ def everything(state: loop.TrainState) -> list[torch.Tensor]:
     return [torch.as_tensor(value).detach().clone() for value in values]
 
 
-def unchanged(state: loop.TrainState, before: list[torch.Tensor]) -> bool:
+def unchanged(state: training_step.TrainState, before: list[torch.Tensor]) -> bool:
     return all(map(torch.equal, everything(state), before))
 
 
-def run(state: loop.TrainState, config) -> list[tuple[loop.StepReport, bool]]:
+def run(state: training_step.TrainState, config) -> list[tuple[loop.StepReport, bool]]:
     """Every step's report, and whether it left everything as it was."""
     found, before = [], everything(state)
     for report in loop.fit(state, config, lambda step: [batch(2, seed=step)]):
@@ -415,7 +419,7 @@ def test_the_reports_carry_the_schedule_and_every_step_once(model, train_config)
 
     asked: list[int] = []
 
-    def micro_batches(step: int) -> list[loop.Batch]:
+    def micro_batches(step: int) -> list[training_step.Batch]:
         asked.append(step)
         return [batch(2, seed=step)]
 

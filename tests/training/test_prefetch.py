@@ -15,7 +15,7 @@ from pipeline.errors import InputError, NumericsError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.studies import loss_scaling
-from pipeline.training import loop
+from pipeline.training import loop, training_step
 from pipeline.training.prefetch import Prefetch
 from tests.helpers import stand_in
 
@@ -23,7 +23,7 @@ SHAPE = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=97, 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def batch(seed: int = 0) -> loop.Batch:
+def batch(seed: int = 0) -> training_step.Batch:
     ids = torch.randint(97, (2, 17), generator=torch.Generator().manual_seed(seed))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -34,8 +34,8 @@ def start(make_config):
     initialize(model, make_config().init, torch.Generator().manual_seed(0))
     config = make_config(train__steps=30, train__warmup_steps=0, train__skip_spikes=5.0).train
 
-    def started(name: str) -> loop.TrainState:
-        return loop.start(copy.deepcopy(model), config, choose_precision(name, CPU))
+    def started(name: str) -> training_step.TrainState:
+        return training_step.start(copy.deepcopy(model), config, choose_precision(name, CPU))
 
     return started
 
@@ -63,7 +63,7 @@ def test_a_step_waits_for_the_device_once_and_last(
     monkeypatch.setattr(
         "pipeline.compute.precision._cpu_capabilities", lambda: {"avx512_bf16": True}
     )
-    state, once, order = start(name), loop._read, []
+    state, once, order = start(name), training_step._read, []
 
     def read(*numbers: torch.Tensor) -> list[float]:
         order.append(len(waits.launched))
@@ -71,10 +71,12 @@ def test_a_step_waits_for_the_device_once_and_last(
         return once(*numbers)
 
     batches = [batch(n) for n in range(accumulate)]
-    loop.train_step(state, batches, 1e-3, 1.0)  # the first one makes the optimizer's state
+    training_step.train_step(state, batches, 1e-3, 1.0)  # the first one makes the optimizer's state
     monkeypatch.setattr(loop, "_read", read)
     with Waits() as waits:
-        loop.train_step(state, batches, 1e-3, 1.0, None, 5.0, lambda: order.append("ahead"))
+        training_step.train_step(
+            state, batches, 1e-3, 1.0, None, 5.0, lambda: order.append("ahead")
+        )
     assert order[0] == "ahead" and len(order) == 2
     # The host's own: how many targets count (int64), and on a CPU alone whether the loss is scaled
     # and whether a target is ruled out (`loss.FAR`).
@@ -86,18 +88,18 @@ def test_a_step_waits_for_the_device_once_and_last(
 def test_the_count_sees_a_number_read_in_between(start) -> None:
     state = start("fp32")
     with Waits() as waits:
-        loop.train_step(state, [batch()], 1e-3, 1.0, look=lambda state: None)
+        training_step.train_step(state, [batch()], 1e-3, 1.0, look=lambda state: None)
     assert torch.float32 in waits.reads
 
 
-def norm_of(state: loop.TrainState, value: float) -> None:
+def norm_of(state: training_step.TrainState, value: float) -> None:
     state.model.transformer.ln_f.bias.register_hook(lambda g: torch.full_like(g, value))
 
 
 def test_a_forbidden_update_that_was_launched_all_the_same_changes_nothing(start) -> None:
     state = start("fp32")
     for step in range(3):
-        loop.train_step(state, [batch(step)], 1e-3, 1.0)
+        training_step.train_step(state, [batch(step)], 1e-3, 1.0)
     norm_of(state, math.inf)
     held = [
         *state.model.parameters(),
@@ -105,7 +107,7 @@ def test_a_forbidden_update_that_was_launched_all_the_same_changes_nothing(start
     ]
     before = [t.detach().clone() for t in held]
     with pytest.raises(NumericsError, match="gradient norm is (inf|nan); no update was made"):
-        loop.train_step(state, [batch(3)], 1e-3, 1.0)
+        training_step.train_step(state, [batch(3)], 1e-3, 1.0)
     assert all(map(torch.equal, before, held)), "parameters, moments and counts, bit for bit"
     assert not hasattr(state.optimizer, "found_inf"), "the next step is not forbidden, too"
 
@@ -146,7 +148,7 @@ def test_a_step_out_of_turn_gets_its_own_batches(gpu) -> None:
 
 
 def test_batches_that_cannot_be_made_are_told_in_their_own_step(gpu) -> None:
-    def made(step: int) -> list[loop.Batch]:
+    def made(step: int) -> list[training_step.Batch]:
         if step == 1:
             raise InputError("the file is gone")
         return [batch(step)]
@@ -163,7 +165,7 @@ def test_a_batch_that_already_lies_on_the_device_is_trained_on_as_it_is(gpu, sta
     def losses(batches_of) -> list[float]:
         state = start("fp32")
         state.model.to(CUDA)
-        on_device = loop.start(state.model, config, choose_precision("fp32", CUDA))
+        on_device = training_step.start(state.model, config, choose_precision("fp32", CUDA))
         return [report.loss for report in loop.fit(on_device, config, batches_of)]
 
     config = SimpleNamespace(**vars(loss_scaling._settings()) | {"steps": 4})
