@@ -46,6 +46,7 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.model.loss import token_losses
 from pipeline.studies import op_dtypes
+from pipeline.studies.tiny import TRAIN
 from pipeline.tables import markdown
 from pipeline.training import compiling, loop, training_step
 from pipeline.training.optimizers import parameter_groups
@@ -163,8 +164,9 @@ def batch_of(size: str, batch: int) -> training_step.Batch:
 def our_step(rung: Rung, size: str, batch: int, device: torch.device) -> Callable[[], float]:
     """A call that makes one step and gives its loss."""
     state, (x, y) = state_of(rung, size, device), batch_of(size, batch)
+    settings = replace(TRAIN, grad_clip=CLIP)
     given = [(x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)]
-    return lambda: training_step.train_step(state, given, LR, CLIP)[0]
+    return lambda: training_step.train_step(state, given, LR, settings).loss
 
 
 def their_step(source: Path, size: str, batch: int, device: torch.device) -> Callable[[], float]:

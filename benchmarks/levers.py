@@ -30,6 +30,7 @@ from pipeline.model import loss
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.model.loss import token_losses
+from pipeline.studies.tiny import TRAIN
 from pipeline.training import loop, optimizers, training_step
 
 try:
@@ -98,8 +99,8 @@ def step(
         for module, name, value in patches:
             stack.enter_context(mock.patch.object(module, name, value))
         faults, began = page_faults(), time.perf_counter()
-        mean = training_step.train_step(state, [(ids[:, :-1], ids[:, 1:])], 1e-12, 1.0)[0]
-        return mean, time.perf_counter() - began, page_faults() - faults
+        made = training_step.train_step(state, [(ids[:, :-1], ids[:, 1:])], 1e-12, TRAIN)
+        return made.loss, time.perf_counter() - began, page_faults() - faults
 
 
 def page_faults() -> int:

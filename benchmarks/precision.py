@@ -48,16 +48,14 @@ def table(task: Task, rounds: int) -> list[str]:
         state = training_step.start(copy.deepcopy(model), settings, choose_precision(name, device))
         gradients[name] = first_gradient(state, *batches[0])
         for batch in batches:
-            training_step.train_step(state, [batch], settings.lr, settings.grad_clip)
+            training_step.train_step(state, [batch], settings.lr, settings)
         states[name], ends[name] = state, flat(state.model.parameters())
     watch = Stopwatch(device)
     seconds: dict[str, list[float]] = {name: [] for name in PRECISIONS}
     for turn in range(rounds):
         for name, state in states.items():
             watch.start()
-            training_step.train_step(
-                state, [batches[turn % STEPS]], settings.lr, settings.grad_clip
-            )
+            training_step.train_step(state, [batches[turn % STEPS]], settings.lr, settings)
             seconds[name].append(watch.stop())
     base = statistics.median(seconds["fp32"])
     lines = [

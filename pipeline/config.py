@@ -122,7 +122,6 @@ class CheckpointConfig:
         "nothing else",
         choices=("auto", "never", "require"),
     )
-    wait: bool = setting("wait for a process that trains the same; false ends with exit code 6")
 
 
 @dataclass(frozen=True, kw_only=True)

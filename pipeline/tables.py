@@ -1,9 +1,14 @@
-"""Markdown tables, aligned so that they also read well as plain text."""
+"""Tables and curves as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
+import csv
+import json
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+CURVE_POINTS = 2000  # DVC's page holds the table of a curve once for every chart
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -52,3 +57,47 @@ def cell(value: object) -> str:
             return f"{value:,.0f}"
         return f"{value:.4g}" if 1e-3 <= size < 1e7 else f"{value:.2e}"
     return str(value).replace("|", "\\|")
+
+
+def write_json(path: Path, values: dict[str, float]) -> None:
+    """Numbers grouped by the part of their names before the slash."""
+    groups: dict[str, dict[str, float]] = {}
+    for name, value in values.items():
+        group, _, key = name.partition("/")
+        groups.setdefault(group, {})[key] = _six_digits(value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # DVC may have linked it to its cache
+    path.write_text(json.dumps(groups, indent=2) + "\n", "utf-8")
+
+
+def write_csv(
+    path: Path, columns: Sequence[str], rows: Iterable[Iterable[float | str | None]]
+) -> None:
+    """A table or a curve, for DVC's plots and other programs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        # An empty field is a gap: a skipped step has no gradient norm.
+        writer.writerows([_csv_cell(value) for value in row] for row in rows)
+
+
+def write_curve(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
+    """A curve for DVC's plots: of a long one every n-th point and the last. The record has all."""
+    every = -(-len(rows) // CURVE_POINTS)
+    last = len(rows) - 1
+    kept = (row for number, row in enumerate(rows) if number % every == 0 or number == last)
+    write_csv(path, columns, kept)
+
+
+def _six_digits(value: float) -> float:
+    """Six digits; a count without a fraction."""
+    value = float(f"{value:.6g}")
+    return int(value) if value.is_integer() else value
+
+
+def _csv_cell(value: float | str | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.6g}" if math.isfinite(value) else ""

@@ -19,7 +19,7 @@ from pipeline.records.record_file import Record
 from pipeline.records.run_data import Experiment
 from pipeline.resume import run_folder
 from pipeline.tracking import recording
-from stages import announce, check_model, run, write_metrics
+from stages.common import announce, check_model, run, write_metrics
 
 MODELS = {"init_val": paths.INIT, "val": paths.MODEL}  # the baseline beside the trained model
 ITEMS = paths.ARTIFACTS / "choice_items.jsonl"

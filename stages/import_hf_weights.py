@@ -23,8 +23,9 @@ from pipeline.records import git
 from pipeline.records.record_file import Record
 from pipeline.storage.folders import recover, remove
 from pipeline.studies import init_study
+from pipeline.tables import write_csv
 from pipeline.tracking import recording
-from stages import run, write_csv
+from stages.common import run
 
 PROBE_SHAPE = (2, 32)
 

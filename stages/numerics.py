@@ -6,12 +6,14 @@ import torch
 
 from pipeline import paths
 from pipeline.compute import runtime
+from pipeline.compute.precision import PRECISIONS
 from pipeline.config import Config
 from pipeline.drawing import figures
 from pipeline.storage.folders import remove
-from pipeline.studies import number_formats, roofline, sensitivity
+from pipeline.studies import loss_scaling, number_formats, op_dtypes, roofline, sensitivity
+from pipeline.tables import write_csv, write_json
 from pipeline.tracking import recording
-from stages import run, write_csv, write_json
+from stages.common import run
 
 
 def main(config: Config) -> None:
@@ -30,6 +32,7 @@ def main(config: Config) -> None:
         )
         measured = roofline.measure(shapes, device, runtime.device_name(device))
         write(known, suffered, measured)
+        write_steps(device)
         metrics = summary(measured)
         record.metrics(metrics)
         # No metric of DVC's: all experiments of a machine share it, and it has many columns.
@@ -60,6 +63,20 @@ def write(
     figures.save(figures.bit_layout(known), folder / "formats.png")
     figures.save(figures.error_and_speed(measured), folder / "error_and_speed.png")
     figures.save(figures.roofline(measured), folder / "roofline.png")
+
+
+def write_steps(device: torch.device) -> None:
+    """What a real training step does: each operation's formats, and its loss scale in fp16."""
+    folder = paths.NUMERICS
+    watches = {name: op_dtypes.watched(name, device) for name in PRECISIONS}
+    columns = ("precision", *op_dtypes.COLUMNS)
+    rows = [(name, *cells) for name, watch in watches.items() for cells in watch.cells()]
+    write_csv(folder / "dtypes.csv", columns, rows)
+    for name, watch in watches.items():
+        (folder / f"dtypes_{name}.md").write_text(watch.page(), "utf-8")
+    shown = loss_scaling.demonstrate(device)
+    (folder / "loss_scale.md").write_text(shown.page(), "utf-8")
+    figures.save(figures.loss_scale(shown), folder / "loss_scale.png")
 
 
 def summary(measured: roofline.Roofline) -> dict[str, float]:

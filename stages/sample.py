@@ -24,7 +24,7 @@ from pipeline.model.model_dir import load_model
 from pipeline.records import record_file
 from pipeline.reports import report
 from pipeline.tracking import recording
-from stages import announce, check_model, run
+from stages.common import announce, check_model, run
 
 MODELS = {"before": paths.INIT, "after": paths.MODEL}
 ROWS = 32  # texts sampled together at most, but always all of a prompt

@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.data import contamination, corpus, listing, token_files, token_writer
 from pipeline.records import git
 from pipeline.tracking import recording
-from stages import run
+from stages.common import run
 
 
 def main(config: Config) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.records.record_file import read, tree_digest
+from pipeline.records.record_file import read
+from pipeline.storage.digests import tree_digest
 from pipeline.storage.folders import SUMS, problems
 
 Point = tuple[str, int, float]  # key, step, value

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.records.record_file import tree_digest
+from pipeline.storage.digests import tree_digest
 from tests.conftest import Checkout
 from tools.soak_check import MODELS, checkpoints, damage
 

@@ -74,42 +74,20 @@ def svg(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def loss_scale(
-    run: Sequence[tuple[int, float, bool, bool]], shown: Demonstration, precision: str
-) -> Figure:
-    """This training's loss scale by step, and the demonstration's with all that befell it.
-
-    `run` holds (step, scale, found an inf, skipped) for every step.
-    """
-    figure, (own, other) = sheet(2)
-    if precision == "fp16":
-        own.step([p[0] for p in run], [p[1] for p in run], where="post", color=COLOURS["fp16"])
-        skipped = [p for p in run if p[3]]
-        own.plot(
-            [p[0] for p in skipped], [p[1] for p in skipped], "x", color="black", label="skipped"
-        )
-        own.set_yscale("log", base=2)
-        own.set(xlabel="step", ylabel="loss scale")
-        own.set_title(f"this training: {len(skipped)} of {len(run)} steps skipped")
-        if skipped:
-            own.legend()
-    else:
-        words = f"{precision} needs no loss scaling:\nits gradients have fp32's exponents"
-        own.text(0.5, 0.5, words, ha="center", va="center", transform=own.transAxes)
-        own.set_axis_off()
-        own.set_title("this training")
+def loss_scale(shown: Demonstration) -> Figure:
+    """The demonstration's loss scale by step, with all that befell it."""
+    figure, (axes,) = sheet(1)
     points = shown.points
-    other.step(
-        [p.step for p in points], [p.scale for p in points], where="post", color=COLOURS["fp16"]
-    )
+    steps, scales = [p.step for p in points], [p.scale for p in points]
+    axes.step(steps, scales, where="post", color=COLOURS["fp16"])
     for injected, colour, label in ((False, "#0072B2", "by itself"), (True, "black", "injected")):
         marked = [p for p in points if p.skipped and p.injected == injected]
         steps, scales = [p.step for p in marked], [p.scale for p in marked]
-        other.plot(steps, scales, "x", color=colour, label=f"overflow {label}: step skipped")
-    other.axvline(points[-1].step, color="#D55E00", linestyle=":", label="the run stops itself")
-    other.set_yscale("log", base=2)
-    other.set(xlabel="step", ylabel="loss scale", title="demonstration: a tiny GPT in fp16")
-    other.legend(loc="lower left", fontsize=8)
+        axes.plot(steps, scales, "x", color=colour, label=f"overflow {label}: step skipped")
+    axes.axvline(points[-1].step, color="#D55E00", linestyle=":", label="the run stops itself")
+    axes.set_yscale("log", base=2)
+    axes.set(xlabel="step", ylabel="loss scale", title="a tiny GPT in fp16")
+    axes.legend(loc="lower left", fontsize=8)
     return figure
 
 

@@ -18,8 +18,8 @@ from pipeline.drawing import figures
 from pipeline.errors import ConfigError, InputError
 from pipeline.records import stage_graph
 from pipeline.records.dvc_history import experiments
-from pipeline.records.record_file import digest_of
 from pipeline.records.run_data import Experiment
+from pipeline.storage.digests import digest_of
 from pipeline.tables import markdown
 from pipeline.terminal import in_markdown
 from pipeline.tracking.mlflow_run import attach

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from pipeline import paths
 from pipeline.errors import StorageError
 from pipeline.experiments import history
-from pipeline.records import dvc_history, record_file
+from pipeline.records import dvc_history
 from pipeline.records.run_data import Experiment
+from pipeline.storage import digests
 from pipeline.tracking.mlflow_run import Row, from_workspace, open_row, rename, shipped, sweep
 from pipeline.tracking.mlflow_store import connect, said
 
@@ -99,7 +100,7 @@ def _renamed(client: MlflowClient, found: list[Experiment]) -> dict[str, str]:
 def _replay(client: MlflowClient, step: history.Step, folder: Path) -> Row:
     def fetch(path: str, sha256: str) -> Path | None:
         found = from_workspace(path, sha256) or dvc_history.copy_of(step.where, path, folder)
-        return found if found and record_file.tree_digest(found) == sha256 else None
+        return found if found and digests.tree_digest(found) == sha256 else None
 
     row = open_row(client, step.head, step.others, tidy=False)
     for record_ in [*step.others, step.record]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -27,6 +26,7 @@ from pipeline.errors import ChangedError, ConfigError, InputError
 from pipeline.records import stage_graph
 from pipeline.records.provenance import code_digest, differing, listed
 from pipeline.records.record_reader import SCHEMA, Event, Log, read
+from pipeline.storage.digests import digest_of, dvc_md5, tree_digest
 
 log = logging.getLogger(__name__)
 
@@ -246,33 +246,6 @@ def _hold(head: Event, params: dict[str, Any]) -> None:
             "stands there now, as a run of its own; to finish this one, put the old back first. "
             "`dvc exp run --temp` works on a copy, whose settings no edit reaches"
         )
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 of a plain value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def tree_digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's names and contents in order."""
-    total = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        total.update(file.relative_to(path).as_posix().encode() + b"\0")
-        with open(file, "rb") as content:
-            total.update(hashlib.file_digest(content, "sha256").digest())
-    return total.hexdigest()
-
-
-def dvc_md5(path: Path) -> str:
-    """What DVC calls this file or folder in dvc.lock and in its cache."""
-    md5 = functools.partial(hashlib.md5, usedforsecurity=False)
-    if path.is_file():
-        with open(path, "rb") as content:
-            return hashlib.file_digest(content, md5).hexdigest()
-    files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
-    listed = [{"md5": dvc_md5(files[name]), "relpath": name} for name in sorted(files)]
-    return md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
 @functools.cache

@@ -43,20 +43,15 @@ STUDIES = (
         ("init_study.md",),
     ),
     (
-        "Formats and loss scale in this training",
-        paths.TRAIN_STUDY,
-        {"loss_scale.png": "The loss scale by step, of this training and in a demonstration"},
-        ("dtypes.md", "loss_scale.md"),
-    ),
-    (
         "Numerics of this machine",
         paths.NUMERICS,
         {
             "formats.png": "Sign, exponent and mantissa bits of the number formats",
             "error_and_speed.png": "Error against speed of the model's products in every mode",
             "roofline.png": "FLOP/s against arithmetic intensity under the measured roofs",
+            "loss_scale.png": "The loss scale by step when fp16 gradients overflow",
         },
-        ("formats.md", "sensitivity.md", "products.md", "operations.md"),
+        ("formats.md", "sensitivity.md", "products.md", "operations.md", "loss_scale.md"),
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Training checkpoints: when to save, which to keep, and the one to go on from."""
+"""Training checkpoints: when to save, which to keep, and the one to resume from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from pipeline.compute import runtime
 from pipeline.errors import InputError, StorageError
 from pipeline.model.model_dir import save_model
 from pipeline.resume.snapshot import Tensors, read_facts, restore, save_snapshot, understood
-from pipeline.storage.folders import SUMS, discard, problems, recover_all
+from pipeline.storage.folders import SUMS, copy, discard, problems, recover_all
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
@@ -26,8 +27,28 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Facts = dict[str, Any]
-Checkpoint = tuple[Path, Facts]
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A snapshot between two steps, and what it says besides."""
+
+    path: Path
+    facts: dict[str, Any]  # those of the training's history, and `machine`
+
+    @property
+    def step(self) -> int:
+        """Steps done when it was written."""
+        return self.facts["step"]
+
+    def restore(self, state: TrainState) -> None:
+        """Put it into a fresh state and into torch's generators.
+
+        Warns where the machine is another one than the one that saved.
+        """
+        with understood(self.path):
+            restore(state, Tensors(self.path), self.facts)
+        runtime.set_rng_state(state.rng, state.precision.device)
+        warn_of_differences(self.facts["machine"], machine(state.precision))
 
 
 class Checkpoints:
@@ -55,12 +76,14 @@ class Checkpoints:
         by_time = minutes and self._clock() - self._saved >= 60 * minutes
         return bool(by_time or (steps and done % steps == 0))
 
-    def save(self, state: TrainState, facts: Facts) -> None:
-        """A checkpoint of the state as it stands after a step; old ones go when it is there.
+    def save(self, state: TrainState, facts: dict[str, Any]) -> None:
+        """Write a checkpoint of the state as it stands after a step; old ones go once it is there.
 
-        Raises StorageError where the disk does not take it; the earlier ones are as they were.
+        `facts` are the history's. Raises StorageError where the disk does not take it; the earlier
+        checkpoints are as they were.
         """
         state.begin([])
+        facts = {**facts, "machine": machine(state.precision)}
         save_snapshot(self.folder / _name(state.step), state, facts)
         self._saved = self._clock()
         with contextlib.suppress(OSError):  # where somebody reads an old one, the next save tries
@@ -85,12 +108,17 @@ class Checkpoints:
                 if model.name not in named:
                     discard(model)
 
+    def write_models(self, last: Path, best: Path, state: TrainState, best_step: int) -> None:
+        """Write the training's result: the model as it stands, and the best one."""
+        save_model(state.model, last)
+        copy(self.best(best_step), best)
+
     def best(self, step: int) -> Path:
         """Where the best model of that step lies."""
         return self._best / _name(step)
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, and its facts; None where there never was one.
+        """The newest checkpoint that is whole; None where there never was one.
 
         A damaged one is a warning, and goes where an older one is whole. Raises InputError where
         none is: to begin again in silence would throw days away.
@@ -98,18 +126,18 @@ class Checkpoints:
         damaged = []
         for path in reversed(self._all()):
             try:
-                facts: Facts = {}
+                found = Checkpoint(path, {})
                 damage = _damage(path)
                 if not damage:
-                    facts = read_facts(path)
-                    best = facts["best_step"]
+                    found = Checkpoint(path, read_facts(path))
+                    best = found.facts["best_step"]
                     damage = _damage(self.best(best)) if best else []
             except InputError as error:
                 damage = [str(error)]
             if not damage:
                 for old in damaged:
                     discard(old)
-                return path, facts
+                return found
             log.warning("a damaged checkpoint is passed over:\n%s", "\n".join(damage))
             damaged.append(path)
         if damaged:
@@ -140,13 +168,6 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"))
 
 
-def go_on(state: TrainState, path: Path, facts: Facts) -> None:
-    """Put a checkpoint into a fresh state and into torch's generators."""
-    with understood(path):
-        restore(state, Tensors(path), facts)
-    runtime.set_rng_state(state.rng, state.precision.device)
-
-
 def machine(precision: Precision) -> dict[str, str]:
     """What has to be the same for a resumed training to be bit-equal to an unbroken one."""
     return {
@@ -162,7 +183,7 @@ def warn_of_differences(then: dict[str, str], now: dict[str, str]) -> None:
     changed = [f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
     if changed:
         log.warning(
-            "this training goes on, but not bit-equal to an unbroken one: %s", "; ".join(changed)
+            "this training resumes, but not bit-equal to an unbroken one: %s", "; ".join(changed)
         )
 
 

@@ -1,4 +1,4 @@
-"""Training runs in progress: a folder each under the main root, one trainer, the others wait."""
+"""Trainings in progress: a folder each under the main root, with one process at work on it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ from filelock import FileLock, Timeout
 
 from pipeline import paths, regular
 from pipeline.config import flatten
-from pipeline.errors import BusyError, InputError, StorageError, UserError, cut, exit_code
+from pipeline.errors import (
+    BusyError,
+    InputError,
+    ResumeError,
+    StorageError,
+    UserError,
+    cut,
+    exit_code,
+)
 from pipeline.records import stage_graph
 from pipeline.records.provenance import code_of
-from pipeline.records.record_file import digest_of, dvc_md5, tree_digest
+from pipeline.storage.digests import digest_of, dvc_md5, tree_digest
 from pipeline.storage.folders import copy, discard, recover
 
 if TYPE_CHECKING:
@@ -52,8 +60,9 @@ class Run:
     Its `identity` is what the function of that name gives.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], waited: bool):
-        self.folder, self.identity, self.waited = folder, identity, waited
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        self.folder, self.identity = folder, identity
+        self.outputs = [Path(out) for out in stage_graph.stages()[identity["stage"]].outs]
         self.journal = folder / JOURNAL
 
     def say(self, state: str, **facts: Any) -> None:
@@ -73,18 +82,19 @@ class Run:
         self.say("running")
 
     def adopt(self) -> bool:
-        """Take over the result of another process for this very identity, if it is whole.
+        """Reuse a result of this very identity that DVC was stopped before it could keep.
 
-        That is one that this process waited for, or one that DVC was stopped before it could
-        keep. Every output is one of the stage's own, and is checked against its SHA-256 before it
-        replaces anything here.
+        Every output is one of the stage's own, and is checked against its SHA-256 before it
+        replaces anything here. A result that is not whole is forgotten.
         """
+        for output in self.outputs:
+            recover(output)  # what a killed copy left
         made = _json(self.folder / RESULT)
         if not made.keys() >= {"digests", "md5", "by_dvc"}:
             return False
         shared = {name: self.folder / name for name in made["digests"]}
-        ours = shared.keys() <= set(stage_graph.stages()[self.identity["stage"]].outs)
-        if not (ours and (self.waited or _left_behind(made))) or any(
+        ours = shared.keys() <= {output.as_posix() for output in self.outputs}
+        if not (ours and _left_behind(made)) or any(
             not p.exists() or tree_digest(p) != made["digests"][n] for n, p in shared.items()
         ):
             self.start_over()
@@ -93,32 +103,32 @@ class Run:
             copy(path, Path(name))
         return True
 
-    def share(self, outputs: list[Path]) -> None:
-        """Leave the result for those that wait, and for DVC's next try if this one is stopped."""
-        for output in outputs:
+    def share(self) -> None:
+        """Leave the result for DVC's next try, if this one is stopped before DVC has kept it."""
+        for output in self.outputs:
             recover(self.folder / output)
             copy(output, self.folder / output)
-        digests = {output.as_posix(): tree_digest(output) for output in outputs}
-        made = {"digests": digests, "md5": dvc_md5(outputs[0]), "by_dvc": _under_dvc()}
+        digests = {output.as_posix(): tree_digest(output) for output in self.outputs}
+        made = {"digests": digests, "md5": dvc_md5(self.outputs[0]), "by_dvc": _under_dvc()}
         _write(self.folder / RESULT, made)
-        for name in ("checkpoints", "best", "study", JOURNAL):
+        for name in ("checkpoints", "best", JOURNAL):
             discard(self.folder / name)
 
 
 @contextlib.contextmanager
-def claim(identity: dict[str, Any], wait: bool = True) -> Iterator[Run]:
-    """Hold a training; a second process with the same identity waits here for its turn.
+def claim(identity: dict[str, Any]) -> Iterator[Run]:
+    """Hold a training.
 
-    Raises BusyError where it shall not `wait`, StorageError where the folder cannot be written.
+    Raises BusyError where a living process has it, StorageError where the folder cannot be written.
     """
     folder = _folder(identity)
     with contextlib.ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            waited = stack.enter_context(_holding(folder, wait))
+            stack.enter_context(_holding(folder))
             recover(folder)
             folder.mkdir(exist_ok=True)
-            run = Run(folder, identity, waited)
+            run = Run(folder, identity)
             _write(folder / IDENTITY, identity)
             run.say("running")
         except OSError as error:
@@ -136,33 +146,23 @@ def claim(identity: dict[str, Any], wait: bool = True) -> Iterator[Run]:
 
 
 @contextlib.contextmanager
-def _holding(folder: Path, wait: bool) -> Iterator[bool]:
-    """The folder's lock; True if it had to be waited for, under a mark that others can see."""
+def _holding(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; raises BusyError naming the process that has it."""
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     holder = folder.with_name(f"{folder.name}.holder")
-    waited = False
     try:
         lock.acquire(timeout=0)
     except Timeout:
         who = "another process"
         with contextlib.suppress(OSError):
             who = f"process {cut(holder.read_text('utf-8'))}"
-        if not wait:
-            raise BusyError(
-                f"{who} trains this very configuration, and checkpoint.wait=false: wait for it, "
-                "or set checkpoint.wait=true to take its result over"
-            ) from None
-        mark = folder.with_name(f"{folder.name}.waiting-{this_process()}")
-        mark.touch()
-        try:
-            log.warning("%s trains this very configuration: waiting for its result", who)
-            lock.acquire()
-        finally:
-            mark.unlink(missing_ok=True)
-        waited = True
+        raise BusyError(
+            f"{who} trains this very configuration; give the same command again once it has "
+            "ended, and its result is reused"
+        ) from None
     try:
         holder.write_text(str(os.getpid()), "utf-8")
-        yield waited
+        yield
     finally:
         with contextlib.suppress(OSError):  # Windows: somebody may be reading it
             holder.unlink(missing_ok=True)
@@ -189,7 +189,7 @@ def keep(found: dict[str, Any]) -> bool:
     if not _left_by(found["stage"]):
         try:
             with claim(found) as run:
-                run.share([Path(out) for out in stage_graph.stages()[found["stage"]].outs])
+                run.share()
         except (OSError, StorageError) as error:
             log.warning("%s", error)
             return False
@@ -217,6 +217,22 @@ def _left_by(stage: str) -> list[Path]:
 
 def _folder(found: dict[str, Any]) -> Path:
     return paths.runs() / digest_of(found)[:16]
+
+
+def where_to_start(run: Run, done: int | None, config: Config) -> str:
+    """Where a training starts, for a person: from `done` steps, or from none, and why.
+
+    Raises ResumeError where `checkpoint.resume` asks for a checkpoint and there is none.
+    """
+    if done is not None:
+        return f"resuming from step {done:,}/{config.train.steps:,}"
+    why = "there is no checkpoint to resume from"
+    if other := unfinished(but=run.folder):
+        changed = "; ".join(differences(run.identity, other)) or "nothing else"
+        why += f"; the training interrupted last, {other}, is another one: here {changed}"
+    if config.checkpoint.resume == "require":
+        raise ResumeError(f"checkpoint.resume=require: {why}")
+    return f"starting from step 0: {why}" if other else ""
 
 
 def unfinished(but: Path) -> Path | None:
@@ -262,19 +278,12 @@ def _folders() -> list[Path]:
 
 
 def _drop(folder: Path) -> bool:
-    """Remove a run's folder, unless a process is at work on it or waits for it."""
+    """Remove a run's folder, unless a process is at work on it."""
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     with contextlib.suppress(Timeout), lock.acquire(timeout=0):
-        if not _awaited(folder):
-            discard(folder)
-            return True
+        discard(folder)
+        return True
     return False
-
-
-def _awaited(folder: Path) -> bool:
-    """Whether another living process waits for this training."""
-    marks = folder.parent.glob(f"{folder.name}.waiting-*")
-    return any(is_alive(mark.name.partition(".waiting-")[2]) for mark in marks)
 
 
 def _under_dvc() -> bool:
@@ -331,4 +340,4 @@ def remove(name: str) -> None:
         known = ", ".join(path.name for path in _folders()) or "none"
         raise InputError(f"{name}: no training of that name; there are: {known}")
     if not _drop(folder):
-        raise BusyError(f"{name}: a process is at work on it, or waits for it")
+        raise BusyError(f"{name}: a process is at work on it")

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pipeline.compute.precision import choose_precision
-from pipeline.compute.runtime import generator, one_thread
+from pipeline.compute.runtime import one_thread
 from pipeline.errors import NumericsError
-from pipeline.model.gpt import GPT, GPTConfig
-from pipeline.model.init import initialize
+from pipeline.studies import tiny
 from pipeline.tables import markdown
 from pipeline.training import loop, training_step
 
-SHAPE = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=64, vocab_rows=64)
 GROWTH_INTERVAL = 5  # steps without an overflow until the scale doubles; torch's own is 2000
 INJECTED = (14, 15)  # steps whose gradient is made infinite
 FROM_THEN_ON = 30  # and every one from this step on
 MAX_SKIPPED = 6
+MOST_STEPS = 60  # never reached
 FIRST_SCALE = 2.0**20  # too large: fp16 gradients overflow by themselves until it has come down
-STEPS = 60  # never reached
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,6 @@ class Point:
 class Demonstration:
     points: list[Point]
     stop: str  # the error that ended it
-    seconds: float  # of its steps: what torch imports for them, every training needs
 
     def page(self) -> str:
         """Markdown: what happened, counted, and every step."""
@@ -75,8 +68,7 @@ def demonstrate(device: torch.device) -> Demonstration:
     The step, the scaler and the stop are those of every training. Takes a fraction of a second,
     uses no global randomness and leaves nothing behind.
     """
-    state, config = _start(device), _settings()
-    began = time.perf_counter()
+    state = _start(device)
     state.model.transformer.ln_f.bias.register_hook(
         lambda grad: torch.full_like(grad, torch.inf) if _is_injected(state.step) else grad
     )
@@ -88,13 +80,15 @@ def demonstrate(device: torch.device) -> Demonstration:
 
     points: list[Point] = []
     try:
-        for step in range(STEPS):
-            config.steps = step + 1  # one step a call, each of them looked into
-            for _ in loop.fit(state, config, _batches(), look=look, look_at=step):
+        for step in range(MOST_STEPS):
+            one = replace(
+                tiny.TRAIN, max_skipped=MAX_SKIPPED, steps=step + 1
+            )  # one step a call, each of them looked into
+            for _ in loop.fit(state, one, tiny.batches, look=look, look_at=step):
                 points.append(_point(state, step, *seen[-1]))
     except NumericsError as error:
         points.append(_point(state, state.step, *seen[-1]))
-        return Demonstration(points, str(error), time.perf_counter() - began)
+        return Demonstration(points, str(error))
     raise AssertionError("the demonstration ends with a stop")
 
 
@@ -110,36 +104,12 @@ def _is_injected(step: int) -> bool:
     return step in INJECTED or step >= FROM_THEN_ON
 
 
-def _settings() -> SimpleNamespace:
-    return SimpleNamespace(
-        lr=1e-3,
-        min_lr=1e-3,
-        warmup_steps=0,
-        weight_decay=0.0,
-        beta1=0.9,
-        beta2=0.95,
-        grad_clip=1.0,
-        compile=False,
-        max_skipped=MAX_SKIPPED,
-        skip_spikes=0.0,
-    )
-
-
 def _start(device: torch.device) -> training_step.TrainState:
-    with torch.random.fork_rng(devices=[]):  # a new module draws weights that nobody uses
-        model = GPT(SHAPE)
-    initialize(model, SimpleNamespace(std=0.02, residual_scale=True), generator(0, "demonstration"))
-    state = training_step.start(model.to(device), _settings(), choose_precision("fp16", device))
+    state = tiny.state("fp16", device)
     state.scaler = torch.amp.GradScaler(
         device.type, init_scale=FIRST_SCALE, growth_interval=GROWTH_INTERVAL
     )
     return state
-
-
-def _batches() -> Callable[[int], list[training_step.Batch]]:
-    """On the host, as those of every training are: the step takes them to the device."""
-    ids = torch.randint(SHAPE.vocab_size, (4, SHAPE.block_size + 1), generator=generator(0, "ids"))
-    return lambda step: [(ids[:, :-1], ids[:, 1:])]
 
 
 def _weights(state: training_step.TrainState) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.compute.emulation import LOW, OPERANDS, rounding
+from pipeline.studies import tiny
 from pipeline.studies.number_formats import round_to_format
 from pipeline.tables import markdown
+from pipeline.training.loop import fit
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
@@ -90,7 +92,6 @@ class Watch(TorchDispatchMode):
         self._places: list[str] = []
         self._gradients: dict[nn.Parameter, torch.dtype] = {}
         self._in_optimizer = False
-        self._blind = False
         self._kept: tuple[str, Tensor] | None = None
         self._hooks = ExitStack()
 
@@ -101,15 +102,6 @@ class Watch(TorchDispatchMode):
         self._look_at_the_state()
         yield first
         yield from reports
-
-    @contextmanager
-    def looking_away(self) -> Iterator[None]:
-        """What somebody computes inside, in the middle of the step, is none of the step's work."""
-        self._blind = True
-        try:
-            yield
-        finally:
-            self._blind = False
 
     def __enter__(self) -> Watch:
         state = self.state
@@ -134,8 +126,6 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self._blind:
-            return result
         operands = _floats([args, kwargs])
         returned = _floats([result])
         views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
@@ -189,8 +179,6 @@ class Watch(TorchDispatchMode):
 
         def leave(_: nn.Module, __: Any, output: Tensor) -> None:
             self._places.pop()
-            if self._blind:
-                return
             if place == "ln_f":
                 self._places[-1] = "head and loss"
             self._note("module outputs", [output.dtype])
@@ -202,8 +190,7 @@ class Watch(TorchDispatchMode):
 
     def _after_gradient(self, parameter: nn.Parameter) -> None:
         """Seen here, since the optimizer may never be called: in fp16 a step may be skipped."""
-        if not self._blind:
-            self._gradients[parameter] = parameter.grad.dtype
+        self._gradients[parameter] = parameter.grad.dtype
 
     def _before_update(self, *_: Any) -> None:
         self._in_optimizer = True
@@ -273,6 +260,15 @@ class Watch(TorchDispatchMode):
             f"{_joined(backward)}. What accumulates in .grad: "
             f"{_joined(self.tensors['gradients (.grad)'])}.",
         ]
+
+
+def watched(precision: str, device: torch.device) -> Watch:
+    """A watch that has seen the first step of the tiny training in this precision."""
+    state = tiny.state(precision, device)
+    watch = Watch(state)
+    for _ in watch.first_of(fit(state, tiny.TRAIN, tiny.batches)):
+        pass
+    return watch
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> list[torch.dtype]:

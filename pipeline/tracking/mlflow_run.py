@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.process import is_alive, this_process
 from pipeline.records import record_file
 from pipeline.records.record_file import Event
+from pipeline.storage import digests
 from pipeline.tracking import mlflow_view, run_note
 from pipeline.tracking.mlflow_models import LoggedModels
 from pipeline.tracking.mlflow_store import (
@@ -186,7 +187,7 @@ class Row:
 
 
 def _mark(text: str) -> str:
-    return record_file.digest_of(text)[:12]
+    return digests.digest_of(text)[:12]
 
 
 def _facts(run: Run) -> run_note.Facts:
@@ -211,7 +212,7 @@ _SHIP: dict[str, Callable[..., dict[str, str] | None]] = {
 def from_workspace(path: str, sha256: str) -> Path | None:
     """The file or folder in this workspace, if it still holds what the record saw."""
     here = Path(path)
-    return here if here.exists() and record_file.tree_digest(here) == sha256 else None
+    return here if here.exists() and digests.tree_digest(here) == sha256 else None
 
 
 def open_row(

@@ -6,22 +6,24 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pipeline.compute.buffers import hand_back
-from pipeline.compute.runtime import rng_state
+from pipeline.compute.runtime import derived_seed, rng_state
 from pipeline.errors import InputError, NumericsError
 from pipeline.model.loss import IGNORE, linear_cross_entropy, look_up
+from pipeline.model.model_dir import load_model
 from pipeline.training.compiling import LossFunction, compiled_loss
 from pipeline.training.optimizers import Update, build_optimizer, set_rate
 from pipeline.training.prefetch import Batch
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
-    from pipeline.config import TrainConfig
+    from pipeline.config import Config, TrainConfig
     from pipeline.model.gpt import GPT
 
 Look = Callable[["TrainState"], None]
@@ -75,6 +77,22 @@ class TrainState:
             "spikes": self.spikes,
             "spikes_seen": self.spikes_seen,
         }
+
+
+def from_folder(folder: Path, config: Config, precision: Precision) -> TrainState:
+    """The state before the first step, with the model in a model directory.
+
+    Seeds torch's generators for dropout; a checkpoint that is restored afterwards brings its own.
+    """
+    torch.manual_seed(derived_seed(config.train.seed, "dropout"))
+    model = load_model(
+        folder,
+        vocab_rows=config.model.vocab_rows,
+        dropout=config.model.dropout,
+        attention=config.model.attention,
+        device=precision.device,
+    )
+    return start(model, config.train, precision)
 
 
 def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:

@@ -28,7 +28,7 @@ from pipeline.model.model_dir import save_model
 from pipeline.records import record_file
 from pipeline.records.run_data import Experiment
 from pipeline.tracking import recording
-from pipeline.training import loop, training_step
+from pipeline.training import training_step
 from tests.conftest import NoCourier, params
 
 LN_V = math.log(50257)
@@ -355,7 +355,7 @@ def test_a_real_step_of_a_thousandfold_gradient_is_told_at_the_next_validation_a
             parameter.register_hook(lambda g: 1000 * g if state.step == 45 else g)
         return state
 
-    monkeypatch.setattr(loop, "start", spiked)
+    monkeypatch.setattr(training_step, "start", spiked)
     found = trained(train__skip_spikes=guard, train__seed=7)
     assert found.values("train/skipped") == [float(s == 45 and guard > 0) for s in range(80)]
     assert "gradient spike" in rules(found) and "gradient spike" in found.tags["health.verdict"]

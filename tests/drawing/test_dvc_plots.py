@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-import stages
+from pipeline import tables
 from pipeline.drawing import dvc_plots
 from pipeline.training.loop import StepReport
+from stages import common
 from stages.train import step_metrics
 from tests.conftest import ROOT, Checkout
 
@@ -93,7 +94,7 @@ def test_metrics_for_dvc_are_few_and_counts_have_no_fraction(tmp_path: Path) -> 
         "val/unigram_loss": 6.6,
         "init_val/loss": 10.7,
     }
-    stages.write_metrics(tmp_path / "metrics.json", found)
+    common.write_metrics(tmp_path / "metrics.json", found)
     text = (tmp_path / "metrics.json").read_text("utf-8")
     assert json.loads(text) == {
         "train": {"final_loss": 5.421, "skipped_steps": 3},
@@ -104,11 +105,11 @@ def test_metrics_for_dvc_are_few_and_counts_have_no_fraction(tmp_path: Path) -> 
 
 def test_a_long_curve_is_thinned_for_the_page_and_keeps_its_ends(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
-    stages.write_curve(path, ["step"], [[step] for step in range(19073)])
+    tables.write_curve(path, ["step"], [[step] for step in range(19073)])
     steps = [int(line) for line in path.read_text("utf-8").split()[1:]]
-    assert len(steps) <= stages.CURVE_POINTS + 1
+    assert len(steps) <= tables.CURVE_POINTS + 1
     assert steps[:3] == [0, 10, 20] and steps[-1] == 19072
-    stages.write_curve(path, ["step"], [[step] for step in range(200)])
+    tables.write_curve(path, ["step"], [[step] for step in range(200)])
     assert len(path.read_text("utf-8").split()) == 201
 
 
@@ -159,9 +160,9 @@ def test_a_script_that_cannot_be_had_is_one_warning(main_root, monkeypatch, capl
 
 def test_a_stage_keeps_the_script_when_its_work_is_done(main_root, monkeypatch) -> None:
     order: list[str] = []
-    monkeypatch.setattr(stages.configuration, "load", lambda: None)
+    monkeypatch.setattr(common.configuration, "load", lambda: None)
     monkeypatch.setattr(dvc_plots, "keep_script", lambda: order.append("script"))
-    stages.run(lambda config: order.append("work"))
+    common.run(lambda config: order.append("work"))
     assert order == ["work", "script"]
 
 
@@ -190,8 +191,8 @@ def write_curves(folder: Path, rate: int) -> None:
     columns = curves()
     rows = [[step, *(rate * (step + 1) for _ in columns[1:])] for step in range(6)]
     rows[2][columns.index("grad_norm")] = float("nan")
-    stages.write_csv(folder / "plots/train.csv", columns, rows)
-    stages.write_csv(folder / "plots/validation.csv", ["step", "loss"], [[3, rate], [6, rate]])
+    tables.write_csv(folder / "plots/train.csv", columns, rows)
+    tables.write_csv(folder / "plots/validation.csv", ["step", "loss"], [[3, rate], [6, rate]])
     for image in IMAGES:
         (folder / image).parent.mkdir(parents=True, exist_ok=True)
         (folder / image).write_bytes(PIXEL + bytes([rate]))

@@ -12,6 +12,7 @@ import pytest
 from pipeline import config as configuration
 from pipeline import paths
 from pipeline.records import record_file
+from pipeline.storage import digests
 from pipeline.studies import roofline
 from stages import numerics
 from tests.conftest import NoCourier, params
@@ -25,7 +26,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         folder = tmp_path_factory.mktemp("numerics")
         patch.chdir(folder)
         patch.delenv("DVC_ROOT", raising=False)
-        patch.setattr(numerics.tracking, "Courier", NoCourier)
+        patch.setattr(numerics.recording, "Courier", NoCourier)
         patch.setattr(roofline, "SQUARE", {"cpu": 64})
         patch.setattr(roofline, "STREAM_BYTES", {"cpu": 1 << 16})
         (folder / paths.NUMERICS).mkdir(parents=True)
@@ -47,7 +48,7 @@ def test_every_table_stands_beside_its_figure_and_all_go_to_the_row(ran: str) ->
     events = record_file.read(paths.record("numerics"))
     (artifact,) = [e for e in events if e["kind"] == "artifact"]
     assert (artifact["path"], artifact["folder"]) == ("artifacts/numerics", "numerics")
-    assert artifact["sha256"] == record_file.tree_digest(paths.NUMERICS)
+    assert artifact["sha256"] == digests.tree_digest(paths.NUMERICS)
 
 
 def test_metrics_compare_every_mode(ran: str) -> None:

@@ -21,8 +21,10 @@ from pipeline.model.model_dir import save_model
 from pipeline.records import record_file
 from pipeline.resume import course
 from pipeline.studies import init_study, loss_scaling
+from pipeline.tables import write_json
 from pipeline.training import loop
-from stages import announce, evaluate, import_hf_weights, run, sample, train, write_json
+from stages import evaluate, import_hf_weights, sample, train
+from stages.common import announce, run
 from tests.conftest import ROOT, NoCourier
 
 SMALL = {
@@ -63,7 +65,10 @@ def test_a_user_error_is_one_message_and_its_exit_code(capsys, monkeypatch) -> N
 
 
 def test_a_crash_in_machine_code_says_where_it_was() -> None:
-    crash = "import faulthandler, stages\nstages.run(lambda config: faulthandler._sigsegv())"
+    crash = (
+        "import faulthandler\nfrom stages.common import run\n"
+        "run(lambda config: faulthandler._sigsegv())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", crash], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -112,7 +117,7 @@ def test_an_import_that_transformers_computes_differently_fails(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setattr(import_hf_weights.tracking, "Courier", NoCourier)
+    monkeypatch.setattr(import_hf_weights.recording, "Courier", NoCourier)
     found = {"relative_logit_difference": difference, "greedy_equal": equal}
     found |= {"greedy_steps": 64, "greedy_decided": 100}
     monkeypatch.setattr(import_hf_weights, "parity", lambda *_: found)
@@ -126,7 +131,7 @@ def test_the_time_of_the_init_study_is_in_its_record(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setattr(import_hf_weights.tracking, "Courier", NoCourier)
+    monkeypatch.setattr(import_hf_weights.recording, "Courier", NoCourier)
     import_hf_weights.main(make_config(**SMALL))
     found: dict[str, float] = {}
     for event in record_file.read(paths.record("import_hf_weights")):
@@ -347,7 +352,9 @@ def test_a_corpus_is_looked_at_as_a_whole_before_any_of_it_is_tokenized(
     text = workspace / "text"
     text.mkdir()
     given = make_config(corpus__source="text", corpus__path=str(text), corpus__val_fraction=0.1)
-    monkeypatch.setattr(tokenize_corpus.tokenizing, "write_tokens", lambda *_, **__: pytest.fail())
+    monkeypatch.setattr(
+        tokenize_corpus.token_writer, "write_tokens", lambda *_, **__: pytest.fail()
+    )
     (text / "a.txt").write_text("one short text, so one document", "utf-8")
     with pytest.raises(InputError, match="split is empty: documents: .* in train, . in val"):
         tokenize_corpus.main(given)

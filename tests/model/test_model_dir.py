@@ -20,8 +20,8 @@ from pipeline.model import model_dir
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.model.model_dir import build_model, load_model, save_model
-from pipeline.records.record_file import tree_digest
 from pipeline.storage import folders
+from pipeline.storage.digests import tree_digest
 from pipeline.storage.folders import recover
 
 FILES = {

@@ -71,7 +71,9 @@ def test_other_names_are_free(repo: Path, name: str) -> None:
 @pytest.mark.fault(61)
 def test_a_stage_warns_of_such_a_name_before_its_work_with_the_way_out(repo: Path) -> None:
     name = hex_of_an_object()
-    code = "from stages import run; run(lambda config: print('WARNING: at work', flush=True))"
+    code = (
+        "from stages.common import run; run(lambda config: print('WARNING: at work', flush=True))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"DVC_EXP_NAME": name, "PYTHONPATH": str(ROOT)},

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-import stages
 from pipeline import config as configuration
 from pipeline import paths
 from pipeline.config import Config
 from pipeline.errors import ChangedError
 from pipeline.records import provenance, stage_graph
 from pipeline.resume import run_folder
+from stages import common
 from tests.conftest import NANO, ROOT, params
 
 Edit = Callable[[], None]
@@ -71,7 +71,7 @@ def worked(stage: str, what: str, meanwhile: Edit = lambda: None) -> list[str]:
 
     for out in outs(stage):
         run_folder.discard(out)
-    stages.held(main, stage, settings())
+    common.held(main, stage, settings())
     return done
 
 

@@ -14,6 +14,7 @@ from pipeline import paths
 from pipeline.errors import ChangedError
 from pipeline.records import record_file
 from pipeline.records.record_file import Record
+from pipeline.storage import digests
 from tests.conftest import recipe
 
 
@@ -212,7 +213,7 @@ def test_digest_notices_names_contents_and_boundaries(tmp_path: Path) -> None:
         folder.mkdir()
         for name, text in files.items():
             (folder / name).write_text(text)
-        seen.add(record_file.tree_digest(folder))
+        seen.add(digests.tree_digest(folder))
     assert len(seen) == 4
 
 

@@ -18,10 +18,11 @@ from pipeline.diagnostics import doctor
 from pipeline.errors import InputError
 from pipeline.experiments import comparison, sync
 from pipeline.records import dvc_history, record_file, record_reader
-from pipeline.records.record_file import Record, tree_digest
+from pipeline.records.record_file import Record
 from pipeline.records.record_reader import Log, RecordError
 from pipeline.records.run_data import Experiment
 from pipeline.reports import report, run_page
+from pipeline.storage.digests import tree_digest
 from pipeline.tracking import mlflow_store, mlflow_ui
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

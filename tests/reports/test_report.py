@@ -16,12 +16,12 @@ from pipeline.__main__ import main as command
 from pipeline.diagnostics.doctor import examine
 from pipeline.errors import InputError
 from pipeline.experiments.comparison import run_of
-from pipeline.records import record_file
 from pipeline.records.dvc_history import of_workspace
 from pipeline.records.record_file import Event
 from pipeline.records.run_data import Experiment
 from pipeline.records.stage_graph import stages as stages_in_order
 from pipeline.reports import curves, report, run_page
+from pipeline.storage import digests
 from tests.conftest import params, recipe
 
 EVIL = "<script>alert('1')</script><img src=http://example.org/x>"
@@ -132,7 +132,7 @@ def chain(
 
 
 def artifact(path: Path) -> Event:
-    kept = {"path": path.as_posix(), "sha256": record_file.tree_digest(path), "bytes": 1}
+    kept = {"path": path.as_posix(), "sha256": digests.tree_digest(path), "bytes": 1}
     return {"kind": "artifact", "folder": "x", **kept}
 
 

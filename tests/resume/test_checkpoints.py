@@ -21,7 +21,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import stages
 from pipeline import config as configuration
 from pipeline import paths
 from pipeline.compute.precision import choose_precision
@@ -35,11 +34,12 @@ from pipeline.model.init import initialize
 from pipeline.model.model_dir import save_model
 from pipeline.records import provenance, record_file
 from pipeline.resume import checkpoints, course, run_folder, snapshot
-from pipeline.storage import folders
+from pipeline.storage import digests, folders
 from pipeline.tracking import recording
 from pipeline.training import loop, training_step
-from stages import train
+from stages import common, train
 from tests.conftest import NoCourier, params
+from tests.helpers.steps import one_step
 
 CPU = torch.device("cpu")
 # Five windows of 16 tokens an epoch, four a step: epochs end inside steps and between them.
@@ -584,7 +584,7 @@ def as_a_stage(limit: int | None) -> int:
         if limit:
             now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (now + limit, resource.RLIM_INFINITY))
-        stages.run(train.main)
+        common.run(train.main)
 
     return in_a_child(work)
 
@@ -605,7 +605,7 @@ def test_memory_that_does_not_suffice_names_the_micro_batch(
     workspace: Path, limit: int | None, code: int, capfd, monkeypatch
 ) -> None:
     OmegaConf.save(OmegaConf.create(params(**SMALL | LARGE)), "params.yaml")
-    monkeypatch.setattr(stages.plots, "keep_script", lambda: None)
+    monkeypatch.setattr(common.dvc_plots, "keep_script", lambda: None)
     assert as_a_stage(limit) == code
     told = "error: out of memory" in (said := capfd.readouterr().err)
     assert told == (code == 5)
@@ -662,7 +662,7 @@ def test_a_naive_training_learns_of_a_folder_like_that_when_it_saves(
         if os.geteuid() == 0:
             os.setuid(65534)
         for _ in range(3):
-            training_step.train_step(small_state, [(ids, ids)], 1e-3, 1.0)
+            one_step(small_state, [(ids, ids)], 1e-3, 1.0)
         os.write(tell, b"trained")
         torch.save({}, tmp_path / "naive.pt")
 
@@ -693,7 +693,7 @@ def test_saving_takes_less_memory_than_the_model(tmp_path: Path, make_config) ->
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=64))
     state = training_step.start(model, config.train, choose_precision("fp32", CPU))
     x = torch.zeros(1, 8, dtype=torch.int64)
-    training_step.train_step(state, [(x, x)], 1e-3, 1.0)
+    one_step(state, [(x, x)], 1e-3, 1.0)
 
     def resident(line: str) -> int:
         text = Path("/proc/self/status").read_text()
@@ -757,11 +757,11 @@ def test_a_disk_that_is_full_for_the_record_is_storage_and_costs_nothing(
         write(self, event)
 
     OmegaConf.save(OmegaConf.create(params(**SMALL)), "params.yaml")
-    monkeypatch.setattr(stages.plots, "keep_script", lambda: None)
+    monkeypatch.setattr(common.dvc_plots, "keep_script", lambda: None)
     with monkeypatch.context() as patch:
         patch.setattr(record_file.Record, "_write", full)
         with pytest.raises(SystemExit) as ended:
-            stages.run(train.main)
+            common.run(train.main)
     assert ended.value.code == 5 and "No space left on device" in capsys.readouterr().err
     assert json.loads((the_run() / "run_status.json").read_text())["exit_code"] == 5
     train.main(settings())
@@ -816,7 +816,7 @@ def test_a_run_that_left_the_numbers_keeps_its_checkpoints_and_says_why(
     ) -> torch.Tensor:
         return torch.tensor(torch.nan) if state.step == 7 else original(state, batches, *each)
 
-    monkeypatch.setattr(loop, "gradients", nan)
+    monkeypatch.setattr(training_step, "gradients", nan)
     with pytest.raises(NumericsError):
         train.main(settings())
     said = json.loads((the_run() / "run_status.json").read_text())
@@ -828,12 +828,12 @@ def test_a_run_that_left_the_numbers_keeps_its_checkpoints_and_says_why(
 def test_a_finished_training_is_kept_until_dvc_has_it(workspace: Path, settings, capsys) -> None:
     """DVC killed between the end of the stage and its commit costs no training."""
     train.main(settings())
-    before = {path: record_file.tree_digest(path) for path in train.OUTPUTS}
+    before = {path: digests.tree_digest(path) for path in train.OUTPUTS}
     for path in train.OUTPUTS:
         folders.remove(path)  # as DVC does before it starts a stage
     train.main(settings())
     assert "its checked result is taken over" in capsys.readouterr().out
-    assert {path: record_file.tree_digest(path) for path in train.OUTPUTS} == before
+    assert {path: digests.tree_digest(path) for path in train.OUTPUTS} == before
     run_folder.forget_result()  # as the next stage does
     assert run_folder._folders() == []
 
@@ -844,7 +844,7 @@ def test_a_training_that_is_asked_for_again_is_done_again(
 ) -> None:
     train.main(settings())
     if how == "forced":
-        md5 = record_file.dvc_md5(paths.MODEL)
+        md5 = digests.dvc_md5(paths.MODEL)
         Path("dvc.lock").write_text(f"outs:\n- path: artifacts/model\n  md5: {md5}\n")
     else:
         (workspace / ".dvc").mkdir()

@@ -1,19 +1,17 @@
-"""One trainer a fingerprint: the second waits, then takes over the checked result."""
+"""One process a training: a second one is refused; a result that was left behind is reused."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import BusyError, InputError, NumericsError
-from pipeline.records.record_file import tree_digest
 from pipeline.resume import run_folder
+from pipeline.storage.digests import tree_digest
 from pipeline.storage.folders import copy
 
 OUTPUT = Path("artifacts/model")
@@ -39,78 +37,55 @@ IDENTITY = {
 }
 
 
-def second(done: dict[str, object]) -> threading.Thread:
-    def work() -> None:
-        with run_folder.claim(IDENTITY) as held:
-            done["adopted"] = held.adopt()
-            done["content"] = (OUTPUT / "weights").read_text() if OUTPUT.exists() else None
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
-
-
-def wait_until_awaited(held: run_folder.Run) -> None:
-    for _ in range(200):
-        if run_folder._awaited(held.folder):
-            return
-        time.sleep(0.02)
-    raise AssertionError("the second process never said that it waits")
-
-
-@pytest.mark.fault(40)
-@pytest.mark.fault(57)
-def test_the_second_waits_and_adopts_what_the_first_made(caplog) -> None:
-    done: dict[str, object] = {}
+@pytest.fixture
+def finished(monkeypatch) -> run_folder.Run:
+    """A training that came to its end under a dvc that was stopped before it kept the result."""
+    monkeypatch.setenv("DVC_ROOT", str(Path.cwd()))
     with run_folder.claim(IDENTITY) as held:
-        thread = second(done)
-        wait_until_awaited(held)
-        assert not done
+        held.outputs = [OUTPUT]
         produce("trained once")
-        held.share([OUTPUT])
+        held.share()
         (OUTPUT / "weights").write_text("changed since")
-    thread.join(20)
-    assert done == {"adopted": True, "content": "trained once"}
-    assert f"process {os.getpid()} trains this very configuration" in caplog.text
-    assert not list(run_folder.paths.runs().glob("*.waiting-*")) + list(
-        run_folder.paths.runs().glob("*.holder")
-    )
+    return held
 
 
-@pytest.mark.fault(40)
-def test_a_damaged_result_is_not_adopted() -> None:
-    done: dict[str, object] = {}
+def adopted() -> bool:
     with run_folder.claim(IDENTITY) as held:
-        thread = second(done)
-        wait_until_awaited(held)
-        produce("trained once")
-        held.share([OUTPUT])
-        (held.folder / OUTPUT / "weights").write_text("trained 0nce")
-    thread.join(20)
-    assert done["adopted"] is False
+        held.outputs = [OUTPUT]
+        return held.adopt()
+
+
+@pytest.mark.fault(57)
+def test_a_result_that_dvc_did_not_come_to_keep_is_reused(finished) -> None:
+    assert adopted() and (OUTPUT / "weights").read_text() == "trained once"
+    assert not list(run_folder.paths.runs().glob("*.holder"))
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_result_that_dvc_holds_or_that_is_asked_for_by_hand_is_made_again(
+    finished, monkeypatch, by_hand: bool
+) -> None:
+    made = json.loads((finished.folder / run_folder.RESULT).read_text())
+    if by_hand:
+        monkeypatch.delenv("DVC_ROOT")
+    else:
+        Path("dvc.lock").write_text(f"md5: {made['md5']}")
+    assert not adopted()
+
+
+def test_a_damaged_result_is_not_reused(finished) -> None:
+    (finished.folder / OUTPUT / "weights").write_text("trained 0nce")
+    assert not adopted()
 
 
 @pytest.mark.parametrize("name", ["../../params.yaml", "params.yaml", "artifacts/samples.md"])
-def test_a_result_that_names_a_file_of_another_is_not_adopted(name: str) -> None:
-    done: dict[str, object] = {}
-    with run_folder.claim(IDENTITY) as held:
-        thread = second(done)
-        wait_until_awaited(held)
-        produce("trained once")
-        held.share([OUTPUT])
-        (held.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (held.folder / name).write_text("theirs")
-        made = json.loads((held.folder / run_folder.RESULT).read_text())
-        made["digests"][name] = tree_digest(held.folder / name)
-        (held.folder / run_folder.RESULT).write_text(json.dumps(made))
-    thread.join(20)
-    assert done["adopted"] is False
-
-
-def test_a_dead_waiter_does_not_count() -> None:
-    with run_folder.claim(IDENTITY) as held:
-        held.folder.with_name(held.folder.name + ".waiting-999999-1.00").touch()
-        assert not run_folder._awaited(held.folder)
+def test_a_result_that_names_a_file_of_another_is_not_reused(finished, name: str) -> None:
+    (finished.folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (finished.folder / name).write_text("theirs")
+    made = json.loads((finished.folder / run_folder.RESULT).read_text())
+    made["digests"][name] = tree_digest(finished.folder / name)
+    (finished.folder / run_folder.RESULT).write_text(json.dumps(made))
+    assert not adopted()
 
 
 def test_a_failed_training_lets_the_next_one_train() -> None:
@@ -132,12 +107,14 @@ def test_a_copy_never_writes_into_a_linked_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(40)
-def test_who_is_asked_not_to_wait_is_told_for_whom_and_writes_nothing() -> None:
+def test_a_second_trainer_of_the_same_is_told_who_trains_and_writes_nothing() -> None:
     with run_folder.claim(IDENTITY) as held:
         before = sorted((p, p.stat().st_mtime_ns) for p in held.folder.rglob("*"))
         with (
-            pytest.raises(BusyError, match=rf"process {os.getpid()} trains.*wait=false") as error,
-            run_folder.claim(IDENTITY, wait=False),
+            pytest.raises(
+                BusyError, match=rf"process {os.getpid()} trains this very configuration"
+            ) as error,
+            run_folder.claim(IDENTITY),
         ):
             raise AssertionError("two processes hold the same training")
         assert error.value.exit_code == 6
@@ -147,7 +124,7 @@ def test_who_is_asked_not_to_wait_is_told_for_whom_and_writes_nothing() -> None:
 @pytest.mark.fault(40, control=True)
 def test_two_without_a_lock_would_hold_the_same_training(monkeypatch) -> None:
     monkeypatch.setattr(run_folder.FileLock, "acquire", lambda self, timeout=None: None)
-    with run_folder.claim(IDENTITY) as first, run_folder.claim(IDENTITY, wait=False) as second_:
+    with run_folder.claim(IDENTITY) as first, run_folder.claim(IDENTITY) as second_:
         assert first.folder == second_.folder
 
 

@@ -17,6 +17,7 @@ from pipeline.studies.loss_scaling import (
     demonstrate,
 )
 from pipeline.training import loop
+from pipeline.training.optimizers import Update
 
 CPU = torch.device("cpu")
 
@@ -76,7 +77,7 @@ def test_a_collapsing_scale_stops_the_run_with_its_reason(shown) -> None:
 
 
 def test_a_scaler_that_does_not_skip_would_be_seen(monkeypatch) -> None:
-    monkeypatch.setattr(loop, "_step_if", lambda optimizer, allowed: optimizer.step())
+    monkeypatch.setattr(Update, "launch", lambda self, allowed: self._optimizer.step())
     first = demonstrate(CPU).points[0]
     assert first.found_inf and not first.unchanged
 
@@ -95,16 +96,7 @@ def test_the_page_counts_what_happened(shown) -> None:
     assert shown.stop in page and page.count("\n|") == len(shown.points) + 2
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_the_figure_draws_a_scale_only_where_one_is_in_force(shown, precision: str) -> None:
-    run = [(0, 65536.0, True, True), (1, 32768.0, False, False)]
-    own, other = figures.loss_scale(run, shown, precision).axes
-    assert bool(own.lines) == (precision == "fp16")
-    if precision == "fp16":
-        curve, marks = own.lines
-        assert list(zip(*curve.get_data(), strict=True)) == [(0, 65536), (1, 32768)]
-        assert list(zip(*marks.get_data(), strict=True)) == [(0, 65536)], "the skipped step"
-        assert own.get_title() == "this training: 1 of 2 steps skipped"
-    assert any("needs no loss scaling" in t.get_text() for t in own.texts) == (precision == "fp32")
-    drawn = other.lines[0].get_ydata()
+def test_the_figure_draws_every_scale_of_the_demonstration(shown) -> None:
+    (axes,) = figures.loss_scale(shown).axes
+    drawn = axes.lines[0].get_ydata()
     assert [math.log2(y) for y in drawn] == [math.log2(p.scale) for p in shown.points]

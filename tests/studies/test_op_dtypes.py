@@ -12,6 +12,7 @@ from pipeline.compute.precision import choose_precision
 from pipeline.model import gpt as model_module
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
+from pipeline.studies import op_dtypes
 from pipeline.studies.op_dtypes import MATRIX_PRODUCTS, PRODUCTS, Watch
 from pipeline.training import loop, optimizers, training_step
 
@@ -200,19 +201,6 @@ def test_the_eager_loss_is_watched_where_the_step_is_compiled(config) -> None:
     assert formats(watch, "forward", "addmm") == {"fp32 -> fp32"}
 
 
-def test_what_is_computed_in_the_middle_of_the_step_by_others_is_not_counted(config) -> None:
-    plain, looked_at = (start(config, "fp32") for _ in range(2))
-    expected = watched(plain, config)
-    watch = Watch(looked_at)
-
-    def look(state: training_step.TrainState) -> None:
-        with watch.looking_away():
-            state.model(batches(0)[0][0]).softmax(-1)
-
-    list(watch.first_of(loop.fit(looked_at, config.train, batches, look=look, look_at=0)))
-    assert watch.rows == expected.rows and watch.tensors == expected.tensors
-
-
 def test_calls_are_counted(config) -> None:
     watch = watched(start(config, "fp32"), config)
     calls = {(r.phase, r.where, r.operation): n for r, n in watch.rows.items()}
@@ -228,3 +216,11 @@ def test_the_page_is_a_table_a_phase(config) -> None:
     page = watch.page()
     for heading in ("## Forward", "## Backward", "## Update", "## Tensors outside"):
         assert heading in page
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_the_tiny_training_shows_the_formats_of_its_precision(bare_cpu, name: str) -> None:
+    before = torch.random.get_rng_state()
+    shown = formats(op_dtypes.watched(name, CPU), "forward", "addmm", "mm")
+    assert any(name[:2] in mode.partition(" -> ")[0] for mode in shown), shown
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -21,6 +21,7 @@ import pytest
 from pipeline import config as configuration
 from pipeline import paths
 from pipeline.records import record_file
+from pipeline.storage import digests
 from pipeline.tracking import mlflow_store, mlflow_view, recording
 from tests.conftest import ROOT, params, tiny_pipeline
 
@@ -181,7 +182,7 @@ def test_the_models_tab_shows_checkpoints_with_step_metrics_path_and_md5(
 ) -> None:
     page = visit(shipped.replace("/runs?", "/models?"), "best at step 3", width=6000)
     assert page.count("best at step 3") >= len(LOSSES)
-    model = record_file.dvc_md5(paths.MODEL)  # of the one that was shipped last
+    model = digests.dvc_md5(paths.MODEL)  # of the one that was shipped last
     for text in ("train/val_loss", "val/bits_per_byte", "artifacts/model", model):
         assert text in page, text
 

@@ -18,6 +18,7 @@ from pipeline.__main__ import main as command
 from pipeline.errors import InputError
 from pipeline.experiments import sync
 from pipeline.records import dvc_history, record_file
+from pipeline.storage import digests
 from pipeline.tracking import mlflow_run, mlflow_store, mlflow_ui, mlflow_view, recording
 from tests.conftest import NANO, recipe
 
@@ -148,7 +149,7 @@ def test_a_model_tells_its_step_losses_and_where_dvc_keeps_its_files(make_config
     with recording.record("evaluate", make_config()) as record:
         record.metrics({"init_val/loss": 10.8, "val/loss": 5.5}, 6)
     models = all_models()
-    md5 = record_file.dvc_md5(paths.MODEL)
+    md5 = digests.dvc_md5(paths.MODEL)
     assert models["best at step 3"].params == {"step": "3", "path": "artifacts/model", "md5": md5}
     found = {
         name: {(m.key, m.value, m.step, m.dataset_digest) for m in model.metrics}
@@ -225,7 +226,7 @@ def test_a_note_that_a_person_wrote_stays(make_config) -> None:
 def test_only_the_very_bytes_that_a_record_saw_are_attached(tmp_path: Path) -> None:
     path = Path("samples.md")
     path.write_text("one")
-    digest = record_file.tree_digest(path)
+    digest = digests.tree_digest(path)
     assert mlflow_run.from_workspace("samples.md", digest) == path
     path.write_text("two")
     assert mlflow_run.from_workspace("samples.md", digest) is None

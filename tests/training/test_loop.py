@@ -19,6 +19,7 @@ from pipeline.model.init import initialize
 from pipeline.model.loss import IGNORE, token_losses
 from pipeline.training import loop, training_step
 from pipeline.training.optimizers import parameter_groups
+from tests.helpers.steps import one_step
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=97, vocab_rows=128)
 CPU = torch.device("cpu")
@@ -55,11 +56,10 @@ def weights(state: training_step.TrainState) -> torch.Tensor:
 def test_ragged_micro_batches_of_one_equal_one_batch(model, train_config) -> None:
     x, y = batch(4, ignored=23)
     whole, parts = start(model, train_config), start(model, train_config)
-    one = training_step.train_step(whole, [(x, y)], 1e-3, 1.0)
-    four = training_step.train_step(
-        parts, [(x[i : i + 1], y[i : i + 1]) for i in range(4)], 1e-3, 1.0
-    )
-    assert four[:2] == pytest.approx(one[:2], rel=1e-5)
+    one = one_step(whole, [(x, y)], 1e-3, 1.0)
+    four = one_step(parts, [(x[i : i + 1], y[i : i + 1]) for i in range(4)], 1e-3, 1.0)
+    assert four.loss == pytest.approx(one.loss, rel=1e-5)
+    assert four.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
     # Adam's first step is lr * sign(gradient): where that is rounding noise signs may differ.
     assert (weights(parts) - weights(whole)).abs().mean() < 1e-6
 
@@ -67,7 +67,7 @@ def test_ragged_micro_batches_of_one_equal_one_batch(model, train_config) -> Non
 def test_the_logged_loss_covers_every_micro_batch(model, train_config) -> None:
     first, second = batch(2, seed=1), batch(2, seed=2)
     losses = [
-        training_step.train_step(start(model, train_config), batches, 1e-3, 1.0)[0]
+        one_step(start(model, train_config), batches, 1e-3, 1.0).loss
         for batches in ([first], [second], [first, second])
     ]
     assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-6)
@@ -82,9 +82,9 @@ def test_the_norm_is_reported_before_clipping_and_the_update_uses_the_clipped_on
     for state in states:
         state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
     before = weights(states[0])
-    norm = training_step.train_step(states[0], [batch(2)], 1.0, 0.0)[1]
+    norm = one_step(states[0], [batch(2)], 1.0, 0.0).grad_norm
     assert (weights(states[0]) - before).norm().item() == pytest.approx(norm, rel=1e-4)
-    assert training_step.train_step(states[1], [batch(2)], 1.0, norm / 4)[1] == pytest.approx(norm)
+    assert one_step(states[1], [batch(2)], 1.0, norm / 4).grad_norm == pytest.approx(norm)
     assert (weights(states[1]) - before).norm().item() == pytest.approx(norm / 4, rel=1e-4)
 
 
@@ -149,7 +149,7 @@ def test_the_tied_gradient_keeps_its_memory_from_step_to_step(model, train_confi
 
     buffers.release()
     for seed in range(3):
-        training_step.train_step(state, [batch(2, seed)], 1e-3, 1.0, look)
+        one_step(state, [batch(2, seed)], 1e-3, 1.0, look)
         with torch.no_grad():  # a validation in between takes nothing away
             state.loss_function(*batch(2), torch.ones(()))
     assert len(set(places)) == 1
@@ -158,7 +158,7 @@ def test_the_tied_gradient_keeps_its_memory_from_step_to_step(model, train_confi
 def test_clipping_inside_the_fused_kernel_equals_a_pass_of_its_own(model, train_config) -> None:
     fused, passes = start(model, train_config), start(model, train_config)
     for seed in range(3):
-        norm = training_step.train_step(fused, [batch(2, seed)], 1e-3, 0.1)[1]
+        norm = one_step(fused, [batch(2, seed)], 1e-3, 0.1).grad_norm
         training_step.gradients(passes, [batch(2, seed)])
         for group in passes.optimizer.param_groups:
             group["lr"] = 1e-3
@@ -178,7 +178,7 @@ def test_clipping_inside_the_fused_kernel_equals_a_pass_of_its_own(model, train_
 @pytest.mark.parametrize("limit", [0.0, 1e9])
 def test_a_gradient_within_the_limit_is_not_touched(model, train_config, limit: float) -> None:
     clipped, free = start(model, train_config), start(model, train_config)
-    training_step.train_step(clipped, [batch(2)], 1e-3, limit)
+    one_step(clipped, [batch(2)], 1e-3, limit)
     training_step.gradients(free, [batch(2)])
     for group in free.optimizer.param_groups:
         group["lr"] = 1e-3
@@ -193,7 +193,7 @@ def test_fp16_clips_the_same_gradient_at_scales_1_and_65536(model, train_config)
         state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1.0)
         state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         before = weights(state)
-        norms.append(training_step.train_step(state, [batch(2)], 1.0, 0.1)[1])
+        norms.append(one_step(state, [batch(2)], 1.0, 0.1).grad_norm)
         moved.append(weights(state) - before)
     assert norms[0] == pytest.approx(norms[1], rel=5e-3)
     assert moved[0].norm().item() == pytest.approx(0.1, rel=1e-3)
@@ -209,10 +209,10 @@ def test_an_inf_gradient_leaves_parameters_alone_and_halves_the_scale(model, tra
     state = start(model, train_config, "fp16")
     poison(state, math.inf)
     before = weights(state)
-    _, norm, scale, skipped = training_step.train_step(state, [batch(2)], 1e-3, 1.0)
-    assert skipped and math.isinf(norm)
+    made = one_step(state, [batch(2)], 1e-3, 1.0)
+    assert made.skipped and math.isinf(made.grad_norm)
     assert torch.equal(weights(state), before)
-    assert state.scaler.get_scale() == scale / 2
+    assert state.scaler.get_scale() == made.loss_scale / 2
 
 
 def test_a_skipped_step_is_reported_and_uses_up_its_place_in_the_schedule(

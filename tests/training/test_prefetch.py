@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +14,11 @@ from pipeline.compute.precision import choose_precision
 from pipeline.errors import InputError, NumericsError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
-from pipeline.studies import loss_scaling
+from pipeline.studies import tiny
 from pipeline.training import loop, training_step
 from pipeline.training.prefetch import Prefetch
 from tests.helpers import stand_in
+from tests.helpers.steps import one_step
 
 SHAPE = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=97, vocab_rows=128)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -71,11 +72,12 @@ def test_a_step_waits_for_the_device_once_and_last(
         return once(*numbers)
 
     batches = [batch(n) for n in range(accumulate)]
-    training_step.train_step(state, batches, 1e-3, 1.0)  # the first one makes the optimizer's state
-    monkeypatch.setattr(loop, "_read", read)
+    one_step(state, batches, 1e-3, 1.0)  # the first one makes the optimizer's state
+    monkeypatch.setattr(training_step, "_read", read)
     with Waits() as waits:
+        config = replace(tiny.TRAIN, skip_spikes=5.0)
         training_step.train_step(
-            state, batches, 1e-3, 1.0, None, 5.0, lambda: order.append("ahead")
+            state, batches, 1e-3, config, meanwhile=lambda: order.append("ahead")
         )
     assert order[0] == "ahead" and len(order) == 2
     # The host's own: how many targets count (int64), and on a CPU alone whether the loss is scaled
@@ -88,7 +90,7 @@ def test_a_step_waits_for_the_device_once_and_last(
 def test_the_count_sees_a_number_read_in_between(start) -> None:
     state = start("fp32")
     with Waits() as waits:
-        training_step.train_step(state, [batch()], 1e-3, 1.0, look=lambda state: None)
+        one_step(state, [batch()], 1e-3, 1.0, look=lambda state: None)
     assert torch.float32 in waits.reads
 
 
@@ -99,7 +101,7 @@ def norm_of(state: training_step.TrainState, value: float) -> None:
 def test_a_forbidden_update_that_was_launched_all_the_same_changes_nothing(start) -> None:
     state = start("fp32")
     for step in range(3):
-        training_step.train_step(state, [batch(step)], 1e-3, 1.0)
+        one_step(state, [batch(step)], 1e-3, 1.0)
     norm_of(state, math.inf)
     held = [
         *state.model.parameters(),
@@ -107,7 +109,7 @@ def test_a_forbidden_update_that_was_launched_all_the_same_changes_nothing(start
     ]
     before = [t.detach().clone() for t in held]
     with pytest.raises(NumericsError, match="gradient norm is (inf|nan); no update was made"):
-        training_step.train_step(state, [batch(3)], 1e-3, 1.0)
+        one_step(state, [batch(3)], 1e-3, 1.0)
     assert all(map(torch.equal, before, held)), "parameters, moments and counts, bit for bit"
     assert not hasattr(state.optimizer, "found_inf"), "the next step is not forbidden, too"
 
@@ -168,7 +170,7 @@ def test_a_batch_that_already_lies_on_the_device_is_trained_on_as_it_is(gpu, sta
         on_device = training_step.start(state.model, config, choose_precision("fp32", CUDA))
         return [report.loss for report in loop.fit(on_device, config, batches_of)]
 
-    config = SimpleNamespace(**vars(loss_scaling._settings()) | {"steps": 4})
+    config = replace(tiny.TRAIN, steps=4)
     there = [tuple(part.to(CUDA) for part in batch(step)) for step in range(4)]
     assert Prefetch(lambda step: [there[step]], CUDA)(2)[0][0] is there[2][0]
     assert losses(lambda step: [there[step]]) == losses(lambda step: [batch(step)])

@@ -1,0 +1,36 @@
+"""Digests of values, files and folders: SHA-256 for us, MD5 as DVC names its files."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a plain value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def tree_digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's names and contents in order."""
+    total = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        total.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with open(file, "rb") as content:
+            total.update(hashlib.file_digest(content, "sha256").digest())
+    return total.hexdigest()
+
+
+def dvc_md5(path: Path) -> str:
+    """What DVC calls this file or folder in dvc.lock and in its cache."""
+    md5 = functools.partial(hashlib.md5, usedforsecurity=False)
+    if path.is_file():
+        with open(path, "rb") as content:
+            return hashlib.file_digest(content, md5).hexdigest()
+    files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
+    listed = [{"md5": dvc_md5(files[name]), "relpath": name} for name in sorted(files)]
+    return md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"

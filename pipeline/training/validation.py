@@ -1,0 +1,36 @@
+"""Validation while training: the same tokens at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from pipeline.data.token_files import validation_windows
+from pipeline.model.loss import mean_loss
+
+if TYPE_CHECKING:
+    from pipeline.config import TrainConfig
+    from pipeline.data.token_files import Tokens
+    from pipeline.training.prefetch import Batch
+    from pipeline.training.training_step import TrainState
+
+
+def windows(held_out: Tokens, config: TrainConfig) -> Iterator[Batch]:
+    """Batches of the first `train.val_tokens` tokens of the validation split."""
+    return validation_windows(
+        held_out,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        limit=config.val_tokens,
+    )
+
+
+def validate(
+    state: TrainState,
+    held_out: Tokens,
+    config: TrainConfig,
+    while_: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
+) -> float:
+    """Mean loss in nats/token; `while_` may end the batches early by raising an error."""
+    batches = while_(windows(held_out, config))
+    return mean_loss(state.model, batches, state.precision, state.precision.device)

@@ -1,0 +1,185 @@
+"""What every stage does alike: run as a process, check, announce."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from pipeline import config as configuration
+from pipeline import terminal
+from pipeline.config import Config
+from pipeline.drawing import dvc_plots
+from pipeline.errors import ChangedError, UserError, disk_full, exit_code, out_of_memory
+from pipeline.records import git, provenance
+from pipeline.resume import run_folder
+from pipeline.tables import write_json
+
+if TYPE_CHECKING:
+    from pipeline.compute.precision import Precision
+    from pipeline.records.record_file import Record
+    from pipeline.training.loop import StepReport
+
+log = logging.getLogger(__name__)
+
+# Here and not in `run`: a stage's module imports the libraries that may crash before it calls it.
+if sys.stderr and not faulthandler.is_enabled():
+    faulthandler.enable()
+# Here, too: a module that is edited while the libraries are imported has been read already.
+provenance.find_code()
+
+# `dvc exp show` gives every metric a column: what the settings fix, what all experiments share,
+# and error bars are in the record and in MLflow alone.
+BESIDE = re.compile(
+    r"train/(steps|tokens)|model/.*|init_val/.*|val/unigram_loss|.*(_count|_acc|_per_token|_stderr)"
+    r"|health/(grad_norm_last|clipped_share|update_ratio)|perf/(matrix_gflops|warm_up_seconds)"
+)
+
+
+def run(main: Callable[[Config], None], stage: str = "") -> None:
+    """A stage as a process: checked settings in, an exit code out.
+
+    A mistake that the user can mend ends in one message; a bug keeps its traceback, a crash in a
+    library's machine code too. With the name of a `stage` in dvc.yaml its result is handed to DVC
+    only if it rests on what DVC will file it under, see `held`.
+    """
+    terminal.guard()
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.captureWarnings(True)
+    for stream in (sys.stdout, sys.stderr):  # a sample may hold what a pipe's encoding does not
+        stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed
+    try:
+        config = configuration.load()
+        git.warn()
+        if stage:
+            held(main, stage, config)
+        else:
+            main(config)
+        dvc_plots.keep_script()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt as error:
+        print("interrupted", file=sys.stderr)
+        sys.exit(exit_code(error))
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        print(f"error: {error}; make room, and say the same again", file=sys.stderr)
+        sys.exit(exit_code(error))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory ({str(error).partition('. ')[0]}); halve train.batch_size and "
+            "double train.accumulate, or lower evaluate.batch_size",
+            file=sys.stderr,
+        )
+        sys.exit(exit_code(error))
+
+
+def held(main: Callable[[Config], None], stage: str, config: Config) -> None:
+    """A stage's work, unless it was finished before; raises ChangedError after an edit meanwhile.
+
+    What DVC hashes when the command has ended must be what the work began with: the settings that
+    the stage reads, its code, its inputs.
+    """
+    stamps = provenance.input_stamps(stage, config)
+    identity = run_folder.identity(stage, config, stamps)
+    if run_folder.take_over(identity):
+        print(f"{stage}: identical work already finished; reusing its verified result")
+    else:
+        main(config)
+    replaced = provenance.changed_inputs(stamps, provenance.input_stamps(stage, config))
+    edited = provenance.edits(stage, config)
+    if replaced:
+        raise ChangedError(
+            f"changed while {stage} read them:{provenance.listed(replaced + edited)}\n"
+            "Nobody can tell which of them the result is of. Give the same command again: the "
+            "stage runs on what lies there now"
+        )
+    if edited:
+        way = "put the old back, give the same command, and it is taken over"
+        kept = f"The finished work is kept: {way}. " if run_folder.keep(identity) else ""
+        raise ChangedError(
+            f"edited while {stage} was at work:{provenance.listed(edited)}\n"
+            "DVC files a result under what it finds when the stage ends, so it did not get this "
+            f"one. {kept}With the new, the same command runs the stage anew. `dvc exp run --temp` "
+            "works on a copy, which no edit reaches"
+        )
+
+
+def check_model(folder: Path) -> None:
+    """Raise InputError unless a model directory is whole; it is dropped: one at a time fits."""
+    from pipeline.model.model_dir import load_model  # torch: see announce
+
+    load_model(folder)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How a stage computes, and how fast products are here."""
+
+    precision: Precision
+    matrix_rate: float  # FLOP/s
+
+
+def measure(config: Config) -> Machine:
+    """The precision that is in effect here, and its rate. Nothing else may compute meanwhile."""
+    from pipeline.compute import precision, runtime, throughput  # torch: see announce
+
+    chosen = precision.choose_precision(config.precision, runtime.choose_device(config.device))
+    return Machine(chosen, throughput.matrix_rate(chosen))
+
+
+def announce(stage: str, precision: Precision, record: Record) -> None:
+    """What was asked for, what is in effect, and why: aloud, in the row, and as a warning if less.
+
+    The tags of `train` are the row's own, those of another stage carry its name.
+    """
+    from pipeline.compute.runtime import (
+        device_name,  # torch: the stages that compute nothing go without
+    )
+
+    device = device_name(precision.device)
+    line = f"{stage}: device {device}, precision {precision.effective}"
+    print(line + (f" ({precision.reason})" if precision.reason else ""), flush=True)
+    if precision.effective != precision.asked:
+        log.warning(
+            "%s: precision=%s is not in effect: %s", stage, precision.asked, precision.reason
+        )
+    prefix = "" if stage == "train" else f"{stage}."
+    facts = {
+        "precision.asked": precision.asked,
+        "precision.effective": precision.effective,
+        "precision.reason": precision.reason,
+        "precision.emulated": precision.emulated,
+        "device.name": device,
+    }
+    record.tags({prefix + name: value for name, value in facts.items()})
+
+
+def write_metrics(path: Path, values: dict[str, float]) -> None:
+    """The metrics of DVC: what people compare first, without BESIDE."""
+    write_json(path, {key: value for key, value in values.items() if not BESIDE.fullmatch(key)})
+
+
+def progress(reports: Iterable[StepReport], steps: int, done: int) -> Iterator[StepReport]:
+    """A bar with loss, tokens/s and time left; rarely redrawn where it goes to a file."""
+    every = 0.5 if sys.stderr.isatty() else 20.0
+    with tqdm(total=steps, initial=done, desc="train", unit="step", mininterval=every) as bar:
+        for report in reports:
+            bar.total = report.steps
+            rate = report.tokens / report.seconds
+            bar.set_postfix_str(f"loss {report.loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            bar.update()
+            yield report
