@@ -36,8 +36,20 @@ from omegaconf import OmegaConf
 from benchmarks.side_by_side import in_a_fresh_process
 from pipeline import config as configuration
 from pipeline import paths
+from pipeline.compute import throughput
+from pipeline.compute.precision import choose_precision
+from pipeline.compute.runtime import choose_device
 from pipeline.config import Config
+from pipeline.data import token_files
+from pipeline.diagnostics import doctor, forecast
+from pipeline.records import stage_graph
+from pipeline.records.record_file import Record
+from pipeline.resume import run_folder
+from pipeline.resume.checkpoints import Checkpoints
 from pipeline.storage.folders import remove
+from pipeline.tracking import recording
+from pipeline.training import loop
+from pipeline.training.history import History
 from stages import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,32 +69,39 @@ SIZES = {
 MINUTES = 10  # between checkpoints of the 124M recipe
 STAGES = ("tokenize_corpus", "import_hf_weights", "train", "evaluate", "sample", "numerics")
 STEPS, VALIDATION, CHECKPOINT = "steps", "validation", "checkpoints"
-DEMONSTRATION = "matrix rate, loss-scale demonstration"
 SLOWER = "steps slower than the bare loop's"
 INSTANT = 0.05  # seconds: what is shorter at 124m only asked for free space
-EACH_STEP = ("batches", "record: metrics", "tracking: each event")  # what grows with the steps
+EACH_STEP = ("batches", "record: metrics")  # what grows with the steps
 HOUR = 3600.0  # the run that costs which come once are held against at 124m
 # Who does what in `stages.train`: the label, and where the function is looked up.
-PARTS = {
-    STEPS: ("training.train_step",),
-    VALIDATION: ("mean_loss",),
-    "batches": ("training.micro_batches",),
-    CHECKPOINT: ("Checkpoints.save", "Checkpoints.keep_best", "Checkpoints.check_room"),
+PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
+    STEPS: ((loop, "train_step"),),
+    VALIDATION: ((train, "validate"),),
+    "batches": ((loop, "micro_batches"), (train, "micro_batches")),
+    CHECKPOINT: tuple((Checkpoints, name) for name in ("save", "keep_best", "check_room")),
     "verification": (
-        "data.open_tokens",
-        "check_model",
-        "records.tree_digest",
-        "Checkpoints.newest",
+        (token_files, "open_tokens"),
+        (train, "check_model"),
+        (Checkpoints, "newest"),
     ),
-    "record: metrics": ("Record.metrics",),
-    "record: tags, artifacts, checkpoints": ("Record.tags", "Record.artifact", "Record.checkpoint"),
-    "tracking: each event": ("tracking.Courier.__call__",),
-    "tracking: to begin and to end": ("tracking.Courier.__init__", "tracking.Courier.close"),
-    "forecast": ("foresee", "foresee_time"),
-    "doctor": ("doctor.Rounds.look", "judge"),
-    DEMONSTRATION: ("throughput.matrix_rate", "scaling.demonstrate"),
-    "loading the model": ("load_model", "training.start"),
-    "results and study": ("write_results", "write_study", "save_model", "copy", "runs.Run.share"),
+    "record: metrics": ((Record, "metrics"),),
+    "record: tags, artifacts, checkpoints": (
+        *((Record, name) for name in ("tags", "artifact", "checkpoint")),
+    ),
+    "tracking: to begin and to end": (
+        *((recording.Courier, name) for name in ("__init__", "close")),
+    ),
+    "forecast": ((forecast, "before_training"), (forecast, "after_first_steps")),
+    "doctor": ((doctor.Rounds, "look"), (doctor, "judge")),
+    "matrix rate": ((throughput, "matrix_rate"),),
+    "loading the model": ((train, "from_folder"),),
+    "results": (
+        (Checkpoints, "write_models"),
+        (History, "summary"),
+        (History, "write_curves"),
+        (train, "write_metrics"),
+        (run_folder.Run, "share"),
+    ),
 }
 
 
@@ -106,16 +125,14 @@ class Clock:
                 self._inner[-1] += whole
 
     @contextlib.contextmanager
-    def watching(self, module: Any) -> Iterator[None]:
-        """While entered, the functions of PARTS, as `module` finds them, are timed."""
+    def watching(self) -> Iterator[None]:
+        """While entered, the functions of PARTS are timed."""
         with contextlib.ExitStack() as stack:
-            for label, names in PARTS.items():
-                for name in names:
-                    *owners, last = name.split(".")
-                    owner = functools.reduce(getattr, owners, module)
-                    plain = getattr(owner, last)
-                    setattr(owner, last, self._timed(label, plain))
-                    stack.callback(setattr, owner, last, plain)
+            for label, places in PARTS.items():
+                for owner, name in places:
+                    plain = getattr(owner, name)
+                    setattr(owner, name, self._timed(label, plain))
+                    stack.callback(setattr, owner, name, plain)
             yield
 
     def _timed(self, label: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,37 +149,25 @@ Seconds = dict[str, list[float]]  # of every call, by label
 
 def whole_stage(config: Config) -> tuple[float, Seconds]:
     """Seconds of `stages.train.main` from tokens and model to its last byte, and by part."""
-    for made in (paths.runs(), *train.OUTPUTS):
+    for made in (paths.runs(), *map(Path, stage_graph.stages()["train"].outs)):
         remove(made)
     clock = Clock()
     began = time.perf_counter()
-    with clock.watching(train), contextlib.redirect_stdout(sys.stderr):
+    with clock.watching(), contextlib.redirect_stdout(sys.stderr):
         train.main(config)
-    whole, calls = time.perf_counter() - began, clock.calls
-    # The demonstration makes steps of its own, before those of the training.
-    calls[DEMONSTRATION] += calls[STEPS][: -config.train.steps]
-    calls[STEPS] = calls[STEPS][-config.train.steps :]
-    return whole, calls
+    return time.perf_counter() - began, clock.calls
 
 
 def bare_loop(config: Config) -> tuple[float, Seconds]:
     """The same of `fit` on the same tokens from the same weights, and nothing else."""
-    clock, c = Clock(), config.model
-    device = train.runtime.choose_device(config.device)
+    clock = Clock()
+    precision = choose_precision(config.precision, choose_device(config.device))
     began = time.perf_counter()
-    with clock.watching(train):
-        tokens = train.data.open_tokens(paths.TOKENS, "train")
-        model = train.load_model(
-            paths.INIT,
-            vocab_rows=c.vocab_rows,
-            dropout=c.dropout,
-            attention=c.attention,
-            device=device,
-        )
-        precision = train.choose_precision(config.precision, device)
-        state = train.training.start(model, config.train, precision)
-        batches = functools.partial(train.training.micro_batches, tokens, config.train)
-        for _ in train.training.fit(state, config.train, batches):
+    with clock.watching():
+        tokens = token_files.open_tokens(paths.TOKENS, "train")
+        state = train.from_folder(paths.INIT, config, precision)
+        batches = functools.partial(loop.micro_batches, tokens, config.train)
+        for _ in loop.fit(state, config.train, batches):
             pass
     return time.perf_counter() - began, clock.calls
 

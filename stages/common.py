@@ -21,6 +21,7 @@ from pipeline.drawing import dvc_plots
 from pipeline.errors import ChangedError, UserError, disk_full, exit_code, out_of_memory
 from pipeline.records import git, provenance
 from pipeline.resume import run_folder
+from pipeline.storage.digests import tree_digest
 from pipeline.tables import write_json
 
 if TYPE_CHECKING:
@@ -118,11 +119,32 @@ def held(main: Callable[[Config], None], stage: str, config: Config) -> None:
         )
 
 
-def check_model(folder: Path) -> None:
-    """Raise InputError unless a model directory is whole; it is dropped: one at a time fits."""
+class NewEdits:
+    """Edits that are made while a stage is at work, each told once."""
+
+    def __init__(self, stage: str, config: Config):
+        self._stage, self._config = stage, config
+        self._told: set[str] = set()
+
+    def found(self) -> list[str]:
+        """A warning for each edit that was not told before."""
+        new = [
+            edit for edit in provenance.edits(self._stage, self._config) if edit not in self._told
+        ]
+        self._told.update(new)
+        return [
+            f"edited while {self._stage} is at work: {edit}. It continues as it began, and DVC "
+            "takes its result only if the old is back when it ends"
+            for edit in new
+        ]
+
+
+def check_model(folder: Path) -> str:
+    """SHA-256 of a model directory; raises InputError unless it is whole. It is dropped again."""
     from pipeline.model.model_dir import load_model  # torch: see announce
 
     load_model(folder)
+    return tree_digest(folder)
 
 
 @dataclass(frozen=True)

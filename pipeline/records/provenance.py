@@ -63,24 +63,6 @@ def edits(stage: str, config: Config) -> list[str]:
     ]
 
 
-class NewEdits:
-    """Edits that are made while a stage is at work, each told once."""
-
-    def __init__(self, stage: str, config: Config):
-        self._stage, self._config = stage, config
-        self._told: set[str] = set()
-
-    def found(self) -> list[str]:
-        """A warning for each edit that was not told before."""
-        new = [edit for edit in edits(self._stage, self._config) if edit not in self._told]
-        self._told.update(new)
-        return [
-            f"edited while {self._stage} is at work: {edit}. It continues as it began, and DVC "
-            "takes its result only if the old is back when it ends"
-            for edit in new
-        ]
-
-
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A phrase for each setting that two sets of them do not share."""
     names = dict.fromkeys([*before, *now])

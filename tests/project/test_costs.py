@@ -21,10 +21,11 @@ def test_a_label_is_not_charged_for_those_that_it_calls(monkeypatch) -> None:
 
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(overhead, "PARTS", {"checkpoints": ("save",), "verification": ("hashes",)})
     module = SimpleNamespace(save=save, hashes=hashes)
+    parts = {"checkpoints": ((module, "save"),), "verification": ((module, "hashes"),)}
+    monkeypatch.setattr(overhead, "PARTS", parts)
     clock = overhead.Clock()
-    with clock.watching(module):
+    with clock.watching():
         module.save()
         module.save()
     assert clock.calls == {"checkpoints": [2, 2], "verification": [5, 5]}
@@ -91,6 +92,6 @@ def test_every_axis_starts_and_its_laws_are_numbers() -> None:
 
 
 def test_every_timed_part_is_one_that_the_train_stage_has() -> None:
-    with overhead.Clock().watching(overhead.train):
-        assert overhead.train.training.train_step.__wrapped__
-    assert not hasattr(overhead.train.training.train_step, "__wrapped__")
+    with overhead.Clock().watching():
+        assert overhead.loop.train_step.__wrapped__
+    assert not hasattr(overhead.loop.train_step, "__wrapped__")
