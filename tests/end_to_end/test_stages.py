@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +18,9 @@ from pipeline.model import hf_layout
 from pipeline.model.hf_layout import parameter_table
 from pipeline.model.model_dir import save_model
 from pipeline.records import record_file
-from pipeline.resume import course
-from pipeline.studies import init_study, loss_scaling
+from pipeline.studies import init_study
 from pipeline.tables import write_json
-from pipeline.training import loop
+from pipeline.training import history, loop
 from stages import evaluate, import_hf_weights, sample, train
 from stages.common import announce, run
 from tests.conftest import ROOT, NoCourier
@@ -177,31 +175,18 @@ def step_report(**changes: object) -> loop.StepReport:
 
 
 def test_a_skipped_step_shows_in_the_curves_as_one_and_leaves_a_gap_in_the_norm() -> None:
-    good = course.step_metrics(step_report())
-    skipped = course.step_metrics(step_report(grad_norm=math.inf, skipped=True, loss_scale=32768.0))
+    good = history.step_metrics(step_report())
+    skipped = history.step_metrics(
+        step_report(grad_norm=math.inf, skipped=True, loss_scale=32768.0)
+    )
     names = ("train/loss_scale", "train/found_inf", "train/skipped")
     assert [good[name] for name in names] == [65536.0, 0.0, 0.0]
     assert [skipped[name] for name in names] == [32768.0, 1.0, 1.0]
     assert good["train/grad_norm"] == 1.25 and "train/grad_norm" not in skipped
-    nan = course.step_metrics(step_report(grad_norm=math.nan))
+    nan = history.step_metrics(step_report(grad_norm=math.nan))
     assert nan["train/found_inf"] == 1.0 and "train/grad_norm" not in nan
     assert (good["train/loss"], good["train/learning_rate"]) == (2.5, 0.01)
     assert good["perf/step_tokens_per_second"] == 128
-
-
-def test_the_time_of_the_train_study_is_in_its_record(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    device = torch.device("cpu")
-    shown = replace(loss_scaling.demonstrate(device), seconds=70.0)
-    precision = Precision("fp32", "fp32", "", False, device, None)
-    study = tmp_path / "study"
-    study.mkdir()
-    (study / "dtypes.md").write_text("of the first step")
-    record = _Kept()
-    curve = [step_report(seconds=7.5), step_report(step=1), step_report(step=2)]
-    train.write_study(record, study, precision, shown, curve)
-    assert 77.0 < record.values["time/train_study_seconds"] < 107.0
-    assert (paths.TRAIN_STUDY / "dtypes.md").read_text() == "of the first step"
 
 
 def test_the_parameter_table_shows_every_tensor_and_the_total(make_config, capsys) -> None:

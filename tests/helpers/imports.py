@@ -60,7 +60,7 @@ def source(module: str) -> Path:
 
 
 def makes_results(module: str) -> bool:
-    return room_of(module) in MAKES or module == "pipeline.resume.course"
+    return room_of(module) in MAKES
 
 
 def closure(path: Path) -> set[str]:

@@ -23,20 +23,23 @@ from omegaconf import OmegaConf
 
 from pipeline import config as configuration
 from pipeline import paths
+from pipeline.compute import throughput
 from pipeline.compute.precision import choose_precision
 from pipeline.compute.runtime import generator
 from pipeline.data import token_writer
 from pipeline.data.corpus import Document
+from pipeline.diagnostics import doctor, forecast
 from pipeline.errors import InputError, NumericsError, ResumeError, StorageError, exit_code
 from pipeline.model import model_dir
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.model.model_dir import save_model
-from pipeline.records import provenance, record_file
-from pipeline.resume import checkpoints, course, run_folder, snapshot
+from pipeline.records import provenance, record_file, stage_graph
+from pipeline.resume import checkpoints, interruption, run_folder, snapshot
 from pipeline.storage import digests, folders
 from pipeline.tracking import recording
-from pipeline.training import loop, training_step
+from pipeline.training import history, loop, training_step, validation
+from pipeline.training.history import History
 from stages import common, train
 from tests.conftest import NoCourier, params
 from tests.helpers.steps import one_step
@@ -58,6 +61,7 @@ SMALL: dict[str, Any] = {
     "train__val_tokens": 40,
     "checkpoint__every_steps": 3,
 }
+OUTPUTS = [Path(out) for out in stage_graph.stages()["train"].outs]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="a killed child needs fork")
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of fork
 
@@ -83,15 +87,12 @@ def workspace(prepared: Path, tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setattr(recording, "Courier", NoCourier)
-    monkeypatch.setattr(train, "foresee", lambda *_: None)
-    monkeypatch.setattr(train, "judge", lambda *_: {})
-    monkeypatch.setattr(train.doctor.Rounds, "look", lambda *_: [])
-    monkeypatch.setattr(train.scaling, "demonstrate", lambda *_: None)
-    monkeypatch.setattr(train.throughput, "matrix_rate", lambda *_: 1e9)
-    monkeypatch.setattr(
-        train, "write_study", lambda *_: train.paths.TRAIN_STUDY.mkdir(exist_ok=True)
-    )
-    monkeypatch.setattr(train.records, "_git", lambda *_: "")
+    monkeypatch.setattr(forecast, "before_training", lambda *_: [])
+    monkeypatch.setattr(forecast, "after_first_steps", lambda *_: "")
+    monkeypatch.setattr(doctor, "judge", lambda *_: ({}, []))
+    monkeypatch.setattr(doctor.Rounds, "look", lambda *_: [])
+    monkeypatch.setattr(throughput, "matrix_rate", lambda *_: 1e9)
+    monkeypatch.setattr(record_file, "_git", lambda *_: "")
     return tmp_path
 
 
@@ -155,19 +156,19 @@ class Seen:
 
     def __init__(self, folder: Path, monkeypatch):
         self.losses, self.end = folder / "losses.txt", folder / "end"
-        step, through = course.Course.step, train.go_through
+        add, through = History.add, train.loop
 
-        def note(self_: course.Course, report: loop.StepReport) -> None:
+        def note(self_: History, report: loop.StepReport, *rest: Any) -> None:
             with open(self.losses, "a") as file:
                 file.write(f"{report.step} {report.loss.hex()}\n")
-            step(self_, report)
+            add(self_, report, *rest)
 
-        def to_the_end(course_: course.Course, state: training_step.TrainState, *rest: Any) -> None:
-            through(course_, state, *rest)
+        def to_the_end(job: train.Job, state: training_step.TrainState, *rest: Any) -> None:
+            through(job, state, *rest)
             snapshot.save_snapshot(self.end, state, {})
 
-        monkeypatch.setattr(course.Course, "step", note)
-        monkeypatch.setattr(train, "go_through", to_the_end)
+        monkeypatch.setattr(History, "add", note)
+        monkeypatch.setattr(train, "loop", to_the_end)
 
     def take(self) -> tuple[dict[int, str], dict[str, str], bytes]:
         """Losses by step, the sums of the state's files, the best model; then begin anew."""
@@ -266,7 +267,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves(
 
 @pytest.mark.fault(36, control=True)
 def test_without_the_handler_the_step_is_lost(workspace: Path, settings, monkeypatch) -> None:
-    monkeypatch.setattr(train.interruption.Interruption, "_listen", lambda self: None)
+    monkeypatch.setattr(interruption.Interruption, "_listen", lambda self: None)
     number = signal.SIGINT
     with at_step(7, lambda: os.kill(os.getpid(), number)), pytest.raises(KeyboardInterrupt):
         train.main(settings())
@@ -274,14 +275,14 @@ def test_without_the_handler_the_step_is_lost(workspace: Path, settings, monkeyp
 
 
 def stopped_in_validation(config: configuration.Config, monkeypatch) -> None:
-    windows = train.data.validation_windows
+    windows = validation.windows
 
     def interrupted(*args: Any, **kwargs: Any) -> Iterator[Any]:
         os.kill(os.getpid(), signal.SIGTERM)
         yield from windows(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.data, "validation_windows", interrupted)
+        patch.setattr(validation, "windows", interrupted)
         with pytest.raises(SystemExit):
             train.main(config)
 
@@ -314,7 +315,7 @@ def test_a_validation_after_the_newest_checkpoint_keeps_its_best_model(
     workspace: Path, settings, monkeypatch
 ) -> None:
     with monkeypatch.context() as patch:  # saved after step 4, before its validation
-        patch.setattr(course.Course, "validation_due", lambda self: False)
+        patch.setattr(History, "validation_due", lambda self: False)
         stopped_at(3, settings())
     with at_step(5, kill):  # validated, and killed before the next checkpoint
         assert in_a_child(lambda: train.main(settings())) == -signal.SIGKILL
@@ -344,7 +345,7 @@ def test_a_second_signal_during_the_save_ends_at_once_and_harms_nothing(
         assert in_a_child(lambda: train.main(settings())) == 143  # the first alone
     assert saved_steps() == ["step-00000006"]
     with at_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        monkeypatch.setattr(course.Course, "validation_due", lambda self: False)
+        monkeypatch.setattr(History, "validation_due", lambda self: False)
         assert in_a_child(work) == -signal.SIGTERM
         assert time.monotonic() - began < 25
     assert "step-00000009" not in saved_steps()
@@ -787,7 +788,7 @@ def test_another_machine_is_warned_of_by_name(
 ) -> None:
     stopped_at(7, settings())
     now = checkpoints.machine(choose_precision("fp32", CPU)) | {"torch": "9.9"}
-    monkeypatch.setattr(course, "machine", lambda _: now)
+    monkeypatch.setattr(checkpoints, "machine", lambda _: now)
     with caplog.at_level(logging.WARNING):
         train.main(settings())
     (line,) = [m for m in caplog.messages if "not bit-equal" in m]
@@ -828,12 +829,12 @@ def test_a_run_that_left_the_numbers_keeps_its_checkpoints_and_says_why(
 def test_a_finished_training_is_kept_until_dvc_has_it(workspace: Path, settings, capsys) -> None:
     """DVC killed between the end of the stage and its commit costs no training."""
     train.main(settings())
-    before = {path: digests.tree_digest(path) for path in train.OUTPUTS}
-    for path in train.OUTPUTS:
+    before = {path: digests.tree_digest(path) for path in OUTPUTS}
+    for path in OUTPUTS:
         folders.remove(path)  # as DVC does before it starts a stage
     train.main(settings())
-    assert "its checked result is taken over" in capsys.readouterr().out
-    assert {path: digests.tree_digest(path) for path in train.OUTPUTS} == before
+    assert "reusing its verified result" in capsys.readouterr().out
+    assert {path: digests.tree_digest(path) for path in OUTPUTS} == before
     run_folder.forget_result()  # as the next stage does
     assert run_folder._folders() == []
 
@@ -861,13 +862,13 @@ def test_a_time_budget_counts_what_was_spent_before(workspace: Path, settings, m
     assert 0 < facts["budget"]["spent"] < 60 and facts["budget"]["planned"] == 12
     path = the_run() / "checkpoints" / saved_steps()[-1] / "snapshot.json"
     seen: list[float] = []
-    original = course.Budget
+    original = history.Budget
 
     def budget(*args: Any, **kwargs: Any) -> Any:
         seen.append(kwargs.get("spent", 0.0))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(course, "Budget", budget)
+    monkeypatch.setattr(history, "Budget", budget)
     train.main(config)
     assert facts["budget"]["spent"] in seen
     assert not path.exists()
@@ -919,7 +920,7 @@ def test_never_begins_anew_even_where_a_result_was_left_behind(
 ) -> None:
     train.main(settings())
     train.main(settings(checkpoint__resume="never"))
-    assert "taken over" not in capsys.readouterr().out
+    assert "reusing" not in capsys.readouterr().out
 
 
 def test_a_plan_that_became_shorter_ends_with_a_validation(
@@ -928,7 +929,7 @@ def test_a_plan_that_became_shorter_ends_with_a_validation(
     config = settings(train__val_every=50, train__time_budget=5.0)
     with at_step(11, kill):
         assert in_a_child(lambda: train.main(config)) == -signal.SIGKILL
-    monkeypatch.setattr(course.Budget, "steps", lambda self, step: 10)
+    monkeypatch.setattr(history.Budget, "steps", lambda self, step: 10)
     train.main(config)
     events = record_file.read(paths.record("train"))
     assert [e["step"] for e in events if "train/val_loss" in e.get("values", {})] == [9]
