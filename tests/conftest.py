@@ -137,23 +137,18 @@ def rest_server(
 
 
 class NoCourier:
-    """Stands in for tracking.Courier: the record is written and no store is asked."""
+    """Stands in for recording.Courier: the record is written and no store is asked."""
 
     def __init__(self, *_: object) -> None: ...
-
-    def __call__(self, event: object) -> None: ...
 
     def close(self, hurried: bool = False) -> None: ...
 
 
 class InThisProcess:
-    """Stands in for tracking.Courier: ships from a thread of the test's own process."""
+    """Stands in for recording.Courier: ships from a thread of the test's own process."""
 
-    def __init__(self, checkpoints: str):
-        self._shipper = shipping.Shipper(this_process(), checkpoints)
-
-    def __call__(self, event: record_file.Event) -> None:
-        self._shipper(event)
+    def __init__(self, record: record_file.Record, checkpoints: str):
+        self._shipper = shipping.Shipper(record.path, this_process(), checkpoints)
 
     def close(self, hurried: bool = False) -> None:
         self._shipper.close(3.0 if hurried else 20.0)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +36,19 @@ DIGITS_OF = {"perf": 4, "time": 4}
 
 
 class Record:
-    """One stage's events, written line by line, handed to `ship` as they come.
+    """One stage's events, written line by line.
 
     The file carries its final name only after `close("FINISHED")`: what a failed stage leaves
     behind ends in `.part`. A `journal` outlives the workspace: a second copy of every line, which
-    a later record of the same stage goes on with. It keeps the events that are there, the first
+    a later record of the same stage continues. It keeps the events that are there, the first
     one's id included, and the points: one that the journal has is not written again.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        config: Config,
-        ship: Callable[[Event], None] | None = None,
-        journal: Path | None = None,
-    ):
+    def __init__(self, stage: str, config: Config, journal: Path | None = None):
         self.stage = stage
         self.path = paths.record(stage)
-        self._part = self.path.with_suffix(".jsonl.part")
-        self._ship = ship
+        self.bytes = 0  # of the artifacts and checkpoints that it names
+        self._part = part(self.path)
         earlier = reopen(journal) if journal else []
         # A clock may be set back meanwhile, also between the sessions of a journal.
         self._spent = sum(max(0.0, end - began) for began, end in _sessions(earlier))
@@ -62,6 +56,8 @@ class Record:
         self.head = earlier[0] if earlier else start_event(stage, config)
         self._held = {key: e["step"] for e in _metrics(earlier) for key in e["values"]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # A file of its own: a process may still ship what a killed stage wrote into the old one.
+        self._part.unlink(missing_ok=True)
         self._files = [open(self._part, "w", encoding="utf-8", newline="\n")]  # noqa: SIM115
         for event in earlier:
             self._write(event)
@@ -121,11 +117,15 @@ class Record:
             os.replace(self._part, self.path)
 
     def _write(self, event: Event) -> None:
+        self.bytes += event.get("bytes", 0)
         for file in self._files:
             file.write(json.dumps(event, ensure_ascii=False) + "\n")
             file.flush()
-        if self._ship:
-            self._ship(event)
+
+
+def part(path: Path) -> Path:
+    """The name of a record that is being written, or that a failed stage left behind."""
+    return path.with_suffix(".jsonl.part")
 
 
 def reopen(journal: Path) -> list[Event]:

@@ -1,8 +1,8 @@
-"""One stage's events on their way to its row in MLflow, in a process beside the stage's.
+"""Ships one stage's record to its row in MLflow while it is written, in a process of its own.
 
 MLflow's client takes seconds to import and holds Python's lock whenever it works, a hundred
-libraries come with it, and a store may hang or crash one of them. None of that is to touch what
-the stage computes: it starts `python -m pipeline ship` and writes its events into a pipe.
+libraries come with it, and a store may hang or crash one of them. None of that may touch what the
+stage computes: the stage starts `python -m pipeline ship`, which reads the record from the disk.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import contextlib
 import json
 import logging
 import os
-import queue
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.records import record_file
 from pipeline.records.record_file import Event
@@ -28,68 +27,56 @@ from pipeline.tracking.mlflow_store import connect, said, store_uri, without_sec
 log = logging.getLogger(__name__)
 
 SHIP_EVERY_SECONDS = 2.0
-END_SECONDS = 60.0  # how long a finished stage waits at most for its last points, which arrive
-# How long where nothing arrives any more, or where it was stopped ...
-SHORT_SECONDS = 10.0
-SLOWEST_UPLOAD = 1e6  # ... but for artifacts under way, in bytes a second
-BEAT_SECONDS = 0.5  # how often the stage hears meanwhile that there is hope
 RETRY_SECONDS = 10.0
-CLOSE = "close"  # the last line of a stage, which is no event
-NICENESS = 10  # where the stage needs every core, it comes first
+END_SECONDS = 60.0  # the longest wait of a finished stage while its last points arrive ...
+SHORT_SECONDS = 10.0  # ... and where nothing arrives any more, or the stage was stopped
+SLOWEST_UPLOAD = 1e6  # bytes/s: artifacts get that much more time
+AT_ONCE = 1 << 22  # bytes of the record that are read and shipped at a time
+NICENESS = 10  # the stage comes first where it needs every core
 
 
-class _Heard:
-    """A client of MLflow whose answers are counted, and which says whether it uploads."""
+class _Counted:
+    """A client of MLflow that counts the answers it gets and knows whether it uploads."""
 
     def __init__(self, client: Any):
         self._client, self.answers, self.uploads = client, 0, False
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._client, name)
-        if not callable(found):
-            return found
+        method = getattr(self._client, name)
+        if not callable(method):
+            return method
 
-        def asked(*words: Any, **options: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             self.uploads = name.startswith("log_artifact")
-            answer = found(*words, **options)
+            answer = method(*args, **kwargs)
             self.answers, self.uploads = self.answers + 1, False
             return answer
 
-        return asked
+        return call
 
 
 class Shipper:
-    """A thread that ships one stage's events while they come.
+    """A thread that ships one stage's record while it is written.
 
-    It never raises: whatever fails is one warning, the record keeps it all, and the thread tries
-    again, from the stage's first event on, which doubles nothing. `process` is the stage's, as
-    `process.this_process` names it, `checkpoints` what tracking.checkpoints says.
+    It never raises: a failure is one warning, and the thread tries again from the record's first
+    event on, which doubles nothing. `path` is the record's final name, `process` the stage's
+    process as `process.this_process` names it, `checkpoints` the setting tracking.checkpoints.
     """
 
-    def __init__(self, process: str, checkpoints: str):
-        self._process, self._checkpoints = process, checkpoints
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._taken: list[Event] = []
+    def __init__(self, path: Path, process: str, checkpoints: str):
+        self._path, self._process, self._checkpoints = path, process, checkpoints
+        self._record = _opened(path)
         self._closing = threading.Event()
         self._client: Any = None
         self._bytes = 0
-        self._has_row = self._finished = False
+        self._has_row = False
         self.problem = ""
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
 
-    def __call__(self, event: Event) -> None:
-        self._finished = event.get("status") == "FINISHED"
-        self._bytes += event.get("bytes", 0)
-        self._events.put(event)
-
-    def close(self, patience: float, beat: Callable[[], object] = lambda: None) -> None:
-        """Ship what is left, within so many seconds, and as long as anything arrives.
-
-        Meanwhile, `beat` is called: whoever hears nothing knows that this process is stuck.
-        """
+    def close(self, patience: float) -> None:
+        """The stage is over: ship the rest, within `patience` seconds and while answers come."""
         self._closing.set()
-        self._events.put(None)
         if self.problem and not self._has_row:
             patience = min(patience, SHORT_SECONDS)
         began = moved = time.monotonic()
@@ -106,62 +93,65 @@ class Shipper:
                 late = "the store did not answer" if self._client else "MLflow had not started"
                 self._warn(f"{late} within {now - began:.0f} s of the stage's end")
                 return
-            beat()
-            self._thread.join(min(left, BEAT_SECONDS))
+            self._thread.join(min(left, 0.1))
 
     def _progress(self) -> float:
-        """What changes while the store answers; before that, while MLflow's import computes."""
+        """A number that changes while the store answers, or while MLflow's import computes."""
         return self._client.answers if self._client else -round(time.process_time(), 1)
 
     def _run(self) -> None:
-        first = self._events.get()
-        if first is None:  # the stage failed before its record began
-            return
-        self._taken.append(first)
         while not self._attempt():
             self._closing.wait(RETRY_SECONDS)
 
     def _attempt(self) -> bool:
-        """Ship from the first event to the last one; whether there is nothing left to try."""
+        """Ship from the first event to the last; True if there is nothing left to try."""
         last, self._has_row = self._closing.is_set(), False
         try:
-            self._ship(self._taken[0])
+            self._ship()
             return True
         except Exception as error:  # a store's errors are of every kind; none may stop a run
             self._warn(said(error))
-        if not self._closing.is_set():
-            return False
-        self._events.put(None)  # the attempt may have taken it
-        return last or not self._has_row  # a row that was lost in the end is worth another one
+        # A row that was lost at the very end is worth another attempt.
+        return self._closing.is_set() and (last or not self._has_row)
 
-    def _ship(self, head: Event) -> None:
+    def _ship(self) -> None:
+        batches = self._batches()
+        events = next(batches)
+        head = events[0]
         upstream = list(record_file.upstream(head["stage"]))
-        client: Any = _Heard(connect())
+        client: Any = _Counted(connect())
         self._client = client
         row = open_row(client, head, [*upstream, *record_file.beside(head)])
         self._has_row = True
         row.enter(head, self._process)
         for record in upstream:
             row.replay(record, self._checkpoints, from_workspace)
-        row.write(self._taken, self._checkpoints, from_workspace)
-        for events in self._batches():
-            self._taken += events
+        row.write(events, self._checkpoints, from_workspace)
+        for events in batches:
             row.write(events, self._checkpoints, from_workspace)
-        if self._taken[-1]["kind"] == "end":
-            row.leave(head, self._taken[-1])
+        if events[-1]["kind"] == "end":
+            row.leave(head, events[-1])
 
     def _batches(self) -> Iterator[list[Event]]:
-        """What has come, every few seconds, until the stage says that it is over."""
-        while True:
-            events = [self._events.get()]
-            deadline = time.monotonic() + SHIP_EVERY_SECONDS
-            while events[-1] is not None and (left := deadline - time.monotonic()) > 0:
-                with contextlib.suppress(queue.Empty):
-                    events.append(self._events.get(timeout=left))
-            if known := [event for event in events if event is not None]:
-                yield known
-            if events[-1] is None:
-                return
+        """All events of the record: those that are there, then every few seconds what has come."""
+        self._record.seek(0)
+        self._bytes = 0
+        events: list[Event] = []
+        over = False
+        while events or not over:
+            over = self._closing.is_set()  # before it reads: a stage that is over writes no more
+            if events := self._read_on():
+                yield events
+            self._closing.wait(SHIP_EVERY_SECONDS)
+
+    def _read_on(self) -> list[Event]:
+        """The next whole lines; the last one may be half written, or cut off by a kill."""
+        lines = self._record.readlines(AT_ONCE)
+        if lines and not lines[-1].endswith(b"\n"):
+            self._record.seek(-len(lines.pop()), os.SEEK_CUR)
+        events = [json.loads(line) for line in lines]
+        self._bytes += sum(event.get("bytes", 0) for event in events)
+        return events
 
     def _warn(self, problem: str) -> None:
         if self.problem:  # a store that did not answer in time may well fail later, too
@@ -174,23 +164,44 @@ class Shipper:
         sync = "`python -m pipeline sync`"
         if not self._closing.is_set():
             return (
-                "The stage goes on and its record keeps it all: what is missing is shipped as soon "
-                f"as that can be, or by {sync} once the stage is finished."
+                "The stage continues and its record keeps everything: what is missing is shipped "
+                f"as soon as the store answers, or by {sync} once the stage is finished."
             )
-        if self._finished:
-            return f"The record keeps it all: {sync} ships what is missing."
-        return "MLflow will be brought up to date by the next run."  # sync reads finished records
+        if record_file.part(self._path).exists():  # sync reads finished records alone
+            return "MLflow will be brought up to date by the next run."
+        return f"The record keeps everything: {sync} ships what is missing."
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The record that the stage is writing, or has just given its final name.
+
+    One handle is kept: it goes on with the same file, whatever its name becomes.
+    """
+    try:
+        return _open_shared(record_file.part(path))
+    except FileNotFoundError:
+        return _open_shared(path)
+
+
+def _open_shared(path: Path) -> BinaryIO:
+    """A file, opened for reading so that another process may rename or delete it meanwhile."""
+    if sys.platform != "win32":
+        return open(path, "rb")
+    import _winapi
+    import msvcrt
+
+    share_all = 1 | 2 | 4  # reading, writing and, what Python's own `open` does not, deleting
+    null, access = _winapi.NULL, _winapi.GENERIC_READ
+    handle = _winapi.CreateFile(str(path), access, share_all, null, _winapi.OPEN_EXISTING, 0, null)
+    return open(msvcrt.open_osfhandle(handle, os.O_RDONLY | os.O_BINARY), "rb")
 
 
 def main(words: list[str]) -> None:
-    """`python -m pipeline ship PROCESS CHECKPOINTS`: an event a line, then how long to wait.
+    """`python -m pipeline ship RECORD PROCESS CHECKPOINTS`, the arguments of `Shipper`.
 
-    Where that last line never comes the stage was killed, and what has arrived is shipped. On
-    standard output it says that it is alive: when it begins, and while it ends.
+    Standard input ends when the stage does. It holds how many seconds the stage will wait, or
+    nothing where the stage was killed: then what it has written is shipped all the same.
     """
-    # What libraries print has no place there.
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    _beat()
     with contextlib.suppress(AttributeError, OSError):  # Windows has no niceness
         os.nice(NICENESS)
         # Linux weighs sessions against each other first, and this one is a session of its own.
@@ -200,19 +211,6 @@ def main(words: list[str]) -> None:
     # requests silences this, but in the thread that ships, where it may be undone by another's
     # warnings.catch_warnings; a filter from before all threads stays.
     warnings.filterwarnings("ignore", message="SOCKS support in urllib3")
-    shipper = Shipper(*words)
-    patience = END_SECONDS
-    for line in sys.stdin.buffer:
-        if not line.endswith(b"\n"):  # cut off by a kill
-            break
-        event: Event = json.loads(line)
-        if event["kind"] == CLOSE:
-            patience = event["patience"]
-            break
-        shipper(event)
-    shipper.close(patience, _beat)
-
-
-def _beat() -> None:
-    with contextlib.suppress(OSError):  # the stage is gone
-        os.write(1, b".")
+    path, process, checkpoints = words
+    shipper = Shipper(Path(path), process, checkpoints)
+    shipper.close(float(sys.stdin.buffer.read() or END_SECONDS))

@@ -36,8 +36,7 @@ def test_a_record_carries_its_final_name_only_after_success(make_config) -> None
 
 
 def test_values_are_rounded_to_six_digits_and_nan_survives(make_config) -> None:
-    shipped: list[record_file.Event] = []
-    record = Record("train", make_config(), shipped.append)
+    record = Record("train", make_config())
     record.metrics({"a": 1 / 3, "b": math.nan, "c": 123456789.0}, step=7)
     record.close("FINISHED")
     (read,) = [
@@ -48,17 +47,17 @@ def test_values_are_rounded_to_six_digits_and_nan_survives(make_config) -> None:
     assert read["values"]["a"] == 0.333333
     assert math.isnan(read["values"]["b"])
     assert read["values"]["c"] == 123457000.0
-    assert [e["kind"] for e in shipped] == ["start", "metrics", "metrics", "end"]
+    kinds = [e["kind"] for e in record_file.read(paths.record("train"))]
+    assert kinds == ["start", "metrics", "metrics", "end"]
 
 
 def test_rates_and_times_have_four_digits(make_config) -> None:
-    shipped: list[record_file.Event] = []
-    record = Record("train", make_config(), shipped.append)
+    record = Record("train", make_config())
     values = {"perf/tokens_per_second": 2198.7654, "time/x": 1.23456, "train/loss": 1.2345678}
     record.metrics(values)
     record.close("FINISHED")
     rounded = {"perf/tokens_per_second": 2199.0, "time/x": 1.235, "train/loss": 1.23457}
-    assert shipped[1]["values"] == rounded
+    assert record_file.read(paths.record("train"))[1]["values"] == rounded
 
 
 @pytest.mark.fault(75)

@@ -482,7 +482,7 @@ def test_a_naive_training_loop_ends_where_its_server_does(monkeypatch, rest_serv
 
 
 @pytest.mark.fault(46)
-def test_a_write_is_a_put_into_a_queue_whatever_the_store_does(make_config, monkeypatch) -> None:
+def test_a_write_goes_to_the_disk_alone_whatever_the_store_does(make_config, monkeypatch) -> None:
     released, callers = threading.Event(), set()
 
     def hang() -> None:
@@ -491,12 +491,12 @@ def test_a_write_is_a_put_into_a_queue_whatever_the_store_does(make_config, monk
         raise ConnectionError("it never answered")
 
     monkeypatch.setattr(shipping, "connect", hang)
-    shipper = shipping.Shipper("1-1.00", "best")
-    record = record_file.Record("train", make_config(), shipper)
+    record = record_file.Record("train", make_config())
+    shipper = shipping.Shipper(record.path, "1-1.00", "best")
     wait_for(lambda: callers)
     for step in range(1000):
         record.metrics({"train/value": step / 3}, step)
-    assert not released.is_set() and shipper._events.qsize() == 1000
+    assert not released.is_set() and len(record.so_far()) == 1001
     assert threading.current_thread() not in callers
     released.set()
     record.close("FINISHED")
@@ -527,8 +527,8 @@ def test_a_stage_that_ends_before_mlflow_is_there_says_what_is_so(
     if ready:
         monkeypatch.setattr(shipping, "connect", lambda: None)
     monkeypatch.setattr(shipping, "open_row" if ready else "connect", hang)
-    shipper = shipping.Shipper("1-1.00", "best")
-    record = record_file.Record("tokenize", make_config(), shipper)
+    record = record_file.Record("tokenize", make_config())
+    shipper = shipping.Shipper(record.path, "1-1.00", "best")
     wait_for(called.is_set)
     record.close(status)
     shipper.close(0.1)
@@ -570,14 +570,12 @@ def test_mlflow_refuses_a_time_before_1970() -> None:
 # A training that goes on in another process
 
 CHILD = """
-import sys, json
+import sys
 from pathlib import Path
 from pipeline.process import this_process
 from pipeline.tracking import shipping
 shipping.SHIP_EVERY_SECONDS = 0.05
-shipper = shipping.Shipper(this_process(), "best")
-for line in Path("journal.jsonl").read_text("utf-8").splitlines():
-    shipper(json.loads(line))
+shipper = shipping.Shipper(Path("journal.jsonl"), this_process(), "best")
 print("handed over", flush=True)
 sys.stdin.read()
 """
@@ -652,10 +650,7 @@ def test_a_training_that_was_killed_goes_on_in_its_row(
         client.delete_run(before.info.run_id)
     if meanwhile == "database deleted":
         own_store.unlink()
-    shipper = shipping.Shipper("1-1.00", "best")
-    for event in record_file.read(killed / "whole.jsonl"):
-        shipper(event)
-    shipper.close(20.0)
+    shipping.Shipper(killed / "whole.jsonl", "1-1.00", "best").close(20.0)
     (row,) = rows_of_all_steps(12)
     assert row.info.status == "FINISHED"
     assert (row.info.run_id == before.info.run_id) == (meanwhile == "nothing")
