@@ -81,8 +81,7 @@ def plan(
     choices = [fixed | {setting: text} for text in texts[setting]]
     configs = checked(choices)
     values = [flatten(config)[setting] for config in configs]
-    usual = flatten(load(paths.root() / paths.PARAMS))
-    base = comparison.base_of(values, comparison.usual_value(setting, usual))
+    base, *_ = comparison.in_order(values, comparison.usual_value(setting))
     seeded = [choices[values.index(base)] | {SEED: str(seed)} for seed in seeds]
     configs += checked(seeded)
     choices += seeded
