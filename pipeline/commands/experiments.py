@@ -15,31 +15,32 @@ from pipeline.errors import InputError, StorageError
 log = logging.getLogger(__name__)
 
 
-def sweep(parser: argparse.ArgumentParser, words: list[str]) -> int | None:
+def sweep(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Run an experiment for each value of one setting, and compare them.
 
     python -m pipeline sweep precision=fp32,tf32,bf16,fp16
     python -m pipeline sweep train.lr=0.0005,0.002,0.008 train.steps=100 --seeds 1,2
+
+    To run several at a time, use DVC's queue and compare afterwards:
+    dvc exp run --queue -S train.lr=0.0005,0.002,0.008
+    dvc queue start --jobs 2
+    python -m pipeline compare train.lr
     """
     from pipeline.experiments import sweep
 
     asked = sweep_words(parser, words)
-    return sweep.carry_out(asked.words, asked.seeds, asked.name, asked.jobs, asked.dry_run)
+    sweep.carry_out(asked.words, asked.seeds, asked.name, asked.dry_run)
 
 
 def sweep_words(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
     """What `sweep` is asked for."""
     help_ = "one with several: train.lr=A,B,C"
     parser.add_argument("words", nargs="+", metavar="SETTING=VALUE", help=help_)
-    help_ = "more seeds of the base, for the noise"
+    help_ = "more seeds of the baseline, for the noise"
     parser.add_argument("--seeds", type=_seeds, default=[], help=help_)
-    parser.add_argument("--jobs", type=int, default=1, help="experiments at a time")
     parser.add_argument("--name", type=_prefix, default="", help="what the names begin with")
     parser.add_argument("--dry-run", action="store_true", help="check and show, run nothing")
-    asked = parser.parse_intermixed_args(words)
-    if asked.jobs < 1:
-        parser.error(f"--jobs {asked.jobs}: expected at least 1")
-    return asked
+    return parser.parse_intermixed_args(words)
 
 
 def _seeds(text: str) -> list[int]:

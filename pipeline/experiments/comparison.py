@@ -1,4 +1,4 @@
-"""Experiments that differ in one setting, side by side: curves, differences, the noise of seeds."""
+"""Trainings compared with a baseline: outcomes, where curves part, the noise of seeds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 import logging
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from pipeline.tracking.mlflow_run import attach
 
 log = logging.getLogger(__name__)
 
-# What training does not read: two runs that differ in these trained the same.
 SEED = "train.seed"
 TAIL = 0.05  # share of steps whose mean is the final training loss
 APART = 0.01  # relative difference of two losses from which on curves count as apart
@@ -34,9 +33,7 @@ COLUMNS = (
     *("value", "runs", "train loss", "outcome", "difference", "in noise std"),
     *("largest gap", "apart from step", "tokens/s", "of base", "peak MiB", "skipped"),
 )
-
-
-AT_ITS_END = ("perf/tokens_per_second", "perf/peak_memory_mib", "train/skipped_steps")
+SUMMARY = ("perf/tokens_per_second", "perf/peak_memory_mib", "train/skipped_steps")
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,9 @@ class Run:
     params: dict[str, Any]
     data: str  # digest of the training tokens
     code: str  # digest of the sources
-    losses: list[float]  # nats a token, by step
+    losses: list[float]  # nats/token, by step
     validation: list[float]  # while training, in order
-    final: float | None  # nats a token over the whole validation split, by `evaluate`
+    final: float | None  # nats/token over the whole validation split, by `evaluate`
     tokens_per_second: float
     peak_memory_mib: float
     skipped: int
@@ -65,7 +62,7 @@ class Run:
         return statistics.fmean(self.losses[-max(1, round(TAIL * len(self.losses))) :])
 
     def outcome(self) -> float:
-        """What runs are judged by, nats a token; see `judged_by`."""
+        """The loss that runs are judged by, nats/token; see `judged_by`."""
         if self.final is not None:
             return self.final
         return self.validation[-1] if self.validation else self.train_loss()
@@ -77,11 +74,86 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Seeds:
+    """Runs that differ in their seed alone, one for each seed: two or more."""
+
+    runs: list[Run]
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the outcome, nats/token."""
+        return statistics.stdev(run.outcome() for run in self.runs)
+
+    def include(self, run: Run) -> bool:
+        """Whether a run is one of these, or would be with another seed."""
+        return family(run) == family(self.runs[0])
+
+    def words(self) -> str:
+        names = ", ".join(run.name for run in self.runs)
+        return f"{len(self.runs)} seeds ({names}) have outcomes with a std of {self.std:.2g} nats"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run beside the baseline, and the seeds whose noise their difference is compared with."""
+
+    run: Run
+    base: Run
+    seeds: Seeds | None
+
+    @property
+    def difference(self) -> float:
+        """The outcome minus the baseline's, nats/token."""
+        return self.run.outcome() - self.base.outcome()
+
+    @property
+    def in_std(self) -> float | None:
+        """The size of the difference in standard deviations of the seeds' outcome."""
+        return abs(self.difference) / self.seeds.std if self.seeds and self.seeds.std else None
+
+    @property
+    def apart(self) -> int | None:
+        """The first step at which the training losses are more than one percent apart."""
+        steps = enumerate(self._losses())
+        return next((step for step, (a, b) in steps if abs(a - b) > APART * abs(b)), None)
+
+    @property
+    def gap(self) -> float:
+        """The largest distance of the training losses at one step, nats/token."""
+        return max(abs(a - b) for a, b in self._losses())
+
+    def _losses(self) -> Iterable[tuple[float, float]]:
+        return zip(self.run.losses, self.base.losses, strict=False)
+
+    def where(self) -> str:
+        """The side of two standard deviations of the seeds' noise that the difference is on."""
+        assert self.seeds is not None
+        return "inside" if abs(self.difference) <= 2 * self.seeds.std else "beyond"
+
+    def words(self) -> str:
+        """One sentence on what the difference amounts to."""
+        if self.run.record == self.base.record:
+            return f"shares its training with {self.base.name}"
+        if self.seeds is None:
+            noise = "the noise of seeds unknown"
+        elif self.seeds.include(self.run) and self.seeds.include(self.base):
+            noise = "another seed of the same settings"
+        else:
+            noise = f"{self.where()} two std of the noise of {len(self.seeds.runs)} seeds"
+        curves = "never" if self.apart is None else "first"
+        at = "" if self.apart is None else f" at step {self.apart}"
+        return (
+            f"{self.difference:+.2g} nats/token from {self.base.name}, {noise}; "
+            f"the curves are {curves} more than {APART:.0%} apart{at}"
+        )
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Runs that are equal but for one setting, and for seeds."""
 
     setting: str
-    base: Any  # the value that the others are held against
+    base: Any  # the value of the baseline
     runs: dict[Any, list[Run]]  # by value, the base first; by seed within
 
     def main(self, value: Any) -> Run:
@@ -95,30 +167,29 @@ class Comparison:
         """The base's run with the same seed."""
         return next((b for b in self.runs[self.base] if b.seed == run.seed), None)
 
-    def difference(self, run: Run) -> float | None:
-        """Of the outcome, from the base's at the same seed; None where there is no such run."""
-        partner = self.partner(run)
-        return None if partner is None else run.outcome() - partner.outcome()
+    @property
+    def seeds(self) -> Seeds | None:
+        """The base's seeds; None for a single one."""
+        return Seeds(self.runs[self.base]) if len(self.runs[self.base]) > 1 else None
 
-    def noise(self) -> float | None:
-        """Standard deviation of the base's outcome over its seeds; None for a single one."""
-        outcomes = [run.outcome() for run in self.runs[self.base]]
-        return statistics.stdev(outcomes) if len(outcomes) > 1 else None
+    def pair(self, value: Any) -> Pair | None:
+        """The main run of a value beside the base's; None where the base lacks its seed."""
+        run = self.main(value)
+        partner = self.partner(run)
+        return Pair(run, partner, self.seeds) if partner else None
 
     def row(self, value: Any) -> tuple[Any, ...]:
         """One tuple of COLUMNS."""
-        run, base = self.main(value), self.main(self.base)
-        difference, noise = self.difference(run), self.noise()
-        partner = self.partner(run)
+        run, base, pair = self.main(value), self.main(self.base), self.pair(value)
         return (
             str(value),
             len(self.runs[value]),
             run.train_loss(),
             run.outcome(),
-            difference,
-            None if difference is None or not noise else abs(difference) / noise,
-            None if partner is None else largest_gap(run.losses, partner.losses),
-            None if partner is None else first_apart(run.losses, partner.losses),
+            pair and pair.difference,
+            pair and pair.in_std,
+            pair and pair.gap,
+            pair and pair.apart,
             run.tokens_per_second,
             run.tokens_per_second / base.tokens_per_second,
             run.peak_memory_mib,
@@ -126,34 +197,34 @@ class Comparison:
         )
 
     def verdict(self) -> str:
-        """One sentence a value: is it further from the base than seeds are from one another?"""
-        noise, seeds = self.noise(), len(self.runs[self.base])
+        """A sentence for each value: is it further from the base than seeds from one another?"""
         base = in_markdown(str(self.base))
-        if noise is None:
+        if self.seeds is None:
             return (
                 f"The noise of seeds is unknown, since {in_markdown(self.setting)}={base} ran with "
                 f"one seed only; queue others: `dvc exp run --queue -S {SEED}=1,2`."
             )
-        parts = [f"Over {seeds} seeds the outcome of {base} has a std of {noise:.4f} nats."]
+        count, std = len(self.seeds.runs), self.seeds.std
+        parts = [f"Over {count} seeds the outcome of {base} has a std of {std:.4f} nats/token."]
         for value in self.runs:
-            difference = self.difference(self.main(value))
-            name = in_markdown(str(value))
+            name, pair = in_markdown(str(value)), self.pair(value)
             if value == self.base:
                 continue
-            if difference is None:
+            if pair is None:
                 parts.append(f"{name}: no run of {base} has its seed.")
-                continue
-            where = "inside" if abs(difference) <= 2 * noise else "beyond"
-            parts.append(f"{name}: {difference:+.4f}, {where} two std of that noise.")
+            else:
+                difference = f"{name}: {pair.difference:+.4f}"
+                parts.append(f"{difference}, {pair.where()} two std of that noise.")
         return " ".join(parts)
 
     def page(self) -> str:
         """Markdown: the verdict and the table."""
         same, setting = self.main(self.base), in_markdown(self.setting)
+        base = f"{setting}={in_markdown(str(self.base))}"
         head = (
-            f"# {setting}\n\n{len(same.losses)} steps, seed {same.seed}, against "
-            f"{setting}={in_markdown(str(self.base))}. Losses are nats a token; the outcome is the "
-            f"{same.judged_by()}, the difference that of the outcome at the same seed.\n\n"
+            f"# {setting}\n\n{len(same.losses)} steps, seed {same.seed}, baseline {base}. Losses "
+            f"are in nats/token; the outcome is the {same.judged_by()}, the difference that of the "
+            "outcome at the same seed.\n\n"
         )
         codes = {run.code for runs in self.runs.values() for run in runs}
         if len(codes) > 1:
@@ -162,48 +233,38 @@ class Comparison:
         return f"{head}{self.verdict()}\n\n{markdown(COLUMNS, rows)}"
 
 
-def largest_gap(losses: list[float], others: list[float]) -> float:
-    """Largest distance of two training curves at one step, nats."""
-    return max(abs(a - b) for a, b in zip(losses, others, strict=False))
-
-
-def first_apart(losses: list[float], others: list[float]) -> int | None:
-    """The first step at which two training losses differ by more than one percent, if any."""
-    pairs = enumerate(zip(losses, others, strict=False))
-    return next((step for step, (a, b) in pairs if abs(a - b) > APART * abs(b)), None)
-
-
-def runs_of(found: Iterable[Experiment]) -> list[Run]:
+def runs_of(trained: Iterable[Experiment]) -> list[Run]:
     """Every training once: experiments may share one, and the workspace holds the last again."""
     runs: dict[str, Run] = {}
-    for run in filter(None, map(run_of, found)):
+    for run in filter(None, map(run_of, trained)):
         runs.setdefault(run.record, run)
     return list(runs.values())
 
 
-def run_of(found: Experiment) -> Run | None:
+def run_of(experiment: Experiment) -> Run | None:
     """The training of an experiment; None where it has none that came to its end.
 
     Another version of this project may not have measured, or set, what runs are compared by.
     """
-    ends = [found.last(key) for key in AT_ITS_END]
-    if "train" not in found.records or not all(v is not None and math.isfinite(v) for v in ends):
+    summary = [experiment.last(key) for key in SUMMARY]
+    measured = all(value is not None and math.isfinite(value) for value in summary)
+    if "train" not in experiment.records or not measured:
         return None
-    training = found.records["train"][0]
+    training = experiment.records["train"][0]
     if SEED not in training["params"]:
         return None
     return Run(
-        found.name,
+        experiment.name,
         training["id"],
         training["time"],
         training["params"],
-        found.tags.get("digest.train", ""),
+        experiment.tags.get("digest.train", ""),
         training["code"],
-        found.values("train/loss"),
-        found.values("train/val_loss"),
-        found.last("val/loss"),
-        *ends[:2],
-        int(ends[2]),
+        experiment.values("train/loss"),
+        experiment.values("train/val_loss"),
+        experiment.last("val/loss"),
+        *summary[:2],
+        int(summary[2]),
     )
 
 
@@ -212,9 +273,46 @@ def cut(run: Run, steps: int) -> Run:
     return replace(run, losses=run.losses[:steps], validation=[], final=None)
 
 
+def settings_beside(params: dict[str, Any], *settings: str) -> dict[str, Any]:
+    """What two runs must share for a comparison of `settings`."""
+    rest = {k: v for k, v in params.items() if k not in (*settings, SEED)}
+    return {k: v for k, v in rest.items() if stage_graph.changes_training(k)}
+
+
 def family(run: Run, *settings: str) -> str:
     """The same for runs on the same tokens that differ in `settings` and the seed alone."""
     return digest_of([settings_beside(run.params, *settings), run.data])
+
+
+def evenly(groups: dict[Any, list[Run]]) -> dict[Any, list[Run]]:
+    """The runs, judged by what every one of them has: a run may have had no evaluation."""
+    everyone = [run for runs in groups.values() for run in runs]
+    lacking: dict[str, Any] = {}
+    if any(run.final is None for run in everyone):
+        lacking["final"] = None
+    if any(not run.validation for run in everyone):
+        lacking["validation"] = []
+    return {key: [replace(run, **lacking) for run in runs] for key, runs in groups.items()}
+
+
+def pairs(shown: Sequence[Run], everyone: Iterable[Run]) -> list[Pair]:
+    """Every run of `shown` beside the first one, itself included, all judged alike.
+
+    Seeds are looked for among `everyone`: the base's, else the run's own, else those of any
+    other run shown.
+    """
+    families: dict[str, dict[int, Run]] = {family(run): {} for run in shown}
+    for run in [*shown, *sorted(everyone, key=lambda run: -run.time)]:
+        families.get(family(run), {}).setdefault(run.seed, run)
+    sets = [list(runs.values()) for runs in families.values()]
+    alike, *sets = evenly(dict(enumerate([list(shown), *sets]))).values()
+    known = [Seeds(runs) for runs in sets if len(runs) > 1]
+
+    def noise(run: Run) -> Seeds | None:
+        own = (seeds for one in (alike[0], run) for seeds in known if seeds.include(one))
+        return next(own, known[0] if known else None)
+
+    return [Pair(run, alike[0], noise(run)) for run in alike]
 
 
 def groups(runs: Iterable[Run], setting: str) -> list[dict[Any, list[Run]]]:
@@ -223,32 +321,27 @@ def groups(runs: Iterable[Run], setting: str) -> list[dict[Any, list[Run]]]:
     The group of the newest run comes first; of runs that are equal in everything the newest
     stays. A group has two values or more.
     """
-    found: dict[str, dict[tuple[Any, int], Run]] = {}
+    families: dict[str, dict[tuple[int, Any], Run]] = {}
     for run in sorted(runs, key=lambda run: run.time):
         if setting in run.params:
-            relatives = found.setdefault(family(run, setting), {})
-            relatives[run.params[setting], run.seed] = run
+            key = family(run, setting)
+            relatives = families.pop(key, {})  # to the end: the newest so far
+            families[key] = relatives | {(run.seed, run.params[setting]): run}
     several = []
-    for members in found.values():
+    for relatives in reversed(families.values()):
         by_value: dict[Any, list[Run]] = {}
-        for (value, _), run in sorted(members.items(), key=lambda item: item[0][1]):
+        for (_, value), run in sorted(relatives.items(), key=lambda item: item[0][0]):
             by_value.setdefault(value, []).append(run)
         if len(by_value) > 1:
             several.append(by_value)
-    newest = lambda group: max(run.time for runs in group.values() for run in runs)  # noqa: E731
-    return sorted(several, key=newest, reverse=True)
+    return several
 
 
-def settings_beside(params: dict[str, Any], *settings: str) -> dict[str, Any]:
-    """What two runs must share for a comparison of `settings`."""
-    rest = {k: v for k, v in params.items() if k not in (*settings, SEED)}
-    return {k: v for k, v in rest.items() if stage_graph.changes_training(k)}
-
-
-def base_of(values: Iterable[Any], usual: Any) -> Any:
-    """The value that the others are held against: the usual one where it is among them."""
+def in_order(values: Iterable[Any], usual: Any) -> list[Any]:
+    """The values, the base first: the usual one where it is among them."""
     ordered = sorted(values, key=lambda value: (isinstance(value, str), value))
-    return usual if usual in ordered else ordered[0]
+    base = usual if usual in ordered else ordered[0]
+    return [base, *(value for value in ordered if value != base)]
 
 
 def compare(
@@ -267,41 +360,27 @@ def compare(
     if like is not None:
         beside = settings_beside(like, setting)
         kept = [run for run in kept if settings_beside(run.params, setting) == beside]
-    found = groups(kept, setting)
-    if not found:
+    sets = groups(kept, setting)
+    if not sets:
         raise InputError(
             f"no two runs differ in {setting} alone (seeds aside); queue some: "
             f"`dvc exp run --queue -S {setting}=A,B` and `dvc queue start`"
         )
-    if len(found) > 1:
-        log.info("%d sets of runs differ in %s; this is the newest one", len(found), setting)
-    group = found[0]
-    base = base_of(group, usual)
-    values = sorted(group, key=lambda value: (isinstance(value, str), value))
-    ordered = [base, *(value for value in values if value != base)]
-    return Comparison(setting, base, evenly({value: group[value] for value in ordered}))
+    if len(sets) > 1:
+        log.info("%d sets of runs differ in %s; this is the newest one", len(sets), setting)
+    base, *others = in_order(sets[0], usual)
+    return Comparison(setting, base, evenly({v: sets[0][v] for v in (base, *others)}))
 
 
-def evenly(group: dict[Any, list[Run]]) -> dict[Any, list[Run]]:
-    """The runs, judged by what every one of them has: a run may have had no evaluation."""
-    everyone = [run for runs in group.values() for run in runs]
-    lacking: dict[str, Any] = {}
-    if any(run.final is None for run in everyone):
-        lacking["final"] = None
-    if any(not run.validation for run in everyone):
-        lacking["validation"] = []
-    return {value: [replace(run, **lacking) for run in runs] for value, runs in group.items()}
-
-
-def write(found: Comparison, folder: Path) -> None:
+def write(compared: Comparison, folder: Path) -> None:
     """comparison.md, .csv and .png."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.md").write_text(found.page(), "utf-8")
+    (folder / "comparison.md").write_text(compared.page(), "utf-8")
     with open(folder / "comparison.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(
-            [COLUMNS, *(found.row(value) for value in found.runs)]
+            [COLUMNS, *(compared.row(value) for value in compared.runs)]
         )
-    figures.save(figures.comparison(found), folder / "comparison.png")
+    figures.save(figures.comparison(compared), folder / "comparison.png")
 
 
 def check_setting(name: str) -> None:
@@ -311,11 +390,10 @@ def check_setting(name: str) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{name}: unknown setting{hint}")
-    if name == SEED or not stage_graph.changes_training(name):
-        raise ConfigError(
-            f"{name}: seeds are the noise that other settings are held against, and those that "
-            "only later stages read, as of evaluate and sample, do not change the training"
-        )
+    if name == SEED:
+        raise ConfigError(f"{name}: seeds are the noise that other settings are compared with")
+    if not stage_graph.changes_training(name):
+        raise ConfigError(f"{name}: only later stages read it, so it does not change the training")
 
 
 def conclude(
@@ -326,17 +404,17 @@ def conclude(
     like: dict[str, Any] | None = None,
 ) -> None:
     """Compare what has run: to the log, to a folder, and to the rows; see `compare`."""
-    usual = configuration.flatten(configuration.load(paths.root() / "params.yaml"))
     runs = runs_of(experiments(("train", "evaluate")))
-    found = compare(runs, setting, usual_value(setting, usual), steps, like)
+    compared = compare(runs, setting, usual_value(setting), steps, like)
     folder = out or paths.root() / "comparisons" / setting
-    write(found, folder)
-    log.info("%s", found.page())
+    write(compared, folder)
+    log.info("%s", compared.page())
     log.info("figure: %s", folder / "comparison.png")
-    ids = [run.record for runs in found.runs.values() for run in runs]
+    ids = [run.record for runs in compared.runs.values() for run in runs]
     attach(ids, folder, f"comparison/{setting}")
 
 
-def usual_value(setting: str, params: dict[str, Any]) -> Any:
-    """What a setting's other values are held against: fp32, else the one in params.yaml."""
-    return "fp32" if setting == "precision" else params[setting]
+def usual_value(setting: str) -> Any:
+    """The baseline's value of a setting: fp32 of precisions, else the one in params.yaml."""
+    settings = configuration.flatten(configuration.load(paths.root() / paths.PARAMS))
+    return "fp32" if setting == "precision" else settings[setting]

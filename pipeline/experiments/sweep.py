@@ -1,13 +1,18 @@
-"""Sweeps: one setting, several values, each checked, queued through DVC, awaited and compared."""
+"""Sweeps: an experiment for each value of one setting, run one after another and compared."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pipeline import paths
@@ -15,8 +20,7 @@ from pipeline.config import Config, flatten, load
 from pipeline.errors import ConfigError, InputError, together
 from pipeline.experiments import comparison
 from pipeline.experiments.comparison import SEED
-from pipeline.experiments.dvc_queue import Watch, enqueue
-from pipeline.records import dvc_history, git
+from pipeline.records import dvc_history, git, stage_graph
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +62,8 @@ class Sweep:
         if inputs := list(dict.fromkeys(path for m in self.members for path in m.inputs)):
             named = ", ".join(inputs[:3]) + (f" and {len(inputs) - 3} more" if inputs[3:] else "")
             lines.append(f"each gets a copy of {named}; an absolute path in params.yaml saves that")
-        return "\n".join(
-            [f"{count} experiments, checked; held against {_plain(self.base)}:", *lines]
-        )
+        head = f"{count} experiments, checked; baseline {self.setting}={_plain(self.base)}:"
+        return "\n".join([head, *lines])
 
 
 def plan(
@@ -78,8 +81,7 @@ def plan(
     choices = [fixed | {setting: text} for text in texts[setting]]
     configs = checked(choices)
     values = [flatten(config)[setting] for config in configs]
-    usual = flatten(load(paths.root() / paths.PARAMS))
-    base = comparison.base_of(values, comparison.usual_value(setting, usual))
+    base, *_ = comparison.in_order(values, comparison.usual_value(setting))
     seeded = [choices[values.index(base)] | {SEED: str(seed)} for seed in seeds]
     configs += checked(seeded)
     choices += seeded
@@ -195,53 +197,88 @@ def _quoted(value: Any) -> str:
     return "'" + doubled.replace("'", "\\'") + "'"
 
 
-def conclude(sweep: Sweep, watch: Watch) -> None:
-    """The comparison of what has run. Raises InputError naming every member that has not."""
-    problems = watch.problems()
+def run(member: Member) -> int:
+    """The exit code of `dvc exp run` for a member, in a temporary workspace; its output is shown.
+
+    Ctrl-C reaches DVC and the training, too, as they share the terminal. The training then saves
+    a checkpoint, which takes its time: KeyboardInterrupt is raised once they have ended.
+    """
+    words = ["exp", "run", "--temp", "--name", member.name]
+    words += [word for change in member.words() for word in ("-S", change)]
+    words += [word for path in member.inputs for word in ("--copy-paths", path)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", *words],
+        cwd=paths.root(),
+        env=os.environ | {"PATH": path},  # where the stages find their python
+        stdin=subprocess.DEVNULL,
+    )
+    interrupted = False
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt
+    return code
+
+
+def run_all(sweep: Sweep) -> dict[str, str]:
+    """{name: why it has no result, or ""} of the members, run one after another.
+
+    DVC copies the workspace when a member starts, so an edit in between would give the later
+    members other code or settings than the earlier ones: they are not run.
+    """
+    began, outcomes = _copied_files(), {}
+    for number, member in enumerate(sweep.members, 1):
+        now = _copied_files()
+        if edited := [name for name in began if now[name] != began[name]]:
+            outcomes[member.name] = f"not run, since {edited[0]} was edited during the sweep"
+            continue
+        log.info("%d/%d %s: %s", number, len(sweep.members), member.name, member.shown())
+        try:
+            code = run(member)
+        except KeyboardInterrupt:
+            log.info(STOPPED, member.name, number, len(sweep.members), sweep.setting)
+            raise
+        outcomes[member.name] = f"failed (exit code {code}), see its output above" if code else ""
+    return outcomes
+
+
+def _copied_files() -> dict[str, str]:
+    """SHA-256 by name of the settings and of the code that DVC copies for each member."""
+    code = {name for stage in stage_graph.stages() for name in stage_graph.sources(stage)}
+    files = {name: paths.root() / name for name in [str(paths.PARAMS), "dvc.yaml", *sorted(code)]}
+    return {
+        name: hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
+        for name, file in files.items()
+    }
+
+
+def conclude(sweep: Sweep, outcomes: dict[str, str]) -> None:
+    """Compare the members that ran. Raises InputError naming every member that did not."""
+    problems = [f"{name}: {problem}" for name, problem in outcomes.items() if problem]
     try:
         comparison.conclude(sweep.setting, like=flatten(sweep.members[0].config))
     except InputError as error:
         problems.append(str(error))
-    done = " ".join(watch.named("success"))
-    if done:
+    if done := " ".join(name for name, problem in outcomes.items() if not problem):
         log.info("curves:  dvc plots diff %s\ntable:   %s", done, TABLE)
     if problems:
         raise InputError("\n".join(problems))
 
 
-def carry_out(
-    words: Iterable[str], seeds: Iterable[int], prefix: str, jobs: int, dry_run: bool
-) -> int:
-    """Plan a sweep, queue its experiments, wait for them and compare them: an exit code.
-
-    `words` and the rest are what `plan` takes, `jobs` how many run at a time.
-    """
-    watch = None
-    try:
-        found = plan(words, seeds, prefix, dvc_history.names())
-        log.info("%s", found.page())
-        if dry_run:
-            return 0
-        if jobs > 1:
-            log.info("%d at a time share this machine: compare losses, not speeds", jobs)
-        queued = enqueue(
-            {member.name: member.words() for member in found.members},
-            {member.name: list(member.inputs) for member in found.members},
-        )
-        watch = Watch(queued, min(jobs, len(queued)))
-        watch.start()
-        watch.wait()
-        conclude(found, watch)
-    except KeyboardInterrupt:
-        log.info("%s", GOES_ON % found.setting if watch else "nothing is queued")
-        return 130
-    return 0
+def carry_out(words: Iterable[str], seeds: Iterable[int], prefix: str, dry_run: bool) -> None:
+    """Plan a sweep, run its members and compare them; the arguments are those of `plan`."""
+    sweep = plan(words, seeds, prefix, dvc_history.names())
+    log.info("%s", sweep.page())
+    if not dry_run:
+        conclude(sweep, run_all(sweep))
 
 
-GOES_ON = """
-The experiments go on without this command.
-  watch     dvc queue status
-  one's log dvc queue logs NAME --follow
-  end one   dvc queue kill NAME, then dvc queue start: a kill takes its worker along
-  end all   dvc queue stop --kill
-  compare   python -m pipeline compare %s"""
+STOPPED = """
+Stopped in %s, %d/%d. The same command goes on: DVC restores what is finished from its run cache,
+under new names, and the stopped training resumes from its checkpoint.
+To compare what is finished: python -m pipeline compare %s"""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import paths
 from pipeline.errors import StorageError
-from pipeline.experiments import history
 from pipeline.records import dvc_history
+from pipeline.records.record_file import Event
 from pipeline.records.run_data import Experiment
+from pipeline.records.stage_graph import upstream
 from pipeline.storage import digests
 from pipeline.tracking.mlflow_run import Row, from_workspace, open_row, rename, shipped, sweep
 from pipeline.tracking.mlflow_store import connect, said
@@ -38,71 +40,112 @@ def sync(problems: list[str] | None = None) -> list[str]:
     name that DVC has for its experiment now.
     """
     problems = [] if problems is None else problems
-    found = list(dvc_history.experiments())
-    everything = [*found, *dvc_history.commits()]
-    steps = history.steps(everything)
+    experiments = list(dvc_history.experiments())
+    everything = [*experiments, *dvc_history.commits()]
+    stages = stages_that_ran(everything)
     problems += dict.fromkeys(f"{one.name}: {why}" for one in everything for why in one.unreadable)
-    known = {step.head["id"] for step in steps}
+    known = {stage.head["id"] for stage in stages}
     client = connect()
     arrived = shipped(client)
     sweep(client)
-    touched: dict[str, tuple[Row, history.Step]] = {}
+    touched: dict[str, tuple[Row, Ran]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for step in steps:
-            parts = {record[0]["id"] for record in [step.record, *step.others]}
+        for stage in stages:
+            parts = {record[0]["id"] for record in [stage.record, *stage.others]}
             if any(parts <= row for row in arrived):
                 continue
-            with _alone(client, step, problems):
-                row = _replay(client, step, Path(folder))
+            with _left_out_if_refused(client, stage, problems):
+                row = _replay(client, stage, Path(folder))
                 arrived.append(parts)
-                touched[row.id] = row, step
+                touched[row.id] = row, stage
     names = {}
-    for row, step in touched.values():
-        with _alone(client, step, problems):
-            row.settle(step.head, step.record[-1], known)
+    for row, stage in touched.values():
+        with _left_out_if_refused(client, stage, problems):
+            row.settle(stage.head, stage.record[-1], known)
             names[row.id] = client.get_run(row.id).info.run_name
-    return list((names | _renamed(client, found)).values())
+    return list((names | _renamed(client, experiments)).values())
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One stage that ran: its record, and those that were there when it started."""
+
+    record: Sequence[Event]
+    others: list[Sequence[Event]]
+    where: Experiment  # whose files these records speak of
+
+    @property
+    def head(self) -> Event:
+        return self.record[0]
+
+
+def stages_that_ran(experiments: Iterable[Experiment]) -> list[Ran]:
+    """Each record once, however many experiments share it, in the order in which they started.
+
+    Its neighbours are taken from the experiment that holds most of them: a stage that DVC took
+    from its cache stands in other experiments, too, beside records that were made later. The
+    record of a stage that is at work or has failed is left to its own process.
+    """
+    best: dict[str, Ran] = {}
+    for experiment in experiments:
+        for record in experiment.records.values():
+            if record[-1].get("status") != "FINISHED":
+                continue
+            ran = Ran(record, _before(record[0], experiment), experiment)
+            known = best.get(ran.head["id"])
+            if known is None or len(ran.others) > len(known.others):
+                best[ran.head["id"]] = ran
+    return sorted(best.values(), key=lambda ran: ran.head["time"])
+
+
+def _before(head: Event, experiment: Experiment) -> list[Sequence[Event]]:
+    """The records upstream and those of the same command, as the stage itself met them."""
+    return [
+        record
+        for stage, record in experiment.records.items()
+        if record[0]["time"] < head["time"]
+        and (stage in upstream(head["stage"]) or record[0]["invocation"] == head["invocation"])
+    ]
+
+
+def _replay(client: MlflowClient, ran: Ran, folder: Path) -> Row:
+    def fetch(path: str, sha256: str) -> Path | None:
+        copy = from_workspace(path, sha256) or dvc_history.copy_of(ran.where, path, folder)
+        return copy if copy and digests.tree_digest(copy) == sha256 else None
+
+    row = open_row(client, ran.head, ran.others, tidy=False)
+    for record in [*ran.others, ran.record]:
+        row.replay(record, ran.head["checkpoints"], fetch)
+    return row
 
 
 @contextlib.contextmanager
-def _alone(client: MlflowClient, step: history.Step, problems: list[str]) -> Iterator[None]:
-    """What a record does that the store refuses is a warning, unless the store answers no more."""
+def _left_out_if_refused(client: MlflowClient, ran: Ran, problems: list[str]) -> Iterator[None]:
+    """A record that the store refuses is one warning, unless the store does not answer at all."""
     try:
         yield
     except StorageError:
         raise
     except Exception as error:  # of whatever kind: who wrote the record, or the store, decides
         client.search_experiments(max_results=1)
-        path = paths.record(step.head["stage"]).as_posix()
-        problems.append(f"{step.where.name}: {path}: {said(error)}")
+        path = paths.record(ran.head["stage"]).as_posix()
+        problems.append(f"{ran.where.name}: {path}: {said(error)}")
         log.warning("%s; left out", problems[-1])
 
 
-def _renamed(client: MlflowClient, found: list[Experiment]) -> dict[str, str]:
+def _renamed(client: MlflowClient, experiments: list[Experiment]) -> dict[str, str]:
     """Rows by id with their new names, where `dvc exp rename` has given one.
 
     Where DVC took all of an experiment from its cache, two share every record: a row whose name
     one of them still has keeps it.
     """
-    named: dict[str, list[Experiment]] = {}
-    for experiment in found:
+    sharing: dict[str, list[Experiment]] = {}
+    for experiment in experiments:
         if experiment.rev and experiment.records:
-            named.setdefault(experiment.head["id"], []).append(experiment)
+            sharing.setdefault(experiment.head["id"], []).append(experiment)
     renamed = {}
-    for sharing in named.values():
-        head, name = sharing[0].head, sharing[0].name
-        if len(sharing) == 1 and head["name"] != name:
-            known = {record[0]["id"] for record in sharing[0].records.values()}
-            renamed |= rename(client, head, known, name)
+    for first, *others in sharing.values():
+        if not others and first.head["name"] != first.name:
+            known = {record[0]["id"] for record in first.records.values()}
+            renamed |= rename(client, first.head, known, first.name)
     return renamed
-
-
-def _replay(client: MlflowClient, step: history.Step, folder: Path) -> Row:
-    def fetch(path: str, sha256: str) -> Path | None:
-        found = from_workspace(path, sha256) or dvc_history.copy_of(step.where, path, folder)
-        return found if found and digests.tree_digest(found) == sha256 else None
-
-    row = open_row(client, step.head, step.others, tidy=False)
-    for record_ in [*step.others, step.record]:
-        row.replay(record_, step.head["checkpoints"], fetch)
-    return row

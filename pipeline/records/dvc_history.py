@@ -10,9 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +27,6 @@ log = logging.getLogger(__name__)
 
 WORKSPACE = "workspace"
 LOCK = "dvc.lock"
-LOOKS = 5
 LARGEST = 64 << 20  # bytes of a file that is shown
 _MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 NO_GIT = (
@@ -124,53 +121,13 @@ def _builds_on(record: Log, upstream: Log) -> bool:
     return finished and all(here.get(name) == value for name, value in read.items())
 
 
-@dataclass(frozen=True)
-class Task:
-    """An entry of DVC's queue."""
-
-    name: str
-    rev: str  # of git's stash: no two tasks share it, as they may a name
-    state: str  # queued | running | failed | success
-
-
 def names() -> set[str]:
-    """Of every experiment and of every task of the queue; raises InputError without git."""
+    """Names of every experiment; raises InputError without git."""
     with _repository() as repo:
         if not repo:
             raise InputError(NO_GIT.format(paths.root()))
         listed = repo.experiments.ls(all_commits=True)
-    found = {name for on_commit in listed.values() for name, _ in on_commit}
-    return found | {task.name for task in queue()}
-
-
-def queue() -> list[Task]:
-    """DVC's queue, with what has ended in it."""
-    listed = _of_queue(lambda tasks: tasks.status())
-    return [Task(task["name"] or "", task["rev"], task["status"].lower()) for task in listed]
-
-
-def workers() -> int:
-    """How many workers of the queue answer; takes a second."""
-    return len(_of_queue(lambda tasks: tasks.worker_status()))
-
-
-def _of_queue(look: Callable[[Any], Any]) -> Any:
-    """A look at DVC's queue: files that workers move away under a reader's eyes, so look again.
-
-    Raises what the last of several looks raised.
-    """
-
-    def now() -> Any:
-        with _opened() as repo:
-            return look(repo.experiments.celery_queue)
-
-    logging.getLogger("kombu.connection").setLevel(logging.ERROR)  # files need no host
-    for _ in range(LOOKS - 1):
-        try:
-            return now()
-        except Exception:  # of DVC, celery, kombu, json and the system
-            time.sleep(1)
-    return now()
+    return {name for on_commit in listed.values() for name, _ in on_commit}
 
 
 def read_file(found: Experiment, path: Path, workspace: Path) -> bytes | None:

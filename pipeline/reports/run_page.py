@@ -87,62 +87,61 @@ class RunPage:
 
 
 def run_page(
-    found: Experiment,
+    run: Experiment,
     name: str,
     workspace: Path,
     recipe: dict[str, Any],
     at_work: str = "",
     draw: bool = True,
 ) -> RunPage:
-    """Everything the page says of `found`, without its curves where they are not to `draw`.
+    """Everything the page says of a run, without its curves where they are not to `draw`.
 
     `recipe` holds the settings that others are marked against, and `at_work` is the stage that
     writes this very page: its record is not closed yet.
     """
-    read = reader(found, workspace)
-    trained = bool(found.values("train/loss"))
-    findings = examine(found) if trained else []
-    statuses = {stage: _status(record) for stage, record in found.records.items()}
+    read = reader(run, workspace)
+    trained = bool(run.values("train/loss"))
+    findings = examine(run) if trained else []
+    statuses = {stage: _status(record) for stage, record in run.records.items()}
     statuses |= {at_work: WRITING} if at_work else {}
     samples = samples_of(read)
     return RunPage(
         name,
         *verdict(findings, statuses, trained),
-        numbers=key_numbers(found),
-        notes=list(missing(found, statuses, bool(samples))),
+        numbers=key_numbers(run),
+        notes=list(missing(run, statuses, bool(samples))),
         findings=findings,
-        curves=curves_of(found) if draw else [],
-        evaluation=evaluation(found),
+        curves=curves_of(run) if draw else [],
+        evaluation=evaluation(run),
         samples=samples,
-        studies=list(studies(found, read)),
-        settings=settings(found.params),
-        changed=changed(found.params, recipe),
-        data=data_sets(found),
-        stages=[_stage(stage, found, status) for stage, status in statuses.items()],
-        environment=environment(found),
-        metrics=[(key, *points[-1]) for key, points in sorted(found.curves.items())],
+        studies=list(studies(run, read)),
+        settings=settings(run.params),
+        changed=changed(run.params, recipe),
+        data=data_sets(run),
+        stages=[_stage(stage, run, status) for stage, status in statuses.items()],
+        environment=environment(run),
+        metrics=[(key, *points[-1]) for key, points in sorted(run.curves.items())],
     )
 
 
-def reader(found: Experiment, workspace: Path) -> Read:
-    """Reads files that a record of `found` names as its artifacts, and that are still the same."""
-    kept = {e["path"]: e["sha256"] for e in found.events("artifact")}
+def reader(run: Experiment, workspace: Path) -> Read:
+    """Reads files that a record of the run names as its artifacts, and that are still the same."""
+    kept = {e["path"]: e["sha256"] for e in run.events("artifact")}
 
     def read(path: Path) -> bytes | None:
-        inside = [p for p in (path, *path.parents) if p.as_posix() in kept]
-        if not inside:
+        place = next((p.as_posix() for p in (path, *path.parents) if p.as_posix() in kept), None)
+        if place is None:
             return None
-        place = inside[0].as_posix()
-        if not found.rev and not from_workspace(str(workspace / place), kept[place]):
+        if not run.rev and not from_workspace(str(workspace / place), kept[place]):
             return None
-        return read_file(found, path, workspace)
+        return read_file(run, path, workspace)
 
     return read
 
 
 def verdict(findings: list[Finding], statuses: dict[str, str], trained: bool) -> tuple[str, str]:
     """(words, mood)."""
-    ended = [f"{stage} {status.lower()}" for stage, status in statuses.items() if status in BAD]
+    ended = [f"{stage} {status.lower()}" for stage, status in statuses.items() if status in ENDED]
     if ended:
         return ", ".join([*ended, *(finding.rule for finding in findings)]), "bad"
     if not trained:
@@ -150,66 +149,69 @@ def verdict(findings: list[Finding], statuses: dict[str, str], trained: bool) ->
     return headline(findings), "warn" if findings else "good"
 
 
-BAD = ("FAILED", "KILLED")
+ENDED = {"FAILED": "failed", "KILLED": "was stopped"}
 
 
-def missing(found: Experiment, statuses: dict[str, str], sampled: bool) -> Iterator[str]:
+def missing(run: Experiment, statuses: dict[str, str], sampled: bool) -> Iterator[str]:
     for stage in stage_graph.stages():
         if stage not in statuses:
             yield f"{stage} has no record of this run, so {LACKING[stage]} cannot be shown."
         elif statuses[stage] not in ("FINISHED", WRITING):
-            words = {"FAILED": "failed", "KILLED": "was stopped"}
-            ended = words.get(statuses[stage], "is at work, or was killed without a word")
-            why = found.tags.get("debug.why") if stage == "train" else None
+            ended = ENDED.get(statuses[stage], "is at work, or was killed without a word")
+            why = run.tags.get("debug.why") if stage == "train" else None
             yield f"{stage} {ended}{f' ({why})' if why else ''}; shown is what it had recorded."
-    if "sample" in found.records and not sampled:
+    if "sample" in run.records and not sampled:
         yield "The samples are neither in this workspace nor in DVC's cache any more."
 
 
-def key_numbers(found: Experiment) -> list[tuple[str, str, str]]:
+def key_numbers(run: Experiment) -> list[tuple[str, str, str]]:
     """The few numbers that a run is judged by."""
 
+    def last(key: str, digits: str) -> str:
+        value = run.last(key)
+        return "" if value is None else f"{value:{digits}}"
+
     def change(key: str, shown: Callable[[float], str]) -> str:
-        both = found.last(f"init_val/{key}"), found.last(f"val/{key}")
+        both = run.last(f"init_val/{key}"), run.last(f"val/{key}")
         return " → ".join(shown(value) for value in both if value is not None)
 
-    unigram, error = found.last("val/unigram_loss"), found.last("val/choice_acc_stderr")
-    count, steps = found.last("val/choice_count"), found.last("train/steps")
-    rate, memory = found.last("perf/tokens_per_second"), found.last("perf/peak_memory_mib")
-    seconds = [found.last(f"time/{stage}_seconds") for stage in found.records]
-    known = [value for value in seconds if value is not None]
-    losses = found.values("train/loss")
-    trained = f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else ""
+    losses, error = run.values("train/loss"), last("val/choice_acc_stderr", ".1%")
+    seconds = [run.last(f"time/{stage}_seconds") or 0.0 for stage in run.records]
+    steps, items = last("train/steps", ",.0f"), last("val/choice_count", ".0f")
     rows = (
-        ("Training loss", trained, "nats a token, first and last step"),
-        ("Validation loss", change("loss", "{:.3f}".format), "nats a token"),
-        ("Unigram yardstick", _number(unigram, ".3f"), "a model that knows frequencies only"),
+        (
+            "Training loss",
+            f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "",
+            "nats/token, first and last step",
+        ),
+        ("Validation loss", change("loss", "{:.3f}".format), "nats/token"),
+        (
+            "Unigram baseline",
+            last("val/unigram_loss", ".3f"),
+            "nats/token by token frequencies alone",
+        ),
         ("Bits per byte", change("bits_per_byte", "{:.3f}".format), "of the validation text"),
         ("Perplexity", change("perplexity", cell), ""),
         (
             "Choice accuracy",
             change("choice_acc", "{:.1%}".format),
-            f"± {error:.1%} over {count:.0f} items" if error is not None and count else "",
+            f"± {error} over {items} items" if error and items else "",
         ),
-        ("Speed", _number(rate, ",.0f"), "tokens a second"),
-        ("Peak memory", _number(memory, ",.0f"), "MiB"),
+        ("Speed", last("perf/tokens_per_second", ",.0f"), "tokens/s"),
+        ("Peak memory", last("perf/peak_memory_mib", ",.0f"), "MiB"),
         (
             "Duration",
-            f"{sum(known):,.0f} s" if known else "",
-            f"{steps:,.0f} steps" if steps else "",
+            f"{sum(seconds):,.0f} s" if any(seconds) else "",
+            f"{steps} steps" if steps else "",
         ),
     )
     return [row for row in rows if row[1]]
 
 
-def _number(value: float | None, digits: str) -> str:
-    return "" if value is None else f"{value:{digits}}"
-
-
-def evaluation(found: Experiment) -> list[tuple[Any, ...]]:
+def evaluation(run: Experiment) -> list[tuple[Any, ...]]:
     """(metric, of the initial model, of the trained one)."""
-    keys = [key for key in found.curves if key.startswith("val/")]
-    return [(key.removeprefix("val/"), found.last(f"init_{key}"), found.last(key)) for key in keys]
+    keys = [key for key in run.curves if key.startswith("val/")]
+    return [(key.removeprefix("val/"), run.last(f"init_{key}"), run.last(key)) for key in keys]
 
 
 def samples_of(read: Read) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -225,9 +227,9 @@ def samples_of(read: Read) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(p, list(zip(t["before"], t["after"], strict=True))) for p, t in texts.items()]
 
 
-def studies(found: Experiment, read: Read) -> Iterator[Study]:
+def studies(run: Experiment, read: Read) -> Iterator[Study]:
     """Tables and figures that the stages wrote, of this run and no other."""
-    written = {e["path"] for e in found.events("artifact")}
+    written = {e["path"] for e in run.events("artifact")}
     for title, folder, pictures, pages in STUDIES:
         if folder.as_posix() not in written:
             continue
@@ -261,11 +263,11 @@ def render(text: str) -> Markup:
 
 def settings(params: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
     """(name, value) by section of params.yaml."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    sections: dict[str, list[tuple[str, str]]] = {}
     for name, value in params.items():
         section, _, rest = name.rpartition(".")
-        found.setdefault(section or "general", []).append((rest, setting_text(value)))
-    return found
+        sections.setdefault(section or "general", []).append((rest, setting_text(value)))
+    return sections
 
 
 def setting_text(value: Any) -> str:
@@ -286,20 +288,20 @@ def changed(params: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, s
     ]
 
 
-def data_sets(found: Experiment) -> list[tuple[Any, ...]]:
+def data_sets(run: Experiment) -> list[tuple[Any, ...]]:
     """(name, split, source, tokens, documents, bytes, sha256) of what was tokenised."""
     rows = {}
-    for event in found.events("dataset"):
+    for event in run.events("dataset"):
         split = event["context"]
-        sizes = [found.last(f"data/{split}_{what}") for what in ("tokens", "documents", "bytes")]
+        sizes = [run.last(f"data/{split}_{what}") for what in ("tokens", "documents", "bytes")]
         row = (event["name"], split, event["source"], *sizes, event["digest"])
         rows.setdefault((split, event["digest"]), row)
     return list(rows.values())
 
 
-def environment(found: Experiment) -> list[tuple[str, str]]:
+def environment(run: Experiment) -> list[tuple[str, str]]:
     """Machine, versions, precision and code of the stage that started last."""
-    head, tags = found.head, found.tags
+    head, tags = run.head, run.tags
     facts = dict(head["environment"]) | {"code": head["code"]}
     facts |= {k.removeprefix("env."): v for k, v in tags.items() if k.startswith("env.")}
     facts |= {k: v for k, v in tags.items() if k.startswith(("device.", "precision.")) and v}
@@ -307,11 +309,11 @@ def environment(found: Experiment) -> list[tuple[str, str]]:
     return list(facts.items())
 
 
-def _stage(stage: str, found: Experiment, status: str) -> tuple[Any, ...]:
-    start = found.records[stage][0]
+def _stage(stage: str, run: Experiment, status: str) -> tuple[Any, ...]:
+    start = run.records[stage][0]
     began = datetime.fromtimestamp(start["time"] / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
     commit = start["git"]["commit"][:10] + (" (dirty)" if start["git"]["dirty"] == "true" else "")
-    seconds = found.last(f"time/{stage}_seconds")
+    seconds = run.last(f"time/{stage}_seconds")
     return stage, status.lower(), began, seconds, start["environment"]["host"], commit
 
 

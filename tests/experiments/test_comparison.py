@@ -92,14 +92,14 @@ def drift() -> Comparison:
 
 def test_differences_are_against_the_base_at_the_same_seed(drift) -> None:
     assert drift.base == "fp32" and list(drift.runs)[0] == "fp32"
-    assert drift.difference(drift.main("bf16")) == pytest.approx(0.05)
-    assert drift.difference(drift.main("fp32")) == 0
-    assert drift.difference(drift.main("tf32")) is None, "no fp32 run has seed 7"
+    assert drift.pair("bf16").difference == pytest.approx(0.05)
+    assert drift.pair("fp32").difference == 0
+    assert drift.pair("tf32") is None, "no fp32 run has seed 7"
     assert "tf32: no run of fp32 has its seed" in drift.verdict()
 
 
 def test_the_noise_is_that_of_the_bases_seeds(drift) -> None:
-    assert drift.noise() == pytest.approx(statistics.stdev([5.0, 5.1, 4.9]))
+    assert drift.seeds.std == pytest.approx(statistics.stdev([5.0, 5.1, 4.9]))
     assert "Over 3 seeds the outcome of fp32 has a std of 0.1000 nats" in drift.verdict()
     assert "bf16: +0.0500, inside two std" in drift.verdict()
     assert "fp16: +0.5000, beyond two std" in drift.verdict()
@@ -107,7 +107,7 @@ def test_the_noise_is_that_of_the_bases_seeds(drift) -> None:
 
 def test_one_seed_gives_no_noise_and_says_what_to_queue() -> None:
     found = compare([run(), run("bf16")], "precision", "fp32")
-    assert found.noise() is None
+    assert found.seeds is None
     assert "dvc exp run --queue -S train.seed=1,2" in found.verdict()
 
 
@@ -129,7 +129,7 @@ def test_the_outcome_is_evaluates_loss_else_the_last_validation_else_training() 
 def test_runs_are_judged_by_what_every_one_of_them_has() -> None:
     found = compare([run(), run("bf16", final=None)], "precision", "fp32")
     assert [found.main(v).outcome() for v in found.runs] == [7.5, 7.5]
-    assert found.difference(found.main("bf16")) == 0
+    assert found.pair("bf16").difference == 0
     assert "the outcome is the validation loss while training" in found.page()
     found = compare([run(), run("bf16", validation=[])], "precision", "fp32", steps=3)
     assert "the outcome is the training loss" in found.page()
@@ -167,7 +167,7 @@ def test_experiments_that_share_a_training_count_once() -> None:
     [
         ("precison", "precison: unknown setting; did you mean precision"),
         ("train.seed", "seeds are the noise"),
-        ("sample.top_k", "do not change the training"),
+        ("sample.top_k", "does not change the training"),
     ],
 )
 def test_a_setting_that_cannot_be_compared_is_refused(name: str, message: str) -> None:

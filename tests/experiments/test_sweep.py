@@ -1,4 +1,4 @@
-"""Sweeps: every member checked before any is queued, each end named, the rest compared."""
+"""Sweeps: every member checked before any is run, each failure named, the rest compared."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import argparse
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,11 @@ from pipeline.__main__ import main as command
 from pipeline.commands import experiments as commands
 from pipeline.compute import precision
 from pipeline.errors import ConfigError, InputError
-from pipeline.experiments import comparison, dvc_queue, sweep
-from pipeline.experiments.dvc_queue import Watch
-from pipeline.experiments.sweep import plan
+from pipeline.experiments import comparison, sweep
+from pipeline.experiments.sweep import Member, plan
 from pipeline.records import dvc_history
-from pipeline.records.dvc_history import Task
 from pipeline.training import compiling
-from tests.conftest import ROOT, Checkout, recipe, tiny_pipeline
+from tests.conftest import ROOT, Checkout, recipe, tiny_pipeline, wait_for
 from tests.experiments.test_comparison import run
 
 # MLflow's client and DVC's libraries warn of their own deprecations.
@@ -126,7 +122,7 @@ def test_a_seed_that_the_base_has_already_is_the_same_experiment() -> None:
         plan(["train.lr=0.002,0.004"], seeds=[1337])
 
 
-def test_what_would_not_be_in_effect_on_this_machine_is_not_queued(monkeypatch) -> None:
+def test_what_would_not_be_in_effect_on_this_machine_is_not_run(monkeypatch) -> None:
     monkeypatch.setitem(precision.DEVICES, "cpu", precision._elsewhere)
     monkeypatch.setattr(compiling, "why_not_compile", lambda chosen: "no compiler")
     with pytest.raises(ConfigError) as error:
@@ -160,111 +156,6 @@ def test_every_sweep_that_the_documentation_shows_is_valid(monkeypatch) -> None:
         assert len(plan(asked.words, asked.seeds, asked.name).members) > 1, line
 
 
-class Queue:
-    """DVC's queue as a script: what each look at it finds, the last one for ever."""
-
-    def __init__(self, monkeypatch, *looks: dict[str, str], workers: int = 1):
-        self.looks, self.workers, self.said, self.now = list(looks), workers, [], 0.0
-        monkeypatch.setattr(dvc_history, "queue", self.look)
-        monkeypatch.setattr(dvc_history, "workers", lambda: self.workers)
-        monkeypatch.setattr(dvc_queue, "dvc", self.dvc)
-        monkeypatch.setattr(dvc_queue.time, "sleep", self.sleep)
-        monkeypatch.setattr(dvc_queue.time, "monotonic", lambda: self.now)
-
-    def look(self) -> list[Task]:
-        found = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
-        return [Task(name, f"rev-{name}", state) for name, state in found.items()]
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-    def dvc(self, *words: str) -> str:
-        self.said.append(" ".join(words))
-        return ""
-
-
-def watch(*names: str, jobs: int = 1) -> Watch:
-    found = Watch({f"rev-{name}": name for name in names}, jobs)
-    found.wait()
-    return found
-
-
-def test_only_the_sweeps_own_members_are_waited_for(monkeypatch) -> None:
-    Queue(
-        monkeypatch,
-        {"a": "running", "b": "queued", "other": "running"},
-        {"a": "success", "b": "running", "other": "running"},
-        {"a": "success", "b": "success", "other": "running"},
-    )
-    found = watch("a", "b")
-    assert found.named("success") == ["a", "b"]
-
-
-def test_a_member_on_its_way_to_a_worker_is_not_taken_for_removed(monkeypatch) -> None:
-    Queue(monkeypatch, {"a": "queued"}, {}, {"a": "running"}, {"a": "success"})
-    assert watch("a").named("success") == ["a"]
-    Queue(monkeypatch, {"a": "queued"}, {})
-    assert watch("a").problems() == ["a: taken out of the queue"]
-
-
-def test_a_worker_that_a_kill_took_along_is_replaced(monkeypatch) -> None:
-    queue = Queue(
-        monkeypatch,
-        {"a": "running", "b": "queued"},
-        {"a": "failed", "b": "queued"},
-        {"a": "failed", "b": "running"},
-        {"a": "failed", "b": "success"},
-        workers=0,
-    )
-    found = watch("a", "b")
-    assert queue.said == ["queue logs rev-a -e utf-8", "queue start --jobs 1"]
-    assert (found.named("failed"), found.named("success")) == (["a"], ["b"])
-
-
-def test_workers_that_were_stopped_on_purpose_stay_so_and_the_wait_ends(monkeypatch) -> None:
-    queue = Queue(monkeypatch, {"a": "success", "b": "queued"}, workers=0)
-    found = watch("a", "b")
-    assert queue.said == []
-    assert dvc_queue.ALONE_SECONDS < queue.now < 2 * dvc_queue.ALONE_SECONDS
-    assert found.problems() == ["b: waits, and no worker is left: `dvc queue start` goes on"]
-
-
-@pytest.mark.parametrize(
-    ("logged", "expected"),
-    [
-        ("train: 3%\rtrain: 9%\ninterrupted\nERROR: failed\n", "killed (dvc"),
-        ("ERROR: interrupted by the user\n", "killed (dvc"),
-        (
-            "error: step 1: the loss is nan\nbye\nERROR: failed\n",
-            "failed, step 1: the loss is nan (dvc",
-        ),
-        (
-            "Traceback\n  ...\nKeyError: 'x'\nERROR: failed\nERROR: failed\n",
-            "failed, KeyError: 'x'",
-        ),
-        ("", "failed, without a word (dvc"),
-    ],
-)
-def test_the_log_of_a_failed_member_says_why(monkeypatch, logged: str, expected: str) -> None:
-    monkeypatch.setattr(dvc_queue, "dvc", lambda *words: logged)
-    found = dvc_queue.why("lr-1", "rev")
-    assert expected in found and found.endswith("(dvc queue logs lr-1)")
-
-
-def test_members_that_dvc_refuses_leave_no_half_a_sweep_in_the_queue(monkeypatch) -> None:
-    queue = Queue(monkeypatch, {})
-
-    def refuse(*words: str) -> str:
-        if "b" in words and "--queue" in words:
-            raise InputError("dvc exp run: no")
-        return queue.dvc(*words)
-
-    monkeypatch.setattr(dvc_queue, "dvc", refuse)
-    with pytest.raises(InputError, match="dvc exp run: no"):
-        dvc_queue.enqueue({"a": ["train.lr=1"], "b": ["train.lr=2"]})
-    assert queue.said == ["exp run --queue --name a -S train.lr=1", "queue remove a"]
-
-
 @pytest.fixture
 def compared(monkeypatch, caplog) -> list[str]:
     """What has been compared; nothing here reaches DVC."""
@@ -283,29 +174,57 @@ def run_main(*words: str) -> int:
     return 0
 
 
-def test_the_members_that_ran_are_compared_and_the_others_named(
-    monkeypatch, compared, caplog
-) -> None:
-    names = ("lr-0.001", "lr-0.002", "lr-5")
-    ended = {"lr-0.001": "success", "lr-0.002": "success", "lr-5": "failed"}
-    Queue(monkeypatch, {}, dict.fromkeys(names, "queued"), dict.fromkeys(names, "queued"), ended)
-    assert run_main("train.lr=0.001,0.002,5") == InputError.exit_code
-    assert compared == ["train.lr"]
-    assert "lr-5: failed" in caplog.text and "dvc plots diff lr-0.001 lr-0.002\n" in caplog.text
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """The names of the members that were run, in order; one called lr-5 fails."""
+    names: list[str] = []
+
+    def run(member: Member) -> int:
+        names.append(member.name)
+        return 255 if member.name == "lr-5" else 0
+
+    monkeypatch.setattr(sweep, "run", run)
+    return names
+
+
+def test_the_members_that_ran_are_compared_and_the_others_named(compared, ran, caplog) -> None:
+    assert run_main("train.lr=0.001,5,0.002") == InputError.exit_code
+    assert ran == ["lr-0.001", "lr-5", "lr-0.002"] and compared == ["train.lr"]
+    assert "2/3 lr-5: train.lr=5.0\n" in caplog.text
+    assert "error: lr-5: failed (exit code 255), see its output above" in caplog.text
+    assert "dvc plots diff lr-0.001 lr-0.002\n" in caplog.text
+
+
+def test_a_sweep_whose_members_all_ran_ends_well(compared, ran) -> None:
+    assert run_main("train.lr=0.001,0.002") == 0 and compared == ["train.lr"]
 
 
 def test_a_sweep_of_which_one_member_ran_says_that_there_is_nothing_to_compare(
-    monkeypatch, compared, caplog
+    monkeypatch, compared, ran, caplog
 ) -> None:
     def refuse(setting: str, like: dict[str, Any]) -> None:
         raise InputError(f"no two runs differ in {setting}")
 
     monkeypatch.setattr(comparison, "conclude", refuse)
-    ended = {"lr-0.001": "success", "lr-0.002": "success"}
-    queued = dict.fromkeys(ended, "queued")
-    Queue(monkeypatch, {}, queued, queued, ended)
     assert run_main("train.lr=0.001,0.002") == InputError.exit_code
     assert "error: no two runs differ in train.lr" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["params.yaml", "pipeline/model/gpt.py"])
+def test_members_after_an_edit_are_not_run(monkeypatch, compared, ran, caplog, file: str) -> None:
+    """DVC would copy the edited workspace, and the earlier members ran on another one."""
+    first = sweep.run
+
+    def edit(member: Member) -> int:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a", encoding="utf-8") as edited:
+            edited.write("# an edit\n")
+        return first(member)
+
+    monkeypatch.setattr(sweep, "run", edit)
+    assert run_main("train.lr=0.001,0.002") == InputError.exit_code
+    assert ran == ["lr-0.001"] and compared == ["train.lr"]
+    assert f"lr-0.002: not run, since {file} was edited during the sweep" in caplog.text
 
 
 def test_the_comparison_is_of_the_sweeps_own_set_though_another_is_newer() -> None:
@@ -318,107 +237,99 @@ def test_the_comparison_is_of_the_sweeps_own_set_though_another_is_newer() -> No
     assert {r.params["train.lr"] for values in found.runs.values() for r in values} == {0.1}
 
 
-def test_a_dry_run_queues_nothing(monkeypatch, compared, caplog) -> None:
-    queue = Queue(monkeypatch, {})
+def test_a_dry_run_runs_nothing(compared, ran, caplog) -> None:
     assert run_main("train.lr=0.001,0.002", "--dry-run", "--seeds", "5") == 0
-    assert queue.said == [] and compared == []
+    assert ran == [] and compared == []
+    assert "3 experiments, checked; baseline train.lr=0.002:" in caplog.text
     assert "lr-0.002-seed-5  train.lr=0.002 train.seed=5" in caplog.text
 
 
-def test_ctrl_c_while_waiting_says_how_to_go_on(monkeypatch, compared, caplog) -> None:
-    Queue(monkeypatch, {})
-    monkeypatch.setattr(dvc_queue.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
-    monkeypatch.setattr(sweep, "enqueue", lambda changes, inputs: {"rev-a": "a"})
+def test_ctrl_c_ends_the_sweep_and_says_how_to_go_on(monkeypatch, compared, caplog) -> None:
+    def interrupted(member: Member) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "run", interrupted)
     assert run_main("train.lr=0.001,0.002") == 130
-    assert "python -m pipeline compare train.lr" in caplog.text and compared == []
-
-
-def test_a_queue_that_changes_under_the_readers_eyes_is_looked_at_again(
-    tmp_path, monkeypatch
-) -> None:
-    from dvc.repo.experiments.queue.celery import LocalCeleryQueue
-
-    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
-    looks: list[int] = []
-
-    def status(_queue: Any) -> list[dict[str, str]]:
-        looks.append(1)
-        if len(looks) < 3:
-            raise FileNotFoundError("moved away")
-        return [{"name": "a", "rev": "abc", "status": "Running"}]
-
-    monkeypatch.setattr(dvc_history.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(LocalCeleryQueue, "status", status)
-    assert dvc_history.queue() == [Task("a", "abc", "running")]
-    looks.clear()
-    monkeypatch.setattr(LocalCeleryQueue, "status", lambda _queue: looks[0])
-    with pytest.raises(IndexError):
-        dvc_history.queue()
+    assert "Stopped in lr-0.001, 1/2" in caplog.text and compared == []
+    assert "python -m pipeline compare train.lr" in caplog.text and "2/2" not in caplog.text
 
 
 STAGE = """
-import time
+import os, signal, sys, time
 from pathlib import Path
 number = int(Path("params.yaml").read_text().split()[1])
 if number == 2:
-    raise SystemExit("error: two is too many")
+    sys.exit("error: two is too many")
 if number == 3:
     try:
-        time.sleep(300)
+        os.killpg(0, signal.SIGINT)  # as Ctrl-C does
+        time.sleep(60)
     except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
-Path("out.txt").write_text(str(number))
+        time.sleep(1)  # a checkpoint takes its time
+        Path(sys.argv[1], "saved.txt").write_text("3")
+        sys.exit(130)
+Path("out.txt").write_text(Path("local.txt").read_text() + str(number))
+"""
+MEMBER = """
+import sys
+from pipeline.experiments.sweep import Member, run
+member = Member("m", {"number": int(sys.argv[1])}, None, ("local.txt",))
+try:
+    sys.exit(run(member))
+except KeyboardInterrupt:
+    sys.exit(130)
 """
 
 
 @pytest.fixture
-def small_repo(tmp_path: Path, monkeypatch) -> Checkout:
-    """A pipeline of one stage that takes no time, to meet the real queue."""
+def small_repo(tmp_path: Path) -> Checkout:
+    """A pipeline of one stage that takes no time, and that reads a file that git does not carry."""
     repo = Checkout(tmp_path)
-    for name in ("PATH", *(name for name in repo.env if name.startswith("GIT_"))):
-        monkeypatch.setenv(name, repo.env[name])
     repo.run("git", "init", "--quiet", "--initial-branch=main")
-    shutil.copyfile(ROOT / ".dvc/.gitignore", tmp_path / ".dvc/.gitignore")
-    shutil.copyfile(ROOT / ".dvc/config", tmp_path / ".dvc/config")
+    repo.dvc("init", "--quiet", "--force")
     (tmp_path / "stage.py").write_text(STAGE, "utf-8")
     (tmp_path / "params.yaml").write_text("number: 0\n", "utf-8")
+    cmd = f"python stage.py {tmp_path}"
     (tmp_path / "dvc.yaml").write_text(
-        "stages:\n  one: {cmd: python stage.py, params: [number], outs: [out.txt]}\n", "utf-8"
+        f"stages:\n  one: {{cmd: {cmd}, params: [number], outs: [out.txt]}}\n", "utf-8"
     )
     repo.run("git", "add", "--all")
     repo.run("git", "commit", "--quiet", "--message", "start")
+    (tmp_path / "local.txt").write_text("number ", "utf-8")
     return repo
 
 
+def run_member(repo: Checkout, number: int) -> subprocess.CompletedProcess:
+    """`sweep.run` in a process group of its own, as a terminal's foreground group."""
+    command = [sys.executable, "-c", MEMBER, str(number)]
+    env = repo.env | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=repo.folder, env=env, start_new_session=True, capture_output=True, timeout=120
+    )
+
+
+def test_a_member_is_an_experiment_of_dvc_and_the_workspace_stays_as_it_is(small_repo) -> None:
+    assert run_member(small_repo, 1).returncode == 0
+    assert not (small_repo.folder / "out.txt").exists()
+    assert "number: 0" in (small_repo.folder / "params.yaml").read_text("utf-8")
+    small_repo.dvc("exp", "apply", "m")
+    assert (small_repo.folder / "out.txt").read_text("utf-8") == "number 1"
+
+
+def test_a_member_that_fails_says_so_and_leaves_no_experiment(small_repo) -> None:
+    done = run_member(small_repo, 2)
+    assert done.returncode == 255 and b"two is too many" in done.stderr
+    assert "m" not in small_repo.dvc("exp", "list", "--name-only").split()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals to a group of processes")
-def test_the_real_queue_goes_on_after_a_kill_and_a_crash(small_repo, monkeypatch, caplog) -> None:
-    caplog.set_level(logging.INFO)
-    names = ["killed", "crashed", "fine"]
-    members = {name: [f"number={number}"] for name, number in zip(names, (3, 2, 1), strict=True)}
-    found = Watch(dvc_queue.enqueue(members), 1)
-    found.start()
-    assert sorted(found.names.values()) == sorted(names) and dvc_history.names() == set(names)
-    sleep = time.sleep
-
-    def kill_the_first(seconds: float) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(time, "sleep", sleep)
-            if found.named("running") == ["killed"]:
-                small_repo.dvc("queue", "kill", "killed", expect=None)  # it may just be starting
-            sleep(seconds)
-
-    monkeypatch.setattr(dvc_queue.time, "sleep", kill_the_first)
-    found.wait()
-    assert found.named("success") == ["fine"], caplog.text
-    assert sorted(found.problems()) == [
-        "crashed: failed, two is too many (dvc queue logs crashed)",
-        "killed: killed (dvc queue logs killed)",
-    ]
-    with pytest.raises(InputError, match="dvc queue kill nobody: exit 255"):
-        dvc_queue.dvc("queue", "kill", "nobody")
+def test_ctrl_c_waits_until_the_training_has_saved(small_repo) -> None:
+    assert run_member(small_repo, 3).returncode == 130
+    assert (small_repo.folder / "saved.txt").read_text("utf-8") == "3"
+    assert not small_repo.at_work()
 
 
-# One sweep as people live through it: a member is killed, one crashes, and Ctrl-C ends the wait.
+# One sweep as people live through it: a member crashes, Ctrl-C ends it, the same command goes on.
 
 
 class Story:
@@ -438,73 +349,68 @@ class Story:
                 start_new_session=True,  # a terminal's foreground group
             )
 
-    def wait_for(self, text: str) -> None:
-        self._until(lambda: text in self.said.read_text("utf-8"), text)
-
-    def wait_until_trained(self, steps: int) -> None:
-        """Until the experiment at work has done some steps."""
+    def wait_until_trained(self, name: str, steps: int) -> None:
+        """Until this member has done some steps."""
         parts = lambda: self.repo.folder.glob(".dvc/tmp/exps/*/records/train.jsonl.part")  # noqa: E731
         count = lambda: sum(p.read_text("utf-8").count("train/loss") for p in parts())  # noqa: E731
-        self._until(lambda: count() >= steps, f"{steps} steps")
+        wait_for(lambda: f" {name}: " in self.said.read_text("utf-8") and count() >= steps, 300)
 
-    def _until(self, happened, what: str) -> None:
-        deadline = time.monotonic() + 300
-        while not happened():
-            assert time.monotonic() < deadline, f"{what}: {self.said.read_text('utf-8')}"
-            time.sleep(0.5)
-
-    def statuses(self) -> dict[str, str]:
+    def rows(self) -> list[tuple[str, str, int]]:
+        """(name, status, points of its training loss) of every row."""
         from mlflow import MlflowClient
 
         client = MlflowClient(f"sqlite:///{self.repo.folder.as_posix()}/mlflow.db")
         experiment = client.get_experiment_by_name("gpt2")
-        return {
-            r.info.run_name: r.info.status for r in client.search_runs([experiment.experiment_id])
-        }
+        return sorted(
+            (
+                row.info.run_name,
+                row.info.status,
+                len(client.get_metric_history(row.info.run_id, "train/loss")),
+            )
+            for row in client.search_runs([experiment.experiment_id])
+        )
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     told = Story(tiny_pipeline(tmp_path_factory.mktemp("sweep")))
     # In fp16 a first step of 10 makes activations that no fp16 holds.
-    common = ("precision=fp16", "train.steps=100", "train.warmup_steps=0", "train.val_every=50")
-    process = told.sweep("train.lr=0.002,10,0.004,0.008", *common)
-    told.wait_for("lr-0.002: running")
-    told.wait_until_trained(5)
-    told.repo.dvc("queue", "kill", "lr-0.002")
-    told.wait_for("lr-0.004: running")
+    words = ("train.lr=0.002,10,0.004,0.008", "precision=fp16", "train.steps=100")
+    words += ("train.warmup_steps=0", "train.val_every=50")
+    process = told.sweep(*words)
+    told.wait_until_trained("lr-0.004", 5)
     os.killpg(process.pid, signal.SIGINT)
-    told.code = process.wait(30)  # type: ignore[attr-defined]
+    told.code = process.wait(60)  # type: ignore[attr-defined]
     told.first = told.said.read_text("utf-8")  # type: ignore[attr-defined]
-    told.repo.wait_for_queue(4)
-    process = told.sweep("train.lr=10,0.004,0.008", *common, "--jobs", "2")
+    told.left = told.repo.at_work()  # type: ignore[attr-defined]
+    process = told.sweep(*words)
     told.second_code = process.wait(300)  # type: ignore[attr-defined]
+    told.second = told.said.read_text("utf-8")  # type: ignore[attr-defined]
     return told
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals to a group of processes")
-def test_a_kill_a_crash_and_ctrl_c_leave_the_rest_running(story: Story) -> None:
-    assert story.code == 130
-    assert "lr-0.002: killed" in story.first
-    assert "lr-10: failed, step 1: the loss is nan" in story.first
-    assert "go on without this command" in story.first and "Traceback" not in story.first
-    statuses = story.statuses()  # after the second sweep, which tried lr-10 again, in its row
-    assert {name: statuses[name] for name in ("lr-0.002", "lr-10-2", "lr-0.004", "lr-0.008")} == {
-        "lr-0.002": "KILLED",
-        "lr-10-2": "FAILED",
-        "lr-0.004": "FINISHED",
-        "lr-0.008": "FINISHED",
-    }
+def test_ctrl_c_stops_the_member_and_the_sweep(story: Story) -> None:
+    assert story.code == 130 and story.left == []
+    assert "2/4 lr-10: train.lr=10.0" in story.first and "the loss is nan" in story.first
+    assert "Stopped in lr-0.004, 3/4" in story.first and "Traceback" not in story.first
+    assert "4/4" not in story.first
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals to a group of processes")
-def test_a_sweep_ends_in_a_comparison_and_names_what_failed(story: Story) -> None:
-    said = story.said.read_text("utf-8")
-    assert story.second_code == InputError.exit_code
-    assert "lr-0.004-2: success" in said and "Traceback" not in said
-    assert "error: lr-10-2: failed, step 1: the loss is nan" in said
+def test_the_same_command_goes_on_and_trains_nothing_twice(story: Story) -> None:
+    assert story.second_code == InputError.exit_code and "Traceback" not in story.second
+    assert "error: lr-10: failed (exit code 255), see its output above" in story.second
+    names = set(story.repo.dvc("exp", "list", "--name-only").split())
+    assert {"lr-0.002", "lr-0.002-2", "lr-0.004", "lr-0.008"} <= names and "lr-10" not in names
+    assert [row for row in story.rows() if row[1] == "FINISHED"] == [
+        ("lr-0.002", "FINISHED", 100),
+        ("lr-0.004", "FINISHED", 100),
+        ("lr-0.008", "FINISHED", 100),
+    ]
+    assert [name for name, status, _ in story.rows() if status != "FINISHED"] == ["lr-10"]
     page = (story.repo.folder / "comparisons/train.lr/comparison.md").read_text("utf-8")
-    assert page in said
-    assert {"0.004", "0.008"} <= set(re.findall(r"^\| (\S+) ", page, re.MULTILINE))
+    assert page in story.second
+    assert {"0.002", "0.004", "0.008"} <= set(re.findall(r"^\| (\S+) ", page, re.MULTILINE))

@@ -336,9 +336,9 @@ def test_several_runs_show_what_differs_best_first_and_the_noise_in_words(worksp
     page = report.of_several(found, found, Path())
     text = Seen(page).text
     outcomes = text[text.index("Outcomes, best first") : text.index("Settings that differ")]
-    table = outcomes[: outcomes.index("nats from")]
+    table = outcomes[: outcomes.index("nats/token from")]
     assert table.index("rate") < table.rindex("base") < table.index("seed")
-    assert "-0.5 nats from base, beyond two std of the noise of 2 seeds" in outcomes
+    assert "-0.5 nats/token from base, beyond two std of the noise of 2 seeds" in outcomes
     assert "first more than 1% apart at step 0" in outcomes
     assert "another seed of the same settings" in outcomes
     differ = text[text.index("Settings that differ") : text.index("Curves over one another")]
@@ -355,7 +355,7 @@ def test_a_run_without_a_finished_training_is_named_and_the_others_compared(
     found = [Experiment(name, name, events) for name, events in runs.items()]
     text = Seen(report.of_several(found, found, Path())).text
     assert "Without a finished training, and so not compared: broken." in text
-    assert "+0.1 nats from a" in text
+    assert "+0.1 nats/token from a" in text
     alone = [Experiment("x", "x", broken), Experiment("y", "y", broken)]
     text = Seen(report.of_several(alone, alone, Path())).text
     assert "Outcomes" not in text and "Curves" not in text and "these runs have the same" in text

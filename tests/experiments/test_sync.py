@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.experiments import history
+from pipeline.experiments import sync
 from pipeline.records.run_data import Experiment
 
 
@@ -22,7 +22,7 @@ def experiment(name: str, *found: list[dict[str, Any]]) -> Experiment:
 def replayed(*found: Experiment) -> list[tuple[str, list[str], str]]:
     return [
         (step.head["id"], [other[0]["id"] for other in step.others], step.where.name)
-        for step in history.steps(found)
+        for step in sync.stages_that_ran(found)
     ]
 
 
