@@ -23,13 +23,12 @@ from pipeline.config import Config
 from pipeline.data import token_files
 from pipeline.diagnostics import debugger, doctor, forecast, nonfinite, token_spans
 from pipeline.drawing import figures
-from pipeline.errors import NumericsError, ResumeError, together
+from pipeline.errors import ResumeError, together
 from pipeline.model.gpt import GPT
 from pipeline.model.loss import mean_loss
 from pipeline.model.model_dir import load_model, save_model
 from pipeline.records import record_file
 from pipeline.records.record_file import Record
-from pipeline.records.run_data import Experiment
 from pipeline.resume import interruption, run_folder
 from pipeline.resume.checkpoints import Checkpoint, Checkpoints
 from pipeline.resume.course import Course, step_metrics
@@ -160,32 +159,30 @@ def go_through(
     config, record = course.config, course.record
     watch = op_dtypes.Watch(state)
     rounds = doctor.Rounds()
-    with interruption.listening() as stop:
+    with (
+        interruption.listening() as stop,
+        debugger.attached(state, config, record, tokens, stop.suspended) as look,
+    ):
         reports = loop.fit(
             state,
             config.train,
             functools.partial(loop.micro_batches, tokens, config.train),
-            look=functools.partial(stop_and_look, config, record, watch, stop),
+            look=functools.partial(unwatched, watch, look),
             look_at=config.debug.interact_at_step,
             steps_at=course.budget.steps,
         )
-        text = functools.partial(token_spans.of_step, tokens, config.train)
-        steps = nonfinite.explaining(watched(reports, watch, course.study), state, text)
-        try:
-            validate_if_due(course, state, held_out, stop, rounds)  # a stopped one may owe it
-            for report in progress(steps, config, state.step):
-                course.step(report)
-                record.metrics(step_metrics(report) | update_metric(state, report), report.step)
-                if report.step + 1 == forecast.MEASURED_AT:
-                    foresee_time(config, record, course.curve)
-                validate_if_due(course, state, held_out, stop, rounds)
-                if course.checkpoint_due() and not stop.asked():
-                    course.save(state)
-                leave_if_asked(course, state, stop)
-            leave_if_asked(course, state, stop)  # no step was left, and validation was stopped
-        except NumericsError as error:
-            keep_for_a_look(state, config, record, str(error))
-            raise
+        steps = watched(reports, watch, course.study)
+        validate_if_due(course, state, held_out, stop, rounds)  # a stopped one may owe it
+        for report in progress(steps, config, state.step):
+            course.step(report)
+            record.metrics(step_metrics(report) | update_metric(state, report), report.step)
+            if report.step + 1 == forecast.MEASURED_AT:
+                foresee_time(config, record, course.curve)
+            validate_if_due(course, state, held_out, stop, rounds)
+            if course.checkpoint_due() and not stop.asked():
+                course.save(state)
+            leave_if_asked(course, state, stop)
+        leave_if_asked(course, state, stop)  # no step was left, and validation was stopped
 
 
 def leave_if_asked(course: Course, state: loop.TrainState, stop: Interruption) -> None:
@@ -226,7 +223,7 @@ def validate_if_due(
         with contextlib.suppress(Stopped):
             course.validated(state, validate(state, held_out, course.config, stop))
             for finding in rounds.look(len(course.curve), course.record.so_far):
-                log.warning("%s", doctor.line(finding))
+                log.warning("%s", finding)
             for edit in course.new_edits():
                 log.warning(
                     "edited while this training is at work: %s. It goes on as it began, and DVC "
@@ -237,45 +234,20 @@ def validate_if_due(
 
 def foresee(config: Config, precision: Precision, record: Record, corpus_tokens: int) -> None:
     """Before the first step: what this training needs, and a warning where that is not there."""
-    try:
-        found = forecast.forecast(config, precision, corpus_tokens)
-    except RuntimeError as error:  # an operation that this device has no formula of sizes for
-        log.warning("no memory forecast on %s: %s", precision.device.type, error)
-        return
-    for line in found.lines():
+    for line in forecast.before_training(config, precision, record, corpus_tokens):
         print(f"train: {line}", flush=True)
-    record.metrics({"perf/forecast_memory_mib": found.needed.total / 2**20})
-    if problem := found.problem(config.train.accumulate):
-        log.warning("%s", problem)
 
 
 def foresee_time(config: Config, record: Record, curve: list[loop.StepReport]) -> None:
     """After the first measured steps: when this training ends."""
     seconds = [report.seconds for report in curve]
-    record.metrics({"time/forecast_seconds": forecast.run_seconds(seconds, config.train)})
-    tqdm.write(f"train: {forecast.time_words(seconds, config.train)}", file=sys.stdout)
+    line = forecast.after_first_steps(seconds, config.train, record)
+    tqdm.write(f"train: {line}", file=sys.stdout)
 
 
-def stop_and_look(
-    config: Config,
-    record: Record,
-    watch: op_dtypes.Watch,
-    stop: Interruption,
-    state: loop.TrainState,
-) -> None:
-    """debug.interact_at_step: an interpreter where somebody sits, else the moment on disk."""
-    if debugger.has_terminal():
-        record.tags({"debug.interacted_at_step": state.step})
-        with watch.looking_away(), stop.suspended():
-            debugger.look(state)
-    else:
-        why = f"debug.interact_at_step={state.step}: no terminal here, so no interpreter"
-        keep_for_a_look(state, config, record, why)
-
-
-def keep_for_a_look(state: loop.TrainState, config: Config, record: Record, why: str) -> None:
-    folder = debugger.write_bundle(state, config, why)
-    record.tags({"debug.why": why, "debug.bundle": folder or "not written"})
+def unwatched(watch: op_dtypes.Watch, look: loop.Look, state: loop.TrainState) -> None:
+    with watch.looking_away():
+        look(state)
 
 
 def validate(
@@ -285,19 +257,10 @@ def validate(
 
     Raises Stopped where somebody asks to stop meanwhile.
     """
-    windows = functools.partial(
-        token_files.validation_windows,
-        held_out,
-        batch_size=config.train.batch_size,
-        sequence_length=config.train.sequence_length,
-        limit=config.train.val_tokens,
-    )
+    windows = token_spans.validation_batches(held_out, config.train)
     device = state.precision.device
-    loss = mean_loss(state.model, stop.unless_asked(windows()), state.precision, device)
-    if not math.isfinite(loss):
-        text = functools.partial(token_spans.of_validation, held_out, config.train)
-        raise nonfinite.of_validation(state, windows(), loss, text)
-    return loss
+    loss = mean_loss(state.model, stop.unless_asked(windows), state.precision, device)
+    return nonfinite.check_validation(loss, state, held_out, config.train)
 
 
 def progress(
@@ -346,18 +309,8 @@ def write_results(course: Course, model: GPT, precision: Precision, matrix_rate:
 
 def judge(record: Record, steps: int) -> dict[str, float]:
     """The doctor's verdict, aloud, in the row and as a page; its numbers are returned."""
-    upstream = {events[0]["stage"]: events for events in record_file.upstream("train")}
-    found = Experiment("", "", upstream | {"train": record.so_far()})
-    findings = doctor.examine(found)
-    numbers = doctor.health(found)
-    record.metrics(numbers, steps)
-    record.tags(
-        {
-            "health.verdict": doctor.headline(findings),
-            "health.grad_norm": doctor.norm_words(found),
-        }
-    )
-    for line in doctor.lines(findings):
+    numbers, said = doctor.judge(record, steps)
+    for line in said:
         print(f"train: {line}")
     return numbers
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.compute import runtime, throughput
 from pipeline.errors import InputError
 from pipeline.records import provenance
-from pipeline.records.run_data import Experiment
+from pipeline.records.run_data import RunData
 from pipeline.resume.checkpoints import Checkpoint, Checkpoints, go_on, machine, warn_of_differences
 from pipeline.training.loop import StepReport, TrainState
 from pipeline.training.time_budget import Budget
@@ -57,7 +57,7 @@ class Course:
         path, facts = found
         go_on(state, path, facts)
         warn_of_differences(facts["machine"], machine(state.precision))
-        written = Experiment("", "", {"train": self.record.so_far()})
+        written = RunData({"train": self.record.so_far()})
         self._earlier = reports(written, self.config, facts["budget"]["planned"])
         missing = set(range(state.step)) - self._earlier.keys()
         if missing:
@@ -173,7 +173,7 @@ def step_metrics(report: StepReport) -> dict[str, float]:
     }
 
 
-def reports(written: Experiment, config: Config, planned: int) -> dict[int, StepReport]:
+def reports(written: RunData, config: Config, planned: int) -> dict[int, StepReport]:
     """`step_metrics` read back, by step, to the digits that a record keeps."""
     train = config.train
     by_step: dict[int, dict[str, float]] = {}

@@ -328,8 +328,8 @@ def test_a_validation_loss_that_is_not_finite_leaves_its_own_first_window_to_loo
 
     config = make_config(train__batch_size=1, train__sequence_length=16)
     windows = [batches(7)[0], batches(8)[0]]
-    monkeypatch.setattr(train.data, "validation_windows", lambda *_, **__: iter(windows))
-    monkeypatch.setattr(train.passages, "of_validation", lambda *_: "its text")
+    monkeypatch.setattr(token_spans, "validation_batches", lambda *_: iter(windows))
+    monkeypatch.setattr(token_spans, "of_validation", lambda *_: "its text")
     model = GPT(SHAPE)
     state = loop.start(model, config.train, choose_precision("fp32", CPU))
     with torch.no_grad():
