@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pipeline import hints, watched, yaml_text
 from pipeline.errors import ConfigError, cut, quoted
 
+VOCAB_SIZE = 50257  # GPT-2's tokens
 UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
 
 # As in MLflow's paths; no part can be `..`, nor an escape that a URI turns into it.
@@ -67,7 +68,7 @@ class ModelConfig:
     )
     vocab_rows: int = setting(
         "rows of the embedding inside; 50304 is 50257 padded to a multiple of 64",
-        low=50257,
+        low=VOCAB_SIZE,
         high=1 << 16,
     )
     dropout: float = setting("dropout while training", low=0, high=0.9)

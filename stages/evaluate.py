@@ -14,9 +14,8 @@ from pipeline.diagnostics import doctor
 from pipeline.errors import together
 from pipeline.inference import evaluation as tasks
 from pipeline.model.model_dir import load_model
-from pipeline.records import git, record_file
+from pipeline.records import git
 from pipeline.records.record_file import Record
-from pipeline.records.run_data import Experiment
 from pipeline.resume import run_folder
 from pipeline.tracking import recording
 from stages.common import announce, check_model, run, write_metrics
@@ -91,15 +90,8 @@ def hellaswag(config: Config) -> dict[str, Any]:
 
 def judge(record: Record, steps: int) -> None:
     """The doctor's verdict once more: whether frequencies alone do as well is known only now."""
-    chain = {events[0]["stage"]: events for events in record_file.upstream("evaluate")}
-    if "train" not in chain:
-        return
-    found = Experiment("", "", chain | {"evaluate": record.so_far()})
-    findings = doctor.examine(found)
-    record.tags({"health.verdict": doctor.headline(findings)})
-    record.metrics({"health/findings": float(len(findings))}, steps)
-    if finding := doctor.worse_than_frequencies(found):
-        print(f"evaluate: {doctor.line(finding)}")
+    for line in doctor.judge(record, steps)[1]:
+        print(f"evaluate: {line}")
 
 
 def metric_name(group: str, key: str) -> str:

@@ -109,7 +109,10 @@ def loop(job: Job, state: TrainState, history: History) -> None:
         job.checkpoints.save(state, history.facts())
         job.run.say("running", step=state.step)
 
-    with listening() as stop, debugger.attached(state, job, stop.suspended) as look:
+    with (
+        listening() as stop,
+        debugger.attached(state, config, record, job.tokens, job.held_out, stop.suspended) as look,
+    ):
         look_at, steps_at = config.debug.interact_at_step, history.budget.steps
         steps = fit(state, config.train, batches, look, look_at, steps_at)
         validate_if_due()  # a training that was stopped may owe it

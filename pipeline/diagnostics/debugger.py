@@ -1,4 +1,4 @@
-"""Stop and look: an interpreter inside a training step, or the same moment on disk for later."""
+"""A look inside a training step: an interpreter there, or the same moment on disk for later."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,18 +23,66 @@ from pipeline import paths, terminal
 from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
 from pipeline.config import Config
-from pipeline.errors import StorageError
+from pipeline.diagnostics import nonfinite, token_spans
+from pipeline.errors import NumericsError, StorageError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import evaluating
 from pipeline.resume.snapshot import Tensors, read_facts, restore, save_snapshot, understood
 from pipeline.training import training_step
-from pipeline.training.training_step import TrainState
+from pipeline.training.training_step import Look, TrainState
+from pipeline.training.validation import ValidationError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from pipeline.data.token_files import Tokens
+    from pipeline.records.record_file import Record
 
 log = logging.getLogger(__name__)
 
-MAX_LOGIT_BYTES = 1 << 30  # of logits made for a look; more sequences than fit are left out
+MAX_LOGIT_BYTES = 1 << 30  # of logits in the scope; sequences that do not fit are left out
 
 SCOPE = "model, x, y, logits, loss, gradients, state, batches, step, torch"
+
+
+@contextlib.contextmanager
+def attached(
+    state: TrainState,
+    config: Config,
+    record: Record,
+    tokens: Tokens,
+    held_out: Tokens,
+    suspended: Callable[[], AbstractContextManager[None]],
+) -> Iterator[Look]:
+    """Around a training loop: yields what `loop.fit` is to call in debug.interact_at_step.
+
+    Where somebody sits at a terminal that is an interpreter, while signals are `suspended`; else
+    the step is kept on disk. A NumericsError leaves with its explanation, after the step that it
+    is about was kept.
+    """
+
+    def keep(why: str) -> None:
+        folder = write_bundle(state, config, why)
+        record.tags({"debug.why": why, "debug.bundle": folder or "not written"})
+
+    def stop_and_look(state: TrainState) -> None:
+        if not has_terminal():
+            keep(f"debug.interact_at_step={state.step}: no terminal here, so no interpreter")
+            return
+        record.tags({"debug.interacted_at_step": state.step})
+        with suspended():
+            look(state)
+
+    try:
+        yield stop_and_look
+    except NumericsError as error:
+        if isinstance(error, ValidationError):
+            explained = nonfinite.explain_validation(error, state, held_out, config.train)
+        else:
+            text = partial(token_spans.of_step, tokens, config.train)
+            explained = nonfinite.explain(error, state, text)
+        keep(str(explained))
+        raise explained from None
 
 
 def look(state: TrainState) -> None:
@@ -41,8 +91,8 @@ def look(state: TrainState) -> None:
         scope(state),
         f"\nstep {state.step}, loss {state.loss:.4f}, between the gradients and the update.\n"
         f"In scope: {SCOPE}.\n"
-        "gradients are unscaled and not clipped; what you change here, the run goes on with.\n"
-        "Leave with exit() or Ctrl-D and training goes on.",
+        "gradients are unscaled and not clipped; what you change here stays changed.\n"
+        "Leave with exit() or Ctrl-D to continue training.",
     )
 
 
@@ -52,9 +102,9 @@ def has_terminal() -> bool:
 
 
 def write_bundle(state: TrainState, config: Config, why: str) -> Path | None:
-    """Keep this moment under `.runs/debug`, say where, and how to open it.
+    """Keep this moment under `.runs/debug`; a warning says where, and how to open it.
 
-    None, and a warning, where the disk does not take it: the run has its own way to end.
+    None, with another warning, where the disk does not take it: that must not hide why it is kept.
     """
     moment = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-step-{state.step}"
     folder = paths.runs() / "debug" / moment
@@ -69,7 +119,7 @@ def write_bundle(state: TrainState, config: Config, why: str) -> Path | None:
     try:
         save_snapshot(folder, state, facts)
     except StorageError as error:
-        log.warning("the step could not be kept for a look: %s", error)
+        log.warning("the step could not be kept for the debugger: %s", error)
         return None
     log.warning(
         "%s: weights, batch, random state and optimizer are in %s; look at the step with "
@@ -80,7 +130,7 @@ def write_bundle(state: TrainState, config: Config, why: str) -> Path | None:
 
 
 def scope(state: TrainState) -> dict[str, Any]:
-    """What an interpreter finds: the first micro-batch as x and y, its logits without dropout."""
+    """Names for an interpreter: x and y are the first micro-batch, logits are without dropout."""
     x, y = (part.to(state.precision.device) for part in state.batches[0])
     return {
         "model": state.model,
@@ -97,7 +147,7 @@ def scope(state: TrainState) -> dict[str, Any]:
 
 
 def open_bundle(folder: Path, device: str = "") -> tuple[dict[str, Any], str]:
-    """The scope of a written moment, its gradients made again, and a line on how that went."""
+    """The scope of a moment on disk, its gradients computed again, and lines on how that went."""
     facts = read_facts(folder)
     with understood(folder):
         config = configuration.from_dict(facts["params"], f"{folder}: params")
@@ -109,14 +159,13 @@ def open_bundle(folder: Path, device: str = "") -> tuple[dict[str, Any], str]:
     runtime.set_rng_state(state.rng, where)
     then, state.loss = state.loss, training_step.gradients(state, state.batches).item()
     same = state.loss == then or (math.isnan(state.loss) and math.isnan(then))
-    line = f"step {state.step}: {facts['why']}\nloss {state.loss!r}, "
-    line += "the same as then" if same else f"{then!r} then (torch {facts['torch']}, "
-    line += "" if same else f"{facts['device']}, {facts['threads']} threads)"
-    return scope(state), line
+    machine = f"torch {facts['torch']}, {facts['device']}, {facts['threads']} threads"
+    beside = "the same as then" if same else f"{then!r} then ({machine})"
+    return scope(state), f"step {state.step}: {facts['why']}\nloss {state.loss!r}, {beside}"
 
 
 def odd_gradients(gradients: dict[str, torch.Tensor]) -> list[str]:
-    """Names of parameters whose gradient is not finite, in the model's order."""
+    """The parameters whose gradient is not finite, in the model's order."""
     return [name for name, grad in gradients.items() if not grad.isfinite().all()]
 
 
@@ -133,7 +182,7 @@ def _nested(config: Config) -> dict[str, Any]:
 
 
 def interact(names: dict[str, Any], said: str) -> None:
-    """An interpreter with these names, which begins with what is `said`."""
+    """An interpreter with these names, which begins by printing what is `said`."""
     _interact(names, f"{said}\nIn scope: {SCOPE}. Leave with exit() or Ctrl-D.")
 
 

@@ -1,4 +1,4 @@
-"""What a training will need: memory by micro-batch and precision, tokens, time."""
+"""Forecast of a training: memory by micro-batch and precision, tokens, time."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from pipeline.training.time_budget import validation_seconds
 
 if TYPE_CHECKING:
     from pipeline.config import Config, TrainConfig
+    from pipeline.records.record_file import Record
 
 log = logging.getLogger(__name__)
 
 MEASURED_AT = 8  # steps done when the time is forecast: 5 of them measured
-MARGIN = 0.8  # of the free memory that a proposal uses; the rest is for what is not foreseen
+MARGIN = 0.8  # share of the free memory that a proposal uses; the rest is for surprises
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's limits, on Linux
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -49,7 +50,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Needs:
-    """What decides a training's memory, whatever its micro-batch."""
+    """What decides a training's memory, apart from its micro-batch."""
 
     shape: GPTConfig
     precision: Precision
@@ -59,11 +60,11 @@ class Needs:
     kept_per_sequence: int
 
     def at(self, batch_size: int, accumulate: int) -> Memory:
-        """Eager: the compiler keeps less. What libraries and allocators take comes on top."""
+        """Memory of an eager step, without what libraries and allocators add; compiled, less."""
         embedding = 4 * self.shape.vocab_rows * self.shape.n_embd
         earlier = self.weights if accumulate > 1 else 0  # gradients of the micro-batches before
         activations = self.kept + batch_size * self.kept_per_sequence + embedding
-        # Elsewhere the look-up's part of the tied gradient is a matrix, and so is their sum.
+        # On a GPU the look-up's part of the tied gradient is a matrix, and so is the sum of both.
         parts = 0 if self.precision.device.type == "cpu" else 2
         if self.precision.emulated:  # an operand and a result of the MLP in fp32, for a moment
             activations += 2 * 4 * batch_size * self.length * 4 * self.shape.n_embd
@@ -81,7 +82,7 @@ class Needs:
         return bisect.bisect_right(sizes, free, key=lambda n: self.at(n, accumulate).total)
 
     def _head(self, rows: int) -> int:
-        """The buffers of `loss.linear_cross_entropy`: logits by chunk, operands, gradient."""
+        """Bytes of `loss.linear_cross_entropy`: logits by chunk, operands, gradient."""
         c = self.shape
         emulated = self.precision.emulated
         low = 0 if emulated else self.precision.dtype.itemsize % 4  # 2 where products are low
@@ -91,7 +92,7 @@ class Needs:
 
 
 def needs(shape: GPTConfig, precision: Precision, length: int) -> Needs:
-    """Measured on the model's own forward pass, on tensors without contents."""
+    """Memory needs, measured by the model's own forward pass on tensors without contents."""
     one, two = (_kept_by_forward(shape, precision, n, length) for n in (1, 2))
     with torch.device("meta"):
         weights = sum(p.nbytes for p in GPT(shape).parameters())
@@ -99,7 +100,7 @@ def needs(shape: GPTConfig, precision: Precision, length: int) -> Needs:
 
 
 def _kept_by_forward(shape: GPTConfig, precision: Precision, batch_size: int, length: int) -> int:
-    """Bytes that autograd keeps for the backward pass, parameters and the head left out."""
+    """Bytes that autograd keeps for the backward pass, without parameters and the head."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     kept: dict[int, torch.UntypedStorage] = {}  # held, since an address may come again
@@ -119,7 +120,7 @@ def _kept_by_forward(shape: GPTConfig, precision: Precision, batch_size: int, le
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still have: of the GPU, else of the host or its container."""
+    """Bytes that this process can still allocate on the GPU, else on the host or its container."""
     if device.type == "cuda":  # what its allocator keeps at hand counts as used with the driver
         at_hand = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + at_hand
@@ -127,7 +128,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _container_left() -> int:
-    """What the control group leaves, which the host's figure does not know; else very much."""
+    """Bytes that the control group leaves to this process; a huge number without a limit."""
     folder = CONTROL_GROUP
     with contextlib.suppress(OSError, ValueError):  # no such limit: "max", or no such file
         limit = int((folder / "memory.max").read_text("ascii"))
@@ -152,7 +153,7 @@ class Forecast:
     fits: int  # the largest micro-batch within the free memory; 0: not even one sequence
 
     def lines(self) -> list[str]:
-        """For the terminal: what is to be trained, and what it takes."""
+        """Two lines for the terminal: what is to be trained, and its memory."""
         n = self.needed
         epochs = "" if self.epochs is None else f", {self.epochs:,.2f} epochs"
         return [
@@ -172,38 +173,61 @@ class Forecast:
             f"{size(self.free)} are free: "
         )
         if not self.fits:
-            return words + "not even one sequence fits; a smaller model or train.sequence_length"
+            return words + "not even one sequence fits; try a smaller model or sequence_length"
         micro, more = proposal(self.batch_size, accumulate, self.fits)
-        return words + f"train.batch_size={micro} train.accumulate={more} fit, tokens a step equal"
+        return words + f"train.batch_size={micro} train.accumulate={more} fit, tokens/step the same"
 
 
 def proposal(batch_size: int, accumulate: int, fits: int) -> tuple[int, int]:
-    """(micro-batch, micro-batches a step) with the same sequences a step, none over `fits`."""
+    """(train.batch_size, train.accumulate) with equally many sequences per step, as fit."""
     sequences = batch_size * accumulate
     micro = max(n for n in range(1, fits + 1) if sequences % n == 0)
     return micro, sequences // micro
 
 
 def forecast(config: Config, precision: Precision, corpus_tokens: int | None = None) -> Forecast:
-    """Before training: what it needs against what is free."""
-    train = config.train
-    found = needs(GPTConfig(**asdict(config.model)), precision, train.sequence_length)
-    needed, free = found.at(train.batch_size, train.accumulate), free_memory(precision.device)
+    """What a training needs, beside what is free."""
+    train, free = config.train, free_memory(precision.device)
+    need = needs(GPTConfig(**asdict(config.model)), precision, train.sequence_length)
     tokens = train.steps * train.accumulate * train.batch_size * train.sequence_length
     return Forecast(
-        parameters=found.weights // 4,
+        parameters=need.weights // 4,
         steps=train.steps,
         tokens=tokens,
         epochs=tokens / corpus_tokens if corpus_tokens else None,
         batch_size=train.batch_size,
-        needed=needed,
+        needed=need.at(train.batch_size, train.accumulate),
         free=free,
-        fits=found.largest(2, int(MARGIN * free)),  # a smaller micro-batch means accumulation
+        fits=need.largest(2, int(MARGIN * free)),  # a smaller micro-batch means accumulation
     )
 
 
+def before_training(
+    config: Config, precision: Precision, record: Record, corpus_tokens: int
+) -> list[str]:
+    """Lines to print before the first step; the memory is put on record.
+
+    Logs a warning where memory is short, or cannot be forecast: that must stop no training.
+    """
+    try:
+        expected = forecast(config, precision, corpus_tokens)
+    except RuntimeError as error:  # an operation for which this device has no formula of sizes
+        log.warning("no memory forecast on %s: %s", precision.device.type, error)
+        return []
+    record.metrics({"perf/forecast_memory_mib": expected.needed.total / 2**20})
+    if problem := expected.problem(config.train.accumulate):
+        log.warning("%s", problem)
+    return expected.lines()
+
+
+def after_first_steps(step_seconds: list[float], config: TrainConfig, record: Record) -> str:
+    """The line to print after MEASURED_AT steps: when this training ends, put on record as well."""
+    record.metrics({"time/forecast_seconds": run_seconds(step_seconds, config)})
+    return time_words(step_seconds, config)
+
+
 def table(config: Config, device: torch.device) -> str:
-    """Markdown: bytes at the peak by micro-batch and precision."""
+    """A Markdown table of peak memory by micro-batch and precision."""
     shape, length = GPTConfig(**asdict(config.model)), config.train.sequence_length
     modes = [needs(shape, choose_precision(name, device), length) for name in PRECISIONS]
     accumulate = config.train.accumulate
@@ -212,23 +236,20 @@ def table(config: Config, device: torch.device) -> str:
 
 
 def run_seconds(step_seconds: list[float], config: TrainConfig) -> float:
-    """Seconds of the whole training by its first steps, validations included.
-
-    At most those of train.time_budget.
-    """
+    """Seconds of the whole training, validations included, at most train.time_budget."""
     whole, budget = _seconds_of_all(step_seconds, config), 60 * config.time_budget
     return min(whole, budget) if budget else whole
 
 
 def _seconds_of_all(step_seconds: list[float], config: TrainConfig) -> float:
-    """Without a time budget."""
+    """Seconds of all steps and validations, whatever the time budget."""
     step = statistics.median(step_seconds[WARM_UP_STEPS:] or step_seconds)
     validations = -(-config.steps // config.val_every)
     return config.steps * step + validations * validation_seconds(step, config)
 
 
 def time_words(step_seconds: list[float], config: TrainConfig) -> str:
-    """ "5,000 steps need 9 h 10 min; in 1 h you reach step 545"."""
+    """ "5,000 steps need 9 h 10 min; in 1 h you reach step 545": how far a training gets."""
     whole, budget = _seconds_of_all(step_seconds, config), 60 * config.time_budget
     if budget and budget < whole:
         reached, minutes = int(config.steps * budget / whole), config.time_budget
@@ -245,7 +266,7 @@ def time_words(step_seconds: list[float], config: TrainConfig) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two units, the way people say it: 9 h 10 min."""
+    """Seconds in two units, as in 9 h 10 min."""
     total = round(seconds)
     for unit, name, part, small in (
         (86400, "d", 3600, "h"),
@@ -259,5 +280,5 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as MiB or GiB."""
+    """A count of bytes in MiB or GiB."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"

@@ -1,23 +1,37 @@
-"""Where a step left the finite numbers: the step done again, every layer watched."""
+"""Where a step or a validation left the finite numbers: done again with every layer watched."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.compute import runtime
+from pipeline.diagnostics import token_spans
 from pipeline.errors import InputError, NumericsError
 from pipeline.model.gpt import GPT
 from pipeline.model.loss import mean_loss
-from pipeline.training import training_step
-from pipeline.training.loop import StepReport
+from pipeline.training import training_step, validation
 from pipeline.training.training_step import Batch, TrainState
+
+if TYPE_CHECKING:
+    from pipeline.config import TrainConfig
+    from pipeline.data.token_files import Tokens
+    from pipeline.training.validation import ValidationError
+
+AGAIN = (
+    "Done again, without a compiler, every number of the step is finite: the fault is in compiled "
+    "kernels or in the machine"
+)
+
+
+class Explained(NumericsError):
+    """An error that says where the numbers first were not finite, and in which tokens."""
 
 
 @dataclass
@@ -28,52 +42,35 @@ class Place:
     rows: list[int] = field(default_factory=list)  # sequences, from 0; empty: not told apart
     batch: int = 0  # of the step's micro-batches or of validation's batches, from 0
 
+    def words(self, sequences: int, batch: str) -> str:
+        """The line of a message; `sequences` is the number of those in the batch so named."""
+        rows = ", ".join(str(row + 1) for row in self.rows)
+        some = f"sequence {rows} of " if 0 < len(self.rows) < sequences else ""
+        return f"First not finite: {self.what}{',' if some else ''} in {some}{batch}"
 
-AGAIN = (
-    "Done again, without a compiler, every number of the step is finite: the fault is in compiled "
-    "kernels or in the machine"
-)
 
 Text = Callable[[int, Place | None], str]  # (step, place) -> where the step's tokens lie
 
 
-def explaining(
-    reports: Iterator[StepReport], state: TrainState, text: Text
-) -> Iterator[StepReport]:
-    """`training.fit`'s reports; its NumericsError says in addition where, and in which tokens.
+def explain(error: NumericsError, state: TrainState, text: Text) -> Explained:
+    """The error of the step at work, which in addition says where, and in which tokens.
 
     That takes the time of one more step, which is done eagerly, from the same weights, batches,
     random state and loss scale. Weights and moments stay as they are; gradients do not.
     """
-    try:
-        yield from reports
-    except NumericsError as error:
-        raise NumericsError(f"{error}{_details(state, text)}") from None
-
-
-def _details(state: TrainState, text: Text) -> str:
-    """What is known beyond the error; the error itself must not get lost in finding it."""
     at_hand = [p.grad for p in state.model.parameters() if p.grad is not None]
     seen = not math.isfinite(state.loss) or not all(grad.isfinite().all() for grad in at_hand)
+    lines = [str(error)]
     try:
-        place = trace(state)
-        found = _in_step(place, state.batches) if place else ""
-        if seen and not place:
-            found = f"\n{AGAIN}"
-        return f"{found}\n{text(state.step, place)}"
-    except (RuntimeError, MemoryError, OSError, InputError) as problem:
-        return f"\nWhere that began could not be found: {problem}"
-
-
-def _in_step(place: Place, batches: list[Batch]) -> str:
-    of = f" of {len(batches)}"
-    return f"{_sentence(place, batches[place.batch])} micro-batch {place.batch + 1}{of}"
-
-
-def _sentence(place: Place, batch: Batch) -> str:
-    rows = ", ".join(str(row + 1) for row in place.rows)
-    known = 0 < len(place.rows) < len(batch[0])
-    return f"\nFirst not finite: {place.what}" + (f", in sequence {rows} of" if known else " in")
+        if place := trace(state):
+            sequences, count = len(state.batches[place.batch][0]), len(state.batches)
+            lines.append(place.words(sequences, f"micro-batch {place.batch + 1} of {count}"))
+        elif seen:
+            lines.append(AGAIN)
+        lines.append(text(state.step, place))
+    except (RuntimeError, MemoryError, OSError, InputError) as problem:  # the error must get out
+        lines = [str(error), f"Where that began could not be found: {problem}"]
+    return Explained("\n".join(lines))
 
 
 def trace(state: TrainState) -> Place | None:
@@ -105,22 +102,23 @@ def trace(state: TrainState) -> Place | None:
     return _in_norm(state.model)
 
 
-def of_validation(
-    state: TrainState, batches: Iterable[Batch], loss: float, text: Callable[[Place], str]
-) -> NumericsError:
-    """The error for a validation loss that is not finite: the layer and the tokens.
+def explain_validation(
+    error: ValidationError, state: TrainState, held_out: Tokens, config: TrainConfig
+) -> Explained:
+    """The error of a validation, which in addition names the layer and the tokens.
 
-    The first of `batches` that makes one is left as the step at work, to be looked at.
+    The first batch without a finite loss is left as the step at work, for a look at it.
     """
-    message = f"the validation loss is {loss}: this model is not kept"
-    for number, batch in enumerate(batches):
+    lines = [str(error)]
+    for number, batch in enumerate(validation.windows(held_out, config)):
         if place := _in_validation(state, batch):
             place.batch = number
             state.begin([batch])
-            state.loss = loss
-            message += f"{_sentence(place, batch)} validation batch {number + 1}\n{text(place)}"
+            state.loss = error.loss
+            lines.append(place.words(len(batch[0]), f"validation batch {number + 1}"))
+            lines.append(token_spans.of_validation(held_out, config, place))
             break
-    return NumericsError(message)
+    return Explained("\n".join(lines))
 
 
 def _in_validation(state: TrainState, batch: Batch) -> Place | None:
@@ -140,7 +138,7 @@ class _Found(Exception):
 
 
 class _Watch:
-    """While entered, sees the first tensor between two modules that is not finite."""
+    """While entered, notes the first tensor between two modules that is not finite."""
 
     place: Place | None = None
     hidden: Tensor  # of the last forward pass, (B, T, C)
@@ -180,7 +178,7 @@ class _Watch:
 
 
 def _place(what: str, values: Tensor, weights: list[tuple[str, Tensor]]) -> Place | None:
-    """None for finite values; rows are told apart in tensors (B, T, C)."""
+    """Where these values are not finite, if anywhere; rows are told apart in tensors (B, T, C)."""
     odd = ~values.isfinite()
     if not odd.any():
         return None
@@ -202,16 +200,16 @@ def _in_head(state: TrainState, hidden: Tensor, loss: Tensor) -> Place | None:
         return None
     weight = state.model.transformer.wte.weight
     with torch.no_grad(), state.precision.autocast():
-        found = [
+        places = [
             _place("the logits", state.model.logits(row), [("transformer.wte.weight", weight)])
             for row in hidden
         ]
-    rows = [row for row, place in enumerate(found) if place]
-    return Place(found[rows[0]].what, rows) if rows else Place("the loss, of finite logits")
+    rows = [row for row, place in enumerate(places) if place]
+    return Place(places[rows[0]].what, rows) if rows else Place("the loss, of finite logits")
 
 
 def _in_gradients(model: GPT) -> Place | None:
-    """The first in backward order, in which the head, tied to the embedding, comes last too."""
+    """The first gradient in backward order that is not finite; the tied embedding comes last."""
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             return Place(f"going backward, the gradient of {name} ({_odd(parameter.grad)})")
@@ -219,6 +217,7 @@ def _in_gradients(model: GPT) -> Place | None:
 
 
 def _in_norm(model: GPT) -> Place | None:
+    """The norm of all gradients, where these are finite and it is not."""
     norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
     if torch.stack([*norms.values()]).norm().isfinite():
         return None

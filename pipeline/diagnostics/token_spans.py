@@ -1,4 +1,4 @@
-"""Where in the token files a step's sequences lie, in which documents, and what they say."""
+"""Where a step's sequences lie in the token files, in which documents, and what they say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.data.tokenizer import EOT, gpt2
 from pipeline.errors import InputError
 from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
 from pipeline.records.run_data import Experiment
-from pipeline.training import loop
+from pipeline.training import loop, validation
 
 if TYPE_CHECKING:
     from pipeline.diagnostics.nonfinite import Place
@@ -32,7 +32,7 @@ CHUNK = 1 << 22  # tokens looked at together: documents are counted in files of 
 SHA_DIGITS = 12
 SHOWN = 8  # micro-batches, and sequences of each, that an error message names
 
-# The settings that say which sequences a step reads; see training.micro_batches.
+# The settings that say which sequences a step reads; see loop.micro_batches.
 DECIDE = ("seed", "batch_size", "accumulate", "sequence_length")
 
 Span = tuple[int, int]  # the first token of a sequence and its last target, from 0
@@ -52,46 +52,31 @@ class _Positions:
 
 
 def positions(tokens: Tokens) -> Tokens:
-    """`tokens` with positions for ids: what makes batches of tokens makes offsets of these."""
+    """`tokens` with positions for ids, so that batches of them hold offsets."""
     return replace(tokens, ids=_Positions(len(tokens)))  # type: ignore[arg-type]
 
 
 def of_step(tokens: Tokens, config: TrainConfig, step: int, place: Place | None = None) -> str:
     """Lines for an error message: the sequences at fault and the others of the step."""
-    batches = loop.micro_batches(positions(tokens), config, step)
-    named = {f"micro-batch {n}": _spans(batch) for n, batch in enumerate(batches[:SHOWN], 1)}
-    suspects = _spans(batches[place.batch if place else 0])
+    batches = _step_spans(tokens, config, step)
+    suspects = batches[place.batch if place else 0]
     fault = _at_fault(suspects, place)
+    named = _by_micro_batch(batches[:SHOWN])
     lines = _lines(tokens, {"at fault": fault} | named if fault else named, SHOWN)
-    read = "-".join(map(str, (fault or suspects)[0]))
     more = len(batches) - SHOWN
-    lines += [f"  and {more:,} micro-batches more"] if more > 0 else []
-    return "\n".join(
-        [
-            f"The step's tokens in {tokens.path}:",
-            *lines,
-            f"Read a sequence with `python -m pipeline text {read}{_which(tokens)}`"
-            + ("." if _aside() else f"; `--step {step}` in place of the numbers lists all."),
-        ]
-    )
+    lines += [f"  and {more:,} more micro-batches"] if more > 0 else []
+    other = "" if _aside() else f"; `--step {step}` instead of the numbers lists all sequences"
+    lines.append(f"Read a sequence with {_command(tokens, (fault or suspects)[0])}{other}.")
+    return "\n".join([f"The step's tokens in {tokens.path}:", *lines])
 
 
 def of_validation(held_out: Tokens, config: TrainConfig, place: Place) -> str:
     """Lines for an error message: the sequences of the validation batch at fault."""
-    windows = token_files.validation_windows(
-        positions(held_out),
-        batch_size=config.batch_size,
-        sequence_length=config.sequence_length,
-        limit=config.val_tokens,
-    )
+    windows = validation.windows(positions(held_out), config)
     spans = _spans(next(islice(windows, place.batch, None)))
     spans = _at_fault(spans, place) or spans
-    lines = _lines(held_out, {f"Its tokens in {held_out.path}": spans}, SHOWN)
-    read = "-".join(map(str, spans[0]))
-    return (
-        f"{lines[0].strip()}\nRead them with `python -m pipeline text --split val "
-        f"{read}{_which(held_out)}`."
-    )
+    (line,) = _lines(held_out, {f"Its tokens in {held_out.path}": spans}, SHOWN)
+    return f"{line.strip()}\nRead them with {_command(held_out, spans[0], '--split val ')}."
 
 
 def _aside() -> bool:
@@ -99,16 +84,17 @@ def _aside() -> bool:
     return paths.root().resolve() != Path.cwd().resolve()
 
 
-def _which(tokens: Tokens) -> str:
-    """The option that has the command refuse other tokens than these, where that may happen."""
-    return f" --tokens {tokens.sha256[:SHA_DIGITS]}" if _aside() else ""
+def _command(tokens: Tokens, span: Span, options: str = "") -> str:
+    """How to read these tokens; where others may lie at the main root, it refuses those."""
+    only = f" --tokens {tokens.sha256[:SHA_DIGITS]}" if _aside() else ""
+    return f"`python -m pipeline text {options}{span[0]}-{span[1]}{only}`"
 
 
 def documents_at(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """(n,) the number of the document, from 1, that each of the (n,) offsets falls into.
+    """(n,) the number, from 1, of the document that each of the (n,) offsets lies in.
 
-    Every document begins with an end-of-text token: these are counted up to the last offset, in
-    memory for CHUNK of them.
+    Every document begins with an end-of-text token: these are counted up to the last offset, CHUNK
+    tokens at a time.
     """
     numbers, before = np.zeros(len(offsets), dtype=np.int64), 0
     for start in range(0, int(offsets.max()) + 1, CHUNK):
@@ -120,7 +106,7 @@ def documents_at(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def text(tokens: Tokens, first: int, last: int) -> str:
-    """What the tokens from `first` to `last` say, and in which documents they stand.
+    """The text of the tokens from `first` to `last`, below a line with their documents.
 
     Raises InputError where the split has no such tokens.
     """
@@ -133,13 +119,22 @@ def text(tokens: Tokens, first: int, last: int) -> str:
     return f"{line.strip()}\n{said}"
 
 
+def _step_spans(tokens: Tokens, config: TrainConfig, step: int) -> list[list[Span]]:
+    """Every sequence of a step, by micro-batch."""
+    return [_spans(batch) for batch in loop.micro_batches(positions(tokens), config, step)]
+
+
 def _spans(batch: Batch) -> list[Span]:
     x, y = batch  # (B, T) offsets
     return list(zip(x[:, 0].tolist(), y[:, -1].tolist(), strict=True))
 
 
+def _by_micro_batch(spans: list[list[Span]]) -> dict[str, list[Span]]:
+    return {f"micro-batch {number}": of_one for number, of_one in enumerate(spans, 1)}
+
+
 def _at_fault(spans: list[Span], place: Place | None) -> list[Span]:
-    """The sequences that the finding tells apart from the rest of their batch, if it does."""
+    """The sequences that the place tells apart from the rest of their batch, if it does."""
     return [spans[row] for row in place.rows] if place and len(place.rows) < len(spans) else []
 
 
@@ -173,28 +168,27 @@ def of_spans(spans: list[str], split: str, sha256: str = "") -> str:
 def of_run(step: int, name: str | None) -> str:
     """Every sequence of a step, by the settings that the run was trained with.
 
-    Of the workspace without a `name`; before anything is trained there, by its params.yaml.
-    Raises InputError where there is no such run, or it was trained on other tokens.
+    Without a `name` that is the workspace's run; before anything is trained there, params.yaml
+    decides. Raises InputError where there is no such run, or it was trained on other tokens.
     """
-    found = _run(name)
+    run = _run(name)
     tokens = token_files.open_tokens(paths.TOKENS, "train", verify=False)
     config, whose = configuration.load().train, "by params.yaml, as nothing is trained yet"
-    if found:
-        config = replace(config, **{key: found.params[f"train.{key}"] for key in DECIDE})
+    if run:
+        config = replace(config, **{key: run.params[f"train.{key}"] for key in DECIDE})
         whose = f"of {name or WORKSPACE}"
-        if (theirs := found.tags.get("digest.train", "")) != tokens.sha256:
+        if (theirs := run.tags.get("digest.train", "")) != tokens.sha256:
             raise InputError(
                 f"{tokens.path}: not the tokens that {name or WORKSPACE} was trained on (SHA-256 "
                 f"{tokens.sha256[:SHA_DIGITS]}..., there {theirs[:SHA_DIGITS] or 'not known'}...)"
             )
     token_files.check_length(tokens, config.sequence_length)
-    batches = loop.micro_batches(positions(tokens), config, step)
-    named = {f"micro-batch {n}": _spans(batch) for n, batch in enumerate(batches, 1)}
-    return "\n".join([f"{tokens.path}, step {step} {whose}:", *_lines(tokens, named)])
+    lines = _lines(tokens, _by_micro_batch(_step_spans(tokens, config, step)))
+    return "\n".join([f"{tokens.path}, step {step} {whose}:", *lines])
 
 
 def _run(name: str | None) -> Experiment | None:
-    """The run of this name, which may still be at work here; the workspace's where none is given.
+    """The run of this name, which may still be at work here, or else the workspace's.
 
     None where the workspace has no training; raises InputError for a name that is not there.
     """

@@ -1,4 +1,4 @@
-"""The JavaScript that draws DVC's plots, kept at hand so that their page works offline."""
+"""The JavaScript that draws DVC's plots, kept on disk so that their page works offline."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ WHEEL = "vl-convert-python"  # carries vega, vega-lite and vega-embed
 
 
 def script() -> Path:
-    """Where .dvc/plots/page.html looks: below the main root, beside all that DVC may lose."""
+    """The script's path, where .dvc/plots/page.html looks: below the main root."""
     return paths.root() / ".dvc" / "tmp" / "vega.js"
 
 
 def keep_script() -> None:
-    """Write the script, unless that of the installed version lies there.
+    """Write the script, unless that of the installed version is there; this takes two seconds.
 
-    The first time takes two seconds. A failure is one warning: the page then takes the scripts
-    from the network, and no run may end for the sake of a view.
+    A failure is only a warning: no run may fail over a view, and the page then takes the scripts
+    from the network.
     """
     try:
         head = f"// vega, vega-lite and vega-embed, from {WHEEL} {version(WHEEL)}\n"
         if _first_line(script()) != head:
             _write(script(), head + _bundle())
-    except Exception as error:  # of a wheel that is missing, a disk that is full, ...
+    except Exception as error:  # a wheel may be missing, a disk full, ...
         log.warning("DVC's plots will need a network: %s: %s", type(error).__name__, error)
 
 
@@ -47,7 +47,7 @@ def _first_line(path: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all: two stages may write at a time, and a browser may read."""
+    """Write the file whole or not at all: another stage may write it, and a browser read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(text, "utf-8", newline="\n")

@@ -1,4 +1,4 @@
-"""Figures: what the studies measured, drawn with matplotlib, as PNG files or as SVG."""
+"""Figures of studies and comparisons, drawn with matplotlib as PNG or SVG."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pipeline.studies.number_formats import Format
     from pipeline.studies.roofline import Roofline
 
-# Okabe and Ito's palette, which people with any kind of colour vision can tell apart. A format
-# has the same colour in every figure.
+# Okabe and Ito's palette, which all kinds of colour vision can tell apart. A format has the same
+# colour in every figure.
 COLOURS = {
     "fp32": "#000000",
     "tf32": "#0072B2",
@@ -39,9 +39,9 @@ Points = list[tuple[float, float]]  # (step, value)
 def sheet(
     panels: int = 1, width: float = 6.4, height: float = 4.2, rows: int = 1
 ) -> tuple[Figure, list[Any]]:
-    """A figure of `panels` axes in `rows`, each `width` by `height` inches.
+    """A figure and its `panels` axes in `rows`, each `width` by `height` inches.
 
-    Without pyplot: no window, no global state, nothing to close.
+    Made without pyplot: no window, no global state, nothing to close.
     """
     from matplotlib.figure import Figure
 
@@ -58,14 +58,14 @@ def sheet(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG without the date or versions in it: the same figure gives the same bytes."""
+    """Write a PNG without date and versions, so that the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # DVC may have linked it to its cache
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
 
 
 def svg(figure: Figure) -> bytes:
-    """The figure as SVG, its letters as outlines; without date, with ids that never change."""
+    """The figure as SVG with text as outlines; the same figure gives the same bytes."""
     import matplotlib
 
     file = io.BytesIO()
@@ -91,19 +91,23 @@ def loss_scale(shown: Demonstration) -> Figure:
     return figure
 
 
-def init_study(found: InitStudy) -> Figure:
-    """Random adds, the residual stream by block, gradient norms by block."""
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def init_study(study: InitStudy) -> Figure:
+    """Three panels: random adds, the residual stream by block, gradient norms by block."""
     figure, (adds, stream, gradient) = sheet(3, width=5.2)
-    n = len(found.adds.plain)
+    n = len(study.adds.plain)
     k = range(1, n + 1)
-    adds.plot(k, found.adds.plain, color=COLOURS["fp16"], label="added as they are")
-    adds.plot(k, found.adds.scaled, color=COLOURS["tf32"], label=f"added times {n}^-0.5")
+    adds.plot(k, study.adds.plain, color=COLOURS["fp16"], label="added as they are")
+    adds.plot(k, study.adds.scaled, color=COLOURS["tf32"], label=f"added times {n}^-0.5")
     adds.plot(k, [i**0.5 for i in k], ":", color="black", label="sqrt(k)")
     adds.plot(k, [(i / n) ** 0.5 for i in k], "--", color="black", label=f"sqrt(k / {n})")
     adds.set(xlabel="adds k", ylabel="std of the stream", title="random adds of N(0, 1)")
     adds.legend(fontsize=8)
-    depths = sorted({twin.n_layer for twin in found.twins})
-    for twin in found.twins:
+    depths = sorted({twin.n_layer for twin in study.twins})
+    for twin in study.twins:
         shade = 0.25 + 0.75 * (depths.index(twin.n_layer) + 1) / len(depths)
         colour = COLOURS["tf32" if twin.residual_scale else "fp16"]
         label = "with residual_scale" if twin.residual_scale else "without"
@@ -111,7 +115,7 @@ def init_study(found: InitStudy) -> Figure:
         style = {"color": colour, "alpha": shade, "label": label, "marker": ".", "markersize": 4}
         stream.plot(range(twin.n_layer + 1), twin.stream_std, **style)
         gradient.plot(range(1, twin.n_layer + 1), twin.grad_norm[1:], **style)
-    own = found.as_is
+    own = study.as_is
     dots = {"color": "black", "marker": "o", "linestyle": "none", "markersize": 4}
     stream.plot(range(own.n_layer + 1), own.stream_std, label="this run's model", **dots)
     gradient.plot(range(1, own.n_layer + 1), own.grad_norm[1:], label="this run's model", **dots)
@@ -124,64 +128,58 @@ def init_study(found: InitStudy) -> Figure:
     return figure
 
 
-def bit_layout(found: Sequence[Format]) -> Figure:
-    """One row a format, one square a bit: sign, exponent, mantissa."""
+def bit_layout(formats: Sequence[Format]) -> Figure:
+    """A row for each format with a square for each bit: sign, exponent, mantissa."""
     from matplotlib.patches import Rectangle
 
     figure, (axis,) = sheet(1, width=11, height=3.4)
     parts = (("sign", "#999999"), ("exponent", COLOURS["tf32"]), ("mantissa", COLOURS["fp8_e5m2"]))
-    for row, f in enumerate(found):
+    for row, f in enumerate(formats):
         bits = (f.sign_bits, f.exponent_bits, f.mantissa_bits)
         colours = [colour for (_, colour), n in zip(parts, bits, strict=True) for _ in range(n)]
         # Exponents end, and mantissas begin, at the same place in every row.
         start = 8 - f.exponent_bits
         for place, colour in enumerate(colours):
-            square = Rectangle((start + place, -row), 0.9, 0.8, facecolor=colour)
-            axis.add_patch(square)
+            axis.add_patch(Rectangle((start + place, -row), 0.9, 0.8, facecolor=colour))
         axis.text(-0.4, 0.4 - row, f.name, ha="right", va="center", fontweight="bold")
         words = f"{' + '.join(map(str, bits))}   to {f.largest:.3g}, eps {f.epsilon:.3g}"
         axis.text(33, 0.4 - row, words, va="center", fontsize=9)
     for name, colour in parts:
         axis.add_patch(Rectangle((0, 99), 1, 1, facecolor=colour, label=name))
-    axis.set(xlim=(-3.5, 44), ylim=(0.1 - len(found), 1.1))
+    axis.set(xlim=(-3.5, 44), ylim=(0.1 - len(formats), 1.1))
     axis.set_axis_off()
     axis.legend(loc="upper center", ncols=3, frameon=False, bbox_to_anchor=(0.45, 1.12))
     return figure
 
 
-def error_and_speed(found: Roofline) -> Figure:
-    """Every product of the model in every mode: relative error against speed."""
+def error_and_speed(study: Roofline) -> Figure:
+    """Relative error against speed, for every product of the model in every mode."""
     figure, (axis,) = sheet(1, width=8)
-    base = {p.shape: p.seconds for p in found.products if p.precision.asked == "fp32"}
-    for mode, (speed, error) in found.speed_and_error().items():
-        points = [p for p in found.products if p.precision.asked == mode]
-        emulated = " (emulated)" if points[0].precision.emulated else ""
-        axis.plot(
-            [base[p.shape] / p.seconds for p in points],
-            [p.error for p in points],
-            "o",
-            color=COLOURS[mode],
-            alpha=0.35,
-        )
-        label = f"{mode}{emulated}: {speed:.2f} of fp32's speed, error {error:.1e}"
+    base = {p.shape: p.seconds for p in study.products if p.precision.asked == "fp32"}
+    for mode, (speed, error) in study.speed_and_error().items():
+        products = [p for p in study.products if p.precision.asked == mode]
+        emulated = " (emulated)" if products[0].precision.emulated else ""
+        points = [(base[p.shape] / p.seconds, p.error) for p in products]
+        axis.plot(*_columns(points), "o", color=COLOURS[mode], alpha=0.35)
+        label = f"{mode}{emulated}: {speed:.2f} times fp32's speed, error {error:.1e}"
         axis.plot([speed], [error], "D", color=COLOURS[mode], markersize=9, label=label)
     axis.set_yscale("log")
-    axis.set(xlabel="speed of fp32's", ylabel="relative error against float64")
-    axis.set_title(f"the model's products, {found.device}; diamonds are medians")
+    axis.set(xlabel="speed relative to fp32", ylabel="relative error against float64")
+    axis.set_title(f"the model's products, {study.device}; diamonds are medians")
     axis.legend(fontsize=9)
     return figure
 
 
-def roofline(found: Roofline) -> Figure:
-    """Roofs from the measured bandwidth and rates, with every product and operation under them."""
+def roofline(study: Roofline) -> Figure:
+    """Roofs by measured bandwidth and rates, with every product and operation below them."""
     figure, (axis,) = sheet(1, width=10, height=5.6)
-    drawn = [f for f in (*found.operations, *found.products) if f.flops]
+    drawn = [f for f in (*study.operations, *study.products) if f.flops]
     low = min(f.intensity for f in drawn) / 2
-    high = max(*(f.intensity for f in drawn), *(found.ridge(mode) for mode in found.rates)) * 2
-    for mode, rate in found.rates.items():
-        xs = [low, found.ridge(mode), high]
+    high = max(*(f.intensity for f in drawn), *(study.ridge(mode) for mode in study.rates)) * 2
+    for mode, rate in study.rates.items():
+        xs = [low, study.ridge(mode), high]
         label = f"{mode}: {rate / 1e9:,.0f} GFLOP/s"
-        axis.plot(xs, [found.roof(x, mode) for x in xs], color=COLOURS[mode], lw=1.2, label=label)
+        axis.plot(xs, [study.roof(x, mode) for x in xs], color=COLOURS[mode], lw=1.2, label=label)
     names: dict[str, list[Any]] = {}
     for f in drawn:
         names.setdefault(f.name, []).append(f)
@@ -189,15 +187,14 @@ def roofline(found: Roofline) -> Figure:
         axis.plot([f.intensity], [f.rate], "o", color=colour, markersize=5)
     _number(axis, names)
     axis.set(xscale="log", yscale="log", xlim=(low, high))
-    axis.set(xlabel="arithmetic intensity, FLOP a byte", ylabel="FLOP/s")
-    axis.set_title(f"{found.device}, measured bandwidth {found.bandwidth / 1e9:.1f} GB/s")
-    roofs = axis.legend(loc="lower right", fontsize=8, title="roofs and products")
-    axis.add_artist(roofs)
+    axis.set(xlabel="arithmetic intensity, FLOP/byte", ylabel="FLOP/s")
+    axis.set_title(f"{study.device}, measured bandwidth {study.bandwidth / 1e9:.1f} GB/s")
+    axis.legend(loc="lower right", fontsize=8, title="roofs and products")
     return figure
 
 
 def _number(axis: Any, names: dict[str, list[Any]]) -> None:
-    """A number over each column of points and a list of names beside the axes: no text collides."""
+    """Number the columns of points and list their names beside the axes: no text collides."""
     numbered = sorted(names.items(), key=lambda item: item[1][0].intensity)
     lines, columns = [], []
     for number, (name, points) in enumerate(numbered, 1):
@@ -213,19 +210,12 @@ def _number(axis: Any, names: dict[str, list[Any]]) -> None:
     for x, y, text in columns:
         style = {"ha": "center", "fontsize": 9, "bbox": {"color": "white", "alpha": 0.7, "pad": 1}}
         axis.annotate(text, (x, y), xytext=(0, 7), textcoords="offset points", **style)
-    axis.text(
-        1.02,
-        0.98,
-        "\n".join(lines),
-        transform=axis.transAxes,
-        va="top",
-        fontsize=9,
-        family="monospace",
-    )
+    style = {"va": "top", "fontsize": 9, "family": "monospace"}
+    axis.text(1.02, 0.98, "\n".join(lines), transform=axis.transAxes, **style)
 
 
 def comparison(found: Comparison) -> Figure:
-    """Training losses over one another; their distances from the base beside the noise of seeds."""
+    """Training losses together, and their distances from the base beside the noise of seeds."""
     figure, (curves, distances) = sheet(2, width=6.8)
     named = {v: COLOURS.get(v, OTHERS[n % len(OTHERS)]) for n, v in enumerate(found.runs)}
     base = [run.losses for run in found.runs[found.base]]
@@ -243,7 +233,7 @@ def comparison(found: Comparison) -> Figure:
         if partner is not None and value != found.base:
             style = {"color": colour, "lw": 1.2, "label": str(value)}
             lines.append((distance(run.losses, partner.losses), style))
-    curves.set(xlabel="step", ylabel="training loss, nats a token", title="training loss")
+    curves.set(xlabel="step", ylabel="training loss, nats/token", title="training loss")
     curves.legend(fontsize=8)
     draw_distances(distances, lines, two_std(base), f"two std over {len(base)} seeds")
     distances.set_title(f"distance from {found.setting}={found.base}, same seed")
@@ -253,12 +243,12 @@ def comparison(found: Comparison) -> Figure:
 
 
 def distance(losses: Sequence[float], others: Sequence[float]) -> Points:
-    """|difference| of two curves by step."""
+    """The absolute difference of two curves by step."""
     return [(s, abs(a - b)) for s, (a, b) in enumerate(zip(losses, others, strict=False))]
 
 
 def two_std(curves: Sequence[Sequence[float]]) -> Points:
-    """Twice the standard deviation over the curves by step; nothing for a single one."""
+    """Twice the standard deviation over the curves by step; nothing for a single curve."""
     steps = enumerate(zip(*curves, strict=False)) if len(curves) > 1 else ()
     return [(step, 2 * statistics.stdev(losses)) for step, losses in steps]
 
@@ -266,12 +256,12 @@ def two_std(curves: Sequence[Sequence[float]]) -> Points:
 def draw_distances(
     axis: Any, lines: Sequence[tuple[Points, dict[str, Any]]], noise: Points, label: str
 ) -> None:
-    """Distances of curves by step, each with its line's style, over a grey area up to `noise`.
+    """Draw distances by step, each in its line's style, over a grey area up to `noise`.
 
-    The axis is logarithmic: seeds may lie a nat apart where precisions differ by a thousandth.
-    A step at which two curves are equal leaves a gap.
+    The axis is logarithmic, since seeds may lie a nat apart where precisions differ by a
+    thousandth. A step at which two curves are equal leaves a gap.
     """
-    axis.set(xlabel="step", ylabel="|difference|, nats a token")
+    axis.set(xlabel="step", ylabel="|difference|, nats/token")
     seen = [
         [y for _, y in points if 0 < y < math.inf] for points in (noise, *(p for p, _ in lines))
     ]
@@ -286,4 +276,4 @@ def draw_distances(
         steps, level = zip(*noise, strict=True)
         axis.fill_between(steps, low, level, color="#dddddd", label=label)
     for points, style in lines:
-        axis.plot([s for s, _ in points], [y or math.nan for _, y in points], **style)
+        axis.plot(*_columns([(step, y or math.nan) for step, y in points]), **style)

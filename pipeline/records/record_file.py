@@ -25,7 +25,8 @@ from pipeline.config import Config, flatten, settings_of
 from pipeline.errors import ChangedError, ConfigError, InputError
 from pipeline.records import stage_graph
 from pipeline.records.provenance import code_digest, differing, listed
-from pipeline.records.record_reader import SCHEMA, Event, Log, read
+from pipeline.records.record_log import Event, Log
+from pipeline.records.record_reader import SCHEMA, read
 from pipeline.storage.digests import digest_of, dvc_md5, tree_digest
 
 log = logging.getLogger(__name__)

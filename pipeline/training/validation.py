@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.data.token_files import validation_windows
+from pipeline.errors import NumericsError
 from pipeline.model.loss import mean_loss
 
 if TYPE_CHECKING:
@@ -13,6 +15,14 @@ if TYPE_CHECKING:
     from pipeline.data.token_files import Tokens
     from pipeline.training.prefetch import Batch
     from pipeline.training.training_step import TrainState
+
+
+class ValidationError(NumericsError):
+    """A validation loss that is not finite."""
+
+    def __init__(self, loss: float):
+        super().__init__(f"the validation loss is {loss}: this model is not kept")
+        self.loss = loss
 
 
 def windows(held_out: Tokens, config: TrainConfig) -> Iterator[Batch]:
@@ -31,6 +41,12 @@ def validate(
     config: TrainConfig,
     while_: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
 ) -> float:
-    """Mean loss in nats/token; `while_` may end the batches early by raising an error."""
+    """Mean loss in nats/token; `while_` may end the batches early by raising an error.
+
+    Raises ValidationError where the loss is not finite.
+    """
     batches = while_(windows(held_out, config))
-    return mean_loss(state.model, batches, state.precision, state.precision.device)
+    loss = mean_loss(state.model, batches, state.precision, state.precision.device)
+    if not math.isfinite(loss):
+        raise ValidationError(loss)
+    return loss

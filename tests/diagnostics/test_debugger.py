@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import code
+import contextlib
 import importlib.util
 import json
 import os
@@ -11,10 +12,14 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -24,14 +29,13 @@ from pipeline import paths
 from pipeline.compute.precision import choose_precision
 from pipeline.data import token_files, token_writer
 from pipeline.data.corpus import Document
-from pipeline.diagnostics import debugger, token_spans
+from pipeline.diagnostics import debugger, nonfinite, token_spans
 from pipeline.errors import NumericsError, StorageError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.model.model_dir import save_model
 from pipeline.resume import snapshot
-from pipeline.resume.interruption import Interruption
-from pipeline.training import loop, training_step
+from pipeline.training import loop, training_step, validation
 from stages import import_hf_weights
 from tests.conftest import Checkout, tiny_pipeline
 
@@ -196,6 +200,107 @@ def test_gradients_that_are_not_finite_are_named_in_order() -> None:
     assert debugger.odd_gradients(found) == ["b", "c"]
 
 
+# Attached to a loop
+
+
+class Tagged:
+    """The tags of a record, instead of one."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, object] = {}
+
+    def tags(self, values: dict[str, object]) -> None:
+        self.values |= values
+
+
+@pytest.fixture
+def tokens() -> token_files.Tokens:
+    ids = np.random.default_rng(0).integers(0, 97, 400).astype(np.uint16)
+    return token_files.Tokens(ids, 400, "", 1, Path("train.bin"))
+
+
+@pytest.fixture
+def fitted(state, make_config, tokens, tmp_path: Path, monkeypatch) -> Callable[[], Tagged]:
+    """A loop of 3 steps with the debugger attached; step 1 is to be looked at."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    small = {"train__batch_size": 2, "train__sequence_length": 16, "precision": "bf16"}
+    config = make_config(train__steps=3, train__warmup_steps=1, **small)
+
+    def call(record: Tagged, suspended: Callable[[], Any] = contextlib.nullcontext) -> None:
+        read = partial(loop.micro_batches, tokens, config.train)
+        with debugger.attached(state, config, record, tokens, tokens, suspended) as look:
+            list(loop.fit(state, config.train, read, look=look, look_at=1))
+
+    return call
+
+
+def test_without_a_terminal_the_step_is_kept_and_tagged(fitted, monkeypatch) -> None:
+    monkeypatch.setattr(debugger, "has_terminal", lambda: False)
+    record = Tagged()
+    fitted(record)
+    why = "debug.interact_at_step=1: no terminal here, so no interpreter"
+    folder = record.values.pop("debug.bundle")
+    assert record.values == {"debug.why": why}
+    assert snapshot.read_facts(folder)["why"] == why
+
+
+def test_in_a_terminal_signals_are_suspended_while_somebody_looks(fitted, monkeypatch) -> None:
+    order: list[str] = []
+
+    @contextlib.contextmanager
+    def suspended() -> Iterator[None]:
+        order.append("suspended")
+        yield
+        order.append("again")
+
+    monkeypatch.setattr(debugger, "has_terminal", lambda: True)
+    monkeypatch.setattr(debugger, "look", lambda state: order.append(f"look at {state.step}"))
+    record = Tagged()
+    fitted(record, suspended)
+    assert order == ["suspended", "look at 1", "again"]
+    assert record.values == {"debug.interacted_at_step": 1}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_error_leaves_the_loop_explained_and_its_step_kept(
+    fitted, state, monkeypatch, full: bool
+) -> None:
+    def no_room(*_: object) -> None:
+        raise StorageError("no space")
+
+    state.model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = torch.nan
+    if full:
+        monkeypatch.setattr(debugger, "save_snapshot", no_room)
+    record = Tagged()
+    with pytest.raises(NumericsError) as stopped:
+        fitted(record)
+    said = str(stopped.value)
+    assert said.startswith("step 0: the loss is nan; no update was made\nFirst not finite: ")
+    assert "transformer.h.0.mlp.c_fc" in said and "The step's tokens in train.bin:" in said
+    folder = record.values.pop("debug.bundle")
+    assert record.values == {"debug.why": said}
+    assert folder == "not written" if full else snapshot.read_facts(folder)["why"] == said
+
+
+def test_a_validation_error_leaves_the_loop_with_its_own_explanation(
+    state, make_config, tokens, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {"train__batch_size": 2, "train__sequence_length": 16, "train__val_tokens": 64}
+    config, record = make_config(**small), Tagged()
+    state.model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = torch.nan
+    nothing = contextlib.nullcontext
+    with (
+        pytest.raises(NumericsError) as stopped,
+        debugger.attached(state, config, record, tokens, tokens, nothing),
+    ):
+        validation.validate(state, tokens, config.train)
+    assert str(stopped.value).startswith("the validation loss is nan: this model is not kept\n")
+    assert "of validation batch 1" in str(stopped.value)
+    assert record.values["debug.why"] == str(stopped.value)
+
+
 # The stage, from outside
 
 
@@ -324,17 +429,16 @@ def test_a_look_beyond_the_last_step_is_refused(make_config) -> None:
 def test_a_validation_loss_that_is_not_finite_leaves_its_own_first_window_to_look_at(
     make_config, monkeypatch
 ) -> None:
-    from stages import train
-
     config = make_config(train__batch_size=1, train__sequence_length=16)
     windows = [batches(7)[0], batches(8)[0]]
-    monkeypatch.setattr(train.data, "validation_windows", lambda *_, **__: iter(windows))
-    monkeypatch.setattr(train.passages, "of_validation", lambda *_: "its text")
+    monkeypatch.setattr(validation, "windows", lambda *_: iter(windows))
+    monkeypatch.setattr(token_spans, "of_validation", lambda *_: "its text")
     model = GPT(SHAPE)
     state = training_step.start(model, config.train, choose_precision("fp32", CPU))
     with torch.no_grad():
         model.transformer.ln_f.bias[0] = torch.nan
-    with pytest.raises(NumericsError, match="the validation loss is nan"):
-        train.validate(state, None, config, Interruption())
+    error = validation.ValidationError(torch.nan)
+    told = nonfinite.explain_validation(error, state, None, config.train)
+    assert str(told).startswith("the validation loss is nan: this model is not kept\nFirst not")
     assert torch.equal(state.batches[0][0], windows[0][0]) and len(state.batches) == 1
     assert state.loss != state.loss and "cpu" in state.rng

@@ -21,12 +21,12 @@ from pipeline import paths
 from pipeline.__main__ import main as command
 from pipeline.compute.runtime import generator
 from pipeline.data import token_writer
-from pipeline.diagnostics import doctor
+from pipeline.diagnostics import doctor, rules
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.model.model_dir import save_model
 from pipeline.records import record_file
-from pipeline.records.run_data import Experiment
+from pipeline.records.run_data import Experiment, RunData
 from pipeline.tracking import recording
 from pipeline.training import training_step
 from tests.conftest import NoCourier, params
@@ -45,7 +45,7 @@ def run(summary: dict[str, float] | None = None, changes: dict[str, Any] | None 
             for step, value in enumerate(values)
         ]
     events.append({"kind": "metrics", "step": 0, "values": summary or {}})
-    return Experiment("run", "", {"train": events})
+    return RunData({"train": events})
 
 
 def falling(steps: int = 200, noise: float = 0.1, start: float = 10.8, end: float = 6.0):
@@ -69,7 +69,7 @@ def rising(by: float, noise: float = 0.1) -> list[float]:
     return [loss + by * max(0, s - 100) / 100 for s, loss in enumerate(falling(noise=noise))]
 
 
-def validated(last: float) -> Experiment:
+def validated(last: float) -> RunData:
     found = run(train__loss=falling())
     events = found.records["train"]
     for step, loss in ((49, 6.5), (99, 6.0), (149, 6.02), (199, last)):
@@ -81,26 +81,26 @@ def straight(end: float) -> list[float]:
     return [10.8 + (end - 10.8) * step / 199 for step in range(200)]
 
 
-CASES: dict[doctor.Rule, list[tuple[Callable[[], Experiment], bool]]] = {
-    doctor.gradient_norm_grows: [
+CASES: dict[rules.Rule, list[tuple[Callable[[], RunData], bool]]] = {
+    rules.gradient_norm_grows: [
         (lambda: run(train__grad_norm=norms(11.0)), True),
         (lambda: run(train__grad_norm=norms(91_000.0)), True),
         (lambda: run(train__grad_norm=norms(9.0)), False),
         (lambda: run(train__grad_norm=[50.0] * 20 + [1.0] * 180), False),
         (lambda: run(train__grad_norm=[1.0] * 5 + [99.0] * 14), False),
     ],
-    doctor.always_clipped: [
+    rules.always_clipped: [
         (lambda: run(train__grad_norm=[3.1] * 200), True),
         (lambda: run(train__grad_norm=[2.9] * 200), False),
         (lambda: run(train__grad_norm=[3.1] * 180 + [0.9] * 20), False),
         (lambda: run(train__grad_norm=[3.1] * 200, changes={"train__grad_clip": 0.0}), False),
     ],
-    doctor.stuck: [
+    rules.stuck: [
         (lambda: run(train__loss=[LN_V] * 200), True),
         (lambda: run(train__loss=[LN_V - 0.4] * 200), False),
         (lambda: run(train__loss=[LN_V] * 10), False),
     ],
-    doctor.dead_scaler: [
+    rules.dead_scaler: [
         (lambda: run(train__loss_scale=[65536.0, 0.5], train__found_inf=[0.0, 0.0]), True),
         (lambda: run(train__loss_scale=[65536.0] * 4, train__found_inf=[1.0, 0, 0, 0]), True),
         (lambda: run(train__loss_scale=[65536.0] * 9, train__found_inf=[1.0] + [0.0] * 8), False),
@@ -114,32 +114,32 @@ CASES: dict[doctor.Rule, list[tuple[Callable[[], Experiment], bool]]] = {
             False,
         ),
     ],
-    doctor.spike: [
+    rules.spike: [
         (lambda: run(train__loss=with_spike(1.5)), True),
         (lambda: run(train__loss=with_spike(0.8)), False),
         (lambda: run(train__loss=with_spike(1.5, noise=0.4)), False),
         (lambda: run(train__loss=falling()), False),
     ],
-    doctor.gradient_spike: [
+    rules.gradient_spike: [
         (lambda: run(train__grad_norm=[1.0] * 100 + [11.0] + [1.0] * 99), True),
         (lambda: run(train__grad_norm=[1.0] * 100 + [9.0] + [1.0] * 99), False),
         (lambda: run(train__grad_norm=[1.0] * 100 + [11.0]), True),  # as a validation comes
         (lambda: run(train__grad_norm=norms(11.0)), False),  # growth, not a leap
         (lambda: run(train__grad_norm=[1.0] * 5 + [11.0] + [1.0] * 99), False),  # in warm-up
     ],
-    doctor.overfitting: [
+    rules.overfitting: [
         (lambda: validated(6.1), True),
         (lambda: validated(6.05), False),
         (lambda: validated(5.9), False),
     ],
-    doctor.rate_too_high: [
+    rules.rate_too_high: [
         (lambda: run(train__loss=rising(0.6)), True),
         (lambda: run(train__loss=rising(0.2)), False),
         (lambda: run(train__loss=rising(0.6, noise=0.6)), False),
         (lambda: run(train__loss=[8.0] * 5 + [20.0] * 5 + falling(190)), True),
         (lambda: run(train__loss=falling(), train__update_ratio=[0.5] * 200), False),
     ],
-    doctor.rate_too_low: [
+    rules.rate_too_low: [
         (lambda: run(train__loss=straight(9.9), train__update_ratio=[2e-3] * 200), True),
         (lambda: run(train__loss=straight(9.9), train__update_ratio=[4e-3] * 200), False),
         (lambda: run(train__loss=falling(), train__update_ratio=[2e-3] * 200), False),
@@ -152,25 +152,25 @@ CASES: dict[doctor.Rule, list[tuple[Callable[[], Experiment], bool]]] = {
             False,
         ),
     ],
-    doctor.slow: [
+    rules.slow: [
         (lambda: run({"perf/of_matrix_rate": 0.14, **SPEED}), True),
         (lambda: run({"perf/of_matrix_rate": 0.16, **SPEED}), False),
         (lambda: run({"perf/of_matrix_rate": 0.14}), False),  # of another version
         (lambda: run(), False),
     ],
-    doctor.data_bound: [
+    rules.data_bound: [
         (lambda: run(perf__data_seconds=[0.3] * 20, perf__step_seconds=[1.0] * 20), True),
         (lambda: run(perf__data_seconds=[0.1] * 20, perf__step_seconds=[1.0] * 20), False),
         (lambda: run(perf__data_seconds=[0.3] * 20, perf__step_seconds=[0.0] * 20), False),
         (lambda: run(perf__data_seconds=[9.0] + [0.1] * 19, perf__step_seconds=[10.0] * 20), False),
     ],
-    doctor.worse_than_frequencies: [
+    rules.worse_than_frequencies: [
         (lambda: run({"val/loss": 9.05, "val/unigram_loss": 6.64}), True),
         (lambda: run({"val/loss": 6.64, "val/unigram_loss": 6.64}), True),
         (lambda: run({"val/loss": 6.63, "val/unigram_loss": 6.64}), False),
         (lambda: run({"val/loss": 9.05}), False),
     ],
-    doctor.leak: [
+    rules.leak: [
         (lambda: run({"data/val_overlap": 0.11}), True),
         (lambda: run({"data/val_overlap": 0.09}), False),
     ],
@@ -179,7 +179,7 @@ SPEED = {"perf/matrix_gflops": 180.0, "perf/tokens_per_second": 900.0}
 
 
 def test_every_rule_has_a_positive_and_a_negative_case() -> None:
-    assert set(CASES) == set(doctor.RULES)
+    assert set(CASES) == set(rules.RULES)
     assert all({True, False} == {expected for _, expected in cases} for cases in CASES.values())
 
 
@@ -199,8 +199,9 @@ def test_a_rule_speaks_where_its_trouble_is_and_nowhere_else(rule, number: int) 
 def test_a_run_without_trouble_is_healthy_and_a_bare_record_no_error() -> None:
     healthy = run(train__loss=falling(), train__grad_norm=norms(1.0))
     assert doctor.examine(healthy) == [] == doctor.examine(run())
-    assert doctor.headline([]) == "healthy" and "healthy" in doctor.lines([])[0]
-    assert doctor.health(run()) == {"health/findings": 0.0}
+    assert doctor.headline([]) == "no problems found"
+    assert doctor.lines([]) == [f"no problems found ({len(rules.RULES)} checks)"]
+    assert doctor.health(run(), []) == {"health/findings": 0.0}
 
 
 def test_a_norm_of_91_000_is_told_in_every_place() -> None:
@@ -210,8 +211,61 @@ def test_a_norm_of_91_000_is_told_in_every_place() -> None:
     assert doctor.norm_words(found) == "grows 91,000x"
     assert "9.1e+04 at the end" in doctor.lines(findings)[0]
     assert "train.lr" in doctor.lines(findings)[0]
-    assert doctor.health(found)["health/grad_norm_max"] == 91_000
-    assert doctor.health(found)["health/clipped_share"] == 0.5
+    numbers = doctor.health(found, findings)
+    assert numbers["health/findings"] == 2
+    assert numbers["health/grad_norm_max"] == 91_000
+    assert numbers["health/clipped_share"] == 0.5
+
+
+def judged(make_config, stage: str, *points: dict[str, float], **tags: str) -> tuple[Any, ...]:
+    """(events that the verdict adds to the record, numbers, lines to print)."""
+    record = record_file.Record(stage, make_config())
+    for step, values in enumerate(points):
+        record.metrics(values, step)
+    record.tags(tags)
+    before = len(record.so_far())
+    numbers, said = doctor.judge(record, 200)
+    added = record.so_far()[before:]
+    record.close("FINISHED")
+    return [e["values"] for e in added], numbers, said
+
+
+def test_the_verdict_on_a_training_is_put_on_its_record(make_config, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    points = [{"train/loss": 5.0, "train/grad_norm": norm} for norm in norms(91_000.0)]
+    added, numbers, said = judged(make_config, "train", *points)
+    verdict = {"health.verdict": "gradient norm grows, always clipped"}
+    assert added == [numbers, verdict | {"health.grad_norm": "grows 91,000x"}]
+    assert numbers["health/findings"] == 2 and numbers["health/grad_norm_max"] == 91_000
+    assert [line.partition(": ")[0] for line in said] == ["gradient norm grows", "always clipped"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "verdict"), [(9.05, "no better than word frequencies"), (5.92, "no problems found")]
+)
+def test_a_run_is_judged_once_more_when_the_yardstick_is_known(
+    make_config, tmp_path, monkeypatch, loss: float, verdict: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {"val/loss": loss, "val/unigram_loss": 6.64}
+    assert judged(make_config, "evaluate", values) == ([], {}, []), "nothing was trained"
+    judged(make_config, "train", {"train/loss": 10.0})
+    added, numbers, said = judged(make_config, "evaluate", values)
+    assert added == [{"health/findings": float(loss > 6.64)}, {"health.verdict": verdict}]
+    assert numbers == added[0]
+    assert ("no better than word frequencies" in "".join(said)) == (loss > 6.64)
+
+
+def test_what_training_has_reported_is_not_printed_again(
+    make_config, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    points = [{"train/loss": 5.0, "train/grad_norm": norm} for norm in norms(91_000.0)]
+    judged(make_config, "train", *points)
+    values = {"val/loss": 9.05, "val/unigram_loss": 6.64}
+    added, _, said = judged(make_config, "evaluate", values)
+    assert added[0] == {"health/findings": 3.0}
+    assert [line.partition(": ")[0] for line in said] == ["no better than word frequencies"]
 
 
 # --- real trainings through the real stage
@@ -260,21 +314,21 @@ def _documents(found: list[tuple[str, str]]) -> Iterator[Any]:
 
 
 @pytest.fixture
-def trained(folder: Path, monkeypatch, make_config) -> Callable[..., Experiment]:
+def trained(folder: Path, monkeypatch, make_config) -> Callable[..., RunData]:
     from stages import train
 
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DVC_ROOT", str(folder))
     monkeypatch.setattr(recording, "Courier", NoCourier)
 
-    def call(**changes: Any) -> Experiment:
+    def call(**changes: Any) -> RunData:
         train.main(make_config(**REAL | changes))
-        return Experiment("real", "", {"train": record_file.read(paths.record("train"))})
+        return RunData({"train": record_file.read(paths.record("train"))})
 
     return call
 
 
-def rules(found: Experiment) -> set[str]:
+def named(found: RunData) -> set[str]:
     return {finding.rule for finding in doctor.examine(found)} - {"slow for this machine"}
 
 
@@ -294,7 +348,7 @@ def test_all_looks_at_a_training_read_a_constant_number_of_times_its_steps() -> 
 def test_a_leap_of_the_norm_is_not_called_fine() -> None:
     leap = [1.0] * 150 + [40.0] + [1.0] * 49
     found = run(train__loss=falling(), train__grad_norm=leap)
-    assert rules(found) == {"gradient spike"}
+    assert named(found) == {"gradient spike"}
     assert doctor.norm_words(found) == "spike 40x"
     assert doctor.norm_words(run(train__loss=falling(), train__grad_norm=norms(1.0))) == "fine"
 
@@ -321,7 +375,7 @@ def test_what_is_urgent_is_told_once() -> None:
 
 def test_a_real_training_at_a_sound_rate_is_healthy(trained) -> None:
     found = trained()
-    assert rules(found) == set()
+    assert named(found) == set()
     assert found.tags["health.grad_norm"] == "fine"
     assert found.last("health/findings") == len(doctor.examine(found))
 
@@ -334,7 +388,7 @@ def test_a_real_training_whose_norm_diverges_is_told_while_it_runs_and_at_its_en
         train__lr=10.0, train__min_lr=10.0, train__beta2=0.5, train__grad_clip=0.0, **steps
     )
     assert max(found.values("train/grad_norm")) > 1000
-    assert {"gradient norm grows", "learning rate too high"} <= rules(found)
+    assert {"gradient norm grows", "learning rate too high"} <= named(found)
     assert found.tags["health.grad_norm"].startswith("grows ")
     assert "gradient norm grows" in found.tags["health.verdict"]
     warned = [r.getMessage() for r in caplog.records if "gradient norm grows" in r.getMessage()]
@@ -358,7 +412,7 @@ def test_a_real_step_of_a_thousandfold_gradient_is_told_at_the_next_validation_a
     monkeypatch.setattr(training_step, "start", spiked)
     found = trained(train__skip_spikes=guard, train__seed=7)
     assert found.values("train/skipped") == [float(s == 45 and guard > 0) for s in range(80)]
-    assert "gradient spike" in rules(found) and "gradient spike" in found.tags["health.verdict"]
+    assert "gradient spike" in named(found) and "gradient spike" in found.tags["health.verdict"]
     made = "the step was skipped" if guard else "the step was made"
     warned = [r.getMessage() for r in caplog.records if r.getMessage().startswith("gradient spike")]
     assert len(warned) == 1 and "The gradient of step 45 was" in warned[0] and made in warned[0]
@@ -369,12 +423,12 @@ def test_a_real_step_of_a_thousandfold_gradient_is_told_at_the_next_validation_a
 
 def test_a_real_training_at_no_rate_is_stuck_at_ln_v(trained) -> None:
     found = trained(train__lr=1e-9)
-    assert rules(found) == {"stuck at ln V"}
+    assert named(found) == {"stuck at ln V"}
 
 
 def test_a_real_training_on_too_little_text_overfits(trained) -> None:
     found = trained(train__steps=200, train__lr=0.02, train__weight_decay=0.0)
-    assert "overfitting" in rules(found)
+    assert "overfitting" in named(found)
 
 
 def test_a_real_training_with_a_budget_ends_in_good_order(trained, capsys) -> None:
@@ -401,7 +455,7 @@ def test_the_command_judges_the_runs_that_are_named_and_names_those_there_are(
     monkeypatch.setattr(doctor, "of_workspace", lambda _: well)
     caplog.set_level("INFO")
     command(["doctor"])
-    assert caplog.messages == ["workspace\n  healthy: 13 rules found nothing"]
+    assert caplog.messages == ["workspace\n  no problems found (13 checks)"]
     command(["doctor", "sick", "workspace"])
     assert caplog.messages[1].startswith("sick\n  gradient norm grows: ")
     for name, words in (

@@ -215,6 +215,42 @@ def test_validations_are_part_of_the_time(make_config) -> None:
     assert forecast.run_seconds([1.0] * 8, config) == pytest.approx(110)
 
 
+class Kept:
+    """The newest value of each metric, instead of a record."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        self.values |= values
+
+
+def test_the_forecast_comes_before_the_first_step_and_stops_no_training(
+    make_config, monkeypatch, caplog
+) -> None:
+    record, mode = Kept(), precision.choose_precision("fp32", CPU)
+    said = forecast.before_training(make_config(), mode, record, 671_837)
+    assert said[0] == "7,248,640 parameters; 200 steps are 204,800 tokens, 0.30 epochs"
+    assert 300 < record.values["perf/forecast_memory_mib"] < 420
+    monkeypatch.setattr(forecast, "free_memory", lambda device: 300 << 20)
+    assert len(forecast.before_training(make_config(), mode, record, 671_837)) == 2
+    assert "train.batch_size=8 needs about" in caplog.messages[-1]
+
+    def unknown(*_: object) -> None:
+        raise NotImplementedError("aten::attention has no sizes on this device")
+
+    monkeypatch.setattr(forecast, "needs", unknown)
+    assert forecast.before_training(make_config(), mode, record, 671_837) == []
+    assert caplog.messages[-1].startswith("no memory forecast on cpu: aten::attention")
+
+
+def test_the_time_is_foretold_once_some_steps_are_measured(make_config) -> None:
+    record, config = Kept(), make_config(train__val_tokens=1).train
+    said = forecast.after_first_steps([9.0] * 3 + [6.0] * 5, config, record)
+    assert record.values["time/forecast_seconds"] == pytest.approx(1200, rel=0.01)
+    assert said == "200 steps need 20 min; in 10 min you reach step 99"
+
+
 def test_the_command_shows_every_precision_and_trains_nothing(tmp_path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", "forecast"], cwd=ROOT, capture_output=True, text=True

@@ -19,12 +19,10 @@ from torch.utils._pytree import tree_leaves
 from pipeline.compute.precision import choose_precision
 from pipeline.data.token_files import Tokens
 from pipeline.diagnostics import nonfinite, token_spans
-from pipeline.diagnostics.nonfinite import explaining
 from pipeline.errors import NumericsError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
-from pipeline.resume.interruption import Interruption
-from pipeline.training import compiling, loop, training_step
+from pipeline.training import compiling, loop, training_step, validation
 from pipeline.training.optimizers import parameter_groups
 from pipeline.training.training_step import Batch, TrainState
 
@@ -107,11 +105,15 @@ def small_ids(step: int) -> list[Batch]:
 
 
 def message(state: TrainState, config: Any, given: Callable[[int], list[Batch]]) -> str:
-    steps = loop.fit(state, config.train, given)
     with pytest.raises(NumericsError) as stopped:
-        list(explaining(steps, state, lambda step, place: f"text of step {step}"))
-    assert stopped.value.exit_code == 4
-    return str(stopped.value)
+        list(loop.fit(state, config.train, given))
+    error = nonfinite.explain(stopped.value, state, lambda step, place: f"text of step {step}")
+    assert error.exit_code == 4
+    return str(error)
+
+
+def broken(*_: object) -> str:
+    raise OSError("the token file is gone")
 
 
 def everything(state: TrainState) -> list[Tensor]:
@@ -292,14 +294,11 @@ def test_a_really_compiled_step_names_its_layer(settings) -> None:
 
 
 def test_trouble_in_the_search_does_not_hide_the_error(settings) -> None:
-    def broken(*_: object) -> str:
-        raise OSError("the token file is gone")
-
     state = made(settings())
     nan_weight(state)
     with pytest.raises(NumericsError) as stopped:
-        list(explaining(loop.fit(state, settings().train, batches), state, broken))
-    assert str(stopped.value) == (
+        list(loop.fit(state, settings().train, batches))
+    assert str(nonfinite.explain(stopped.value, state, broken)) == (
         "step 0: the loss is nan; no update was made\nWhere that began could not be found: "
         "the token file is gone"
     )
@@ -331,8 +330,9 @@ def test_the_error_says_where_the_tokens_lie(settings, tokens: Tokens) -> None:
     )
     text = functools.partial(token_spans.of_step, tokens, config.train)
     with pytest.raises(NumericsError) as stopped:
-        list(explaining(steps, state, text))
-    first, _, second, third, *rest = str(stopped.value).splitlines()
+        list(steps)
+    said = str(nonfinite.explain(stopped.value, state, text))
+    first, _, second, third, *rest = said.splitlines()
     assert second == "The step's tokens in train.bin:"
     spans = re.findall(r"(\d+)-(\d+) \(document 0 of 1\)", "\n".join([third, *rest]))
     read = [tokens.ids[int(a) : int(b) + 1].tolist() for a, b in spans]
@@ -346,16 +346,15 @@ def test_the_error_says_where_the_tokens_lie(settings, tokens: Tokens) -> None:
 def test_a_validation_loss_that_is_not_finite_names_the_layer_and_the_batch(
     settings, tokens: Tokens
 ) -> None:
-    from stages import train
-
     config = settings(train__val_tokens=128)
     tokens.ids[70] = 96
     state = made(config, dropout=0.5)
     nan_token(state)
-    with pytest.raises(NumericsError) as stopped:
-        train.validate(state, tokens, config, Interruption())
-    assert stopped.value.exit_code == 4
-    assert str(stopped.value) == (
+    with pytest.raises(validation.ValidationError) as stopped:
+        validation.validate(state, tokens, config)
+    told = nonfinite.explain_validation(stopped.value, state, tokens, config)
+    assert told.exit_code == 4
+    assert str(told) == (
         "the validation loss is nan: this model is not kept\nFirst not finite: the output of "
         "transformer.wte (16 nan of 512 numbers), in sequence 1 of validation batch 3\n"
         "Its tokens in train.bin: 64-80 (document 0 of 1)\n"

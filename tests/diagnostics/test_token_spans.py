@@ -88,7 +88,7 @@ def test_a_large_step_is_named_in_part_and_says_so(settings, tokens) -> None:
     config = settings(train__accumulate=11, train__batch_size=20)
     text = token_spans.of_step(tokens, config, 0)
     assert len(spans(text)) == 8 * 8
-    assert text.count("and 12 more") == 8 and "and 3 micro-batches more" in text
+    assert text.count("and 12 more") == 8 and "and 3 more micro-batches" in text
 
 
 def test_the_batch_of_validation_is_named(settings, tokens) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline import paths
-from pipeline.compute.precision import Precision, choose_precision
+from pipeline.compute.precision import Precision
 from pipeline.errors import ConfigError, InputError, together
 from pipeline.model import hf_layout
 from pipeline.model.hf_layout import parameter_table
@@ -21,7 +21,7 @@ from pipeline.records import record_file
 from pipeline.studies import init_study
 from pipeline.tables import write_json
 from pipeline.training import history, loop
-from stages import evaluate, import_hf_weights, sample, train
+from stages import evaluate, import_hf_weights, sample
 from stages.common import announce, run
 from tests.conftest import ROOT, NoCourier
 
@@ -372,54 +372,3 @@ def test_what_a_corpus_passes_over_is_said_on_the_terminal(
     (workspace / "text" / ".git").rmdir()
     tokenize_corpus.main(given)
     assert "left out" not in capsys.readouterr().out
-
-
-def test_the_forecast_comes_before_the_first_step_and_stops_no_training(
-    make_config, monkeypatch, capsys, caplog
-) -> None:
-    record, mode = _Kept(), choose_precision("fp32", torch.device("cpu"))
-    train.foresee(make_config(), mode, record, 671_837)
-    said = capsys.readouterr().out
-    assert "7,248,640 parameters; 200 steps are 204,800 tokens, 0.30 epochs" in said
-    assert 300 < record.values["perf/forecast_memory_mib"] < 420
-    monkeypatch.setattr(train.forecast, "free_memory", lambda device: 300 << 20)
-    train.foresee(make_config(), mode, record, 671_837)
-    assert "train.batch_size=8 needs about" in caplog.messages[-1]
-
-    def unknown(*_: object) -> None:
-        raise NotImplementedError("aten::attention has no sizes on this device")
-
-    monkeypatch.setattr(train.forecast, "needs", unknown)
-    train.foresee(make_config(), mode, record, 671_837)
-    assert caplog.messages[-1].startswith("no memory forecast on cpu: aten::attention")
-
-
-def test_the_time_is_foretold_once_some_steps_are_measured(make_config, capsys) -> None:
-    record = _Kept()
-    curve = [SimpleNamespace(seconds=seconds) for seconds in [9.0] * 3 + [6.0] * 5]
-    train.foresee_time(make_config(train__val_tokens=1), record, curve)
-    assert record.values["time/forecast_seconds"] == pytest.approx(1200, rel=0.01)
-    assert "train: 200 steps need 20 min; in 10 min you reach step 99" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("loss", "verdict"), [(9.05, "no better than word frequencies"), (5.92, "healthy")]
-)
-def test_evaluate_judges_once_more_when_the_yardstick_is_known(
-    make_config, tmp_path, monkeypatch, capsys, loss: float, verdict: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = make_config()
-    trained = record_file.Record("train", config)
-    trained.metrics({"train/loss": 10.0, "health/findings": 0.0})
-    trained.close("FINISHED")
-    record = record_file.Record("evaluate", config)
-    record.metrics({"val/loss": loss, "val/unigram_loss": 6.64}, 200)
-    evaluate.judge(record, 200)
-    record.close("FAILED")
-    events = record.so_far()
-    tagged = [e["values"] for e in events if e["kind"] == "tags"]
-    assert tagged == [{"health.verdict": verdict}]
-    points = [e["values"] for e in events if e["kind"] == "metrics"]
-    assert points[-1] == {"health/findings": float(loss > 6.64)}
-    assert ("no better than word frequencies" in capsys.readouterr().out) == (loss > 6.64)

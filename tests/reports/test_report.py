@@ -178,7 +178,15 @@ def of(found: dict[str, list[Event]]) -> str:
 def test_the_page_of_a_run_says_how_it_went(workspace: Path) -> None:
     seen = Seen(of(chain({"train.lr": 0.005})))
     for words in (
-        *("healthy", "10.770 → 5.920", "6.606", "4.439 → 2.440", "372.6", "25.0%", "± 3.1%"),
+        *(
+            "no problems found",
+            "10.770 → 5.920",
+            "6.606",
+            "4.439 → 2.440",
+            "372.6",
+            "25.0%",
+            "± 3.1%",
+        ),
         *("950", "512", "75 s", "671,837", "d1d1d1", "lathe", "0123456789 (dirty)", "2.13.0"),
         *("1 differ from recipes/nano.yaml", "0.005", "c0de"),
     ):
@@ -194,7 +202,7 @@ def test_findings_stand_with_their_evidence_and_advice(workspace: Path) -> None:
     found = examine(Experiment("workspace", "", sick))
     assert found, "the doctor finds something here"
     seen = Seen(of(sick))
-    assert "healthy" not in seen.text
+    assert "no problems found" not in seen.text
     for finding in found:
         for words in (finding.rule, finding.verdict, finding.evidence, finding.advice):
             assert words in seen.text
@@ -432,7 +440,7 @@ def test_the_command_writes_the_workspaces_page(workspace: Path, caplog) -> None
     caplog.set_level("INFO")
     keep(chain())
     command(["report"])
-    assert Seen((workspace / "report.html").read_text("utf-8")).text.count("healthy") == 1
+    assert Seen((workspace / "report.html").read_text("utf-8")).text.count("no problems found") == 1
     assert f"report: {workspace / 'report.html'}" in caplog.text
     command(["report", "--out", str(workspace / "new/page.html")])
     assert (workspace / "new/page.html").read_bytes() == (workspace / "report.html").read_bytes()
