@@ -44,9 +44,9 @@ from pipeline.drawing.figures import OTHERS, sheet, svg
 from pipeline.inference import generation
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.records.record_file import Record
-from pipeline.resume.course import step_metrics
 from pipeline.tables import markdown
 from pipeline.training import loop, training_step
+from pipeline.training.history import step_metrics
 
 IDLE = "idle"
 HEADS = 4

@@ -50,7 +50,7 @@ from pipeline.storage.folders import remove
 from pipeline.tracking import recording
 from pipeline.training import loop
 from pipeline.training.history import History
-from stages import train
+from stages import common, train
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -80,8 +80,8 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "batches": ((loop, "micro_batches"), (train, "micro_batches")),
     CHECKPOINT: tuple((Checkpoints, name) for name in ("save", "keep_best", "check_room")),
     "verification": (
-        (token_files, "open_tokens"),
-        (train, "check_model"),
+        (train, "open_tokens"),
+        (common, "check_model"),
         (Checkpoints, "newest"),
     ),
     "record: metrics": ((Record, "metrics"),),
@@ -99,7 +99,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
         (Checkpoints, "write_models"),
         (History, "summary"),
         (History, "write_curves"),
-        (train, "write_metrics"),
+        (common, "write_metrics"),
         (run_folder.Run, "share"),
     ),
 }

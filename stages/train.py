@@ -109,17 +109,16 @@ def loop(job: Job, state: TrainState, history: History) -> None:
         job.checkpoints.save(state, history.facts())
         job.run.say("running", step=state.step)
 
-    with (
-        listening() as stop,
-        debugger.attached(state, config, record, job.tokens, job.held_out, stop.suspended) as look,
-    ):
+    data = job.tokens, job.held_out
+    with listening() as stop, debugger.attached(state, config, record, *data, stop) as look:
         look_at, steps_at = config.debug.interact_at_step, history.budget.steps
         steps = fit(state, config.train, batches, look, look_at, steps_at)
         validate_if_due()  # a training that was stopped may owe it
         for report in common.progress(steps, config.train.steps, state.step):
             history.add(report, state)
             if state.step == forecast.MEASURED_AT:
-                line = forecast.after_first_steps(history.curve, config.train, record)
+                seconds = [report.seconds for report in history.curve]
+                line = forecast.after_first_steps(seconds, config.train, record)
                 tqdm.write(f"train: {line}", file=sys.stdout)
             validate_if_due()
             if stop.asked():

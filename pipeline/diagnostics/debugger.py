@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,9 @@ from pipeline.training.training_step import Look, TrainState
 from pipeline.training.validation import ValidationError
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from pipeline.data.token_files import Tokens
     from pipeline.records.record_file import Record
+    from pipeline.resume.interruption import Interruption
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +51,11 @@ def attached(
     record: Record,
     tokens: Tokens,
     held_out: Tokens,
-    suspended: Callable[[], AbstractContextManager[None]],
+    stop: Interruption,
 ) -> Iterator[Look]:
     """Around a training loop: yields what `loop.fit` is to call in debug.interact_at_step.
 
-    Where somebody sits at a terminal that is an interpreter, while signals are `suspended`; else
+    Where somebody sits at a terminal that is an interpreter, while its signals are suspended; else
     the step is kept on disk. A NumericsError leaves with its explanation, after the step that it
     is about was kept.
     """
@@ -70,7 +69,7 @@ def attached(
             keep(f"debug.interact_at_step={state.step}: no terminal here, so no interpreter")
             return
         record.tags({"debug.interacted_at_step": state.step})
-        with suspended():
+        with stop.suspended():
             look(state)
 
     try:

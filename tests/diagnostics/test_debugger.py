@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.model.model_dir import save_model
 from pipeline.resume import snapshot
+from pipeline.resume.interruption import Interruption
 from pipeline.training import loop, training_step, validation
 from stages import import_hf_weights
 from tests.conftest import Checkout, tiny_pipeline
@@ -228,8 +229,9 @@ def fitted(state, make_config, tokens, tmp_path: Path, monkeypatch) -> Callable[
     config = make_config(train__steps=3, train__warmup_steps=1, **small)
 
     def call(record: Tagged, suspended: Callable[[], Any] = contextlib.nullcontext) -> None:
+        stop = SimpleNamespace(suspended=suspended)
         read = partial(loop.micro_batches, tokens, config.train)
-        with debugger.attached(state, config, record, tokens, tokens, suspended) as look:
+        with debugger.attached(state, config, record, tokens, tokens, stop) as look:
             list(loop.fit(state, config.train, read, look=look, look_at=1))
 
     return call
@@ -290,10 +292,9 @@ def test_a_validation_error_leaves_the_loop_with_its_own_explanation(
     small = {"train__batch_size": 2, "train__sequence_length": 16, "train__val_tokens": 64}
     config, record = make_config(**small), Tagged()
     state.model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = torch.nan
-    nothing = contextlib.nullcontext
     with (
         pytest.raises(NumericsError) as stopped,
-        debugger.attached(state, config, record, tokens, tokens, nothing),
+        debugger.attached(state, config, record, tokens, tokens, Interruption()),
     ):
         validation.validate(state, tokens, config.train)
     assert str(stopped.value).startswith("the validation loss is nan: this model is not kept\n")
