@@ -1,7 +1,7 @@
-"""What a stage's result rests on, as the stage found it, held against what is there as it ends.
+"""Code, settings and inputs of a stage as it found them, compared with what is there at its end.
 
-DVC hashes settings and files after a stage's command has ended, and files the result under what
-it finds then. After an edit meanwhile it would say that other settings or code made this result.
+DVC hashes settings and files after a stage's command has ended, and stores the result under these
+hashes. After an edit meanwhile it would say that other settings or code made the result.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ MOST_NAMED = 5  # files in one message
 
 @functools.cache
 def as_found(name: str) -> str:
-    """SHA-256 of a file of the project as this process met it first; kept from then on."""
+    """SHA-256 of a file of the project when this process first asked for it."""
     return _digest(stage_graph.ROOT / name)
 
 
 def find_code() -> None:
-    """Meet every module, whatever stage this is: 80 small files take 5 ms."""
-    for room in ("pipeline", "stages"):
-        for path in (stage_graph.ROOT / room).rglob("*.py"):
+    """Remember the digest of every module as it is now; some 100 small files take 5 ms."""
+    for folder in ("pipeline", "stages"):
+        for path in (stage_graph.ROOT / folder).rglob("*.py"):
             as_found(path.relative_to(stage_graph.ROOT).as_posix())
 
 
 def code_of(*stages: str) -> dict[str, str]:
-    """SHA-256 by path of the files of the project that decide these stages' results, as found."""
+    """SHA-256 by path, as found, of the project's files that decide these stages' results."""
     names = sorted({name for stage in stages for name in stage_graph.sources(stage)})
     return {name: as_found(name) for name in names}
 
 
 def code_digest() -> str:
-    """SHA-256 over all files of the project that decide any result."""
+    """SHA-256 over the project's files that decide any result."""
     total = hashlib.sha256()
     for name, digest in code_of(*stage_graph.stages()).items():
         total.update(f"{name}\0{digest}\0".encode())
@@ -52,9 +52,9 @@ def code_digest() -> str:
 
 
 def edits(stage: str, config: Config) -> list[str]:
-    """A phrase for each setting and file of the project that `stage` found otherwise than it is.
+    """A phrase for each setting and file of the project that was edited since `stage` began.
 
-    Only those that dvc.yaml lists for the stage count: DVC looks at no other.
+    Only those count that dvc.yaml lists for the stage, since DVC looks at no others.
     """
     return _edited_settings(stage, config) + [
         f"{name}: edited"
@@ -64,32 +64,32 @@ def edits(stage: str, config: Config) -> list[str]:
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A phrase for each setting that two sets of them do not share."""
+    """A phrase for each setting whose value differs."""
     names = dict.fromkeys([*before, *now])
     changed = (name for name in names if before.get(name) != now.get(name))
     return [f"{name}: {_shown(before, name)} then, {_shown(now, name)} now" for name in changed]
 
 
 def input_stamps(stage: str, config: Config) -> Stamps:
-    """Size and time of every file in the stage's other deps: what it reads and did not write."""
-    found: Stamps = {}
+    """Size and time of every file in the stage's other deps: outputs of others, the user's own."""
+    stamps: Stamps = {}
     for place in map(Path, stage_graph.inputs(stage, flatten(config))):
         for path in [place, *sorted(place.rglob("*"))]:
             if path.is_file():
                 facts = path.stat()
-                found[str(path)] = (facts.st_size, facts.st_mtime_ns)
-    return found
+                stamps[str(path)] = (facts.st_size, facts.st_mtime_ns)
+    return stamps
 
 
 def changed_inputs(before: Stamps, now: Stamps) -> list[str]:
-    """A phrase for each file that is another one, new or gone, the first MOST_NAMED of them."""
+    """A phrase for each of the first MOST_NAMED files that changed, are new or are gone."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    words = [
+    phrases = [
         f"{name}: {'added' if name not in before else 'changed' if name in now else 'gone'}"
         for name in names[:MOST_NAMED]
     ]
-    more = len(names) - len(words)
-    return [*words, *([f"and {more:,} more"] if more else [])]
+    more = len(names) - len(phrases)
+    return [*phrases, f"and {more:,} more"] if more else phrases
 
 
 def _edited_settings(stage: str, config: Config) -> list[str]:
@@ -106,7 +106,7 @@ def _shown(settings: dict[str, Any], name: str) -> str:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a text file, whatever its line endings; nothing for one that is not there."""
+    """SHA-256 of a text file, whatever its line endings; "" for a missing one."""
     try:
         return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
     except FileNotFoundError:
@@ -114,5 +114,5 @@ def _digest(path: Path) -> str:
 
 
 def listed(phrases: Iterable[str]) -> str:
-    """A line each, indented."""
+    """The phrases, each on an indented line of its own."""
     return "".join(f"\n  {phrase}" for phrase in phrases)
