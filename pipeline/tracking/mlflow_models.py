@@ -1,4 +1,4 @@
-"""MLflow's Models tab: a row's checkpoints, with step, losses, and where DVC keeps their files."""
+"""MLflow's Models tab: a row's checkpoints with step, losses and the place of their files."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-LOSSES = {"train/loss": "train", "train/val_loss": "val"}  # with the split that they are of
-EVALUATED = "val/"  # what `evaluate` measures of the best checkpoint
+LOSSES = {"train/loss": "train", "train/val_loss": "val"}  # {metric: split}
+EVALUATED = "val/"  # begins the metrics that `evaluate` measures of the best checkpoint
 DATASET = "tokens"
-EXTERNAL = "mlflow.model.isExternal"  # MLflow's own word for a model whose files it does not hold
+EXTERNAL = "mlflow.model.isExternal"  # MLflow's tag of a model whose files it does not hold
 
 
 class LoggedModels:
-    """The checkpoints of one row. Nothing is copied: a model here says where its files are."""
+    """The checkpoints of one row. Nothing is copied: a model only says where its files are."""
 
     def __init__(self, client: MlflowClient, run_id: str, experiment_id: str):
         self._client, self._run_id, self._experiment_id = client, run_id, experiment_id
         self._latest: dict[str, Metric] = {}
-        self._validated: dict[int, list[Metric]] = {}  # by step: the two losses there
-        self._digests: dict[str, str] = {}  # of the tokens, by split, as long as MLflow takes
-        self._known: dict[str, str] | None = None  # model id by checkpoint name
+        self._validated: dict[int, list[Metric]] = {}  # step -> the two losses there
+        self._digests: dict[str, str] = {}  # split -> digest of its tokens, cut for MLflow
+        self._known: dict[str, str] | None = None  # checkpoint name -> model id
 
     def points(self, event: Event) -> list[Metric]:
-        """A metrics event as MLflow's points; those of the best checkpoint carry its id."""
+        """MLflow's points for a metrics event; those of the best checkpoint carry its id."""
         from mlflow.entities import Metric
 
         step, time = event["step"], event["time"]
@@ -56,7 +56,7 @@ class LoggedModels:
         if id_ not in {m.model_id for m in (outputs.model_outputs if outputs else [])}:
             output = LoggedModelOutput(id_, int(place["step"]))
             self._client.log_outputs(self._run_id, [output])
-        losses = self._validated.get(int(place["step"]) - 1, [])  # steps count from 0, done from 1
+        losses = self._validated.get(int(place["step"]) - 1, [])  # steps are counted from 0
         if losses:
             linked = [self._of(id_, point, LOSSES[point.key]) for point in losses]
             self._client.log_batch(self._run_id, metrics=linked)
@@ -75,17 +75,17 @@ class LoggedModels:
         return model.model_id
 
     def _ids(self) -> dict[str, str]:
-        """Of the models that this row has by now, also of those made before this process."""
+        """Model ids by checkpoint name, also of models made before this process."""
         if self._known is None:
-            found = self._client.search_logged_models(
+            models = self._client.search_logged_models(
                 [self._experiment_id], f"source_run_id = '{self._run_id}'"
             )
-            ours = [model for model in found if "checkpoint" in model.tags]
+            ours = [model for model in models if "checkpoint" in model.tags]
             self._known = {model.tags["checkpoint"]: model.model_id for model in ours}
         return self._known
 
     def _of(self, model_id: str, point: Metric, split: str) -> Metric:
-        """The same point as the model's, on the tokens that it was measured on."""
+        """A point linked to a model and to the tokens that it was measured on."""
         from mlflow.entities import Metric
 
         if split not in self._digests:

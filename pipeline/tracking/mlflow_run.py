@@ -1,10 +1,10 @@
-"""MLflow: the store, and one flat row an experiment, filled from the events of records."""
+"""One flat MLflow run per experiment, here called its row, filled from the events of records."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,23 +34,17 @@ SHIPPED = "shipped."
 NOTE = "mlflow.note.content"
 OWN_NOTE = "pipeline.note"  # a mark of what we wrote there last
 
-MOST_POINTS, MOST_TAGS = 900, 100  # MLflow takes 1000 of both a request, and 100 tags
+MOST_POINTS, MOST_TAGS = 900, 100  # per request: MLflow takes 100 tags, and 1000 of both together
 
-Fetch = Callable[[str, str], Path | None]  # (path, sha256) -> where those very bytes lie, or None
+Fetch = Callable[[str, str], Path | None]  # (path, sha256) -> where exactly those bytes lie
 
 
 class Row:
     """One MLflow run: what an experiment's records look like there."""
 
-    def __init__(
-        self,
-        client: MlflowClient,
-        run_id: str,
-        experiment_id: str,
-        tags: Mapping[str, str] | None = None,
-    ):
+    def __init__(self, client: MlflowClient, run_id: str, experiment_id: str, tags: Any = None):
         self.client, self.id, self.experiment_id = client, run_id, experiment_id
-        self._known = dict(tags or {})  # what it says of itself, as far as that was looked up
+        self._known: dict[str, str] = dict(tags or {})  # tags that it is known to have
         self._models = LoggedModels(client, run_id, experiment_id)
 
     def write(
@@ -66,15 +60,15 @@ class Row:
         for event in events:
             if event["kind"] == "metrics":
                 points += self._models.points(event)
-            elif event["kind"] in _SHIP:
-                if event["kind"] == "checkpoint":  # which refers to points that have to be there
+            else:
+                if event["kind"] == "checkpoint":  # it refers to points, which come first
                     self._send(points, tags)
                     points, tags = [], {}
-                tags |= _SHIP[event["kind"]](self, event, checkpoints, fetch) or {}
+                tags |= self._ship(event, checkpoints, fetch)
         self._send(points, tags | dict(then or {}))
 
     def _send(self, points: Sequence[Metric], tags: Mapping[str, str]) -> None:
-        """In as few requests as MLflow allows: each costs as much as a hundred points."""
+        """Log in as few requests as MLflow allows: each costs as much as a hundred points."""
         from mlflow.entities import RunTag
 
         values = {key: str(value)[:5000] for key, value in tags.items() if value != ""}
@@ -93,16 +87,13 @@ class Row:
             self.write(record, checkpoints, fetch, arrived)
 
     def enter(self, head: Event, process: str) -> None:
-        """A stage starts: its process, as `process.this_process` names it, works on the row."""
+        """Say that a stage's `process`, as `process.this_process` names it, works on the row."""
         self.tag({"pipeline.process": process, "pipeline.host": head["environment"]["host"]})
         self.client.update_run(self.id, status="RUNNING")
 
     def leave(self, head: Event, end: Event, run: Run | None = None) -> None:
-        """The stage is over and all of its record has arrived.
-
-        One that was interrupted may go on under the same id, so it has not arrived whole.
-        """
-        if end["status"] == "FINISHED":
+        """End the row as its stage did; all of the stage's record has arrived."""
+        if end["status"] == "FINISHED":  # an interrupted stage may resume under the same id
             self.tag({shipped_tag(head): head["id"]})
         run = run or self.client.get_run(self.id)
         self._describe(head, run)
@@ -110,9 +101,9 @@ class Row:
         self.client.set_terminated(self.id, end["status"], end_time=max(began, end["time"]))
 
     def settle(self, head: Event, end: Event, known: set[str]) -> None:
-        """Leave a row to which a finished stage's record came late, if no stage is left in it.
+        """End a row that got a finished stage's record late, unless another stage is open in it.
 
-        A part that is not among the `known` finished records failed, or is at work right now.
+        A stage whose record is not among the `known` finished ones failed, or is running.
         """
         run = self.client.get_run(self.id)
         tags = run.data.tags.items()
@@ -143,30 +134,33 @@ class Row:
     def tag(self, values: Mapping[str, str]) -> None:
         self._send((), values)
 
-    def _start(self, event: Event, *_: Any) -> dict[str, str]:
-        tags = {f"record.{event['stage']}": event["id"], "code": event["code"][:12]}
-        return tags | {f"env.{key}": value for key, value in event["environment"].items()}
+    def _ship(self, event: Event, checkpoints: str, fetch: Fetch) -> dict[str, str]:
+        """Ship an event that is no point; the tags that the row gets for it."""
+        match event["kind"]:
+            case "start":
+                tags = {f"record.{event['stage']}": event["id"], "code": event["code"][:12]}
+                return tags | {f"env.{key}": value for key, value in event["environment"].items()}
+            case "resume" if name := event["name"]:  # the name that DVC will keep
+                return {"dvc.exp_name": name, "mlflow.runName": name}
+            case "tags":
+                return event["values"]
+            case "dataset":
+                self._dataset(event)
+                return {f"digest.{event['name']}.{event['context']}": event["digest"]}
+            case "artifact":
+                if path := fetch(event["path"], event["sha256"]):
+                    self._copy(path, event["folder"])
+            case "checkpoint":
+                return self._checkpoint(event, checkpoints, fetch)
+        return {}
 
-    def _resumed(self, event: Event, *_: Any) -> dict[str, str]:
-        """The experiment that goes on may have another name, and is the one that DVC will keep."""
-        name = event["name"]
-        return {"dvc.exp_name": name, "mlflow.runName": name} if name else {}
-
-    def _tagged(self, event: Event, *_: Any) -> dict[str, str]:
-        return event["values"]
-
-    def _dataset(self, event: Event, *_: Any) -> None:
+    def _dataset(self, event: Event) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         source = json.dumps({"uri": event["source"]})
         dataset = Dataset(event["name"], event["digest"][:36], "local", source)
         context = InputTag("mlflow.data.context", event["context"])
         self.client.log_inputs(self.id, [DatasetInput(dataset, [context])])
-        self.tag({f"digest.{event['name']}.{event['context']}": event["digest"]})
-
-    def _artifact(self, event: Event, _: str, fetch: Fetch) -> None:
-        if path := fetch(event["path"], event["sha256"]):
-            self._copy(path, event["folder"])
 
     def _checkpoint(self, event: Event, checkpoints: str, fetch: Fetch) -> dict[str, str]:
         name = event["name"]
@@ -199,16 +193,6 @@ def shipped_tag(head: Event) -> str:
     return f"{SHIPPED}{head['stage']}"
 
 
-_SHIP: dict[str, Callable[..., dict[str, str] | None]] = {
-    "start": Row._start,
-    "resume": Row._resumed,
-    "tags": Row._tagged,
-    "dataset": Row._dataset,
-    "artifact": Row._artifact,
-    "checkpoint": Row._checkpoint,
-}
-
-
 def from_workspace(path: str, sha256: str) -> Path | None:
     """The file or folder in this workspace, if it still holds what the record saw."""
     here = Path(path)
@@ -220,13 +204,14 @@ def open_row(
 ) -> Row:
     """The row that a stage writes into.
 
-    The newest row of the stage's key that has no part of this stage yet and, of the stages in
-    `others` (those upstream, those of the same command), no other part than theirs; else a new
-    one, and the newest old one is tagged as superseded. So forcing a stage to run again, an
-    edited input under the same params, or two equal experiments at a time never double points.
-    First, if this is to be `tidy`, rows of dead processes are closed.
+    It is the newest row of the stage's key that holds no other record of this stage, nor of the
+    stages in `others` (those upstream, those of the same command); else a new one, and the newest
+    old one is tagged as superseded. So forcing a stage to run again, an edited input under the
+    same params, or two equal experiments at a time never double points. If `tidy`, rows of dead
+    processes are closed first.
     """
-    parts = {f"record.{r[0]['stage']}": r[0]["id"] for r in others}
+    own = f"record.{head['stage']}"
+    parts = {f"record.{r[0]['stage']}": r[0]["id"] for r in others} | {own: head["id"]}
     with lock():
         if tidy:
             sweep(client)
@@ -236,13 +221,8 @@ def open_row(
             f"tags.`pipeline.key` = '{head['key']}'",
             order_by=["attributes.start_time DESC"],
         )
-        parts[f"record.{head['stage']}"] = head["id"]
-        fitting = [
-            run
-            for run in rows
-            if all(run.data.tags.get(part, id_) == id_ for part, id_ in parts.items())
-        ]
-        own = f"record.{head['stage']}"  # a replayed stage has its row already, mostly
+        fitting = [r for r in rows if parts.items() <= (parts | r.data.tags).items()]
+        # A replayed stage mostly has its row already.
         fitting.sort(key=lambda run: run.data.tags.get(own) != head["id"])
         if fitting:
             hold_elsewhere(client.tracking_uri, fitting[0].info.artifact_uri)
@@ -251,20 +231,19 @@ def open_row(
             row = _new_row(client, experiment_id, head)
             if rows:
                 Row(client, rows[0].info.run_id, experiment_id).tag({"superseded": row.id})
-        row.tag({f"record.{head['stage']}": head["id"]})
+        row.tag({own: head["id"]})
     return row
 
 
 def attach(training_records: Iterable[str], folder: Path, name: str) -> None:
     """Copy a folder under `name` into every row that holds one of these training records.
 
-    A store that cannot be had is one warning: the files are in `folder` all the same.
+    A store that fails is one warning: the files are in `folder` all the same.
     """
     try:
         client = connect()
-        everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
         for record in training_records:
-            for run in client.search_runs(everywhere, f"tags.`record.train` = '{record}'"):
+            for run in _runs(client, f"tags.`record.train` = '{record}'"):
                 hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
                 client.log_artifacts(run.info.run_id, str(folder), name)
     except Exception as error:  # a store's errors are of every kind
@@ -272,15 +251,13 @@ def attach(training_records: Iterable[str], folder: Path, name: str) -> None:
 
 
 def rename(client: MlflowClient, record: Event, known: set[str], name: str) -> dict[str, str]:
-    """Give the row of a DVC experiment the name that DVC has now: {row id: name} of what changed.
+    """Give a DVC experiment's row the name that DVC has now; {row id: name} of those changed.
 
     `record` is the start event of its last stage, `known` holds the ids of all of its records. A
     name that a person has given to the row stays.
     """
-    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
-    part = f"record.{record['stage']}"
     renamed = {}
-    for run in client.search_runs(everywhere, f"tags.`{part}` = '{record['id']}'"):
+    for run in _runs(client, f"tags.`record.{record['stage']}` = '{record['id']}'"):
         tags = run.data.tags
         former = tags.get("dvc.exp_name", "")
         own = {id_ for tag, id_ in tags.items() if tag.startswith("record.")} <= known
@@ -294,20 +271,26 @@ def rename(client: MlflowClient, record: Event, known: set[str], name: str) -> d
 
 
 def shipped(client: MlflowClient) -> list[set[str]]:
-    """For every row, of whatever MLflow experiment, the ids of the records that arrived whole.
+    """The ids of the records that arrived whole, for every row of every MLflow experiment.
 
-    Without rows that a stopped process has left open: somebody has to close them.
+    Rows that a stopped process has left open are left out: somebody has to close them.
     """
+    return [
+        {id_ for tag, id_ in run.data.tags.items() if tag.startswith(SHIPPED)}
+        for run in _runs(client)
+        if not _is_left(run)
+    ]
+
+
+def _runs(client: MlflowClient, condition: str = "") -> Iterator[Run]:
+    """The runs of all experiments that meet a condition."""
     everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
-    found, token = [], None
+    token = None
     while True:
-        page = client.search_runs(everywhere, max_results=1000, page_token=token)
-        for run in page:
-            if not _is_left(run):
-                tags = run.data.tags.items()
-                found.append({id_ for tag, id_ in tags if tag.startswith(SHIPPED)})
+        page = client.search_runs(everywhere, condition, page_token=token)
+        yield from page
         if not (token := page.token):
-            return found
+            return
 
 
 def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
@@ -338,7 +321,7 @@ def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
 
 
 def _next_color(client: MlflowClient, experiment_id: str) -> str:
-    """The colour that rows have gone longest without."""
+    """The color that has not been used for the longest time."""
     newest = client.search_runs(
         [experiment_id],
         order_by=["attributes.start_time DESC"],
@@ -349,20 +332,20 @@ def _next_color(client: MlflowClient, experiment_id: str) -> str:
 
 
 def sweep(client: MlflowClient) -> None:
-    """Rows whose process died without a word would say RUNNING for ever."""
-    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
-    for run in client.search_runs(everywhere, "attributes.status = 'RUNNING'"):
-        if _is_left(run):
-            client.set_terminated(run.info.run_id, "KILLED")
+    """Close the rows whose process died without a word: they would say RUNNING for ever."""
+    for run in [r for r in _runs(client, "attributes.status = 'RUNNING'") if _is_left(r)]:
+        client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _is_left(run: Run) -> bool:
-    """Whether a row of ours says RUNNING and its process, on this machine, is there no more."""
+    """Whether a row of ours says RUNNING and its process, on this machine, is gone."""
     tags, here = run.data.tags, record_file.environment()["host"]
     ours = run.info.status == "RUNNING" and "pipeline.key" in tags
-    # Former versions of `sync` did not say who they were.
-    at_home = tags.get("pipeline.host", here) == here
-    return ours and at_home and not is_alive(tags.get("pipeline.process", ""))
+    return (
+        ours
+        and tags.get("pipeline.host", here) == here
+        and not is_alive(tags.get("pipeline.process", ""))
+    )
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
@@ -383,12 +366,11 @@ def _experiment(client: MlflowClient, name: str) -> str:
 
 
 def _make_way(client: MlflowClient, deleted: Experiment) -> None:
-    """A deleted experiment keeps its name from a new one, and only one in use can be renamed.
+    """Rename a deleted experiment, whose name a new one could not have otherwise.
 
-    What a person deleted stays deleted, and can still be restored under the other name.
+    It stays deleted, and a person can restore it under the other name.
     """
-    client.restore_experiment(deleted.experiment_id)
-    client.rename_experiment(
-        deleted.experiment_id, f"{deleted.name} (deleted, {deleted.experiment_id})"
-    )
-    client.delete_experiment(deleted.experiment_id)
+    id_ = deleted.experiment_id
+    client.restore_experiment(id_)  # only an active experiment can be renamed
+    client.rename_experiment(id_, f"{deleted.name} (deleted, {id_})")
+    client.delete_experiment(id_)

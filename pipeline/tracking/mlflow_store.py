@@ -1,4 +1,4 @@
-"""MLflow's store: where it is, a client for it, and what it says when it fails, without secrets."""
+"""MLflow's store: where it is, a client for it, and its errors in one line without secrets."""
 
 from __future__ import annotations
 
@@ -35,12 +35,11 @@ _SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
 _USER = re.compile(r"(?<=:)//(?!/)(?!(?:(?<=https://)|(?<=http://))[^/\s:@]+(?::\d+)?[/?#])\S*@")
 _ASSIGNED = re.compile(rf"((?:(?:{_SECRET})[\w-]*|\bsig)=)[^\s&]+", re.IGNORECASE)
 _HEADER = re.compile(r"(?i:\b(Bearer)\s+|\b(Basic)\s+(?-i:(?=[a-z]*[^\sa-z,])))[\w.~+/-]{6,}=*")
-# As those who issue them begin them; the last is a signed JSON web token.
+# Tokens by the prefixes of their issuers; the last is a signed JSON web token.
 _TOKEN = re.compile(
     r"\b(?:(?:hf|gh[pousr])_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}"
     r"|sk-(?=[\w-]*\d)[\w-]{16,}|A[KS]IA[A-Z0-9]{16}\b|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
 )
-
 
 # Where MLflow's client looks for things, as a URI or as a file.
 _URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
@@ -94,7 +93,7 @@ def at_root(uri: str) -> str:
 
 
 def _scheme(uri: str) -> str:
-    """Of a URI, which may be no whole one: whoever opens it will say so."""
+    """The part of a URI before the colon, "" without one; a malformed URI fails when opened."""
     return uri.partition(":")[0] if ":" in uri else ""
 
 
@@ -108,44 +107,31 @@ def sqlite_uri(path: Path) -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file of a sqlite URI, None for any other store and for one in memory."""
+    """The file of a sqlite URI; None for any other store and for one in memory."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
-    if not uri.startswith("sqlite"):
+    database = None
+    if uri.startswith("sqlite"):
+        with contextlib.suppress(ArgumentError):  # opening it raises the error again
+            database = make_url(uri).database
+    if not database or database == ":memory:" or database.startswith("file:"):
         return None
-    try:
-        database = make_url(uri).database
-    except ArgumentError:  # whoever opens it will say so
-        return None
-    named = database and database != ":memory:" and not database.startswith("file:")
-    return Path(database) if database and named else None
+    return Path(database)
 
 
 def connect() -> MlflowClient:
     """A client for the store, which is created under a lock if it does not exist.
 
-    Import and limits come first: MLflow reads its environment when it is imported, and its
-    defaults wait minutes for a server that is gone. Raises one of `store_errors`.
+    The environment is set before the import, at which MLflow reads it; its own defaults wait
+    minutes for a server that is gone. Raises one of `store_errors`.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    for name in _URIS:
-        if os.environ.get(name):
-            os.environ[name] = at_root(os.environ[name])
-    for name in _FILES:
-        if os.environ.get(name):
-            os.environ[name] = str(paths.root() / os.environ[name])
-    uri = store_uri()
-    path = sqlite_path(uri)
-    if path:
-        # A kept connection goes on with a file that somebody deleted, and reads from it, too.
-        os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+    _set_environment()
     from mlflow import MlflowClient
 
-    # What goes wrong is told once, by whoever asked; MLflow would add a traceback at every try.
+    uri = store_uri()
+    path = sqlite_path(uri)
+    # The caller reports a failure once; MLflow would log a traceback at every attempt.
     logging.getLogger("mlflow").setLevel(logging.CRITICAL)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
@@ -163,8 +149,24 @@ def connect() -> MlflowClient:
         raise StorageError(f"{place} lacks its database driver: {error}") from error
 
 
+def _set_environment() -> None:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    for name in _URIS:
+        if given := os.environ.get(name):
+            os.environ[name] = at_root(given)
+    for name in _FILES:
+        if given := os.environ.get(name):
+            os.environ[name] = str(paths.root() / given)
+    if sqlite_path(store_uri()):
+        # A pooled connection would still read and write a file that somebody has deleted.
+        os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+
+
 def store_errors() -> tuple[type[Exception], ...]:
-    """What a store raises that is not there or does not answer."""
+    """The errors of a store that is missing or does not answer."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -192,7 +194,7 @@ def hold_elsewhere(store: str, place: str) -> None:
 
 
 def _hold_artifacts_elsewhere() -> None:
-    """Have the same asked where MLflow's client takes a place: a server may change its mind."""
+    """Check it again wherever MLflow's client opens a place: a server may change its answer."""
     from mlflow.store.artifact.artifact_repository_registry import (
         get_registered_artifact_repositories,
     )
@@ -204,7 +206,7 @@ def _hold_artifacts_elsewhere() -> None:
 
 
 def _bound_memory() -> None:
-    """An answer without an end becomes a MemoryError here, before it takes the machine's memory."""
+    """Limit memory, so that an endless answer is a MemoryError and the machine keeps its memory."""
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
         import resource
 
@@ -224,9 +226,9 @@ def artifact_root() -> str:
 
 
 def artifact_location(experiment: str) -> str | None:
-    """Where a new experiment's artifacts belong; None where the store itself knows.
+    """Where a new experiment's artifacts belong; None where the store itself decides.
 
-    A database alone would have them in the current folder, which may be a temporary workspace.
+    A database would put them into the current folder, which may be a temporary workspace.
     """
     scheme = _scheme(store_uri())
     known = scheme in ("", "file", "http", "https", *_NO_PATHS)
@@ -235,9 +237,9 @@ def artifact_location(experiment: str) -> str | None:
 
 
 def lock() -> FileLock:
-    """Held while rows are found and opened: several stages may start at once.
+    """The lock that is held while rows are found and opened: several stages may start at once.
 
-    It is one for all who share a database, from whatever checkout, and lies beside it.
+    All who share a database share the lock, from whatever checkout: it lies beside the database.
     """
     path = sqlite_path(store_uri())
     place = path.resolve() if path else paths.runs() / "tracking"
@@ -246,11 +248,11 @@ def lock() -> FileLock:
 
 
 def _create_sqlite(path: Path) -> None:
-    """Build the schema in a temporary file and name it then: a reader never meets half a database.
+    """Build the schema in a temporary file and rename it: a reader never meets half a database.
 
-    An empty file is what a client left that lost its database: no database either.
+    An empty file counts as none: a client leaves one where its database was deleted.
     """
-    path = path.resolve()  # of a link, the file that it names
+    path = path.resolve()  # the file that a link names
     if _is_something(path):
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -259,8 +261,8 @@ def _create_sqlite(path: Path) -> None:
     try:
         store = SqlAlchemyStore(sqlite_uri(temporary), artifact_root())
         store.engine.dispose()
-        if not _is_something(path):  # by somebody who does not know our lock
-            # An older database's log would be read into the new one.
+        if not _is_something(path):  # somebody without our lock may have made one
+            # SQLite would read an older database's log into the new one.
             for left in ("", "-wal", "-shm", "-journal"):
                 path.with_name(path.name + left).unlink(missing_ok=True)
         _give_name(temporary, path)
@@ -273,7 +275,7 @@ def _is_something(path: Path) -> bool:
 
 
 def _give_name(temporary: Path, path: Path) -> None:
-    """Rename a file, but never over one that is there: somebody may have come without our lock."""
+    """Rename a file, but never over an existing one: somebody may have made it without our lock."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -284,9 +286,9 @@ def _give_name(temporary: Path, path: Path) -> None:
 
 
 def _check_sqlite(path: Path) -> None:
-    """Ask once whether it is a database to write into: MLflow would try for minutes.
+    """Raise at once where a database cannot be written: MLflow would retry for minutes.
 
-    One that came here with its repository is put right on this occasion.
+    Also correct the places in a database that was moved here with its repository.
     """
     uri = f"{path.absolute().as_uri()}?mode=rw"
     with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=ANSWER_SECONDS)) as database:
@@ -300,10 +302,10 @@ def _check_sqlite(path: Path) -> None:
 
 
 def _log_ahead(database: sqlite3.Connection, path: Path) -> None:
-    """Have SQLite write ahead: nobody who reads keeps a stage's points waiting.
+    """Set SQLite's write-ahead log, for good: readers do not keep a stage's points waiting.
 
-    It stays so for everybody, and is no loss where it cannot be: the database is in use just now,
-    or on a disk of the network, where one computer alone could write so.
+    Nothing is lost where it cannot be set: the database is in use, or on a network disk, where
+    only one computer could write.
     """
     with contextlib.suppress(sqlite3.OperationalError, OSError):
         if database.execute("PRAGMA journal_mode").fetchone() != ("wal",) and _on_own_disk(path):
@@ -319,20 +321,16 @@ def _on_own_disk(path: Path) -> bool:
 
 def _former_roots(database: sqlite3.Connection) -> set[str]:
     """URIs of the folders for which this database was made and which are not this repository."""
-    made = [f"{place}/{ARTIFACTS}" for place in _strings(database, *_PLACES[0], f"/{ARTIFACTS}/0")]
+    values: list[tuple[str]] = []
+    if _has(database, "experiments", "artifact_location"):
+        default = [f"%/{ARTIFACTS}/0"]  # the experiment that MLflow itself makes
+        query = "SELECT artifact_location FROM experiments WHERE artifact_location LIKE ?"
+        values += database.execute(query, default)
     if _has(database, "experiment_tags", "key"):
-        tags = database.execute("SELECT value FROM experiment_tags WHERE key = ?", [MADE_FOR])
-        made += [value for (value,) in tags]
-    roots = {place.removesuffix(f"/{ARTIFACTS}") for place in made if place.startswith("file:")}
+        values += database.execute("SELECT value FROM experiment_tags WHERE key = ?", [MADE_FOR])
+    places = [place.removesuffix("/0") for (place,) in values if place.startswith("file:")]
+    roots = {place.removesuffix(f"/{ARTIFACTS}") for place in places}
     return {root for root in roots if not _is_here(_as_path(root))}
-
-
-def _strings(database: sqlite3.Connection, table: str, column: str, ending: str) -> list[str]:
-    """The values of a column that end so, without that end."""
-    if not _has(database, table, column):
-        return []
-    found = database.execute(f"SELECT {column} FROM {table}")
-    return [value.removesuffix(ending) for (value,) in found if str(value).endswith(ending)]
 
 
 def _has(database: sqlite3.Connection, table: str, column: str) -> bool:
@@ -342,7 +340,7 @@ def _has(database: sqlite3.Connection, table: str, column: str) -> bool:
 
 
 def _is_here(folder: Path) -> bool:
-    """Whether it is this repository, be it by another name."""
+    """Whether a folder is this repository, possibly by another name."""
     with contextlib.suppress(OSError):
         return folder.samefile(paths.root())
     return False
@@ -353,7 +351,7 @@ def _as_path(uri: str) -> Path:
 
 
 def _move(database: sqlite3.Connection, former: str) -> None:
-    """Let everything below a former root lie below this one; other places stay as they are."""
+    """Replace a former root by this one in all stored places; other places stay as they are."""
     root = paths.root()
     pairs = [(former, root.as_uri()), (_as_path(former).as_posix(), root.as_posix())]
     for old, new in ((f"{old}/", f"{new}/") for old, new in pairs):
@@ -372,29 +370,29 @@ def _move(database: sqlite3.Connection, former: str) -> None:
 
 
 def said(error: Exception) -> str:
-    """What went wrong, in one line, without secrets."""
+    """An error in one line, without secrets."""
     origin = _origin(error)
     first = str(origin).partition("\n")[0]
     return without_secrets(f"{type(origin).__name__}: {first}")[:LONGEST]
 
 
 def _origin(error: Exception) -> BaseException:
-    """What the system or the database said, which libraries wrap in words of their own."""
-    found: BaseException = error
+    """The innermost error of the system or the database, which libraries wrap in their own."""
+    origin: BaseException = error
     inner: BaseException | None = error
     seen = {id(error)}  # causes may go round in a circle
     while (inner := inner.__cause__ or inner.__context__) and id(inner) not in seen:
         seen.add(id(inner))
         if isinstance(inner, (OSError, sqlite3.Error, MemoryError)):
-            found = inner
-    return found
+            origin = inner
+    return origin
 
 
 def without_secrets(text: str) -> str:
-    """Leave out what a URI says of its user, and every value that a name calls a secret.
+    """Text without the users of URIs and without values that are named as a secret.
 
-    Names are those in the text (`token=...`, an Authorization header) and those of environment
-    variables, whose values a server may well repeat in what it answers.
+    Such names stand in the text (`token=...`, an Authorization header) or in the environment,
+    whose values a server may repeat in its answer.
     """
     text = _ASSIGNED.sub(r"\1***", _USER.sub("//", text))
     text = _HEADER.sub(lambda found: f"{found[1] or found[2]} ***", text)

@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 
 
 def show(port: int) -> int:
-    """Print the link to the prepared table and serve it, unless a server has the store already."""
-    found = connect().get_experiment_by_name(load().tracking.experiment)
+    """Print the link to the prepared table; serve the store unless it is a server's already."""
+    experiment = connect().get_experiment_by_name(load().tracking.experiment)
     remote = store_uri().startswith("http")
     with socket.socket() as knock:
         if not remote and not knock.connect_ex(("127.0.0.1", port)):
             raise InputError(f"port {port}: another server has it: `make ui PORT={port + 1}`")
     server = without_secrets(store_uri()) if remote else f"http://127.0.0.1:{port}"
-    link = mlflow_view.link(server.rstrip("/"), found.experiment_id if found else "0")
+    link = mlflow_view.link(server.rstrip("/"), experiment.experiment_id if experiment else "0")
     log.info("The prepared comparison:\n  %s", link)
     if not remote:
         log.info("MLflow takes some seconds to start; Ctrl-C ends it.")
@@ -34,10 +34,10 @@ def show(port: int) -> int:
 
 
 def _serve(port: int) -> None:
-    """MLflow's page, for browsers of this machine alone, until it is stopped.
+    """Serve MLflow's page to browsers of this machine until it is stopped.
 
     `mlflow ui` would start fifteen processes, most of them for jobs of language models, and answer
-    any page that makes a browser believe that its own address is this one's.
+    any host name, which lets a foreign page reach it by DNS rebinding.
     """
     places = {"_MLFLOW_SERVER_FILE_STORE": store_uri()} | {
         "_MLFLOW_SERVER_REGISTRY_STORE": os.environ.get("MLFLOW_REGISTRY_URI") or store_uri(),
@@ -50,6 +50,6 @@ def _serve(port: int) -> None:
     import uvicorn
 
     app = "mlflow.server.fastapi_app:app"
-    with warnings.catch_warnings():  # of what its libraries will do away with
+    with warnings.catch_warnings():  # deprecations in its libraries
         warnings.simplefilter("ignore")
         uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")

@@ -1,4 +1,4 @@
-"""A row in words: its model and initial weights, what changed and what came out."""
+"""A row in words: its model and initial weights, the changed settings and the results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.records.record_file import Event
 
 LONGEST = 60  # characters of a setting's value
 
-# (metric, what it is called, how it is written, how a difference is)
+# (metric, label, format of a value, format of a difference)
 RESULTS = (
     ("val/loss", "Validation loss", "{:.4f}", "{:+.4f}"),
     ("val/bits_per_byte", "bits per byte", "{:.3f}", "{:+.3f}"),
@@ -22,7 +22,7 @@ RESULTS = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a row says that a note speaks of."""
+    """The parts of a row that its note mentions."""
 
     name: str
     metrics: Mapping[str, float]
@@ -46,9 +46,9 @@ def initial_weights(params: Mapping[str, Any]) -> str:
 
 
 def note(head: Event, own: Facts, parent: Facts | None) -> str:
-    """Markdown: what changed against the commit's settings, and what came out.
+    """Markdown: the settings that differ from the commit's, and the results.
 
-    `parent` is a row with exactly those settings, where there is one.
+    `parent` is a row with exactly the commit's settings, if there is one.
     """
     return f"{_change(head)}\n\n{_outcome(own, parent)}\n"
 
@@ -67,9 +67,9 @@ def _change(head: Event) -> str:
 
 def _changed(name: str, theirs: Any, ours: Any) -> str:
     if theirs is None:
-        return f"`{_value(name)}` = `{_value(ours)}`, new"
+        return f"`{_value(name)}` = `{_value(ours)}` (new)"
     if ours is None:
-        return f"`{_value(name)}` is gone, it was `{_value(theirs)}`"
+        return f"`{_value(name)}` removed (was `{_value(theirs)}`)"
     return f"`{_value(name)}` from `{_value(theirs)}` to `{_value(ours)}`"
 
 
@@ -81,12 +81,12 @@ def _value(value: Any) -> str:
 
 def _outcome(own: Facts, parent: Facts | None) -> str:
     parts = [_result(own, parent, *result) for result in RESULTS if result[0] in own.metrics]
-    came = f"**Came out:** {'; '.join(parts)}." if parts else "**Nothing came out** yet."
+    results = f"**Results:** {'; '.join(parts)}." if parts else "**No results** yet."
     if parts and parent:
         name = terminal.in_markdown(parent.name)
-        came += f" In brackets: against {name}, which has that commit's settings."
+        results += f" In brackets: the difference from {name}, which has that commit's settings."
     verdict = own.tags.get("health.verdict") or own.tags.get("health.grad_norm")
-    return f"{came}\n\n**Health:** {terminal.in_markdown(verdict)}" if verdict else came
+    return f"{results}\n\n**Health:** {terminal.in_markdown(verdict)}" if verdict else results
 
 
 def _result(

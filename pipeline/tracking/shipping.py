@@ -100,8 +100,9 @@ class Shipper:
         return self._client.answers if self._client else -round(time.process_time(), 1)
 
     def _run(self) -> None:
-        while not self._attempt():
-            self._closing.wait(RETRY_SECONDS)
+        with self._record:
+            while not self._attempt():
+                self._closing.wait(RETRY_SECONDS)
 
     def _attempt(self) -> bool:
         """Ship from the first event to the last; True if there is nothing left to try."""

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -224,6 +225,47 @@ def test_a_stage_waits_as_long_as_its_points_arrive(
     if not arrives:
         assert "the store did not answer within 1 s" in caplog.messages[0]
         assert time.monotonic() - began < 3
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[record_file.Event]:
+    """The events that a row was given; no store is asked."""
+    events: list[record_file.Event] = []
+    row = SimpleNamespace(write=lambda new, *_: events.extend(new))
+    row.enter = row.leave = row.replay = lambda *_: None
+    monkeypatch.setattr(shipping, "connect", lambda: Slow(0))
+    monkeypatch.setattr(shipping, "open_row", lambda *_: row)
+    monkeypatch.setattr(shipping, "SHIP_EVERY_SECONDS", 0.05)
+    return events
+
+
+def test_a_half_written_line_waits_for_its_end_also_under_the_record_s_final_name(taken) -> None:
+    start = {"kind": "start", "stage": "tokenize", "id": "1", "invocation": "one"}
+    path = Path("tokenize.jsonl")
+    write_lines(record_file.part(path), [start])
+    shipper = shipping.Shipper(path, "1-1.00", "best")
+    with open(record_file.part(path), "ab", buffering=0) as record:
+        record.write(b'{"kind": "tags", "num')
+        wait_for(lambda: taken)
+        time.sleep(0.2)
+        os.replace(record_file.part(path), path)
+        record.write(b'ber": 1}\n{"kind": "tags", "cut off')
+    shipper.close(20.0)
+    assert taken == [start, {"kind": "tags", "number": 1}]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a deleted file keeps its name there")
+def test_a_killed_stage_s_rest_is_not_mixed_with_the_next_one_s(make_config, taken) -> None:
+    killed = record_file.Record("train", make_config())
+    shipper = shipping.Shipper(killed.path, "1-1.00", "best")
+    wait_for(lambda: taken)
+    for file in killed._files:  # as a kill does
+        file.close()
+    record = record_file.Record("train", make_config())
+    record.metrics({"train/value": 0.0})
+    record.close("FINISHED")
+    shipper.close(20.0)
+    assert taken == [killed.head]
 
 
 def test_a_process_that_cannot_be_started_is_a_warning(make_config, monkeypatch, caplog) -> None:

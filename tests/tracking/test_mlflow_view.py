@@ -192,7 +192,7 @@ def test_a_runs_page_shows_its_note(shipped: str, visit: Callable[..., str]) -> 
     client = mlflow_store.connect()
     found = client.search_runs([shipped.partition("experiments/")[2].partition("/")[0]])
     (best,) = [run.info.run_id for run in found if run.info.run_name == "best"]
-    page = visit(shipped.partition("?")[0] + f"/{best}", "Came out")
+    page = visit(shipped.partition("?")[0] + f"/{best}", "Results:")
     assert "Validation loss 5.9000; bits per byte 2.440; multiple choice 0.250" in page
     assert "grows 12x" in page
 

@@ -211,7 +211,7 @@ def test_a_note_says_what_changed_and_how_it_came_out(make_config, commit_has) -
     assert note_of(parent).startswith("**Nothing changed** against the settings of commit")
     assert "against commit `1234567`: `train.lr` from `0.002` to `0.001`.\n" in note_of(child)
     assert "Validation loss 5.5000 (-0.5000)" in note_of(child)
-    assert f"against {parent.info.run_name}" in note_of(child)
+    assert f"the difference from {parent.info.run_name}" in note_of(child)
 
 
 def test_a_note_that_a_person_wrote_stays(make_config) -> None:

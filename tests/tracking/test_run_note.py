@@ -1,4 +1,4 @@
-"""A row in words: what changed, what came out, how large the model is."""
+"""A row in words: changed settings, results, the size of the model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def test_only_changed_settings_are_named() -> None:
     said = run_note.note(head(changed), Facts("r", {}, {}), None)
     assert said == (
         "**Changed** against commit `a1b2c3d`: `train.lr` from `0.002` to `0.001`; "
-        "`train.compile` from `false` to `true`.\n\n**Nothing came out** yet.\n"
+        "`train.compile` from `false` to `true`.\n\n**No results** yet.\n"
     )
 
 
 def test_settings_that_came_and_went_are_said_so() -> None:
     said = run_note.note(head({"a.new": [None, 1], "a.old": ["x", None]}), Facts("r", {}, {}), None)
-    assert "`a.new` = `1`, new; `a.old` is gone, it was `x`." in said
+    assert "`a.new` = `1` (new); `a.old` removed (was `x`)." in said
 
 
 def test_a_long_value_is_cut_and_cannot_break_the_markdown() -> None:
@@ -55,8 +55,8 @@ def test_results_are_held_against_the_parents_as_far_as_it_has_them() -> None:
     parent = Facts("repro-1", {"val/loss": 6.0, "perf/tokens_per_second": 2000.0}, {})
     said = run_note.note(head({"train.lr": [2, 1]}), Facts("r", RESULTS, {}), parent)
     assert (
-        "**Came out:** Validation loss 5.9200 (-0.0800); bits per byte 2.440; "
-        "tokens/s 2,199 (+199). In brackets: against repro-1" in said
+        "**Results:** Validation loss 5.9200 (-0.0800); bits per byte 2.440; "
+        "tokens/s 2,199 (+199). In brackets: the difference from repro-1" in said
     )
     alone = run_note.note(head({"train.lr": [2, 1]}), Facts("r", RESULTS, {}), None)
     assert "(" not in alone
