@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -299,17 +300,22 @@ def small_repo(tmp_path: Path) -> Checkout:
     return repo
 
 
-def run_member(repo: Checkout, number: int) -> subprocess.CompletedProcess:
-    """`sweep.run` in a process group of its own, as a terminal's foreground group."""
+def run_member(repo: Checkout, number: int) -> tuple[int, str]:
+    """Exit code and output of `sweep.run`, in a terminal's foreground group of its own.
+
+    Through a file: a pipe would be waited for until every process behind it has ended.
+    """
     command = [sys.executable, "-c", MEMBER, str(number)]
     env = repo.env | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command, cwd=repo.folder, env=env, start_new_session=True, capture_output=True, timeout=120
-    )
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        out = {"stdout": said, "stderr": subprocess.STDOUT, "start_new_session": True}
+        code = subprocess.Popen(command, cwd=repo.folder, env=env, **out).wait(120)
+        said.seek(0)
+        return code, said.read()
 
 
 def test_a_member_is_an_experiment_of_dvc_and_the_workspace_stays_as_it_is(small_repo) -> None:
-    assert run_member(small_repo, 1).returncode == 0
+    assert run_member(small_repo, 1)[0] == 0
     assert not (small_repo.folder / "out.txt").exists()
     assert "number: 0" in (small_repo.folder / "params.yaml").read_text("utf-8")
     small_repo.dvc("exp", "apply", "m")
@@ -317,14 +323,14 @@ def test_a_member_is_an_experiment_of_dvc_and_the_workspace_stays_as_it_is(small
 
 
 def test_a_member_that_fails_says_so_and_leaves_no_experiment(small_repo) -> None:
-    done = run_member(small_repo, 2)
-    assert done.returncode == 255 and b"two is too many" in done.stderr
+    code, said = run_member(small_repo, 2)
+    assert code == 255 and "two is too many" in said
     assert "m" not in small_repo.dvc("exp", "list", "--name-only").split()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals to a group of processes")
 def test_ctrl_c_waits_until_the_training_has_saved(small_repo) -> None:
-    assert run_member(small_repo, 3).returncode == 130
+    assert run_member(small_repo, 3)[0] == 130
     assert (small_repo.folder / "saved.txt").read_text("utf-8") == "3"
     assert not small_repo.at_work()
 
