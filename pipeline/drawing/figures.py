@@ -229,10 +229,10 @@ def comparison(found: Comparison) -> Figure:
         run, colour = found.main(value), named[value]
         width = 3.2 - 2.2 * n / max(1, len(found.runs) - 1)
         curves.plot(run.losses, color=colour, lw=width, label=f"{found.setting}={value}")
-        partner = found.partner(run)
-        if partner is not None and value != found.base:
+        pair = found.pair(value)
+        if pair and value != found.base:
             style = {"color": colour, "lw": 1.2, "label": str(value)}
-            lines.append((distance(run.losses, partner.losses), style))
+            lines.append((distance(run.losses, pair.base.losses), style))
     curves.set(xlabel="step", ylabel="training loss, nats/token", title="training loss")
     curves.legend(fontsize=8)
     draw_distances(distances, lines, two_std(base), f"two std over {len(base)} seeds")

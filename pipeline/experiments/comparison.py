@@ -90,7 +90,8 @@ class Seeds:
 
     def words(self) -> str:
         names = ", ".join(run.name for run in self.runs)
-        return f"{len(self.runs)} seeds ({names}) have outcomes with a std of {self.std:.2g} nats"
+        std = f"{self.std:.2g} nats/token"
+        return f"{len(self.runs)} seeds ({names}) have outcomes with a std of {std}"
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,6 @@ class Pair:
     def _losses(self) -> Iterable[tuple[float, float]]:
         return zip(self.run.losses, self.base.losses, strict=False)
 
-    def where(self) -> str:
-        """The side of two standard deviations of the seeds' noise that the difference is on."""
-        assert self.seeds is not None
-        return "inside" if abs(self.difference) <= 2 * self.seeds.std else "beyond"
-
     def words(self) -> str:
         """One sentence on what the difference amounts to."""
         if self.run.record == self.base.record:
@@ -139,7 +135,8 @@ class Pair:
         elif self.seeds.include(self.run) and self.seeds.include(self.base):
             noise = "another seed of the same settings"
         else:
-            noise = f"{self.where()} two std of the noise of {len(self.seeds.runs)} seeds"
+            where = "inside" if abs(self.difference) <= 2 * self.seeds.std else "beyond"
+            noise = f"{where} two std of the noise of {len(self.seeds.runs)} seeds"
         curves = "never" if self.apart is None else "first"
         at = "" if self.apart is None else f" at step {self.apart}"
         return (
@@ -163,20 +160,16 @@ class Comparison:
         runs = self.runs[value]
         return next((run for run in runs if run.seed == common), runs[0])
 
-    def partner(self, run: Run) -> Run | None:
-        """The base's run with the same seed."""
-        return next((b for b in self.runs[self.base] if b.seed == run.seed), None)
-
     @property
     def seeds(self) -> Seeds | None:
         """The base's seeds; None for a single one."""
         return Seeds(self.runs[self.base]) if len(self.runs[self.base]) > 1 else None
 
     def pair(self, value: Any) -> Pair | None:
-        """The main run of a value beside the base's; None where the base lacks its seed."""
+        """The main run of a value beside the base's of its seed; None where there is none."""
         run = self.main(value)
-        partner = self.partner(run)
-        return Pair(run, partner, self.seeds) if partner else None
+        same = (base for base in self.runs[self.base] if base.seed == run.seed)
+        return next((Pair(run, base, self.seeds) for base in same), None)
 
     def row(self, value: Any) -> tuple[Any, ...]:
         """One tuple of COLUMNS."""
@@ -198,24 +191,19 @@ class Comparison:
 
     def verdict(self) -> str:
         """A sentence for each value: is it further from the base than seeds from one another?"""
-        base = in_markdown(str(self.base))
         if self.seeds is None:
+            base = in_markdown(f"{self.setting}={self.base}")
             return (
-                f"The noise of seeds is unknown, since {in_markdown(self.setting)}={base} ran with "
-                f"one seed only; queue others: `dvc exp run --queue -S {SEED}=1,2`."
+                f"The noise of seeds is unknown, since {base} ran with one seed only; queue "
+                f"others: `dvc exp run --queue -S {SEED}=1,2`."
             )
-        count, std = len(self.seeds.runs), self.seeds.std
-        parts = [f"Over {count} seeds the outcome of {base} has a std of {std:.4f} nats/token."]
+        said = [self.seeds.words()]
         for value in self.runs:
-            name, pair = in_markdown(str(value)), self.pair(value)
-            if value == self.base:
-                continue
-            if pair is None:
-                parts.append(f"{name}: no run of {base} has its seed.")
-            else:
-                difference = f"{name}: {pair.difference:+.4f}"
-                parts.append(f"{difference}, {pair.where()} two std of that noise.")
-        return " ".join(parts)
+            pair = self.pair(value)
+            if value != self.base:
+                words = pair.words() if pair else f"no run of {self.base} has its seed"
+                said.append(f"{value}: {words}")
+        return " ".join(in_markdown(f"{sentence}.") for sentence in said)
 
     def page(self) -> str:
         """Markdown: the verdict and the table."""
@@ -372,17 +360,6 @@ def compare(
     return Comparison(setting, base, evenly({v: sets[0][v] for v in (base, *others)}))
 
 
-def write(compared: Comparison, folder: Path) -> None:
-    """comparison.md, .csv and .png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.md").write_text(compared.page(), "utf-8")
-    with open(folder / "comparison.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            [COLUMNS, *(compared.row(value) for value in compared.runs)]
-        )
-    figures.save(figures.comparison(compared), folder / "comparison.png")
-
-
 def check_setting(name: str) -> None:
     """Raises ConfigError for a name that is no setting, or one that cannot be compared."""
     known = [known for known, *_ in configuration.describe()]
@@ -407,7 +384,12 @@ def conclude(
     runs = runs_of(experiments(("train", "evaluate")))
     compared = compare(runs, setting, usual_value(setting), steps, like)
     folder = out or paths.root() / "comparisons" / setting
-    write(compared, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.md").write_text(compared.page(), "utf-8")
+    with open(folder / "comparison.csv", "w", newline="", encoding="utf-8") as file:
+        rows = [COLUMNS, *map(compared.row, compared.runs)]
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    figures.save(figures.comparison(compared), folder / "comparison.png")
     log.info("%s", compared.page())
     log.info("figure: %s", folder / "comparison.png")
     ids = [run.record for runs in compared.runs.values() for run in runs]

@@ -237,7 +237,7 @@ def run_all(sweep: Sweep) -> dict[str, str]:
         if edited := [name for name in began if now[name] != began[name]]:
             outcomes[member.name] = f"not run, since {edited[0]} was edited during the sweep"
             continue
-        log.info("%d/%d %s: %s", number, len(sweep.members), member.name, member.shown())
+        log.info("\n%d/%d %s: %s", number, len(sweep.members), member.name, member.shown())
         try:
             code = run(member)
         except KeyboardInterrupt:

@@ -27,14 +27,6 @@ Read = Callable[[Path], bytes | None]  # a file that the run's own record vouche
 
 # Of the stage that writes the page with its last work: still true when somebody reads it.
 WRITING = "wrote this page"
-LACKING = {
-    "tokenize": "what the data is",
-    "import_hf_weights": "the initialisation study",
-    "train": "curves, speed and memory",
-    "evaluate": "losses over the validation split and accuracy on multiple choice",
-    "numerics": "the machine's numerics",
-    "sample": "samples",
-}
 STUDIES = (
     (
         "Initialisation",
@@ -153,9 +145,10 @@ ENDED = {"FAILED": "failed", "KILLED": "was stopped"}
 
 
 def missing(run: Experiment, statuses: dict[str, str], sampled: bool) -> Iterator[str]:
+    """A sentence for each part of a whole run that this one lacks."""
     for stage in stage_graph.stages():
         if stage not in statuses:
-            yield f"{stage} has no record of this run, so {LACKING[stage]} cannot be shown."
+            yield f"{stage} has no record of this run."
         elif statuses[stage] not in ("FINISHED", WRITING):
             ended = ENDED.get(statuses[stage], "is at work, or was killed without a word")
             why = run.tags.get("debug.why") if stage == "train" else None

@@ -225,11 +225,11 @@ def test_a_setting_edited_while_it_trains_is_filed_nowhere(long_training: Checko
 @pytest.mark.fault(60)
 def test_code_edited_while_it_trains_is_filed_nowhere(long_training: Checkout) -> None:
     repo = long_training
-    file = repo.folder / "pipeline" / "optimizer.py"
+    file = repo.folder / "pipeline/training/optimizers.py"
     before = file.read_text("utf-8")
     said = edited_while_it_trains(repo, lambda: file.write_text(before + "\nX = 1\n", "utf-8"))
     assert "pipeline/training/optimizers.py: edited" in said
-    assert "optimizer.py" not in (repo.folder / "dvc.lock").read_text("utf-8")
+    assert "optimizers.py" not in (repo.folder / "dvc.lock").read_text("utf-8")
     file.write_text(before, "utf-8")
     assert "its checked result is taken over" in repo.dvc("repro", "train")
 
@@ -267,6 +267,6 @@ def test_an_edit_of_the_sampling_code_does_not_begin_an_interrupted_training_ane
     (holder,) = holders.glob("*.holder")
     os.kill(int(holder.read_text("utf-8")), signal.SIGTERM)
     assert dvc.wait(300) == 255, log.read_text("utf-8", "replace")
-    file = repo.folder / "pipeline" / "generation.py"
+    file = repo.folder / "pipeline/inference/generation.py"
     file.write_text(file.read_text("utf-8") + "\nX = 1\n", "utf-8")
     assert "train: goes on after step" in repo.dvc("repro", "train")

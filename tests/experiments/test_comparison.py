@@ -100,9 +100,12 @@ def test_differences_are_against_the_base_at_the_same_seed(drift) -> None:
 
 def test_the_noise_is_that_of_the_bases_seeds(drift) -> None:
     assert drift.seeds.std == pytest.approx(statistics.stdev([5.0, 5.1, 4.9]))
-    assert "Over 3 seeds the outcome of fp32 has a std of 0.1000 nats" in drift.verdict()
-    assert "bf16: +0.0500, inside two std" in drift.verdict()
-    assert "fp16: +0.5000, beyond two std" in drift.verdict()
+    assert (
+        "3 seeds (fp32-1, fp32-2, fp32-3) have outcomes with a std of 0.1 nats/token."
+        in drift.verdict()
+    )
+    assert "bf16: +0.05 nats/token from fp32-1, inside two std" in drift.verdict()
+    assert "fp16: +0.5 nats/token from fp32-1, beyond two std" in drift.verdict()
 
 
 def test_one_seed_gives_no_noise_and_says_what_to_queue() -> None:

@@ -37,7 +37,10 @@ def test_a_difference_is_compared_with_two_std_of_the_bases_seeds(final: float, 
     _, pair = pairs([BASE, named("other", "bf16", final=final)], SEEDS)
     assert pair.seeds is not None and pair.seeds.std == pytest.approx(0.1)
     assert f"{where} two std of the noise of 3 seeds" in pair.words()
-    assert pair.seeds.words() == "3 seeds (base, two, three) have outcomes with a std of 0.1 nats"
+    assert (
+        pair.seeds.words()
+        == "3 seeds (base, two, three) have outcomes with a std of 0.1 nats/token"
+    )
 
 
 def test_seeds_of_the_run_itself_serve_where_the_base_has_none() -> None:
