@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.compute.precision import choose_precision
 from pipeline.compute.runtime import generator
 from pipeline.model.gpt import GPT
 from pipeline.model.init import initialize
@@ -98,6 +99,7 @@ def measure(model: GPT, name: str, residual_scale: bool | None, seed: int) -> Me
             hidden,
             model.transformer.wte.weight,
             ids[:, 1:],
+            choose_precision("fp32", ids.device),
             vocab_size=model.config.vocab_size,
             scale=1 / ids[:, 1:].numel(),
         )

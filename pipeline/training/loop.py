@@ -108,7 +108,8 @@ class TrainState:
 
 def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
     """The state before the first step."""
-    eager, scaler = _fused_loss(model), precision.make_scaler()
+    precision.prepare(model)
+    eager, scaler = _fused_loss(model, precision), precision.make_scaler()
     return TrainState(
         model=model,
         optimizer=build_optimizer(model, config, scaled=scaler.is_enabled()),
@@ -348,7 +349,7 @@ def _scale_stop(state: TrainState) -> str:
     return f"the loss scale is down to {scale:g}; try precision=bf16 or a lower train.lr"
 
 
-def _fused_loss(model: GPT) -> LossFunction:
+def _fused_loss(model: GPT, precision: Precision) -> LossFunction:
     """(x, y, factor) -> factor * sum of token losses; its gradients come by `backward()` alone."""
 
     def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
@@ -356,6 +357,7 @@ def _fused_loss(model: GPT) -> LossFunction:
             model.hidden(x, looked_up=look_up(model.transformer.wte, x)),
             model.transformer.wte.weight,
             y,
+            precision,
             vocab_size=model.config.vocab_size,
             scale=factor,
         )
