@@ -15,7 +15,7 @@ from pipeline import paths, terminal
 from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
 from pipeline.config import Config
-from pipeline.data import token_files, tokenizer
+from pipeline.data import batches, token_files, tokenizer
 from pipeline.errors import together
 from pipeline.inference.decoding import Decoder, mean_loss
 from pipeline.inference.generation import generate, pad, stream_text, until_eot
@@ -102,7 +102,7 @@ def cost_of_weights(model: GPT, config: Config) -> dict[str, float]:
     precision = choose_precision(config.sample.precision, next(model.parameters()).device)
     losses = {}
     for weights in ("fp32", config.sample.weights):
-        windows = token_files.validation_windows(
+        windows = batches.validation_windows(
             val,
             batch_size=LOSS_BATCH,
             sequence_length=config.train.sequence_length,

@@ -20,7 +20,7 @@ from pipeline import paths
 from pipeline.compute import runtime, throughput
 from pipeline.compute.precision import Precision, choose_precision
 from pipeline.config import Config
-from pipeline.data import token_files
+from pipeline.data import batches, token_files
 from pipeline.diagnostics import debugger, doctor, forecast, nonfinite, token_spans
 from pipeline.drawing import figures
 from pipeline.errors import NumericsError, ResumeError, together
@@ -61,7 +61,7 @@ def main(config: Config) -> None:
         functools.partial(token_files.open_tokens, paths.TOKENS, "val"),
         functools.partial(check_model, paths.INIT),
     )
-    token_files.check_length(tokens, config.train.sequence_length)
+    batches.check_length(tokens, config.train.sequence_length)
     inputs = {
         "train": tokens.sha256,
         "val": held_out.sha256,
@@ -286,7 +286,7 @@ def validate(
     Raises Stopped where somebody asks to stop meanwhile.
     """
     windows = functools.partial(
-        token_files.validation_windows,
+        batches.validation_windows,
         held_out,
         batch_size=config.train.batch_size,
         sequence_length=config.train.sequence_length,

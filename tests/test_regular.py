@@ -17,7 +17,7 @@ from pipeline import config as configuration
 from pipeline import errors, regular, watched, yaml_text
 from pipeline.data import token_files
 from pipeline.data.corpus import check
-from pipeline.data.text_fields import rows
+from pipeline.data.sources.parquet import rows
 from pipeline.errors import InputError, UserError
 from pipeline.inference import evaluation
 from pipeline.model.model_dir import load_model, save_model

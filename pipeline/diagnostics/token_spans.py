@@ -15,6 +15,7 @@ from pipeline import config as configuration
 from pipeline import paths
 from pipeline.config import TrainConfig
 from pipeline.data import token_files
+from pipeline.data.batches import check_length, validation_windows
 from pipeline.data.token_files import Tokens
 from pipeline.data.tokenizer import EOT, gpt2
 from pipeline.errors import InputError
@@ -78,7 +79,7 @@ def of_step(tokens: Tokens, config: TrainConfig, step: int, place: Place | None 
 
 def of_validation(held_out: Tokens, config: TrainConfig, place: Place) -> str:
     """Lines for an error message: the sequences of the validation batch at fault."""
-    windows = token_files.validation_windows(
+    windows = validation_windows(
         positions(held_out),
         batch_size=config.batch_size,
         sequence_length=config.sequence_length,
@@ -187,7 +188,7 @@ def of_run(step: int, name: str | None) -> str:
                 f"{tokens.path}: not the tokens that {name or WORKSPACE} was trained on (SHA-256 "
                 f"{tokens.sha256[:SHA_DIGITS]}..., there {theirs[:SHA_DIGITS] or 'not known'}...)"
             )
-    token_files.check_length(tokens, config.sequence_length)
+    check_length(tokens, config.sequence_length)
     batches = loop.micro_batches(positions(tokens), config, step)
     named = {f"micro-batch {n}": _spans(batch) for n, batch in enumerate(batches, 1)}
     return "\n".join([f"{tokens.path}, step {step} {whose}:", *_lines(tokens, named)])

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import text_fields
-from pipeline.data.token_files import validation_windows
+from pipeline.data import text_files
+from pipeline.data.batches import validation_windows
 from pipeline.data.tokenizer import EOT, VOCAB_SIZE, encode, gpt2, token_byte_lengths
 from pipeline.errors import InputError, quoted
 from pipeline.model.loss import IGNORE, evaluating, mean_loss, token_losses
@@ -316,7 +316,7 @@ def hellaswag_items(path: str | Path) -> list[Choice]:
     path = Path(path)
     items, problems = [], []
     try:
-        for line in text_fields.lines(path):
+        for line in text_files.lines(path):
             if line.start > HELLASWAG_BYTES:
                 raise InputError(f"{path}: expected at most {HELLASWAG_BYTES:,} bytes")
             try:
@@ -337,8 +337,8 @@ def hellaswag_items(path: str | Path) -> list[Choice]:
     return items
 
 
-def _hellaswag_item(line: text_fields.Line) -> Choice:
-    item, where = text_fields.json_object(line), line.where
+def _hellaswag_item(line: text_files.Line) -> Choice:
+    item, where = text_files.json_object(line), line.where
     context = item.get("ctx")
     if context is None or context == "":
         parts = [item.get(name) or "" for name in ("ctx_a", "ctx_b")]
@@ -361,7 +361,7 @@ def _hellaswag_item(line: text_fields.Line) -> Choice:
 
 
 def _tokens(text: str, where: str) -> tuple[int, ...]:
-    return tuple(encode(text_fields.checked(text, where)).tolist())
+    return tuple(encode(text_files.checked(text, where)).tolist())
 
 
 def write_hellaswag(items: Sequence[Choice], path: str | Path) -> None:

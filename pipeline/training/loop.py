@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.compute.buffers import hand_back
 from pipeline.compute.runtime import derived_seed, rng_state
 from pipeline.compute.throughput import Stopwatch
-from pipeline.data.token_files import batch_at
+from pipeline.data.batches import batch_at
 from pipeline.errors import InputError, NumericsError
 from pipeline.model.loss import IGNORE, linear_cross_entropy, look_up
 from pipeline.training.compiling import LossFunction, compiled_loss

@@ -280,7 +280,7 @@ def test_a_hellaswag_file_becomes_a_task_beside_the_made_items(
     make_config, tmp_path: Path, monkeypatch
 ) -> None:
     from pipeline.data import token_files, token_writer
-    from pipeline.data.corpus import Document
+    from pipeline.data.documents import Document
     from pipeline.inference import evaluation
 
     monkeypatch.chdir(tmp_path)
@@ -315,7 +315,7 @@ def test_evaluate_names_all_that_is_wrong_with_its_inputs_before_it_computes(
     make_config, workspace: Path, monkeypatch
 ) -> None:
     from pipeline.data import token_writer
-    from pipeline.data.corpus import Document
+    from pipeline.data.documents import Document
 
     documents = [Document(split, split, "some text") for split in ("train", "val")]
     token_writer.write_tokens(documents, paths.TOKENS)

@@ -1,19 +1,35 @@
-"""The language's own documentation as texts: its reference and its docstrings, from source."""
+"""Python's own documentation: one document a topic of the reference, and one a module."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import platform
 import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pipeline.data.documents import Document, Refuse, document, share
 from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.config import CorpusConfig
 
 # Tests hold broken syntax and data rather than prose; idlelib documents a program's inside.
 _LEFT_OUT = {"test", "tests", "idlelib"}
+
+
+def documents(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
+    own = texts()
+    for name in sorted(name for name, text in own.items() if text):
+        yield from document(name, share(config), [own[name]])
+
+
+def about(config: CorpusConfig) -> dict[str, str]:
+    return {"python": platform.python_version()}
 
 
 @functools.lru_cache(maxsize=1)  # the check reads them, and then the tokenizer

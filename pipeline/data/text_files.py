@@ -1,21 +1,20 @@
-"""Text out of files, checked: packed ones too, JSON lines, one column of a Parquet file."""
+"""Text files, packed ones too: as bytes, as checked text, as JSON lines."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from pipeline import regular
-from pipeline.errors import InputError, cut, some
+from pipeline.errors import InputError, cut
 
 LINE_BYTES = 1 << 26  # longest JSON line: it has to be parsed in one piece
-PARQUET_ROWS = 64  # a batch: few, since one row may hold a whole book
-BUFFER_BYTES = 1 << 18  # of a file at a time
+BUFFER_BYTES = 1 << 18  # of a packed file at a time
 CODECS = {".gz": "gzip", ".zst": "zstd"}  # Arrow's names
 BOM = b"\xef\xbb\xbf"
 
@@ -120,73 +119,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)  # `json.loads` would make one for each line
-
-
-def line_text(line: Line, field: str) -> str:
-    """The text of one field of a line's object; raises InputError naming the line."""
-    found = json_object(line)
-    if field not in found:
-        raise _no_field(field, found, line.where)
-    if not isinstance(found[field], str):
-        kind = type(found[field]).__name__
-        raise InputError(f"{line.where}: corpus.field={field}: text is expected, got {kind}")
-    return checked(found[field], line.where)
-
-
-def _no_field(field: str, names: Iterable[str], where: str) -> InputError:
-    there = some(sorted(names)) or "none"
-    return InputError(f"{where}: corpus.field={field}: no such field; there are: {there}")
-
-
-# --- Parquet
-
-
-def rows(path: Path, field: str) -> Iterator[Any]:
-    """The column's values as Arrow scalars, each of them text or null."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    regular.check(path)
-    try:
-        # Without these two a whole row group's column is read at once.
-        with pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
-            kind = _column(file.schema_arrow, field, path)
-            if pa.types.is_dictionary(kind):
-                # In batches each would hold all words so far: the time grows with their square.
-                for group in range(file.num_row_groups):
-                    yield from file.read_row_group(group, [field], use_threads=False)[field]
-                return
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[field], use_threads=False):
-                yield from batch.column(field)  # by name: `columns` takes "text.x" for "text", too
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {cut(str(error))}") from None
-
-
-def _column(schema: Any, field: str, path: Path) -> Any:
-    """The Arrow type of the column; raises InputError unless there is one, and of text."""
-    from pyarrow import types
-
-    if field not in schema.names:
-        raise _no_field(field, schema.names, str(path))
-    if (times := schema.names.count(field)) > 1:
-        raise InputError(f"{path}: corpus.field={field}: there are {times} columns of this name")
-    kind = schema.field(field).type
-    plain = kind.value_type if types.is_dictionary(kind) else kind  # pandas calls it a category
-    kinds = (types.is_string, types.is_large_string, types.is_string_view)
-    if not any(is_text(plain) for is_text in kinds):
-        raise InputError(f"{path}: corpus.field={field}: text is expected, got {kind}")
-    return kind
-
-
-def row_text(value: Any, field: str, where: str) -> str:
-    """An Arrow scalar's text; raises InputError where it is null, no UTF-8 or not `checked`."""
-    text = None
-    if value.is_valid:
-        try:
-            text = value.as_py()
-        except UnicodeDecodeError as error:
-            at = error.start
-            raise InputError(f"{where}: invalid UTF-8 at byte {at} of the text") from None
-    if text is None:  # of a dictionary, the word may be null
-        raise InputError(f"{where}: corpus.field={field}: text is expected, got null")
-    return checked(text, where)
