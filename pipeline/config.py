@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline import hints, watched, yaml_text
 from pipeline.errors import ConfigError, cut, quoted
+from pipeline.vocabulary import VOCAB_SIZE
 
 UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
 
@@ -66,8 +67,8 @@ class ModelConfig:
         "longest sequence: rows of the position embedding", low=1, high=1 << 20
     )
     vocab_rows: int = setting(
-        "rows of the embedding inside; 50304 is 50257 padded to a multiple of 64",
-        low=50257,
+        f"rows of the embedding inside; 50304 is {VOCAB_SIZE} padded to a multiple of 64",
+        low=VOCAB_SIZE,
         high=1 << 16,
     )
     dropout: float = setting("dropout while training", low=0, high=0.9)

@@ -19,7 +19,7 @@ from pipeline.data import token_files
 from pipeline.data.corpus import check
 from pipeline.data.sources.parquet import rows
 from pipeline.errors import InputError, UserError
-from pipeline.inference import evaluation
+from pipeline.inference import multiple_choice
 from pipeline.model.model_dir import load_model, save_model
 from pipeline.resume import run_folder, snapshot
 from pipeline.storage import folders
@@ -130,7 +130,7 @@ def test_streams_are_read_from_regular_files_alone(
     corpus = {"source": "jsonl", "path": str(odd), "pattern": "**/*"}
     config = make_config(**{f"corpus__{key}": value for key, value in corpus.items()})
     readers: list[Callable[[], Any]] = [
-        lambda: evaluation.hellaswag_items(odd),
+        lambda: multiple_choice.hellaswag_items(odd),
         lambda: list(rows(odd, "text")),
         lambda: check(config.corpus),
         lambda: yaml_text.read(odd),

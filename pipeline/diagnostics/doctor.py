@@ -26,10 +26,9 @@ from pipeline.errors import InputError
 from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
 from pipeline.records.record_file import Event
 from pipeline.records.run_data import Experiment
+from pipeline.vocabulary import VOCAB_SIZE
 
 log = logging.getLogger(__name__)
-
-VOCABULARY = 50257
 
 # Where a rule speaks up. Each has a run just below and one just above it in the tests.
 NORM_GROWS = 10.0  # times the norm of the quietest steps
@@ -137,7 +136,7 @@ def always_clipped(found: Experiment) -> Finding | None:
 
 
 def stuck(found: Experiment) -> Finding | None:
-    losses, nothing = found.values("train/loss"), math.log(VOCABULARY)
+    losses, nothing = found.values("train/loss"), math.log(VOCAB_SIZE)
     if len(losses) < max(20, found.params["train.warmup_steps"]):
         return None
     last = statistics.fmean(tail(losses))
@@ -145,8 +144,8 @@ def stuck(found: Experiment) -> Finding | None:
         return None
     return Finding(
         "stuck at ln V",
-        f"The loss is still what guessing among {VOCABULARY:,} tokens costs: nothing was learnt.",
-        f"{last:.3f} nats at the end, ln {VOCABULARY} is {nothing:.3f}",
+        f"The loss is still what guessing among {VOCAB_SIZE:,} tokens costs: nothing was learnt.",
+        f"{last:.3f} nats at the end, ln {VOCAB_SIZE} is {nothing:.3f}",
         "a higher train.lr, init.std=0.02, and a look at the corpus",
     )
 

@@ -20,6 +20,7 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.regular import SNAPSHOT_BYTES, read_json
 from pipeline.storage.folders import SUMS, check, writing
 from pipeline.storage.tensor_files import read_tensors, write_tensors
+from pipeline.vocabulary import EOT
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +38,28 @@ def save_model(model: GPT, folder: Path) -> None:
         _write(model, partial)
 
 
-def load_model(
-    folder: Path,
-    *,
-    vocab_rows: int = 50304,
-    dropout: float = 0.0,
-    attention: str = "sdpa",
-    device: torch.device | str = "cpu",
-) -> GPT:
+def load_model(folder: Path, *, device: torch.device | str = "cpu", **settings: Any) -> GPT:
     """Read a HF GPT-2 directory into a model in fp32, drawing no random number.
 
-    Raises InputError where a file is missing or damaged, or a name, shape, dtype or value is not
-    what its config.json promises.
+    `settings` are those of `read_model`. Raises InputError where a file is missing or damaged, or
+    a name, shape, dtype or value is not what its config.json promises.
     """
     folder = Path(folder)
     if not folder.is_dir():
         said = paths.MISSING.get(folder, "no such folder; expected a model directory")
         raise InputError(f"{folder}: {said}")
     check(folder)
+    return build_model(*read_model(folder, **settings), device)
+
+
+def read_model(
+    folder: Path,
+    *,
+    vocab_rows: int = GPTConfig.vocab_rows,
+    dropout: float = GPTConfig.dropout,
+    attention: str = GPTConfig.attention,
+) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
+    """(config, our state dict in fp32) of a HF GPT-2 directory; raises InputError."""
     where = folder / "config.json"
     config = hf_layout.gpt_config(
         read_json(where),
@@ -63,8 +68,7 @@ def load_model(
         attention=attention,
         where=where,
     )
-    state = hf_layout.from_hf(read_tensors(folder), config, folder)
-    return build_model(config, state, device)
+    return config, hf_layout.from_hf(read_tensors(folder), config, folder)
 
 
 def build_model(
@@ -83,7 +87,7 @@ def _write(model: GPT, folder: Path) -> None:
     _write_json(folder / "config.json", hf_layout.hf_config(config))
     _write_json(
         folder / "generation_config.json",
-        {"bos_token_id": hf_layout.EOT, "eos_token_id": hf_layout.EOT},
+        {"bos_token_id": EOT, "eos_token_id": EOT},
     )
     _write_json(
         folder / "tokenizer_config.json",

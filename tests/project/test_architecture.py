@@ -106,7 +106,7 @@ def test_the_core_knows_no_stage_and_stages_know_no_other_stage() -> None:
 
 
 def test_the_schema_imports_no_component() -> None:
-    helpers = {"errors", "hints", "watched", "yaml_text"}
+    helpers = {"errors", "hints", "vocabulary", "watched", "yaml_text"}
     assert ours(ROOT / "pipeline/config.py") == {f"pipeline.{name}" for name in helpers}
     for name in helpers | {"regular"}:  # what they import of ours are errors and reads of files
         path = ROOT / f"pipeline/{name}.py"
