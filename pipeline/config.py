@@ -14,9 +14,9 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import hints, watched, yaml_text
+from pipeline import hints, yaml_text
 from pipeline.errors import ConfigError, cut, quoted
-from pipeline.vocabulary import VOCAB_SIZE
+from pipeline.published import VOCAB_SIZE
 
 UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
 
@@ -406,4 +406,4 @@ def _inconsistencies(config: Config) -> list[str]:
             f"corpus.path={corpus.path}: expected a file or folder, "
             f"since corpus.source={corpus.source}"
         )
-    return problems + watched.problems(config)
+    return problems + hints.of_files(config)

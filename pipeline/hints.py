@@ -1,11 +1,20 @@
-"""What a person may have meant: other programs' names of settings, values that YAML reads apart."""
+"""What a person may have meant: settings under other programs' names, misread values, paths."""
 
 from __future__ import annotations
 
 import difflib
+import glob
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from pipeline.published import sizes_of
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 # Setting: what nanoGPT, build-nanogpt, transformers and others call it.
 OTHERS_CALL_IT = {
@@ -105,3 +114,62 @@ def _without_quotes(value: str, hint: Any) -> bool:
         return math.isfinite(hint(value))
     except (ValueError, OverflowError):
         return False
+
+
+# --- settings that name files
+
+
+def of_files(config: Config) -> list[str]:
+    """One line for each setting that names what DVC cannot find or would not watch.
+
+    And one for each size that differs from the weights to import, where it is known offline.
+    """
+    names = {
+        "corpus.path": config.corpus.path,
+        "init.hf_model": config.init.hf_model,
+        "init.hf_watch": config.init.hf_watch,
+        "evaluate.hellaswag": config.evaluate.hellaswag,
+    }
+    found = [said for name, value in names.items() if (said := _unfindable(name, value))]
+    pattern = PureWindowsPath(config.corpus.pattern)  # it knows both separators, and drives
+    if pattern.anchor or ".." in pattern.parts:
+        found.append(f"corpus.pattern={config.corpus.pattern}: expected a glob inside corpus.path")
+    if any("**" in part and part != "**" for part in pattern.parts):
+        found.append(
+            f"corpus.pattern={config.corpus.pattern}: expected ** alone between slashes, "
+            "as in **/*.txt"
+        )
+    init = config.init
+    if init.source == "hf":
+        if os.path.isdir(init.hf_model) and init.hf_watch != init.hf_model:
+            found.append(
+                f"init.hf_watch={init.hf_watch}: expected {init.hf_model}, as in init.hf_model, "
+                "so that DVC notices an edit in that folder"
+            )
+        found += _sizes(config)
+    return found
+
+
+def _unfindable(name: str, value: str) -> str:
+    """DVC takes a path by the letter: `~`, `*`, `?` and `[` too, which a name may really have."""
+    if os.path.lexists(value):
+        return ""
+    whole = os.path.expanduser(value)
+    if glob.has_magic(value):
+        plain = Path(*takewhile(lambda part: not glob.has_magic(part), Path(whole).parts))
+        there = f"{name}={value}: no such file or folder, and DVC takes no glob here"
+        if name != "corpus.path":
+            return f"{there}; name the one that is meant"
+        pattern = Path(whole).relative_to(plain).as_posix()
+        return f"{there}; say corpus.path={plain} and corpus.pattern={pattern}"
+    if value.startswith("~"):
+        way = f"say {whole}" if whole != value else "say the whole path"
+        return f"{name}={value}: DVC does not know what ~ stands for; {way}"
+    return ""
+
+
+def _sizes(config: Config) -> Iterator[str]:
+    model, name = config.model, config.init.hf_model
+    for key, size in sizes_of(name).items():
+        if getattr(model, key) != size:
+            yield f"model.{key}={getattr(model, key)}: expected {size}, as {name} has"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline import config as configuration
-from pipeline import errors, regular, watched, yaml_text
+from pipeline import errors, published, regular, yaml_text
 from pipeline.data import token_files
 from pipeline.data.corpus import check
 from pipeline.data.sources.parquet import rows
@@ -167,7 +167,7 @@ def test_facts_of_another_kind_are_no_facts(tmp_path: Path) -> None:
 
 def test_sizes_of_an_odd_model_folder_are_not_known_rather_than_waited_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(DEEP)
-    assert watched.published_sizes(str(tmp_path)) == {}
+    assert published.sizes_of(str(tmp_path)) == {}
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import tiktoken
 
 from pipeline import regular
 from pipeline.errors import InputError
-from pipeline.vocabulary import EOT, VOCAB_SIZE
+from pipeline.published import EOT, VOCAB_SIZE
 
 EOT_TEXT = "<|endoftext|>"
 

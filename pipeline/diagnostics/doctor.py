@@ -23,10 +23,10 @@ from pipeline.diagnostics.curve_stats import (
     tail,
 )
 from pipeline.errors import InputError
+from pipeline.published import VOCAB_SIZE
 from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
 from pipeline.records.record_file import Event
 from pipeline.records.run_data import Experiment
-from pipeline.vocabulary import VOCAB_SIZE
 
 log = logging.getLogger(__name__)
 

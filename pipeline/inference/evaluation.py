@@ -15,7 +15,7 @@ from pipeline.data.batches import validation_windows
 from pipeline.data.tokenizer import token_byte_lengths
 from pipeline.inference.multiple_choice import multiple_choice
 from pipeline.model.loss import mean_loss, token_losses
-from pipeline.vocabulary import EOT, VOCAB_SIZE
+from pipeline.published import EOT, VOCAB_SIZE
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision

@@ -18,7 +18,7 @@ from pipeline.data import text_files
 from pipeline.data.tokenizer import encode, gpt2
 from pipeline.errors import InputError, quoted
 from pipeline.model.loss import IGNORE, evaluating, token_losses
-from pipeline.vocabulary import EOT
+from pipeline.published import EOT
 
 if TYPE_CHECKING:
     from pipeline.data.token_files import Tokens

@@ -12,26 +12,26 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.hf_layout import CONV1D, to_hf
-from pipeline.model.model_dir import read_model
-from pipeline.watched import PUBLISHED
+from pipeline.model.model_dir import read_config, read_state
+from pipeline.published import MODELS
 
 # Heads leave no trace in any shape, so for the published sizes (n_layer, n_embd) they are known.
-HEADS = {(layers, width): heads for layers, heads, width, _ in PUBLISHED.values()}
+HEADS = {(layers, width): heads for layers, heads, width, _ in MODELS.values()}
 
 
 def import_pretrained(name_or_folder: str, **settings: Any) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Published weights -> (config, our state dict in fp32), from a local folder or a hub id.
 
-    `settings` are those of `read_model`. For a size nobody published it warns that `n_head` is
+    `settings` are those of `hf_layout.gpt_config`. For a size nobody published it warns that `n_head` is
     taken on trust. Raises InputError where the weights or their config cannot be used, or the hub
     cannot be reached.
     """
     folder = Path(name_or_folder)
     if not folder.is_dir():
         folder = _download(name_or_folder)
-    config, state = read_model(folder, **settings)
+    config = read_config(folder, **settings)
     _check_heads(config, folder / "config.json")
-    return config, state
+    return config, read_state(folder, config)
 
 
 def _check_heads(config: GPTConfig, where: Path) -> None:

@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import InputError, cut, quoted
 from pipeline.model.gpt import GPT, LAYER_NORM_EPS, GPTConfig
+from pipeline.published import EOT, VOCAB_SIZE
 from pipeline.storage.tensor_files import shortened
-from pipeline.vocabulary import EOT, VOCAB_SIZE
 
 # OpenAI wrote these four as Conv1D, whose weight is (in, out); nn.Linear holds (out, in).
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -184,8 +184,8 @@ def gpt_config(
     hf: dict[str, Any],
     *,
     vocab_rows: int = GPTConfig.vocab_rows,
-    dropout: float = 0.0,
-    attention: str = "sdpa",
+    dropout: float = GPTConfig.dropout,
+    attention: str = GPTConfig.attention,
     where: str | Path = "config.json",
 ) -> GPTConfig:
     """config.json -> GPTConfig. Raises InputError naming every field that asks for another model.

@@ -17,10 +17,10 @@ from pipeline.data import tokenizer
 from pipeline.errors import InputError, quoted
 from pipeline.model import hf_layout
 from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.published import EOT
 from pipeline.regular import SNAPSHOT_BYTES, read_json
 from pipeline.storage.folders import SUMS, check, writing
 from pipeline.storage.tensor_files import read_tensors, write_tensors
-from pipeline.vocabulary import EOT
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def save_model(model: GPT, folder: Path) -> None:
 def load_model(folder: Path, *, device: torch.device | str = "cpu", **settings: Any) -> GPT:
     """Read a HF GPT-2 directory into a model in fp32, drawing no random number.
 
-    `settings` are those of `read_model`. Raises InputError where a file is missing or damaged, or
+    `settings` are those of `hf_layout.gpt_config`. Raises InputError where a file is missing or damaged, or
     a name, shape, dtype or value is not what its config.json promises.
     """
     folder = Path(folder)
@@ -49,26 +49,19 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", **settings: 
         said = paths.MISSING.get(folder, "no such folder; expected a model directory")
         raise InputError(f"{folder}: {said}")
     check(folder)
-    return build_model(*read_model(folder, **settings), device)
+    config = read_config(folder, **settings)
+    return build_model(config, read_state(folder, config), device)
 
 
-def read_model(
-    folder: Path,
-    *,
-    vocab_rows: int = GPTConfig.vocab_rows,
-    dropout: float = GPTConfig.dropout,
-    attention: str = GPTConfig.attention,
-) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
-    """(config, our state dict in fp32) of a HF GPT-2 directory; raises InputError."""
+def read_config(folder: Path, **settings: Any) -> GPTConfig:
+    """The shape that config.json gives: `settings` and errors are those of `gpt_config`."""
     where = folder / "config.json"
-    config = hf_layout.gpt_config(
-        read_json(where),
-        vocab_rows=vocab_rows,
-        dropout=dropout,
-        attention=attention,
-        where=where,
-    )
-    return config, hf_layout.from_hf(read_tensors(folder), config, folder)
+    return hf_layout.gpt_config(read_json(where), where=where, **settings)
+
+
+def read_state(folder: Path, config: GPTConfig) -> dict[str, torch.Tensor]:
+    """Our state dict in fp32; raises InputError as `from_hf` does."""
+    return hf_layout.from_hf(read_tensors(folder), config, folder)
 
 
 def build_model(
