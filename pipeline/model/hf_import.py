@@ -22,9 +22,9 @@ HEADS = {(layers, width): heads for layers, heads, width, _ in MODELS.values()}
 def import_pretrained(name_or_folder: str, **settings: Any) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Published weights -> (config, our state dict in fp32), from a local folder or a hub id.
 
-    `settings` are those of `hf_layout.gpt_config`. For a size nobody published it warns that `n_head` is
-    taken on trust. Raises InputError where the weights or their config cannot be used, or the hub
-    cannot be reached.
+    `settings` are those of `hf_layout.gpt_config`. For a size nobody published it warns that
+    `n_head` is taken on trust. Raises InputError where the weights or their config cannot be used,
+    or the hub cannot be reached.
     """
     folder = Path(name_or_folder)
     if not folder.is_dir():

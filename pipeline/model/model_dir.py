@@ -41,8 +41,8 @@ def save_model(model: GPT, folder: Path) -> None:
 def load_model(folder: Path, *, device: torch.device | str = "cpu", **settings: Any) -> GPT:
     """Read a HF GPT-2 directory into a model in fp32, drawing no random number.
 
-    `settings` are those of `hf_layout.gpt_config`. Raises InputError where a file is missing or damaged, or
-    a name, shape, dtype or value is not what its config.json promises.
+    `settings` are those of `hf_layout.gpt_config`. Raises InputError where a file is missing or
+    damaged, or a name, shape, dtype or value is not what its config.json promises.
     """
     folder = Path(folder)
     if not folder.is_dir():
