@@ -288,11 +288,11 @@ def describe(kind: type = Config, prefix: str = "") -> list[tuple[str, str, str]
 
 def kinds(kind: type = Config, prefix: str = "") -> dict[str, type]:
     """The type of every setting by its dotted name; `tuple` for a list of texts."""
-    found: dict[str, type] = {}
+    types: dict[str, type] = {}
     for f, hint in _typed_fields(kind):
         name = f"{prefix}{f.name}"
-        found |= kinds(hint, f"{name}.") if is_dataclass(hint) else {name: get_origin(hint) or hint}
-    return found
+        types |= kinds(hint, f"{name}.") if is_dataclass(hint) else {name: get_origin(hint) or hint}
+    return types
 
 
 def _typed_fields(kind: type) -> list[tuple[Any, Any]]:

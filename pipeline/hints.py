@@ -71,14 +71,16 @@ def meant(key: str, prefix: str, here: Sequence[str], everywhere: Sequence[str])
     learning_rate is train.lr, though min_lr has more of its letters.
     """
     plain = key.lower().replace("-", "_")
-    found = [name for name in everywhere if name.rpartition(".")[2] == plain]
-    found = found or ([_MEANT[plain]] if plain in _MEANT else [])
+    names_meant = [name for name in everywhere if name.rpartition(".")[2] == plain]
+    names_meant = names_meant or ([_MEANT[plain]] if plain in _MEANT else [])
     near_here = {name: prefix + name for name in here}
     near_elsewhere = {name.rpartition(".")[2]: name for name in everywhere}
     for names, cutoff in ((near_here, 0.8), (near_elsewhere, 0.8), (near_here, 0.6)):
         near = difflib.get_close_matches(plain, names, n=1, cutoff=cutoff)
-        found = found or [names[name] for name in near]
-    return f"did you mean {' or '.join(found)}?" if found else f"known: {', '.join(here)}"
+        names_meant = names_meant or [names[name] for name in near]
+    if not names_meant:
+        return f"known: {', '.join(here)}"
+    return f"did you mean {' or '.join(names_meant)}?"
 
 
 def misread(value: Any, hint: Any, accepted: Mapping[str, Any]) -> str:
@@ -130,24 +132,24 @@ def of_files(config: Config) -> list[str]:
         "init.hf_watch": config.init.hf_watch,
         "evaluate.hellaswag": config.evaluate.hellaswag,
     }
-    found = [said for name, value in names.items() if (said := _unfindable(name, value))]
+    lines = [said for name, value in names.items() if (said := _unfindable(name, value))]
     pattern = PureWindowsPath(config.corpus.pattern)  # it knows both separators, and drives
     if pattern.anchor or ".." in pattern.parts:
-        found.append(f"corpus.pattern={config.corpus.pattern}: expected a glob inside corpus.path")
+        lines.append(f"corpus.pattern={config.corpus.pattern}: expected a glob inside corpus.path")
     if any("**" in part and part != "**" for part in pattern.parts):
-        found.append(
+        lines.append(
             f"corpus.pattern={config.corpus.pattern}: expected ** alone between slashes, "
             "as in **/*.txt"
         )
     init = config.init
     if init.source == "hf":
         if os.path.isdir(init.hf_model) and init.hf_watch != init.hf_model:
-            found.append(
+            lines.append(
                 f"init.hf_watch={init.hf_watch}: expected {init.hf_model}, as in init.hf_model, "
                 "so that DVC notices an edit in that folder"
             )
-        found += _sizes(config)
-    return found
+        lines += _sizes(config)
+    return lines
 
 
 def _unfindable(name: str, value: str) -> str:

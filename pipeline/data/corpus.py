@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data import listing
 from pipeline.data.documents import Document, Source
 from pipeline.data.sources import jsonl, parquet, python_docs, text
-from pipeline.errors import InputError
+from pipeline.errors import InputError, collecting
 
 if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
-
-MOST_PROBLEMS = 8  # named at once
 
 
 def documents(config: CorpusConfig) -> Iterator[Document]:
@@ -33,32 +31,16 @@ def check(
 ) -> dict[str, int]:
     """Read all of the source as `documents` does, before any work.
 
-    Gives the documents of each split, and as `empty` how many are left out for want of text.
-
-    Raises one InputError that names everything unusable, up to MOST_PROBLEMS places. `progress`
-    gets the characters of text read since its last call.
+    Returns the number of documents of each split, and as `empty` of those left out for want of
+    text. Raises one InputError that names everything unusable (see `collecting`). `progress` gets
+    the characters of text read since its last call.
     """
-    problems: list[str] = []
-
-    def keep(error: InputError) -> None:
-        problems.append(str(error))
-        if len(problems) == MOST_PROBLEMS:
-            raise _Enough
-
     counts = {"train": 0, "val": 0, "empty": 0}
-    try:
-        for document in SOURCES[config.source].documents(config, keep):
+    with collecting() as refuse:
+        for document in SOURCES[config.source].documents(config, refuse):
             counts[document.split if document.text else "empty"] += document.starts
             progress(len(document.text))
-    except _Enough:
-        problems.append("and perhaps more: the rest has not been read")
-    if problems:
-        raise InputError("\n  ".join(problems))
     return counts
-
-
-class _Enough(Exception):
-    """Ends the check: as many problems as a person reads."""
 
 
 def _raise(error: InputError) -> None:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.errors import InputError, some
+from pipeline.errors import InputError, Refuse, some
 
 if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
 
 PART_CHARACTERS = 1 << 18  # tiktoken's regex fails on whitespace runs of some 900,000
 _HASH_RANGE = 1 << 64
-
-Refuse = Callable[[InputError], None]  # told of a file, line or row that cannot be used
 
 
 class Document(NamedTuple):
@@ -47,20 +43,6 @@ class Source:
     suffixes: tuple[str, ...] = ()  # of the files that it reads; none: corpus.path is not read
     rule: str = ""  # added to the split rule in meta.json
     about: Callable[[CorpusConfig], dict[str, str]] = _no_facts  # more facts for meta.json
-
-
-# --- what is refused
-
-
-@contextmanager
-def refusing(refuse: Refuse, path: Path) -> Iterator[None]:
-    """What is wrong with a file, or a part of it, goes to `refuse`."""
-    try:
-        yield
-    except InputError as error:
-        refuse(error)
-    except OSError as error:
-        refuse(InputError(f"{path}: cannot be read: {error.strerror or error}"))
 
 
 def no_field(field: str, names: Iterable[str], where: str) -> InputError:

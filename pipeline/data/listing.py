@@ -109,42 +109,42 @@ def _takes(config: CorpusConfig, suffixes: Sequence[str]) -> str:
 
 def _listed(config: CorpusConfig, suffixes: Sequence[str]) -> Listing:
     """Every entry under corpus.path; folders that are hidden, linked or not asked for stay shut."""
-    root, found = Path(config.path), Listing()
+    root, listing = Path(config.path), Listing()
     if not root.is_dir():
         raise InputError(f"corpus.path={config.path}: no such file or folder")
     pattern = PurePosixPath(config.pattern).parts
 
     def unreadable(error: OSError) -> None:
-        found.passes("unreadable", _name(root, error.filename, "") + "/")
+        listing.passes("unreadable", _name(root, error.filename, "") + "/")
 
     # As pathlib's `glob`, which follows links in 3.12 at some places and in 3.13 at others.
     for folder, folders, names in os.walk(root, onerror=unreadable):
         for name in list(folders):
-            if not _enters(root, Path(folder, name), pattern, found):
+            if not _enters(root, Path(folder, name), pattern, listing):
                 folders.remove(name)
         for name in (name for name in names if name not in GITS_OWN):
             path = Path(folder, name)
             whole = _name(root, folder, name)
             if kind := _passed_as(path, whole.split("/"), pattern, suffixes):
-                found.passes(kind, whole)
+                listing.passes(kind, whole)
             else:
-                found.taken[whole] = path
-    return found
+                listing.taken[whole] = path
+    return listing
 
 
 def _name(root: Path, folder: str | Path, name: str) -> str:
     return Path(folder, name).relative_to(root).as_posix()
 
 
-def _enters(root: Path, path: Path, pattern: Parts, found: Listing) -> bool:
-    """Whether a folder is gone through; if not it is noted in `found`."""
+def _enters(root: Path, path: Path, pattern: Parts, listing: Listing) -> bool:
+    """Whether to look into a folder; if not, it is noted in `listing`."""
     name = _name(root, path, "")
     if path.name.startswith("."):
-        found.passes("hidden", f"{name}/")
+        listing.passes("hidden", f"{name}/")
     elif not _reaches(name.split("/"), pattern):
-        found.passes("not of corpus.pattern", f"{name}/")
+        listing.passes("not of corpus.pattern", f"{name}/")
     elif path.is_symlink():
-        found.linked.append(name)
+        listing.linked.append(name)
     else:
         return True
     return False

@@ -89,18 +89,18 @@ def json_object(line: Line) -> dict[str, Any]:
     Of a name that stands twice in it, JSON's readers drop one value without a word.
     """
     try:
-        found = _DECODER.decode(line.content.decode())
+        parsed = _DECODER.decode(line.content.decode())
     except UnicodeDecodeError as error:
         at = line.start + error.start
         raise InputError(f"{line.where}: invalid UTF-8 at byte {at} of the file") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{line.where}: not JSON: {cut(str(error))}") from None
-    if not isinstance(found, dict):
-        kind = type(found).__name__
+    if not isinstance(parsed, dict):
+        kind = type(parsed).__name__
         raise InputError(f"{line.where}: an object is expected, got {kind}")
-    if isinstance(found, _Doubled):
-        raise InputError(f"{line.where}: {cut(found.name)} stands more than once in the object")
-    return found
+    if isinstance(parsed, _Doubled):
+        raise InputError(f"{line.where}: {cut(parsed.name)} stands more than once in the object")
+    return parsed
 
 
 class _Doubled(dict[str, Any]):
@@ -110,10 +110,10 @@ class _Doubled(dict[str, Any]):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
-    doubled = _Doubled(found)
+    plain = dict(pairs)
+    if len(plain) == len(pairs):
+        return plain
+    doubled = _Doubled(plain)
     [(doubled.name, _)] = Counter(name for name, _ in pairs).most_common(1)
     return doubled
 

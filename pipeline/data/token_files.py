@@ -43,8 +43,8 @@ def open_tokens(folder: Path, split: str, *, verify: bool = True) -> Tokens:
     expected = record["tokens"] * DTYPE.itemsize
     size = path.stat().st_size if path.is_file() else None
     if size != expected:
-        found = "no such file" if size is None else f"{size} bytes"
-        raise InputError(f"{path}: {found}, meta.json says {expected} bytes; {_AGAIN}")
+        actual = "no such file" if size is None else f"{size} bytes"
+        raise InputError(f"{path}: {actual}, meta.json says {expected} bytes; {_AGAIN}")
     if record["tokens"] < 2:
         raise InputError(f"{path}: {record['tokens']} tokens; at least 2 are needed")
     if verify:
@@ -95,10 +95,10 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
             largest = max(largest, int(ids.max()))
             documents += int(np.count_nonzero(ids == tokenizer.EOT))
             text_bytes += int(lengths[ids].sum())
-    found = digest.hexdigest()
+    actual = digest.hexdigest()
     problems = []
-    if found != record["sha256"]:
-        problems.append(f"{path}: SHA-256 is {found}, meta.json says {cut(record['sha256'])}")
+    if actual != record["sha256"]:
+        problems.append(f"{path}: SHA-256 is {actual}, meta.json says {cut(record['sha256'])}")
     elif (documents, text_bytes) != (record["documents"], record["bytes"]):
         problems.append(
             f"{path}: {documents} documents and {text_bytes} bytes of text, "
@@ -117,10 +117,10 @@ def inspect(folder: Path) -> dict[str, bool]:
     told: dict[str, bool] = {}  # what is wrong with meta.json is told once
     for split in SPLITS:
         try:
-            found = open_tokens(folder, split)
+            tokens = open_tokens(folder, split)
         except InputError as error:
             told[str(error)] = False
         else:
-            held = f"{len(found):,} tokens, {found.documents:,} documents, {found.bytes:,} bytes"
-            told[f"{found.path}: whole, {held} of text"] = True
+            held = f"{len(tokens):,} tokens, {tokens.documents:,} documents, {tokens.bytes:,} bytes"
+            told[f"{tokens.path}: whole, {held} of text"] = True
     return told

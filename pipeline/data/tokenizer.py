@@ -157,9 +157,9 @@ def _wheel_content(source: _Source, folder: Path) -> bytes:
         content = regular.read(path, 1 << 24)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; {_REINSTALL}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != source.sha256:
-        raise InputError(f"{path}: SHA-256 is {found}, expected {source.sha256}; {_REINSTALL}")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != source.sha256:
+        raise InputError(f"{path}: SHA-256 is {digest}, expected {source.sha256}; {_REINSTALL}")
     return content
 
 

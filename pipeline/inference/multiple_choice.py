@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.data import text_files
 from pipeline.data.tokenizer import encode, gpt2
-from pipeline.errors import InputError, quoted
+from pipeline.errors import InputError, collecting, quoted, refusing
 from pipeline.model.loss import IGNORE, evaluating, token_losses
 from pipeline.published import EOT
 
@@ -33,7 +33,6 @@ CONTEXT_TOKENS = 48
 ENDING_TOKENS = 16
 _POOL = 4  # endings gathered for each item asked for, so that wrong ones come from far and wide
 HELLASWAG_BYTES = 1 << 28  # its largest split has 48 MB
-MOST_PROBLEMS = 8  # named at once
 
 
 @dataclass(frozen=True)
@@ -200,15 +199,15 @@ def _strangers(
 ) -> list[tuple[int, ...]]:
     """Up to three endings unlike `ending` and one another, from other documents if possible."""
     order = random.permutation(len(pool))
-    found: list[tuple[int, ...]] = []
+    others: list[tuple[int, ...]] = []
     for elsewhere in (True, False):
         for index in order:
-            if len(found) == CHOICES - 1:
-                return found
+            if len(others) == CHOICES - 1:
+                return others
             home, _, other = pool[index]
-            if (home != document) == elsewhere and other != ending and other not in found:
-                found.append(other)
-    return found
+            if (home != document) == elsewhere and other != ending and other not in others:
+                others.append(other)
+    return others
 
 
 # --- HellaSwag's file format
@@ -219,27 +218,16 @@ def hellaswag_items(path: str | Path) -> list[Choice]:
 
     A missing or empty `ctx` is `ctx_a`, a space and `ctx_b`, as the data set defines it; an ending
     is encoded with the space before it. The file may be packed (`.gz`, `.zst`). Raises one
-    InputError naming path, line and field of all that cannot be used, up to MOST_PROBLEMS.
+    InputError naming path, line and field of all that cannot be used (see `collecting`).
     """
     path = Path(path)
-    items, problems = [], []
-    try:
+    items = []
+    with collecting() as refuse, refusing(refuse, path):
         for line in text_files.lines(path):
             if line.start > HELLASWAG_BYTES:
                 raise InputError(f"{path}: expected at most {HELLASWAG_BYTES:,} bytes")
-            try:
+            with refusing(refuse, path):
                 items.append(_hellaswag_item(line))
-            except InputError as error:
-                problems.append(str(error))
-            if len(problems) == MOST_PROBLEMS:
-                problems.append("and perhaps more: the rest has not been read")
-                break
-    except InputError as error:
-        problems.append(str(error))
-    except OSError as error:
-        problems.append(f"{path}: cannot be read: {error.strerror or error}")
-    if problems:
-        raise InputError("\n  ".join(problems))
     if not items:
         raise InputError(f"{path}: no items in it; expected one JSON object a line")
     return items

@@ -102,11 +102,11 @@ def verify(folder: Path) -> list[str]:
     Raises InputError naming everything that is not as it was written, or where there is nothing
     to verify.
     """
-    found = sorted({path.parent for path in Path(folder).rglob("*.safetensors")})
-    if not found:
+    places = sorted({path.parent for path in Path(folder).rglob("*.safetensors")})
+    if not places:
         raise InputError(f"{folder}: no model directory and no training checkpoint is there")
     lines, damage = [], []
-    for place in found:
+    for place in places:
         try:
             lines.append(_verified(place))
         except InputError as error:

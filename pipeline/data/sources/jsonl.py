@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pipeline.data.documents import Document, Refuse, document, no_field, refusing, share
+from pipeline.data.documents import Document, document, no_field, share
 from pipeline.data.listing import files, packed
 from pipeline.data.text_files import Line, checked, json_object, lines
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Refuse, refusing
 
 if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
@@ -27,10 +27,10 @@ def documents(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
 
 def line_text(line: Line, field: str) -> str:
     """The text of one field of a line's object; raises InputError naming the line."""
-    found = json_object(line)
-    if field not in found:
-        raise no_field(field, found, line.where)
-    if not isinstance(found[field], str):
-        kind = type(found[field]).__name__
+    fields = json_object(line)
+    if field not in fields:
+        raise no_field(field, fields, line.where)
+    if not isinstance(fields[field], str):
+        kind = type(fields[field]).__name__
         raise InputError(f"{line.where}: corpus.field={field}: text is expected, got {kind}")
-    return checked(found[field], line.where)
+    return checked(fields[field], line.where)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import regular
-from pipeline.data.documents import Document, Refuse, document, no_field, refusing, share
+from pipeline.data.documents import Document, document, no_field, share
 from pipeline.data.listing import files
 from pipeline.data.text_files import checked
-from pipeline.errors import InputError, cut
+from pipeline.errors import InputError, Refuse, cut, refusing
 
 if TYPE_CHECKING:
     from pipeline.config import CorpusConfig

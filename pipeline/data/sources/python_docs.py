@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.data.documents import Document, Refuse, document, share
-from pipeline.errors import InputError
+from pipeline.data.documents import Document, document, share
+from pipeline.errors import InputError, Refuse
 
 if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
@@ -39,11 +39,11 @@ def texts() -> dict[str, str]:
     Raises InputError where this Python comes without its documentation.
     """
     library = Path(sysconfig.get_path("stdlib"))
-    found = _topics(library / "pydoc_data" / "topics.py")
+    texts_by_name = _topics(library / "pydoc_data" / "topics.py")
     for path in _modules(library):
         name = ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
-        found[f"module {name}"] = _module_text(name, _parsed(path))
-    return found
+        texts_by_name[f"module {name}"] = _module_text(name, _parsed(path))
+    return texts_by_name
 
 
 def _topics(path: Path) -> dict[str, str]:
@@ -61,9 +61,9 @@ def _topics(path: Path) -> dict[str, str]:
 def _modules(library: Path) -> list[Path]:
     """Sources of the modules that CPython lists as its own, without tests and idlelib."""
     tops = [library / name for name in sys.stdlib_module_names]
-    found = [path for top in tops for path in (top.with_suffix(".py"), *top.rglob("*.py"))]
-    left_out = {path for path in found if _LEFT_OUT.intersection(path.relative_to(library).parts)}
-    return [path for path in found if path.is_file() and path not in left_out]
+    paths = [path for top in tops for path in (top.with_suffix(".py"), *top.rglob("*.py"))]
+    left_out = {path for path in paths if _LEFT_OUT.intersection(path.relative_to(library).parts)}
+    return [path for path in paths if path.is_file() and path not in left_out]
 
 
 def _parsed(path: Path) -> ast.Module:

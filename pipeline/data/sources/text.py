@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.data.documents import Document, Refuse, document, refusing, share, share_among
+from pipeline.data.documents import Document, document, share, share_among
 from pipeline.data.listing import files, packed
 from pipeline.data.text_files import opened
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Refuse, refusing
 
 if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
@@ -26,14 +26,14 @@ RULE = (
 
 def documents(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
     """One document a file; the blocks of a file on its own."""
-    found = files(config, SUFFIXES)
-    if len(found) > 1:
-        border = share_among(list(found), config)
-        for name, path in found.items():
+    paths = files(config, SUFFIXES)
+    if len(paths) > 1:
+        border = share_among(list(paths), config)
+        for name, path in paths.items():
             with refusing(refuse, path):
                 yield from document(name, border, _read(path))
         return
-    [(name, path)] = found.items()
+    [(name, path)] = paths.items()
     size = _block_size(path.stat().st_size, config.val_fraction)
     with refusing(refuse, path):
         for index, block in enumerate(_blocks(_read(path), size)):
