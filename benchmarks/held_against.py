@@ -37,8 +37,9 @@ from pipeline.compute.precision import choose_precision
 from pipeline.config import Config
 from pipeline.data import token_files
 from pipeline.data.tokenizer import EOT, encode, gpt2, token_byte_lengths
-from pipeline.inference import evaluation
-from pipeline.inference.evaluation import Choice, Context
+from pipeline.inference import evaluation, multiple_choice
+from pipeline.inference.evaluation import Context
+from pipeline.inference.multiple_choice import Choice
 from pipeline.model.gpt import GPT
 from pipeline.model.model_dir import save_model
 from pipeline.studies.number_formats import DTYPES, round_to_format
@@ -97,7 +98,7 @@ def trained(checkout: Path, steps: int) -> tuple[GPT, str]:
 
 
 def predictions(nats: np.ndarray, items: list[Choice]) -> dict[str, list[int]]:
-    """Ours by metric, as `evaluation.multiple_choice` has them."""
+    """Ours by metric, as `multiple_choice` has them."""
     characters = [[len(gpt2().decode(e)) - 1 for e in item.endings] for item in items]
     tokens = [[len(e) for e in item.endings] for item in items]
     by = {"acc": 1, "acc_norm": np.array(characters), "acc_per_token": np.array(tokens)}
@@ -225,10 +226,10 @@ def findings(checkout: Path, steps: int, count: int, work: Path) -> Iterator[tup
     ids = corpus("val")
     val = token_files.Tokens(ids, 0, "", 0, path)
     context = Context(CPU, choose_precision("fp32", CPU), 8, model.config.block_size)
-    evaluation.write_hellaswag(evaluation.choice_items(val, ITEMS, seed=7), path)
-    items = evaluation.hellaswag_items(path)
+    multiple_choice.write_hellaswag(multiple_choice.choice_items(val, ITEMS, seed=7), path)
+    items = multiple_choice.hellaswag_items(path)
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    nats = evaluation.ending_nats(model, items, context)
+    nats = multiple_choice.ending_nats(model, items, context)
     own = predictions(nats, items)
     yield "multiple choice", commit, against_build_nanogpt(checkout, folder, rows, own)
     try:

@@ -29,6 +29,7 @@ from benchmarks.outcomes import OURS
 from benchmarks.peers import HF, Task, hf_model, nanogpt_model
 from benchmarks.side_by_side import Contestant, Turn, Verdict, in_a_fresh_process
 from pipeline.compute import runtime
+from pipeline.compute.precision import choose_precision
 from pipeline.config import SampleConfig
 from pipeline.data.tokenizer import EOT
 from pipeline.inference import generation
@@ -65,7 +66,8 @@ def chosen_as_exactly(task: Task, batch: int, new: int, weights: str) -> float:
     idx, draws = task.ids(0, batch, PROMPT), runtime.generator(0, "sample")
     text = generation.generate(model, idx, exact, draws)
     read = text[:, :-1]
-    rounded = Decoder(model, weights, rows=read.numel())
+    precision = choose_precision(exact.precision, idx.device)
+    rounded = Decoder(model, precision, weights, rows=read.numel())
     behind = PROMPT - 1  # the prompt was chosen by nobody
     chosen = rounded.logits(rounded.hidden(read)[:, behind:]).argmax(-1)
     return (chosen == text[:, behind + 1 :]).float().mean().item()

@@ -34,6 +34,7 @@ from benchmarks.outcomes import OURS
 from benchmarks.side_by_side import Contestant, Turn, Verdict
 from pipeline import config as configuration
 from pipeline.data import corpus, token_writer, tokenizer
+from pipeline.data.documents import name_hash
 from pipeline.data.sources import python_docs
 from pipeline.data.token_writer import usable_cores
 
@@ -218,7 +219,7 @@ def _in_order(layout: str, files: list[str]) -> np.ndarray:
     train, val = (_documents(part) for part in parts)
     share, merged = int(VAL_FRACTION * (1 << 64)), []
     for number in range(1, len(train) + len(val) + 1):
-        split = val if corpus.name_hash(f"{TEXT}:{number}") < share else train
+        split = val if name_hash(f"{TEXT}:{number}") < share else train
         merged.append(split.pop() if split else [])
     return np.concatenate(merged)
 

@@ -14,10 +14,10 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline import hints, watched, yaml_text
+from pipeline import hints, yaml_text
 from pipeline.errors import ConfigError, cut, quoted
+from pipeline.published import VOCAB_SIZE
 
-VOCAB_SIZE = 50257  # GPT-2's tokens
 UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
 
 # As in MLflow's paths; no part can be `..`, nor an escape that a URI turns into it.
@@ -67,7 +67,7 @@ class ModelConfig:
         "longest sequence: rows of the position embedding", low=1, high=1 << 20
     )
     vocab_rows: int = setting(
-        "rows of the embedding inside; 50304 is 50257 padded to a multiple of 64",
+        f"rows of the embedding inside; 50304 is {VOCAB_SIZE} padded to a multiple of 64",
         low=VOCAB_SIZE,
         high=1 << 16,
     )
@@ -287,11 +287,11 @@ def describe(kind: type = Config, prefix: str = "") -> list[tuple[str, str, str]
 
 def kinds(kind: type = Config, prefix: str = "") -> dict[str, type]:
     """The type of every setting by its dotted name; `tuple` for a list of texts."""
-    found: dict[str, type] = {}
+    types: dict[str, type] = {}
     for f, hint in _typed_fields(kind):
         name = f"{prefix}{f.name}"
-        found |= kinds(hint, f"{name}.") if is_dataclass(hint) else {name: get_origin(hint) or hint}
-    return found
+        types |= kinds(hint, f"{name}.") if is_dataclass(hint) else {name: get_origin(hint) or hint}
+    return types
 
 
 def _typed_fields(kind: type) -> list[tuple[Any, Any]]:
@@ -405,4 +405,4 @@ def _inconsistencies(config: Config) -> list[str]:
             f"corpus.path={corpus.path}: expected a file or folder, "
             f"since corpus.source={corpus.source}"
         )
-    return problems + watched.problems(config)
+    return problems + hints.of_files(config)

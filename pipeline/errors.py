@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 MESSAGE = 8000  # characters of an error: all settings of a params file may be missing
 VALUE = 200  # of a value in it
 NAMES = 5  # of a list in it
+PROBLEMS = 8  # of an input, named at once
 
 
 class UserError(ValueError):
@@ -116,6 +119,45 @@ def together(*inputs: Callable[[], Any]) -> list[Any]:
     if refused:
         raise type(refused[0])("\n  ".join(dict.fromkeys(map(str, refused))))
     return given
+
+
+Refuse = Callable[[InputError], None]  # takes what is wrong with a file, line or row
+
+
+class _Enough(Exception):
+    """As many problems as a person reads."""
+
+
+@contextmanager
+def collecting() -> Iterator[Refuse]:
+    """Yields a function that takes errors; raises one InputError for all of them in the end.
+
+    After PROBLEMS of them what happens inside is cut short.
+    """
+    problems: list[str] = []
+
+    def refuse(error: InputError) -> None:
+        problems.append(str(error))
+        if len(problems) == PROBLEMS:
+            raise _Enough
+
+    try:
+        yield refuse
+    except _Enough:
+        problems.append("and perhaps more: the rest has not been read")
+    if problems:
+        raise InputError("\n  ".join(problems))
+
+
+@contextmanager
+def refusing(refuse: Refuse, path: Path) -> Iterator[None]:
+    """What is wrong with a file, or a part of it, goes to `refuse`."""
+    try:
+        yield
+    except InputError as error:
+        refuse(error)
+    except OSError as error:
+        refuse(InputError(f"{path}: cannot be read: {error.strerror or error}"))
 
 
 def disk_full(error: BaseException) -> bool:

@@ -1,11 +1,20 @@
-"""What a person may have meant: other programs' names of settings, values that YAML reads apart."""
+"""What a person may have meant: settings under other programs' names, misread values, paths."""
 
 from __future__ import annotations
 
 import difflib
+import glob
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from pipeline.published import sizes_of
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 # Setting: what nanoGPT, build-nanogpt, transformers and others call it.
 OTHERS_CALL_IT = {
@@ -62,14 +71,16 @@ def meant(key: str, prefix: str, here: Sequence[str], everywhere: Sequence[str])
     learning_rate is train.lr, though min_lr has more of its letters.
     """
     plain = key.lower().replace("-", "_")
-    found = [name for name in everywhere if name.rpartition(".")[2] == plain]
-    found = found or ([_MEANT[plain]] if plain in _MEANT else [])
+    names_meant = [name for name in everywhere if name.rpartition(".")[2] == plain]
+    names_meant = names_meant or ([_MEANT[plain]] if plain in _MEANT else [])
     near_here = {name: prefix + name for name in here}
     near_elsewhere = {name.rpartition(".")[2]: name for name in everywhere}
     for names, cutoff in ((near_here, 0.8), (near_elsewhere, 0.8), (near_here, 0.6)):
         near = difflib.get_close_matches(plain, names, n=1, cutoff=cutoff)
-        found = found or [names[name] for name in near]
-    return f"did you mean {' or '.join(found)}?" if found else f"known: {', '.join(here)}"
+        names_meant = names_meant or [names[name] for name in near]
+    if not names_meant:
+        return f"known: {', '.join(here)}"
+    return f"did you mean {' or '.join(names_meant)}?"
 
 
 def misread(value: Any, hint: Any, accepted: Mapping[str, Any]) -> str:
@@ -105,3 +116,62 @@ def _without_quotes(value: str, hint: Any) -> bool:
         return math.isfinite(hint(value))
     except (ValueError, OverflowError):
         return False
+
+
+# --- settings that name files
+
+
+def of_files(config: Config) -> list[str]:
+    """One line for each setting that names what DVC cannot find or would not watch.
+
+    And one for each size that differs from the weights to import, where it is known offline.
+    """
+    names = {
+        "corpus.path": config.corpus.path,
+        "init.hf_model": config.init.hf_model,
+        "init.hf_watch": config.init.hf_watch,
+        "evaluate.hellaswag": config.evaluate.hellaswag,
+    }
+    lines = [said for name, value in names.items() if (said := _unfindable(name, value))]
+    pattern = PureWindowsPath(config.corpus.pattern)  # it knows both separators, and drives
+    if pattern.anchor or ".." in pattern.parts:
+        lines.append(f"corpus.pattern={config.corpus.pattern}: expected a glob inside corpus.path")
+    if any("**" in part and part != "**" for part in pattern.parts):
+        lines.append(
+            f"corpus.pattern={config.corpus.pattern}: expected ** alone between slashes, "
+            "as in **/*.txt"
+        )
+    init = config.init
+    if init.source == "hf":
+        if os.path.isdir(init.hf_model) and init.hf_watch != init.hf_model:
+            lines.append(
+                f"init.hf_watch={init.hf_watch}: expected {init.hf_model}, as in init.hf_model, "
+                "so that DVC notices an edit in that folder"
+            )
+        lines += _sizes(config)
+    return lines
+
+
+def _unfindable(name: str, value: str) -> str:
+    """DVC takes a path by the letter: `~`, `*`, `?` and `[` too, which a name may really have."""
+    if os.path.lexists(value):
+        return ""
+    whole = os.path.expanduser(value)
+    if glob.has_magic(value):
+        plain = Path(*takewhile(lambda part: not glob.has_magic(part), Path(whole).parts))
+        there = f"{name}={value}: no such file or folder, and DVC takes no glob here"
+        if name != "corpus.path":
+            return f"{there}; name the one that is meant"
+        pattern = Path(whole).relative_to(plain).as_posix()
+        return f"{there}; say corpus.path={plain} and corpus.pattern={pattern}"
+    if value.startswith("~"):
+        way = f"say {whole}" if whole != value else "say the whole path"
+        return f"{name}={value}: DVC does not know what ~ stands for; {way}"
+    return ""
+
+
+def _sizes(config: Config) -> Iterator[str]:
+    model, name = config.model, config.init.hf_model
+    for key, size in sizes_of(name).items():
+        if getattr(model, key) != size:
+            yield f"model.{key}={getattr(model, key)}: expected {size}, as {name} has"

@@ -49,13 +49,13 @@ def read(path: Path, limit: int = JSON_BYTES) -> bytes:
 def read_json(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     """A JSON object; raises InputError with the file's name, whatever is wrong with it."""
     try:
-        found = json.loads(read(path, limit).decode("utf-8"))
+        content = json.loads(read(path, limit).decode("utf-8"))
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {cut(str(error))}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content

@@ -13,6 +13,7 @@ from pipeline.data import token_files
 from pipeline.diagnostics import doctor
 from pipeline.errors import together
 from pipeline.inference import evaluation as tasks
+from pipeline.inference import multiple_choice
 from pipeline.model.model_dir import load_model
 from pipeline.records import git
 from pipeline.records.record_file import Record
@@ -70,10 +71,10 @@ def main(config: Config) -> None:
 
 def materials(config: Config, val: token_files.Tokens) -> dict[str, Any]:
     """What each task works on; the made items are kept in HellaSwag's own file format."""
-    items = tasks.choice_items(val, config.evaluate.choice_items, config.evaluate.seed)
+    items = multiple_choice.choice_items(val, config.evaluate.choice_items, config.evaluate.seed)
     ITEMS.parent.mkdir(parents=True, exist_ok=True)
     ITEMS.unlink(missing_ok=True)  # DVC may have linked it to its cache
-    tasks.write_hellaswag(items, ITEMS)
+    multiple_choice.write_hellaswag(items, ITEMS)
     return {"validation": val, "choice": items}
 
 
@@ -83,8 +84,8 @@ def hellaswag(config: Config) -> dict[str, Any]:
     if given == UNSET_PATH:
         return {}
     git.check_whole("evaluate.hellaswag", given, git.files)
-    items = tasks.hellaswag_items(given)
-    tasks.check_endings(items, config.train.sequence_length)
+    items = multiple_choice.hellaswag_items(given)
+    multiple_choice.check_endings(items, config.train.sequence_length)
     return {"hellaswag": items}
 
 

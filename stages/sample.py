@@ -15,7 +15,7 @@ from pipeline import paths, terminal
 from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
 from pipeline.config import Config
-from pipeline.data import token_files, tokenizer
+from pipeline.data import batches, token_files, tokenizer
 from pipeline.errors import together
 from pipeline.inference.decoding import Decoder, mean_loss
 from pipeline.inference.generation import generate, pad, stream_text, until_eot
@@ -79,7 +79,6 @@ def load(folder: Path, config: Config) -> GPT:
 def continuations(model: GPT, config: Config) -> Iterator[dict[str, Any]]:
     """`samples` continuations of every prompt, the same draws for every model."""
     device = next(model.parameters()).device
-    precision = choose_precision(config.sample.precision, device)
     numbered = list(enumerate(config.sample.prompts))
     together = max(1, ROWS // config.sample.samples)
     for first in range(0, len(numbered), together):
@@ -91,8 +90,7 @@ def continuations(model: GPT, config: Config) -> Iterator[dict[str, Any]]:
         generators = [
             runtime.generator(config.sample.seed, f"sample {number}", device) for number, _ in part
         ]
-        with precision.products(), precision.autocast():
-            tokens = generate(model, idx, config.sample, generators, padding)
+        tokens = generate(model, idx, config.sample, generators, padding)
         for prompt, row in zip(prompts, tokens[:, idx.size(1) :].tolist(), strict=True):
             new = until_eot(row)
             yield {"prompt": prompt, "text": tokenizer.gpt2().decode(new), "tokens": new}
@@ -101,19 +99,19 @@ def continuations(model: GPT, config: Config) -> Iterator[dict[str, Any]]:
 def cost_of_weights(model: GPT, config: Config) -> dict[str, float]:
     """Validation loss by the products of sampling, with fp32 weights and with those set."""
     val = token_files.open_tokens(paths.TOKENS, "val")
-    device = next(model.parameters()).device
-    precision = choose_precision(config.sample.precision, device)
+    precision = choose_precision(config.sample.precision, next(model.parameters()).device)
     losses = {}
     for weights in ("fp32", config.sample.weights):
-        windows = token_files.validation_windows(
+        windows = batches.validation_windows(
             val,
             batch_size=LOSS_BATCH,
             sequence_length=config.train.sequence_length,
             limit=LOSS_TOKENS,
         )
-        with precision.products(), precision.autocast():
-            decoder = Decoder(model, weights, rows=LOSS_BATCH * config.train.sequence_length)
-            losses[f"sample/val_loss_{weights}"] = mean_loss(decoder, windows, device)
+        rows = LOSS_BATCH * config.train.sequence_length
+        losses[f"sample/val_loss_{weights}"] = mean_loss(
+            Decoder(model, precision, weights, rows), windows
+        )
     return losses
 
 
@@ -154,12 +152,10 @@ def to_terminal(words: list[str], config: Config) -> None:
     sampling = replace(config.sample, max_new_tokens=asked.tokens, temperature=asked.temperature)
     model = load(asked.model, config)
     device = next(model.parameters()).device
-    precision = choose_precision(config.sample.precision, device)
     generator = runtime.generator(asked.seed, "sample 0", device)
     print(asked.prompt, end="", flush=True)
-    with precision.products(), precision.autocast():
-        for piece in stream_text(model, tokenizer.gpt2(), asked.prompt, sampling, generator):
-            print(terminal.shown(piece), end="", flush=True)  # a piece may begin with "\r"
+    for piece in stream_text(model, tokenizer.gpt2(), asked.prompt, sampling, generator):
+        print(terminal.shown(piece), end="", flush=True)  # a piece may begin with "\r"
     print()
 
 

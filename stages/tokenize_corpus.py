@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from pipeline import paths
 from pipeline.config import Config
-from pipeline.data import contamination, corpus, listing, token_files, token_writer
+from pipeline.data import contamination, corpus, token_files, token_writer
 from pipeline.records import git
 from pipeline.tracking import recording
 from stages.common import run
@@ -17,15 +17,15 @@ from stages.common import run
 
 def main(config: Config) -> None:
     with recording.record("tokenize", config) as record:
-        if config.corpus.source != "python-docs":
+        if corpus.SOURCES[config.corpus.source].suffixes:
             git.check_whole(
                 "corpus.path",
                 config.corpus.path,
-                lambda path: listing.files(replace(config.corpus, path=path)),
+                lambda path: corpus.files(replace(config.corpus, path=path)),
             )
         with tqdm(unit="B", unit_scale=True, desc="check", mininterval=0.5) as bar:
             counts = corpus.check(config.corpus, bar.update)
-        show_left_out(listing.left_out(config.corpus), counts["empty"])
+        show_left_out(corpus.left_out(config.corpus), counts["empty"])
         token_writer.refuse_empty(counts)
         started = time.perf_counter()
         with tqdm(unit="B", unit_scale=True, desc="tokenize", mininterval=0.5) as bar:

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from pipeline import paths
 from pipeline.config import Config
-from pipeline.data.token_files import Tokens, check_length, open_tokens
+from pipeline.data.batches import check_length
+from pipeline.data.token_files import Tokens, open_tokens
 from pipeline.diagnostics import debugger, doctor, forecast
 from pipeline.errors import together
 from pipeline.resume import run_folder

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from ruamel.yaml import YAML
 
 from pipeline import config as configuration
-from pipeline import hints, watched
+from pipeline import hints
 from pipeline.errors import ConfigError
 from tests.conftest import NANO, params
 
@@ -79,7 +79,7 @@ def test_a_wrong_value_is_named_with_what_is_accepted(changes: dict, message: st
 
 
 def test_the_shortest_sequence_is_the_ending_that_evaluate_makes() -> None:
-    from pipeline.inference.evaluation import ENDING_TOKENS
+    from pipeline.inference.multiple_choice import ENDING_TOKENS
 
     assert configuration.CHOICE_ENDING == ENDING_TOKENS
 
@@ -321,13 +321,6 @@ def test_a_config_json_that_says_nothing_is_left_to_the_import(
     places = {"init__hf_model": str(tmp_path), "init__hf_watch": str(tmp_path)}
     assert configuration.from_dict(params(init__source="hf", **places))
     assert configuration.from_dict(params(init__source="hf", init__hf_model="someone/else"))
-
-
-def test_the_published_sizes_are_those_that_the_import_knows() -> None:
-    from pipeline.model.hf_layout import PUBLISHED_HEADS
-
-    known = {(sizes[0], sizes[2]): sizes[1] for sizes in watched.PUBLISHED.values()}
-    assert known.items() >= PUBLISHED_HEADS.items()
 
 
 @pytest.mark.parametrize(

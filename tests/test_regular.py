@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from pipeline import config as configuration
-from pipeline import errors, regular, watched, yaml_text
+from pipeline import errors, published, regular, yaml_text
 from pipeline.data import token_files
 from pipeline.data.corpus import check
-from pipeline.data.text_fields import rows
+from pipeline.data.sources.parquet import rows
 from pipeline.errors import InputError, UserError
-from pipeline.inference import evaluation
+from pipeline.inference import multiple_choice
 from pipeline.model.model_dir import load_model, save_model
 from pipeline.resume import run_folder, snapshot
 from pipeline.storage import folders
@@ -130,7 +130,7 @@ def test_streams_are_read_from_regular_files_alone(
     corpus = {"source": "jsonl", "path": str(odd), "pattern": "**/*"}
     config = make_config(**{f"corpus__{key}": value for key, value in corpus.items()})
     readers: list[Callable[[], Any]] = [
-        lambda: evaluation.hellaswag_items(odd),
+        lambda: multiple_choice.hellaswag_items(odd),
         lambda: list(rows(odd, "text")),
         lambda: check(config.corpus),
         lambda: yaml_text.read(odd),
@@ -167,7 +167,7 @@ def test_facts_of_another_kind_are_no_facts(tmp_path: Path) -> None:
 
 def test_sizes_of_an_odd_model_folder_are_not_known_rather_than_waited_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(DEEP)
-    assert watched.published_sizes(str(tmp_path)) == {}
+    assert published.sizes_of(str(tmp_path)) == {}
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:

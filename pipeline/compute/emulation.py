@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ COMPOSITES = (
     aten.scaled_dot_product_attention.default,
 )
 
-_running = threading.local()
+_thread = threading.local()
 
 
 class EmulatedProducts(TorchDispatchMode):
@@ -68,56 +68,40 @@ class EmulatedProducts(TorchDispatchMode):
         self.name = name
         self.count = 0  # products that went through the emulation
 
-    def __enter__(self) -> EmulatedProducts:
-        _stack().append(self)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        _stack().pop()
-        super().__exit__(*error)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in COMPOSITES:
             with self:
                 return func.decompose(*args, **kwargs)
         positions = OPERANDS.get(func)
-        if positions is None or self is not _stack()[-1]:
+        if positions is None or getattr(_thread, "exact", False):
             return func(*args, **kwargs)
         product = _tf32_product if self.name == "tf32" else _low_product
         return product(self, func, positions, args, kwargs)
 
 
-def emulated() -> str | None:
-    """The format that this thread's products are emulated in, if any."""
-    return _stack()[-1].name if _stack() and _stack()[-1] else None
-
-
 @contextmanager
-def exact_products() -> Iterator[None]:
-    """Inside, products are left alone: for code that rounds its operands itself."""
-    _stack().append(None)
+def _noted(fact: str) -> Iterator[None]:
+    """Inside, `fact` is true of the calling thread."""
+    before = getattr(_thread, fact, False)
+    setattr(_thread, fact, True)
     try:
         yield
     finally:
-        _stack().pop()
+        setattr(_thread, fact, before)
+
+
+def exact_products() -> AbstractContextManager:
+    """Inside, products are left alone: for code that rounds its operands itself."""
+    return _noted("exact")
 
 
 def rounding() -> bool:
     """Whether what runs in this thread now only rounds numbers, which hardware does unseen."""
-    return getattr(_running, "rounding", False)
+    return getattr(_thread, "rounding", False)
 
 
-@contextmanager
-def _rounding() -> Iterator[None]:
-    before, _running.rounding = rounding(), True
-    try:
-        yield
-    finally:
-        _running.rounding = before
-
-
-@_rounding()
+@_noted("rounding")
 def round_tf32(x: Tensor, out: Tensor | None = None) -> Tensor:
     """fp32 `x` to the nearest number with 10 mantissa bits, ties away from zero; `out` may be `x`.
 
@@ -128,12 +112,14 @@ def round_tf32(x: Tensor, out: Tensor | None = None) -> Tensor:
     # A NaN whose upper mantissa bits are all ones would be carried over to a zero. A sum finds
     # NaNs in the quickest pass there is, and seldom misleads (infinities, overflow).
     odd = None if x.sum().isfinite() else x.isnan()
+    # Half a unit of the 10th mantissa bit is added and the 13 bits below it are cut off: rounding
+    # to nearest. A carry out of the mantissa raises the exponent, as it has to.
     bits = torch.add(x.contiguous().view(torch.int32), 1 << 12, out=out.view(torch.int32))
     bits.bitwise_and_(-1 << 13)
     return out if odd is None else out.masked_fill_(odd, torch.nan)
 
 
-@_rounding()
+@_noted("rounding")
 def round_to(x: Tensor, name: str, out: Tensor | None = None) -> Tensor:
     """fp32 `x` rounded to the format `name` and kept in fp32; contiguous `out` may be `x`."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
@@ -145,13 +131,6 @@ def round_to(x: Tensor, name: str, out: Tensor | None = None) -> Tensor:
             low = reused("rounding", (piece.numel(),), LOW[name], piece.device)
             target.copy_(low.copy_(piece))
     return out
-
-
-def _stack() -> list[EmulatedProducts | None]:
-    """This thread's entered modes, innermost last; None stands for `exact_products`."""
-    if not hasattr(_running, "stack"):
-        _running.stack = []
-    return _running.stack
 
 
 def _tf32_product(mode: EmulatedProducts, func: Any, positions: Any, args: Any, kwargs: Any) -> Any:
@@ -167,13 +146,13 @@ def _low_product(mode: EmulatedProducts, func: Any, positions: Any, args: Any, k
     if low not in LOW.values():
         return func(*args, **kwargs)
     mode.count += 1
-    with _rounding():
-        args = [_widened(a) for a in args]
+    with _noted("rounding"):
+        args = [_widened(a) for a in args]  # the low values themselves, held in fp32
         kwargs = {key: _widened(a) for key, a in kwargs.items()}
-    result = func(*args, **kwargs)
-    with _rounding():
-        if func is FLASH:
-            return result[0].to(low), result[1]  # the softmax's logarithm, which backward takes
+    result = func(*args, **kwargs)  # exact products of two low numbers, added up in fp32
+    with _noted("rounding"):
+        if func is FLASH:  # its second result, the logarithm of the sums, is for its backward pass
+            return result[0].to(low), result[1]
         return tuple(r.to(low) for r in result) if isinstance(result, tuple) else result.to(low)
 
 

@@ -5,7 +5,8 @@ Activations and weights are e4m3 (3 mantissa bits, up to 448), gradients e5m2 (2
 multiplied by a power of two that brings its largest magnitude just below the format's (dynamic,
 per tensor): a power of two rounds nothing. Products accumulate in fp32 and give bf16.
 
-The head, which has no bias, stays bf16, and so does attention; embeddings are looked up in fp32.
+A layer multiplies in fp8 if and only if it is an `Fp8Linear`. The head and attention stay bf16;
+embeddings are looked up in fp32.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2  # of operands, of gradients
 RESULT = torch.bfloat16
@@ -37,24 +37,35 @@ class Scaled:
         return Scaled(self.values.t(), self.unit)
 
 
-class Fp8Linears(TorchFunctionMode):
-    """While entered, `F.linear` with a bias multiplies in fp8, going back as well.
+class Fp8Linear(nn.Linear):
+    """A linear layer that multiplies in fp8, forward and backward: see `mark`."""
 
-    `emulated`: operands are scaled and rounded, the product is fp32's, for devices without fp8.
-    """
+    emulated: bool
 
-    def __init__(self, emulated: bool) -> None:
-        super().__init__()
-        self.emulated = emulated
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, emulated=self.emulated)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and len(args) == 3 and args[2] is not None:
-            return linear(*args, emulated=self.emulated)
-        return func(*args, **(kwargs or {}))
+
+def mark(model: nn.Module, *, emulated: bool) -> None:
+    """Turn the model's linear layers into `Fp8Linear`s, in place; parameters stay as they are."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.__class__ = Fp8Linear
+            layer.emulated = emulated
+
+
+def unmark(model: nn.Module) -> None:
+    """Turn them back."""
+    for layer in model.modules():
+        if isinstance(layer, Fp8Linear):
+            layer.__class__ = nn.Linear
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, emulated: bool) -> Tensor:
-    """x (..., C), weight (O, C), bias (O,) -> x weight^T + bias (..., O) in bf16."""
+    """x (..., C), weight (O, C), bias (O,) -> x weight^T + bias (..., O) in bf16.
+
+    `emulated`: operands are scaled and rounded, the product is fp32's, for devices without fp8.
+    """
     flat = _Linear.apply(x.reshape(-1, x.size(-1)), weight, bias, emulated)
     return flat.view(*x.shape[:-1], weight.size(0))
 
@@ -63,6 +74,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, emulated: bool) -> Tensor:
         a, w = (scaled(operand, FORWARD, emulated) for operand in (x, weight))
+        # The backward pass multiplies the rounded operands again: a quarter of their fp32 memory.
         ctx.save_for_backward(a.values, a.unit, w.values, w.unit)
         ctx.dtypes = x.dtype, weight.dtype, bias.dtype
         return product(a, w.t(), bias)
@@ -72,9 +84,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, a_unit, w, w_unit = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.dtypes
-        g = scaled(grad, BACKWARD, a.dtype is torch.float32)
-        grad_x = product(g, Scaled(w, w_unit)).to(of_x)
-        grad_weight = product(g.t(), Scaled(a, a_unit)).to(of_weight)
+        g = scaled(grad, BACKWARD, a.dtype is torch.float32)  # emulated as the forward pass was
+        grad_x = product(g, Scaled(w, w_unit)).to(of_x)  # y = x w^T, so dx = dy w
+        grad_weight = product(g.t(), Scaled(a, a_unit)).to(of_weight)  # and dw = dy^T x
         return grad_x, grad_weight, grad.sum(0, dtype=torch.float32).to(of_bias), None
 
 
@@ -102,10 +114,10 @@ def product(a: Scaled, b: Scaled, bias: Tensor | None = None) -> Tensor:
     """a (N, K) times b (K, M), + bias (M,): accumulated in fp32, rounded once to bf16 (N, M)."""
     if a.values.dtype is torch.float32:
         with torch.autocast(a.values.device.type, enabled=False):
-            found = (a.values @ b.values) * a.unit * b.unit
-        return (found if bias is None else found + bias.to(RESULT)).to(RESULT)
+            exact = (a.values @ b.values) * a.unit * b.unit
+        return (exact if bias is None else exact + bias.to(RESULT)).to(RESULT)
     rows, columns = a.values.size(0), b.values.size(1)
-    found = torch._scaled_mm(
+    padded = torch._scaled_mm(
         _padded(a.values),
         _padded(b.values.t()).t(),  # column by column, as the tensor cores want it
         scale_a=a.unit,
@@ -114,7 +126,7 @@ def product(a: Scaled, b: Scaled, bias: Tensor | None = None) -> Tensor:
         out_dtype=RESULT,
         use_fast_accum=False,  # which would keep 14 bits of the sums (pytorch#147971)
     )
-    return found[:rows, :columns]
+    return padded[:rows, :columns]
 
 
 def _padded(x: Tensor) -> Tensor:

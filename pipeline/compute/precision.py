@@ -8,7 +8,8 @@
 | fp16      | 5, 10                   | rounded to fp16      | fp16 by autocast's table  |
 | fp8       | 4, 3; gradients 5, 2    | scaled, then rounded | bf16 by autocast's table  |
 
-fp8 is for the products of linear layers, by far the most; attention and the head are as in bf16.
+fp8 is for the products of linear layers, by far the most, which `Precision.prepare` marks;
+attention and the head are as in bf16.
 
 Products accumulate in fp32 in every mode, on CUDA because torch is told so: by default it lets
 cuBLAS add up parts of a low product in that low format. Parameters, their gradients and the loss
@@ -30,7 +31,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.compute import fp8
 from pipeline.compute.emulation import EmulatedProducts
@@ -79,44 +80,49 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def prepare(self, model: nn.Module) -> None:
+        """Have the model's linear layers multiply in this precision, in place.
+
+        To be called once, before the model is used in this precision: fp8 is a property of layers,
+        all other formats are those of `autocast` and `products`.
+        """
+        fp8.unmark(model)
+        if self.effective == "fp8":
+            fp8.mark(model, emulated=self.emulated)
+
     def products(self) -> AbstractContextManager:
         """Around the forward and the backward pass; leaves torch's settings as they were."""
         if self.effective == "fp8":
-            return self._fp8_products()
+            return self.of_the_rest().products()
         if self.emulated:
             return EmulatedProducts(self.effective)
         if self.device.type == "cuda":
             return _cuda_products("high" if self.effective == "tf32" else "highest")
         return nullcontext()
 
-    @contextmanager
-    def _fp8_products(self) -> Iterator[None]:
-        """What is not multiplied in fp8 is as bf16 is on this device."""
-        with self.of_the_rest().products(), fp8.Fp8Linears(self.emulated):
-            yield
-
     def of_the_rest(self) -> Precision:
-        """Of the products that are no linear layer's."""
+        """The precision of products that are no linear layer's: with fp8 these are bf16."""
         return choose_precision("bf16", self.device) if self.effective == "fp8" else self
 
     @property
     def operand_bytes(self) -> int:
-        """Of a number that a product's kernel reads; an emulated one is held in fp32."""
+        """Bytes per operand element, as a kernel reads it; emulated formats are held in fp32."""
         if self.emulated:
             return 4
         return 1 if self.effective == "fp8" else self.dtype.itemsize
 
     @property
     def result_bytes(self) -> int:
+        """Bytes per element of a product, as a kernel writes it."""
         return 4 if self.emulated else self.dtype.itemsize
 
     def multiplication(self, a: Tensor, b: Tensor) -> Callable[[], Tensor]:
-        """A call of a @ b, both fp32 matrices, as this mode's linear layers multiply.
+        """A call that makes a @ b, both fp32 matrices, as this precision's linear layers do.
 
-        The operands are put into the mode's format here, so the call is the product alone.
+        The operands are put into the format here, so the call is the product alone.
         """
         if self.effective == "fp8":
-            # Turned, since the tensor cores want the second operand column by column.
+            # Transposed, since the tensor cores want the second operand column by column.
             x, y = (fp8.scaled(m, fp8.FORWARD, self.emulated) for m in (a, b.t().contiguous()))
             return lambda: fp8.product(x, y.t())
         low, other = a.to(self.dtype), b.to(self.dtype)

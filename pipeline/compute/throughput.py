@@ -1,4 +1,4 @@
-"""How fast and how large: tokens a second, model FLOPs utilisation, peak memory."""
+"""How fast and how large: tokens/s, model FLOPs utilisation, peak memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def utilisation(rate: float, flops_per_token: int, peak: float | None) -> float | None:
-    """MFU (Chowdhery et al. 2022, appendix B) at `rate` tokens a second; None without a peak."""
+    """MFU (Chowdhery et al. 2022, appendix B) at `rate` tokens/s; None without a peak."""
     return rate * flops_per_token / peak if peak else None
 
 

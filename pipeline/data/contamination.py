@@ -32,10 +32,10 @@ def overlap(train: Tokens, val: Tokens) -> float:
     wanted, times = np.unique(passage_hashes(passages)[:, 0], return_counts=True)
     seen = np.zeros(len(wanted), dtype=bool)
     for start in range(0, min(len(train.ids), SEARCHED), PIECE):
-        found = passage_hashes(train.ids[start : start + PIECE + LENGTH - 1])
+        hashes = passage_hashes(train.ids[start : start + PIECE + LENGTH - 1])
         # Looking the many up among the few needs no sort of the many.
-        places = np.searchsorted(wanted, found).clip(max=len(wanted) - 1)
-        seen[places[wanted[places] == found]] = True
+        places = np.searchsorted(wanted, hashes).clip(max=len(wanted) - 1)
+        seen[places[wanted[places] == hashes]] = True
     return float(times[seen].sum() / times.sum())
 
 

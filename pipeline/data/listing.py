@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -15,8 +15,7 @@ from pipeline.errors import InputError
 if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
 
-SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl",), "parquet": (".parquet",)}
-PACKED = (".gz", ".zst")  # text and JSON lines come in these, too
+PACKED = (".gz", ".zst")
 MOST_NAMES = 3  # of each kind that is passed over
 MOST_KINDS = 6
 BARE = "without a suffix"
@@ -37,42 +36,47 @@ class Listing:
         self.passed.setdefault(kind, []).append(name)
 
 
-def files(config: CorpusConfig) -> dict[str, Path]:
+def packed(*suffixes: str) -> tuple[str, ...]:
+    """The suffixes, and the same of packed files: ".txt", ".txt.gz", ".txt.zst"."""
+    return (*suffixes, *(suffix + end for suffix in suffixes for end in PACKED))
+
+
+def files(config: CorpusConfig, suffixes: Sequence[str]) -> dict[str, Path]:
     """{name: path} in the order of the names, which are relative to corpus.path, with `/`.
 
-    corpus.path is a file or a folder of which corpus.pattern says what to take. Only the source's
-    own suffixes are taken unless the pattern ends in another; nothing hidden.
+    corpus.path is a file or a folder of which corpus.pattern says what to take. Only files with one
+    of the source's `suffixes` are taken, unless the pattern itself ends in one; nothing hidden.
 
-    Raises InputError where there is none, for a name that is no UTF-8, and for a linked folder:
+    Raises InputError where there is no file, for a name that is no UTF-8, and for a linked folder:
     DVC does not look into it, so an edit in it would go unnoticed.
     """
     path = Path(config.path)
     if path.is_file():
         return {path.name: path}
-    found = _listed(config)
-    if found.linked:
+    listing = _listed(config, suffixes)
+    if listing.linked:
         raise InputError(
-            f"corpus.path={config.path}: {_some(found.linked)}: a linked folder, which DVC does "
+            f"corpus.path={config.path}: {_some(listing.linked)}: a linked folder, which DVC does "
             "not watch, so that an edit in it would go unnoticed; link its files instead "
             "(GNU: `cp -rs`) or copy them, or name it in corpus.path"
         )
-    if odd := [name for name in found.taken if not _is_utf8(name)]:
+    if odd := [name for name in listing.taken if not _is_utf8(name)]:
         raise InputError(
             f"corpus.path={config.path}: {_some(odd)}: a name that is not UTF-8, which DVC "
             "refuses; rename it"
         )
-    if not found.taken:
+    if not listing.taken:
         asked = f"corpus.path={config.path}, corpus.pattern={config.pattern}"
-        passed = left_out(config)
-        raise InputError(f"{asked}: no file found; {passed or _takes(config)}")
-    return {name: found.taken[name] for name in sorted(found.taken)}
+        passed = left_out(config, suffixes)
+        raise InputError(f"{asked}: no file found; {passed or _takes(config, suffixes)}")
+    return {name: listing.taken[name] for name in sorted(listing.taken)}
 
 
-def left_out(config: CorpusConfig) -> str:
+def left_out(config: CorpusConfig, suffixes: Sequence[str]) -> str:
     """What is passed over under corpus.path, and why, in one line; "" where it is nothing."""
-    if config.source not in SUFFIXES or Path(config.path).is_file():
+    if not suffixes or Path(config.path).is_file():
         return ""
-    passed = _listed(config).passed
+    passed = _listed(config, suffixes).passed
     if not passed:
         return ""
     kinds = sorted(passed, key=lambda kind: (-len(passed[kind]), kind))
@@ -80,7 +84,7 @@ def left_out(config: CorpusConfig) -> str:
     if rest := sum(len(passed[kind]) for kind in kinds[MOST_KINDS:]):
         said[MOST_KINDS:] = [f"{rest:,} of other kinds"]
     other = any(kind.startswith(".") or kind == BARE for kind in kinds)
-    return f"left out {', '.join(said)}" + (f"; {_takes(config)}" if other else "")
+    return f"left out {', '.join(said)}" + (f"; {_takes(config, suffixes)}" if other else "")
 
 
 def shown(name: str) -> str:
@@ -97,55 +101,56 @@ def _is_utf8(name: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
-def _takes(config: CorpusConfig) -> str:
-    packed = "" if config.source == "parquet" else f", also as {' or '.join(PACKED)}"
-    return f"corpus.source={config.source} takes {' and '.join(SUFFIXES[config.source])}{packed}"
+def _takes(config: CorpusConfig, suffixes: Sequence[str]) -> str:
+    plain = [suffix for suffix in suffixes if not suffix.endswith(PACKED)]
+    also = f", also as {' or '.join(PACKED)}" if len(plain) < len(suffixes) else ""
+    return f"corpus.source={config.source} takes {' and '.join(plain)}{also}"
 
 
-def _listed(config: CorpusConfig) -> Listing:
+def _listed(config: CorpusConfig, suffixes: Sequence[str]) -> Listing:
     """Every entry under corpus.path; folders that are hidden, linked or not asked for stay shut."""
-    root, found = Path(config.path), Listing()
+    root, listing = Path(config.path), Listing()
     if not root.is_dir():
         raise InputError(f"corpus.path={config.path}: no such file or folder")
     pattern = PurePosixPath(config.pattern).parts
 
     def unreadable(error: OSError) -> None:
-        found.passes("unreadable", _name(root, error.filename, "") + "/")
+        listing.passes("unreadable", _name(root, error.filename, "") + "/")
 
     # As pathlib's `glob`, which follows links in 3.12 at some places and in 3.13 at others.
     for folder, folders, names in os.walk(root, onerror=unreadable):
         for name in list(folders):
-            if not _enters(root, Path(folder, name), pattern, found):
+            if not _enters(root, Path(folder, name), pattern, listing):
                 folders.remove(name)
         for name in (name for name in names if name not in GITS_OWN):
             path = Path(folder, name)
             whole = _name(root, folder, name)
-            if kind := _passed_as(path, whole.split("/"), pattern, config.source):
-                found.passes(kind, whole)
+            if kind := _passed_as(path, whole.split("/"), pattern, suffixes):
+                listing.passes(kind, whole)
             else:
-                found.taken[whole] = path
-    return found
+                listing.taken[whole] = path
+    return listing
 
 
 def _name(root: Path, folder: str | Path, name: str) -> str:
     return Path(folder, name).relative_to(root).as_posix()
 
 
-def _enters(root: Path, path: Path, pattern: Parts, found: Listing) -> bool:
-    """Whether a folder is gone through; if not it is noted in `found`."""
+def _enters(root: Path, path: Path, pattern: Parts, listing: Listing) -> bool:
+    """Whether to look into a folder; if not, it is noted in `listing`."""
     name = _name(root, path, "")
     if path.name.startswith("."):
-        found.passes("hidden", f"{name}/")
+        listing.passes("hidden", f"{name}/")
     elif not _reaches(name.split("/"), pattern):
-        found.passes("not of corpus.pattern", f"{name}/")
+        listing.passes("not of corpus.pattern", f"{name}/")
     elif path.is_symlink():
-        found.linked.append(name)
+        listing.linked.append(name)
     else:
         return True
     return False
 
 
-def _passed_as(path: Path, parts: Parts, pattern: Parts, source: str) -> str:
+def _passed_as(path: Path, parts: Parts, pattern: Parts, suffixes: Sequence[str]) -> str:
     """Why a file is not taken; "" if it is."""
     if parts[-1].startswith("."):
         return "hidden"
@@ -154,16 +159,9 @@ def _passed_as(path: Path, parts: Parts, pattern: Parts, source: str) -> str:
     if not _fits(parts, pattern):
         return "not of corpus.pattern"
     suffix = _suffix(parts[-1])
-    if Path(pattern[-1]).suffix or suffix in _own(source):
+    if Path(pattern[-1]).suffix or suffix in suffixes:
         return ""
     return suffix or BARE
-
-
-def _own(source: str) -> Iterator[str]:
-    for suffix in SUFFIXES[source]:
-        yield suffix
-        if source != "parquet":
-            yield from (suffix + packed for packed in PACKED)
 
 
 def _suffix(name: str) -> str:

@@ -1,14 +1,11 @@
-"""Token files on disk, and deterministic batches from them."""
+"""Token files on disk: what they hold, opened and verified."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +13,9 @@ from pipeline import regular
 from pipeline.data import tokenizer
 from pipeline.errors import InputError, cut, quoted
 
-if TYPE_CHECKING:  # torch costs 3 s, which the processes that tokenize do without
-    import torch
-
 SPLITS = ("train", "val")
 DTYPE = np.dtype("<u2")
 READ_BYTES = 1 << 22
-
-log = logging.getLogger(__name__)
-
-
-# --- reading
 
 
 @dataclass(frozen=True)
@@ -54,8 +43,8 @@ def open_tokens(folder: Path, split: str, *, verify: bool = True) -> Tokens:
     expected = record["tokens"] * DTYPE.itemsize
     size = path.stat().st_size if path.is_file() else None
     if size != expected:
-        found = "no such file" if size is None else f"{size} bytes"
-        raise InputError(f"{path}: {found}, meta.json says {expected} bytes; {_AGAIN}")
+        actual = "no such file" if size is None else f"{size} bytes"
+        raise InputError(f"{path}: {actual}, meta.json says {expected} bytes; {_AGAIN}")
     if record["tokens"] < 2:
         raise InputError(f"{path}: {record['tokens']} tokens; at least 2 are needed")
     if verify:
@@ -106,10 +95,10 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
             largest = max(largest, int(ids.max()))
             documents += int(np.count_nonzero(ids == tokenizer.EOT))
             text_bytes += int(lengths[ids].sum())
-    found = digest.hexdigest()
+    actual = digest.hexdigest()
     problems = []
-    if found != record["sha256"]:
-        problems.append(f"{path}: SHA-256 is {found}, meta.json says {cut(record['sha256'])}")
+    if actual != record["sha256"]:
+        problems.append(f"{path}: SHA-256 is {actual}, meta.json says {cut(record['sha256'])}")
     elif (documents, text_bytes) != (record["documents"], record["bytes"]):
         problems.append(
             f"{path}: {documents} documents and {text_bytes} bytes of text, "
@@ -123,105 +112,15 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
         raise InputError("\n  ".join(problems) + f"; {_ROT}, then {_AGAIN}")
 
 
-# --- batches
-
-
-def check_length(tokens: Tokens, sequence_length: int) -> None:
-    """Raise InputError where there is not one sequence and the token after it."""
-    if len(tokens) <= sequence_length:
-        raise InputError(
-            f"{tokens.path}: {len(tokens)} tokens are too few for "
-            f"train.sequence_length={sequence_length}: at least {sequence_length + 1} are needed; "
-            "give the corpus more text or set a shorter length"
-        )
-
-
-def batch_at(
-    tokens: Tokens,
-    step: int,
-    micro_step: int,
-    *,
-    batch_size: int,
-    sequence_length: int,
-    accumulate: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets of one micro-batch, both (B, T) int64 on the CPU; a pure function.
-
-    An epoch visits every window of T inputs once, in an order drawn from (seed, epoch); where
-    the windows begin is drawn as well, so that the tokens that fill no window change by epoch.
-    A step takes the next batch_size * accumulate * world windows, the same ones however that
-    product is factored, going on into the next epoch rather than dropping any.
-    """
-    windows = (len(tokens) - 1) // sequence_length
-    assert windows > 0, "check_length comes first"
-    first = ((step * accumulate + micro_step) * world + rank) * batch_size
-    samples = range(first, first + batch_size)
-    starts = [_start(tokens, sequence_length, seed, *divmod(g, windows)) for g in samples]
-    return _gather(tokens.ids, np.array(starts), sequence_length)
-
-
-def _start(tokens: Tokens, length: int, seed: int, epoch: int, place: int) -> int:
-    offset, order = _epoch(len(tokens), length, seed, epoch)
-    return offset + int(order[place]) * length
-
-
-@functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
-def _epoch(count: int, length: int, seed: int, epoch: int) -> tuple[int, np.ndarray]:
-    """Where the first window begins, and the order of the windows: (windows,) uint32."""
-    windows, slack = divmod(count - 1, length)
-    assert windows < 1 << 32
-    generator = np.random.default_rng([seed, epoch])
-    offset = int(generator.integers(slack + 1))
-    return offset, generator.permutation(np.arange(windows, dtype=np.uint32))
-
-
-def _gather(ids: np.ndarray, starts: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    block = ids[starts[:, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
-    x, y = np.ascontiguousarray(block[:, :-1]), np.ascontiguousarray(block[:, 1:])
-    return torch.from_numpy(x), torch.from_numpy(y)  # (B, T), (B, T)
-
-
-def validation_windows(
-    tokens: Tokens,
-    *,
-    batch_size: int,
-    sequence_length: int,
-    limit: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Consecutive windows as inputs and targets, (B, T) int64 each, the ragged end as (1, t).
-
-    Over all ranks every token but the first is a target exactly once, or with `limit` the first
-    `limit` of those, whatever the batch size and `world`. Ranks take windows in turn, so one may
-    have a batch fewer, or none: add sums and counts over ranks, not means.
-    """
-    targets = len(tokens) - 1 if limit is None else min(limit, len(tokens) - 1)
-    full, ragged = divmod(targets, sequence_length)
-    mine = np.arange(rank, full, world) * sequence_length
-    for first in range(0, len(mine), batch_size):
-        yield _gather(tokens.ids, mine[first : first + batch_size], sequence_length)
-    if ragged and full % world == rank:
-        yield _gather(tokens.ids, np.array([full * sequence_length]), ragged)
-
-
-# --- for a person
-
-
 def inspect(folder: Path) -> dict[str, bool]:
     """{what to tell of a file: is it whole}, from all that `open_tokens` looks at."""
     told: dict[str, bool] = {}  # what is wrong with meta.json is told once
     for split in SPLITS:
         try:
-            found = open_tokens(folder, split)
+            tokens = open_tokens(folder, split)
         except InputError as error:
             told[str(error)] = False
         else:
-            held = f"{len(found):,} tokens, {found.documents:,} documents, {found.bytes:,} bytes"
-            told[f"{found.path}: whole, {held} of text"] = True
+            held = f"{len(tokens):,} tokens, {tokens.documents:,} documents, {tokens.bytes:,} bytes"
+            told[f"{tokens.path}: whole, {held} of text"] = True
     return told

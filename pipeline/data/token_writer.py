@@ -1,4 +1,4 @@
-"""Documents into token files, by all cores; data.py reads what this writes."""
+"""Documents into token files, by all cores; `token_files` reads what this writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.data.token_files import DTYPE, SPLITS
 from pipeline.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from pipeline.data.corpus import Document
+    from pipeline.data.documents import Document
 
 BATCH_BYTES = 1 << 18  # of text in one task of a worker: 15 ms and a few MB; 1 MB was no faster
 

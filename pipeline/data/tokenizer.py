@@ -17,9 +17,8 @@ import tiktoken
 
 from pipeline import regular
 from pipeline.errors import InputError
+from pipeline.published import EOT, VOCAB_SIZE
 
-EOT = 50256
-VOCAB_SIZE = 50257
 EOT_TEXT = "<|endoftext|>"
 
 
@@ -58,7 +57,7 @@ _CACHE_VARIABLE = "TIKTOKEN_CACHE_DIR"
 
 @functools.lru_cache(maxsize=1)
 def gpt2() -> tiktoken.Encoding:
-    """The GPT-2 encoding as tiktoken has it: 50,256 byte-pair tokens and end-of-text.
+    """The GPT-2 encoding as tiktoken has it: byte-pair tokens and end-of-text.
 
     Raises InputError where the two files are neither installed nor cached nor downloadable.
     """
@@ -129,7 +128,7 @@ def write_files(folder: Path) -> None:
 
 
 def token_byte_lengths() -> np.ndarray:
-    """(50257,) int64: the bytes each token decodes to; end-of-text is no text and counts 0."""
+    """(VOCAB_SIZE,) int64: bytes each token decodes to; end-of-text is no text and counts 0."""
     encoding = gpt2()
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(EOT)]
     return np.array([*lengths, 0], dtype=np.int64)
@@ -158,9 +157,9 @@ def _wheel_content(source: _Source, folder: Path) -> bytes:
         content = regular.read(path, 1 << 24)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; {_REINSTALL}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != source.sha256:
-        raise InputError(f"{path}: SHA-256 is {found}, expected {source.sha256}; {_REINSTALL}")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != source.sha256:
+        raise InputError(f"{path}: SHA-256 is {digest}, expected {source.sha256}; {_REINSTALL}")
     return content
 
 

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.config import VOCAB_SIZE
 from pipeline.diagnostics.curve_stats import (
     BEFORE_SPIKE,
     CUT_TO,
@@ -21,6 +20,7 @@ from pipeline.diagnostics.curve_stats import (
     smoothed,
     tail,
 )
+from pipeline.published import VOCAB_SIZE
 from pipeline.records.run_data import RunData
 
 # Where a rule speaks up. The tests have a run just below and one just above each threshold.

@@ -15,6 +15,7 @@ from pipeline import config as configuration
 from pipeline import paths
 from pipeline.config import TrainConfig
 from pipeline.data import token_files
+from pipeline.data.batches import check_length
 from pipeline.data.token_files import Tokens
 from pipeline.data.tokenizer import EOT, gpt2
 from pipeline.errors import InputError
@@ -182,7 +183,7 @@ def of_run(step: int, name: str | None) -> str:
                 f"{tokens.path}: not the tokens that {name or WORKSPACE} was trained on (SHA-256 "
                 f"{tokens.sha256[:SHA_DIGITS]}..., there {theirs[:SHA_DIGITS] or 'not known'}...)"
             )
-    token_files.check_length(tokens, config.sequence_length)
+    check_length(tokens, config.sequence_length)
     lines = _lines(tokens, _by_micro_batch(_step_spans(tokens, config, step)))
     return "\n".join([f"{tokens.path}, step {step} {whose}:", *lines])
 

@@ -1,44 +1,55 @@
-"""The network as sampling runs it: the model's own blocks, with products made for few rows.
+"""The network as sampling runs it: the model's own blocks, with matrix products for few rows.
 
-A step of sampling reads every weight to multiply it with one row a text, so it is as fast as
-weights come out of memory, if the product lets them. The model's file stays the only definition
-of the network: a `Decoder` is a copy that shares its parts, only its products are others.
+A step of sampling multiplies every weight by one row per text, so it is as fast as weights come
+out of memory, provided that the product keeps up. The model's file stays the only definition of
+the network: a `Decoder` is a copy that shares its parts and replaces its products.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.compute.emulation import emulated
+from pipeline.compute import fp8
 from pipeline.inference.int8 import Int8Linear
 from pipeline.model.gpt import GPT, KVCache
 from pipeline.model.loss import mean_of, token_losses
+
+if TYPE_CHECKING:
+    from pipeline.compute.precision import Precision
 
 Product = Callable[[Tensor], Tensor]
 
 
 class Decoder:
-    """A model for inference that multiplies `rows` rows at a time most often.
+    """A model for inference that mostly multiplies `rows` rows at a time.
 
-    `weights` is fp32 or int8 (see `int8.py`). What it holds beyond the model's memory: see
-    `product_for`. Changes to the model's weights after it is made may go unseen.
+    `weights` is fp32 or int8 (see `int8.py`). For the memory beside the model's see `product_for`.
+    Later changes to the model's weights may go unseen. Everything runs inside `computing`.
     """
 
     @torch.no_grad()
-    def __init__(self, model: GPT, weights: str = "fp32", rows: int = 1) -> None:
-        self.config = model.config
-        weight = model.transformer.wte.weight
-        self.dtype = weight.dtype  # of products, as autocast has it now
-        if torch.is_autocast_enabled(weight.device.type):
-            self.dtype = torch.get_autocast_dtype(weight.device.type)
-        make = product_for(weight.device, self.dtype, weights, rows)
-        self.body: GPT = _with_products(model, make)
-        self.head = make(weight, None)
+    def __init__(
+        self, model: GPT, precision: Precision, weights: str = "fp32", rows: int = 1
+    ) -> None:
+        self.config, self.precision = model.config, precision
+        self.dtype = precision.dtype  # of keys and values, which products give
+        self.body: GPT = _with_products(model, product_for(precision, weights, rows))
+        make_head = product_for(precision.of_the_rest(), weights, rows)
+        self.head = make_head(model.transformer.wte.weight, None)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around every call below: products and everything else in the decoder's precision."""
+        with self.precision.products(), self.precision.autocast():
+            yield
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) -> (B, T, C), as `GPT.hidden` without dropout."""
@@ -55,17 +66,20 @@ class Decoder:
 
 
 def product_for(
-    device: torch.device, dtype: torch.dtype, weights: str, rows: int
+    precision: Precision, weights: str, rows: int
 ) -> Callable[[Tensor, Tensor | None], Product]:
-    """What makes a product with results in `dtype` out of weights (N, K) and a bias (N,) or none.
+    """A maker of products from weights (N, K) and a bias (N,) or None.
 
-    int8 keeps a quarter of the weights' memory beside the model, bf16 and fp16 half. In plain
+    int8 takes a quarter of the weights' memory beside the model, bf16, fp16 and fp8 half. In plain
     fp32 on a CPU, oneDNN multiplies the model's own weights for one row, and for more a copy that
-    it has sorted; where torch comes without it, a copy of (K, N) serves one row.
+    it has reordered; where torch comes without oneDNN, a copy of (K, N) serves one row.
     """
+    dtype = precision.dtype
     if weights == "int8":
         return lambda weight, bias: Int8Linear(weight, bias, dtype)
-    if device.type != "cpu" or dtype is not torch.float32 or emulated() is not None:
+    if precision.effective == "fp8":
+        return partial(Fp8Linear, precision)
+    if precision.device.type != "cpu" or precision.effective != "fp32":
         return lambda weight, bias: Linear(weight.to(dtype), bias)
     if has_onednn():
         return lambda weight, bias: OneDnnLinear(weight, bias, rows)
@@ -73,7 +87,7 @@ def product_for(
 
 
 class Linear:
-    """`F.linear` without a module around it; autocast finds its weights converted."""
+    """`F.linear` without a module around it, with weights that autocast need not convert."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, None if bias is None else bias.to(weight.dtype)
@@ -82,18 +96,29 @@ class Linear:
         return F.linear(x, self.weight, self.bias)
 
 
+class Fp8Linear(Linear):
+    """`fp8.linear`, from weights that are kept in bf16."""
+
+    def __init__(self, precision: Precision, weight: Tensor, bias: Tensor) -> None:
+        super().__init__(weight.to(precision.dtype), bias)
+        self.emulated = precision.emulated
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return fp8.linear(x, self.weight, self.bias, emulated=self.emulated)
+
+
 class RowLinear(Linear):
-    """Weights stored (K, N): one row times them adds up long rows, and reads memory in order."""
+    """A product with weights stored as (K, N): for one row it reads memory in order."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.t().contiguous().t(), bias)
 
 
 class OneDnnLinear:
-    """oneDNN's product, which torch.compile uses on CPUs; `F.linear` takes MKL's in fp32.
+    """oneDNN's product, which torch.compile uses on CPUs; in fp32 `F.linear` takes MKL's.
 
-    MKL multiplies a row at a third of the memory's speed on AMD's CPUs, oneDNN at nearly all.
-    For more rows it sorts the weights into the blocks that it multiplies, into a copy.
+    On AMD's CPUs MKL multiplies one row at a third of the memory's speed, oneDNN at nearly all of
+    it. For more rows a copy of the weights is reordered into the blocks that oneDNN multiplies.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
@@ -121,11 +146,11 @@ def _with_products(module: nn.Module, make: Callable[[Tensor, Tensor | None], Pr
 
 
 class Step:
-    """One token a row onto a filled cache: on a GPU as a CUDA graph, launched as a whole.
+    """The pass of one token per row behind a filled cache: on a GPU as one CUDA graph.
 
-    A step launches some 200 kernels, which takes the host longer than the GPU needs for them. A
-    graph has fixed shapes and addresses, so the tokens see a mask over the whole cache, and the
-    column to write is a number on the device.
+    A step launches some 200 kernels, which takes the host longer than the GPU needs for them; a
+    graph of them is launched at once. It has fixed shapes and addresses, so the tokens see a mask
+    over the whole cache, and the column to write is a number on the device.
     """
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
@@ -135,7 +160,10 @@ class Step:
         self._logits: Tensor | None = None
 
     def __call__(self, token: Tensor, column: int) -> Tensor:
-        """Tokens (B, 1) for `column`, the first free one -> logits (B, V), valid until the next."""
+        """Tokens (B, 1) for `column`, the first free one -> logits (B, V).
+
+        They are valid until the next call, which writes to the same memory.
+        """
         self._token.copy_(token)
         self._cache.column.fill_(column)
         if self._token.device.type != "cuda":
@@ -146,13 +174,14 @@ class Step:
         return self._logits
 
     def _run(self) -> Tensor:
-        self._cache.length = 0  # columns are counted on the device
+        self._cache.length = 0  # the column is counted on the device: see FixedCache
         return self._decoder.logits(self._decoder.hidden(self._token, self._cache)[:, -1])
 
     def _capture(self) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up, which no graph can hold
+        # A first run by itself: libraries allocate their workspaces, which no graph may record.
+        with torch.cuda.stream(side):
             self._run()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
@@ -161,7 +190,7 @@ class Step:
 
 
 class FixedCache(KVCache):
-    """The buffers of another cache, with one token a row going to `column`, a 0-dim tensor."""
+    """The buffers of another cache, with one token per row going to `column`, a 0-dim tensor."""
 
     def __init__(self, filled: KVCache) -> None:
         self.keys, self.values, self.padding = filled.keys, filled.values, filled.padding
@@ -170,7 +199,7 @@ class FixedCache(KVCache):
         self.length, self.mask = 0, None
 
     def begin(self, tokens: int) -> Tensor:
-        """Positions (1,) or (B, 1); the mask leaves out the columns behind the token's."""
+        """Positions (1,) or (B, 1), and the mask that leaves out all columns after the token's."""
         assert tokens == 1, "a step is one token a row"
         column = self.column.view(1)
         if self.padding is not None:
@@ -187,15 +216,14 @@ class FixedCache(KVCache):
 
 
 @torch.inference_mode()
-def mean_loss(
-    decoder: Decoder, windows: Iterable[tuple[Tensor, Tensor]], device: torch.device
-) -> float:
-    """Mean nats a target over windows of inputs and targets (B, T), by the products of sampling.
+def mean_loss(decoder: Decoder, windows: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Mean loss in nats/target over inputs and targets (B, T), by the products of sampling.
 
-    `loss.mean_loss` is the same by those of training: the difference is what int8 costs.
+    `loss.mean_loss` has those of training: the difference is what int8 costs.
     """
 
     def nats(x: Tensor, y: Tensor) -> Tensor:
         return token_losses(decoder.logits(decoder.hidden(x)), y).sum()  # of (B, T, V), (B, T)
 
-    return mean_of(nats, windows, device)
+    with decoder.computing():
+        return mean_of(nats, windows, decoder.precision.device)

@@ -1,45 +1,33 @@
-"""What a model is worth: validation loss, bits per byte, multiple choice."""
+"""Evaluation of a model: its tasks, the validation loss and bits per byte among them."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import text_fields
-from pipeline.data.token_files import validation_windows
-from pipeline.data.tokenizer import EOT, VOCAB_SIZE, encode, gpt2, token_byte_lengths
-from pipeline.errors import InputError, quoted
-from pipeline.model.loss import IGNORE, evaluating, mean_loss, token_losses
+from pipeline.data.batches import validation_windows
+from pipeline.data.tokenizer import token_byte_lengths
+from pipeline.inference.multiple_choice import multiple_choice
+from pipeline.model.loss import mean_loss, token_losses
+from pipeline.published import EOT, VOCAB_SIZE
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
     from pipeline.data.token_files import Tokens
     from pipeline.model.gpt import GPT
 
-CHOICES = 4  # endings an item, as in HellaSwag; guessing scores 0.25
-# 64 tokens an item fit every recipe's sequence, and 200 items use a fifth of the default
-# validation split. An ending of 16 tokens is about a line: long enough to carry a subject, short
-# enough that no single likely phrase decides. A context of three times as much sets the subject.
-CONTEXT_TOKENS = 48
-ENDING_TOKENS = 16
-_POOL = 4  # endings gathered for each item asked for, so that wrong ones come from far and wide
-HELLASWAG_BYTES = 1 << 28  # its largest split has 48 MB
-MOST_PROBLEMS = 8  # named at once
 _CHUNK = 1 << 22  # tokens looked at together: bounds memory on a split of any size
 
 
 @dataclass(frozen=True)
 class Context:
-    """How to run a model: where, at which precision, and how much at a time.
+    """How a task runs the model: device, precision, sequences at a time.
 
     `sequence_length` is the longest context the model is judged at, as a rule the one it was
     trained at: later rows of the position embedding may never have been trained.
@@ -51,24 +39,15 @@ class Context:
     sequence_length: int
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One multiple-choice item as tokens; each ending continues the context as it stands."""
-
-    context: tuple[int, ...]
-    endings: tuple[tuple[int, ...], ...]
-    label: int  # which ending is the true one
-
-
 Task = Callable[["GPT", Any, Context], Iterator[tuple[str, float]]]
 
 
 def evaluate(model: GPT, tasks: Mapping[str, Any], context: Context) -> dict[str, float]:
-    """Run tasks, given as {name in TASKS: the task's tokens or items}.
+    """Run `tasks`, {name in TASKS: the tokens or items that it works on} -> {"task/metric": value}.
 
-    Returns {"task/metric": value}. Nothing is drawn from any random generator and the model's
-    training flag is as before.
+    Nothing is drawn from any random generator, and the model's training flag is as before.
     """
+    context.precision.prepare(model)
     results = {}
     for name, material in tasks.items():
         for key, value in TASKS[name](model, material, context):
@@ -111,9 +90,9 @@ def target_bytes(tokens: Tokens) -> int:
 
 
 def unigram_loss(train: Tokens, val: Tokens) -> float:
-    """Nats a validation target costs a model that knows token frequencies and nothing else.
+    """Loss in nats/target of a model that knows token frequencies and nothing else.
 
-    Cross-entropy of the training counts, one added to each of the 50257 (Laplace), on the same
+    Cross-entropy of the training counts, one added to each of them (Laplace), on the same
     targets as `validation`: what a trained model has to beat to have learnt any order.
     """
     seen = _counts(train.ids) + 1
@@ -123,7 +102,7 @@ def unigram_loss(train: Tokens, val: Tokens) -> float:
 
 
 def _counts(ids: np.ndarray) -> np.ndarray:
-    """(50257,) int64: how often each token occurs."""
+    """(VOCAB_SIZE,) int64: how often each token occurs."""
     total = np.zeros(VOCAB_SIZE, dtype=np.int64)
     for part in _chunks(ids):
         total += np.bincount(part, minlength=VOCAB_SIZE)
@@ -132,248 +111,6 @@ def _counts(ids: np.ndarray) -> np.ndarray:
 
 def _chunks(ids: np.ndarray) -> Iterator[np.ndarray]:
     return (ids[first : first + _CHUNK] for first in range(0, len(ids), _CHUNK))
-
-
-# --- multiple choice
-
-
-def multiple_choice(
-    model: GPT, items: Sequence[Choice], context: Context
-) -> Iterator[tuple[str, float]]:
-    """Share of items whose true ending is the likeliest, with standard errors and their number.
-
-    `acc` takes the ending of the smallest summed loss. `acc_norm` divides that by the ending's
-    characters, without the space before it, as lm-evaluation-harness does, `acc_per_token` by its
-    tokens, which build-nanogpt's hellaswag.py calls acc_norm. Standard errors are
-    sqrt(p (1 - p) / n). A context that does not fit is cropped from the left. Without items, only
-    their number.
-
-    Raises InputError for an ending longer than `context.sequence_length`.
-    """
-    yield "count", float(len(items))
-    if not items:
-        return
-    nats = ending_nats(model, items, context)  # (N, 4)
-    tokens = np.array([[len(ending) for ending in item.endings] for item in items])
-    characters = np.array([[_characters(ending) for ending in item.endings] for item in items])
-    labels = np.array([item.label for item in items])
-    scored = {"acc": nats, "acc_norm": nats / characters, "acc_per_token": nats / tokens}
-    for name, scores in scored.items():
-        share = float((scores.argmin(axis=1) == labels).mean())
-        yield name, share
-        yield f"{name}_stderr", math.sqrt(share * (1 - share) / len(items))
-
-
-def _characters(ending: tuple[int, ...]) -> int:
-    return len(gpt2().decode(ending).removeprefix(" "))
-
-
-def ending_nats(model: GPT, items: Sequence[Choice], context: Context) -> np.ndarray:
-    """(N, 4) float64: the summed loss of each ending behind its context, in nats.
-
-    Rows of like length run together, so that little is padding; which rows meet in a batch
-    changes nothing. Raises InputError as `multiple_choice` does.
-    """
-    rows = [(item.context, ending) for item in items for ending in item.endings]
-    assert all(start for start, _ in rows), "an ending's first token needs one before it"
-    check_endings(items, context.sequence_length)
-    nats = np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]) + len(rows[row][1]))
-    with evaluating(model):
-        for first in range(0, len(rows), context.batch_size):
-            batch = order[first : first + context.batch_size]
-            x, y = _pad([rows[row] for row in batch], context.sequence_length)
-            nats[batch] = _row_nats(model, x, y, context)
-    return nats.reshape(len(items), -1)
-
-
-def check_endings(items: Sequence[Choice], sequence_length: int) -> None:
-    """Raise InputError where an ending does not fit, whatever is cropped of its context."""
-    longest = max((len(ending) for item in items for ending in item.endings), default=0)
-    if longest > sequence_length:
-        raise InputError(
-            f"multiple choice: an ending has {longest} tokens, "
-            f"expected at most sequence_length={sequence_length}"
-        )
-
-
-def _pad(
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]], sequence_length: int
-) -> tuple[Tensor, Tensor]:
-    """(context, ending) pairs -> inputs and targets, (B, T) int64 each.
-
-    Padding is on the right, where no earlier token sees it; only endings are targets.
-    """
-    texts = [[*start, *ending][-(sequence_length + 1) :] for start, ending in rows]
-    width = max(map(len, texts)) - 1
-    x = torch.zeros(len(rows), width, dtype=torch.int64)
-    y = torch.full((len(rows), width), IGNORE)
-    for row, (text, (_, ending)) in enumerate(zip(texts, rows, strict=True)):
-        x[row, : len(text) - 1] = torch.tensor(text[:-1])
-        y[row, len(text) - 1 - len(ending) : len(text) - 1] = torch.tensor(ending)
-    return x, y
-
-
-def _row_nats(model: GPT, x: Tensor, y: Tensor, context: Context) -> np.ndarray:
-    """(B,) float64: each row's loss summed over its targets. The head sees target places only."""
-    x, y = x.to(context.device), y.to(context.device)
-    wanted = y != IGNORE  # (B, T)
-    with context.precision.products(), context.precision.autocast():
-        logits = model.logits(model.hidden(x)[wanted])  # (M, V)
-        losses = token_losses(logits, y[wanted])  # (M,)
-    owners = wanted.nonzero()[:, 0].cpu().numpy()
-    return np.bincount(owners, weights=losses.cpu().numpy(), minlength=len(x))
-
-
-# --- items
-
-
-def choice_items(tokens: Tokens, count: int, seed: int) -> list[Choice]:
-    """Up to `count` items made from a split's documents: what comes next, among three strangers.
-
-    A context of CONTEXT_TOKENS, its true continuation of ENDING_TOKENS, and three continuations
-    of other such contexts, from other documents as long as there are any. Contexts and true
-    endings never overlap, nothing holds end-of-text, and every item reads the same through
-    HellaSwag's file format (`write_hellaswag`). The same tokens, count and seed give the same
-    items; fewer than asked, or none, where the split is too short or sets no words off by spaces.
-    """
-    random = np.random.default_rng(seed)
-    pool = list(islice(_passages(tokens.ids, random), _POOL * count))
-    items = []
-    for index in random.permutation(len(pool))[:count]:
-        document, context, ending = pool[index]
-        others = _strangers(pool, document, ending, random)
-        if len(others) == CHOICES - 1:
-            label = int(random.integers(CHOICES))
-            endings = (*others[:label], ending, *others[label:])
-            items.append(Choice(context, endings, label))
-    return items
-
-
-_Passage = tuple[int, tuple[int, ...], tuple[int, ...]]  # document, context, ending
-
-
-def _passages(ids: np.ndarray, random: np.random.Generator) -> Iterator[_Passage]:
-    """Passages that do not overlap, document by document in random order.
-
-    An ending starts with a space, as HellaSwag's do, and both parts come back unchanged when
-    their text is encoded alone: a cut inside a character or a run of blanks would not. Neither
-    ends in white space, which others' harnesses strip or score with the ending.
-    """
-    starts = np.flatnonzero(ids == EOT)
-    ends = np.append(starts[1:], len(ids))
-    spaced = _begins_with_space()
-    for document in random.permutation(len(starts)):
-        text = ids[starts[document] + 1 : ends[document]]
-        free = 0  # where the passage before ended
-        for cut in np.flatnonzero(spaced[text[: len(text) - ENDING_TOKENS + 1]]):
-            if cut - free < CONTEXT_TOKENS:
-                continue
-            context = tuple(text[cut - CONTEXT_TOKENS : cut].tolist())
-            ending = tuple(text[cut : cut + ENDING_TOKENS].tolist())
-            if _survives(context) and _survives(ending):
-                free = cut + ENDING_TOKENS
-                yield int(document), context, ending
-
-
-def _begins_with_space() -> np.ndarray:
-    """(50257,) bool: does the token start with a space and go on with something visible?"""
-    words = [gpt2().decode_single_token_bytes(token) for token in range(EOT)]
-    return np.array([word[:1] == b" " and bool(word[1:].strip()) for word in words] + [False])
-
-
-def _survives(tokens: tuple[int, ...]) -> bool:
-    text = gpt2().decode(tokens)
-    return text == text.rstrip() and tuple(encode(text).tolist()) == tokens
-
-
-def _strangers(
-    pool: Sequence[_Passage], document: int, ending: tuple[int, ...], random: np.random.Generator
-) -> list[tuple[int, ...]]:
-    """Up to three endings unlike `ending` and one another, from other documents if possible."""
-    order = random.permutation(len(pool))
-    found: list[tuple[int, ...]] = []
-    for elsewhere in (True, False):
-        for index in order:
-            if len(found) == CHOICES - 1:
-                return found
-            home, _, other = pool[index]
-            if (home != document) == elsewhere and other != ending and other not in found:
-                found.append(other)
-    return found
-
-
-# --- HellaSwag's file format
-
-
-def hellaswag_items(path: str | Path) -> list[Choice]:
-    """Items of a HellaSwag .jsonl file (Zellers et al. 2019): ind, ctx, endings, label.
-
-    A missing or empty `ctx` is `ctx_a`, a space and `ctx_b`, as the data set defines it; an ending
-    is encoded with the space before it. The file may be packed (`.gz`, `.zst`). Raises one
-    InputError naming path, line and field of all that cannot be used, up to MOST_PROBLEMS.
-    """
-    path = Path(path)
-    items, problems = [], []
-    try:
-        for line in text_fields.lines(path):
-            if line.start > HELLASWAG_BYTES:
-                raise InputError(f"{path}: expected at most {HELLASWAG_BYTES:,} bytes")
-            try:
-                items.append(_hellaswag_item(line))
-            except InputError as error:
-                problems.append(str(error))
-            if len(problems) == MOST_PROBLEMS:
-                problems.append("and perhaps more: the rest has not been read")
-                break
-    except InputError as error:
-        problems.append(str(error))
-    except OSError as error:
-        problems.append(f"{path}: cannot be read: {error.strerror or error}")
-    if problems:
-        raise InputError("\n  ".join(problems))
-    if not items:
-        raise InputError(f"{path}: no items in it; expected one JSON object a line")
-    return items
-
-
-def _hellaswag_item(line: text_fields.Line) -> Choice:
-    item, where = text_fields.json_object(line), line.where
-    context = item.get("ctx")
-    if context is None or context == "":
-        parts = [item.get(name) or "" for name in ("ctx_a", "ctx_b")]
-        if all(isinstance(part, str) for part in parts):
-            context = " ".join(parts).strip()
-    if not isinstance(context, str) or not context:
-        raise InputError(f"{where}: ctx={quoted(context)}: expected text, or ctx_a and ctx_b")
-    endings = item.get("endings")
-    texts = isinstance(endings, list) and all(isinstance(e, str) and e for e in endings)
-    if not texts or len(endings) != CHOICES:
-        raise InputError(f"{where}: endings={quoted(endings)}: expected a list of {CHOICES} texts")
-    label = item.get("label")
-    if str(label) not in map(str, range(CHOICES)):
-        raise InputError(
-            f"{where}: label={quoted(label)}: expected 0 to {CHOICES - 1}; "
-            "the test split has no labels"
-        )
-    start = _tokens(context, f"{where}: ctx")
-    return Choice(start, tuple(_tokens(f" {e}", f"{where}: endings") for e in endings), int(label))
-
-
-def _tokens(text: str, where: str) -> tuple[int, ...]:
-    return tuple(encode(text_fields.checked(text, where)).tolist())
-
-
-def write_hellaswag(items: Sequence[Choice], path: str | Path) -> None:
-    """Write items as HellaSwag's own .jsonl, for `hellaswag_items` or anybody else's harness."""
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for index, item in enumerate(items):
-            context = gpt2().decode(item.context)
-            endings = [gpt2().decode(ending) for ending in item.endings]
-            assert all(ending.startswith(" ") for ending in endings), "the format adds this space"
-            row = {"ind": index, "ctx_a": context, "ctx_b": "", "ctx": context, "split": "val"}
-            row |= {"endings": [ending[1:] for ending in endings], "label": item.label}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 TASKS: dict[str, Task] = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pipeline.compute.precision import choose_precision
 from pipeline.data.tokenizer import EOT
 from pipeline.errors import InputError, NumericsError
 from pipeline.inference.decoding import Decoder, Step
@@ -61,11 +62,12 @@ def stream(
 ) -> Iterator[Tensor]:
     """Continue prompts (B, T) int64 by `max_new_tokens`, yielding one column (B,) int64 a step.
 
-    The model sees the last `block_size` tokens. Randomness comes from `generator` alone, one for
-    all rows or one for each of as many equal groups of rows, and the result is the same with
-    `kv_cache` on or off. `padding` (B,) says how many tokens on the left of a row are none: the
-    row continues as it would alone. Whoever samples often makes a `Decoder` once: sorting or
-    rounding the weights takes as long as some tokens.
+    The model sees the last `block_size` tokens, in `config.precision`. Randomness comes from
+    `generator` alone, one for all rows or one for each of as many equal groups of rows, and the
+    result is the same with `kv_cache` on or off. `padding` (B,) is the number of filler tokens on
+    the left of each row: the row continues as it would alone. Whoever samples often makes a
+    `Decoder` once (with its own precision): reordering or rounding weights takes as long as some
+    tokens.
 
     Raises InputError for an empty prompt or an id beyond the vocabulary, NumericsError where the
     prompt's logits are not finite.
@@ -73,15 +75,20 @@ def stream(
     _check_prompt(model, idx, padding)
     if padding is not None and not padding.any():
         padding = None  # the kernels without a mask are faster
-    decoder = model if isinstance(model, Decoder) else Decoder(model, config.weights, len(idx))
+    decoder = model if isinstance(model, Decoder) else _decoder(model, config, len(idx))
     window = Window(decoder, idx, config, padding)
     for step in range(config.max_new_tokens):
-        logits = window.next_logits()  # (B, V)
+        with decoder.computing():
+            logits = window.next_logits()  # (B, V)
         if step == 0 and not logits.isfinite().all():  # once: on a GPU each look waits for it
             raise NumericsError("the logits of the prompt are not finite: the weights are broken")
         column = draw(logits, config, generator)  # (B,)
         yield column
         window.append(column)
+
+
+def _decoder(model: GPT, config: SampleConfig, rows: int) -> Decoder:
+    return Decoder(model, choose_precision(config.precision, _device(model)), config.weights, rows)
 
 
 class Window:

@@ -1,9 +1,8 @@
-"""The Hugging Face layout of GPT-2: names, shapes and config both ways, import."""
+"""The Hugging Face layout of GPT-2: names, shapes and config.json, both ways."""
 
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from pipeline.errors import InputError, cut, quoted
 from pipeline.model.gpt import GPT, LAYER_NORM_EPS, GPTConfig
-from pipeline.regular import read_json
-from pipeline.storage.tensor_files import read_tensors, shortened
+from pipeline.published import EOT, VOCAB_SIZE
+from pipeline.storage.tensor_files import shortened
 
 # OpenAI wrote these four as Conv1D, whose weight is (in, out); nn.Linear holds (out, in).
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -22,8 +21,6 @@ MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # not c_attn.bias
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # fp32 holds each of them exactly
 PREFIX = "transformer."
 
-EOT = 50256
-VOCAB_SIZE = 50257
 # What the core computes. Any other value means another function, so it is refused by name.
 FIXED = {
     "model_type": "gpt2",
@@ -47,8 +44,6 @@ FOREIGN = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-# Heads leave no trace in any shape, so for the published sizes (n_layer, n_embd) they are known.
-PUBLISHED_HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -188,9 +183,9 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
 def gpt_config(
     hf: dict[str, Any],
     *,
-    vocab_rows: int = 50304,
-    dropout: float = 0.0,
-    attention: str = "sdpa",
+    vocab_rows: int = GPTConfig.vocab_rows,
+    dropout: float = GPTConfig.dropout,
+    attention: str = GPTConfig.attention,
     where: str | Path = "config.json",
 ) -> GPTConfig:
     """config.json -> GPTConfig. Raises InputError naming every field that asks for another model.
@@ -224,86 +219,3 @@ def gpt_config(
         dropout=dropout,
         attention=attention,
     )
-
-
-# Import
-
-
-def import_pretrained(
-    name_or_folder: str,
-    *,
-    vocab_rows: int = 50304,
-    dropout: float = 0.0,
-    attention: str = "sdpa",
-) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Published weights -> (config, our state dict in fp32), from a local folder or a hub id.
-
-    A folder is only read, and only safetensors are. For a size nobody published it warns that
-    `n_head` is taken on trust. Raises InputError where the weights or their config cannot be used,
-    or the hub cannot be reached.
-    """
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        folder = _download(name_or_folder)
-    where = folder / "config.json"
-    config = gpt_config(
-        read_json(where),
-        vocab_rows=vocab_rows,
-        dropout=dropout,
-        attention=attention,
-        where=where,
-    )
-    _check_heads(config, where)
-    return config, from_hf(read_tensors(folder), config, folder)
-
-
-def _check_heads(config: GPTConfig, where: Path) -> None:
-    published = PUBLISHED_HEADS.get((config.n_layer, config.n_embd))
-    size = f"{config.n_layer} layers of {config.n_embd} channels"
-    if published is None:
-        message = f"{where}: {size}: no published size; n_head={config.n_head} cannot be checked"
-        warnings.warn(message, stacklevel=3)
-    elif config.n_head != published:
-        raise InputError(f"{where}: n_head: expected {published} for {size}, got {config.n_head}")
-
-
-def _download(name: str) -> Path:
-    """Snapshot of a hub model: its config and safetensors, nothing else."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
-        raise InputError(f"init.hf_model={name}: no such folder, and not a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    wanted = ["config.json", "model.safetensors", "model-*.safetensors", "*.safetensors.index.json"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # the hub client's errors share no base, nor its HTTP library's
-        reason = re.sub(r"//[^/@\s]*@", "//", str(error).strip().split("\n")[0])
-        raise InputError(
-            f"init.hf_model={name}: no such folder, and the hub did not give it "
-            f"({type(error).__name__}: {reason}). Behind a mirror set HF_ENDPOINT; without a "
-            "network copy config.json and model.safetensors here and name their folder"
-        ) from None
-
-
-# What was imported
-
-
-def parameter_table(model: GPT) -> list[dict[str, Any]]:
-    """One row a tensor: name, hf_name, hf_shape, our_shape, transposed, std, parameters.
-
-    std is of the values HF sees (no padded rows), dividing by their number; parameters counts
-    ours. The head has no row: it is `wte`.
-    """
-    ours = model.state_dict()
-    return [
-        {
-            "name": name,
-            "hf_name": name,
-            "hf_shape": list(tensor.shape),
-            "our_shape": list(ours[name].shape),
-            "transposed": name.endswith(CONV1D),
-            "std": tensor.std(correction=0).item(),
-            "parameters": ours[name].numel(),
-        }
-        for name, tensor in to_hf(ours, model.config).items()
-    ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pipeline.compute.buffers import reused, taken
-from pipeline.compute.emulation import LOW, emulated, exact_products, round_to
+from pipeline.compute.emulation import LOW, exact_products, round_to
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 IGNORE = -100  # a target that counts for nothing, as in torch.nn.functional.cross_entropy
 MAX_LOGIT_BYTES = 1 << 30  # of the fp32 logits held at once; more tokens come in row chunks
 COLUMNS = 4192  # of the logits, at once in the weight's gradient: quicker than all (MKL, nano)
-FAR = 60.0  # nats; the probability of what a model rules out like that has few bits, or none
-BLOCK = 32  # rows of logits, 6 MB, at once where those of such targets are made again
+FAR = 60.0  # nats; a probability this small has few bits left in fp32, or is 0
+BLOCK = 32  # rows of logits, 6 MB, computed again at once for targets of such a probability
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(logits)[target], nats, in fp32: logits (..., V), targets (...) -> (...).
 
-    0 at targets that are IGNORE. The plain formula, which `linear_cross_entropy` equals.
+    Targets that are IGNORE have a loss of 0. This is the formula that `linear_cross_entropy` fuses
+    with the output layer.
     """
     flat = torch.nn.functional.cross_entropy(
         logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
@@ -39,6 +40,7 @@ def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    precision: Precision,
     *,
     vocab_size: int,
     scale: float | Tensor = 1.0,
@@ -52,21 +54,27 @@ def linear_cross_entropy(
 
     The gradients are made in the forward pass, in the buffer of the logits, so that these are
     never held twice and never mapped afresh; the backward pass only hands them out, once. Without a
-    need for gradients only the loss is computed. Under autocast the products, the logits and
-    their gradient are low, as with `F.linear`, and softmax and loss fp32.
+    need for gradients only the loss is computed. In a low `precision` the products, the logits and
+    their gradient are low, as `F.linear` has them under autocast; softmax and loss are fp32.
     """
     hidden, targets = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, scale)
-    return _Head(hidden, weight, targets, vocab_size, scale, gradients=False).loss
+        return _LinearCrossEntropy.apply(hidden, weight, targets, precision, vocab_size, scale)
+    return _Head(hidden, weight, targets, precision, vocab_size, scale, gradients=False).loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, scale: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        precision: Precision,
+        vocab_size: int,
+        scale: float | Tensor,
     ) -> Tensor:
-        head = _Head(hidden, weight, targets, vocab_size, scale, gradients=True)
+        head = _Head(hidden, weight, targets, precision, vocab_size, scale, gradients=True)
         ctx.grads = [head.grad_hidden, head.grad_weight]
         return head.loss
 
@@ -80,14 +88,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Asking a GPU whether the factor is one would stall it for longer than multiplying.
         if grad_output.device.type != "cpu" or grad_output != 1:
             grads = [grad * grad_output for grad in grads]
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 class _Head:
-    """The loss of one call and its gradients, products rounded as the mode in force has it.
+    """The loss of one call and its gradients.
 
     `rounding` names an emulated format: tensors stay fp32 and are rounded in place. `low` is a
-    dtype that the device multiplies itself. At most one of them is set.
+    dtype that the device multiplies itself. At most one of them is set; neither in plain fp32.
     """
 
     loss: Tensor  # 0-dim, fp32
@@ -99,11 +107,14 @@ class _Head:
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
+        precision: Precision,
         vocab_size: int,
         scale: float | Tensor,
         gradients: bool,
     ) -> None:
-        self.rounding, self.low = _formats(hidden)
+        own = precision.of_the_rest()  # the output layer is not one of those that fp8 is for
+        low = None if own.dtype is torch.float32 else own.dtype
+        self.rounding, self.low = (own.effective, None) if own.emulated else (None, low)
         self.vocab_size = vocab_size
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), exact_products():
             self.scale = torch.as_tensor(scale, dtype=torch.float32, device=hidden.device)
@@ -123,6 +134,8 @@ class _Head:
             indices = targets[rows].where(valid, 0).unsqueeze(1)  # (n, 1)
             total += self._losses(logits, indices, h[rows], w).where(valid, 0).sum()
             if gradients:
+                # `logits` holds probabilities by now. The gradient of softmax cross-entropy with
+                # respect to the logits is p - onehot(target): 1 less at the target.
                 p = logits.gather(1, indices)
                 logits.scatter_(1, indices, p - 1)
                 grad_hidden[rows] = self._gradients(logits, valid, h[rows], w, grad_weight, start)
@@ -137,25 +150,28 @@ class _Head:
         return x.detach().to(self.low or torch.float32)
 
     def _logits(self, h: Tensor, w: Tensor, name: str) -> Tensor:
-        """(n, rows) in fp32, with the values that the format has, in the buffer of that name."""
+        """Logits (n, rows) as fp32 numbers of the format, in the reused buffer `name`."""
         logits = reused(name, (len(h), len(w)), torch.float32, h.device)
         if self.low:
             logits.copy_(h @ w.t())
         else:
             torch.mm(h, w.t(), out=logits)
-        if self.rounding in LOW:
+        if self.rounding in LOW:  # in tf32 a product's result stays fp32
             round_to(logits, self.rounding, out=logits)
-        logits[:, self.vocab_size :] = -torch.inf
+        logits[:, self.vocab_size :] = -torch.inf  # padding: probability 0, hence gradient 0
         return logits
 
     def _losses(self, logits: Tensor, indices: Tensor, h: Tensor, w: Tensor) -> Tensor:
-        """(n,) losses; turns the logits into probabilities."""
+        """Losses (n,); turns the logits into probabilities."""
         if logits.device.type != "cpu" or torch.compiler.is_compiling():
             target, top = logits.gather(1, indices).squeeze(1), logits.amax(1)
             torch.softmax(logits, 1, out=logits)
-            # softmax keeps the sum of exponentials to itself: it is one over the top probability.
+            # loss = log(sum of exp(logit - top)) + top - target, and the top probability is
+            # exp(0) over that sum: minus its logarithm is the first term.
             return top - target - logits.amax(1).log()
-        # Without those passes over all logits (1.03x at nano size), but with a look at the values.
+        # -log p(target): two passes over all logits fewer (1.03x at nano size). Where p is too
+        # small for fp32 the loss is computed from the logits, which takes a look at the values,
+        # for which a GPU would have to be waited for.
         torch.softmax(logits, 1, out=logits)
         losses = logits.gather(1, indices).squeeze(1).log_().neg_()
         for rows in (losses > FAR).nonzero().squeeze(1).split(BLOCK):
@@ -165,12 +181,18 @@ class _Head:
     def _gradients(
         self, logits: Tensor, valid: Tensor, h: Tensor, w: Tensor, grad_weight: Tensor, start: int
     ) -> Tensor:
-        """Adds these rows' part to grad_weight (overwrites it at start 0); returns grad_hidden."""
-        factor = valid.unsqueeze(1).float()  # (n, 1)
+        """Adds these rows' part to grad_weight (overwrites it at start 0); returns grad_hidden.
+
+        `logits` (n, rows) holds the gradient of the logits, before the scale and before rows of
+        ignored targets are set to zero. With logits = h w^T: grad_weight = logits^T h, and
+        grad_hidden = logits w.
+        """
+        factor = valid.unsqueeze(1).float()  # (n, 1): 0 where the target is ignored
         if self.rounding in LOW or self.low:
-            logits.mul_(factor * self.scale)
+            logits.mul_(factor * self.scale)  # before the rounding: see `scale` of the function
         else:
-            h = h * factor  # zero rows, found in the small operand; the scale follows at the end
+            # Zeros go into the operand that is far smaller; `_finish` multiplies by the scale.
+            h = h * factor
         if self.rounding:
             round_to(logits, self.rounding, out=logits)
         if self.low:
@@ -180,7 +202,7 @@ class _Head:
             return low @ w
         size = COLUMNS if logits.device.type == "cpu" else logits.size(1)
         for part, out in zip(logits.split(size, 1), grad_weight.split(size), strict=True):
-            # beta 0 does not read what it is to overwrite.
+            # out = beta * out + part^T h; with beta 0 what `out` held is not read.
             torch.addmm(out, part.t(), h, beta=min(start, 1), out=out)
         return (logits @ w).mul_(factor)
 
@@ -195,25 +217,12 @@ class _Head:
         self.grad_weight = grad_weight.to(weight.dtype)
 
 
-def _formats(hidden: Tensor) -> tuple[str | None, torch.dtype | None]:
-    """(format to round to in emulation, dtype to compute in): both None for plain fp32."""
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    name = next((name for name, low in LOW.items() if low is dtype), None)
-    if emulated() == "tf32":
-        return (None, dtype) if name else ("tf32", None)
-    if name and emulated():
-        return name, None
-    return None, dtype if name else None
-
-
 def look_up(wte: nn.Embedding, idx: Tensor) -> Tensor:
     """`wte(idx)` (B, T, C), whose gradient `backward()` adds to rows of the weight's `.grad`.
 
-    For a weight that is tied to the head, which gives every row a gradient anyhow: as torch has it,
-    the look-up's would be a second matrix of that size, zeroed, filled and added (1.08x at 124M).
-    A GPU does that quickly, and in a fixed order, which its scattered additions lack.
+    For a weight that is tied to the output layer, which gives every row a gradient anyhow. torch's
+    own look-up makes a second matrix of that size, zeroed, filled and added (1.08x at 124M). On a
+    GPU that is quick and in a fixed order, which scattered additions lack there.
     """
     if wte.weight.device.type != "cpu" or not torch.is_grad_enabled():
         return wte(idx)
@@ -237,10 +246,10 @@ def mean_loss(
     device: torch.device,
     look: Callable[[Tensor, Tensor], None] | None = None,
 ) -> float:
-    """Mean nats a target over all batches of inputs and targets (B, T): the validation loss.
+    """Mean loss in nats/target over all batches of inputs and targets (B, T), for validation.
 
     Sums are added in double precision on the host, so that the batch size leaves no trace beyond
-    fp32's rounding. No gradient, no dropout, no use of chance. NaN where there is no target.
+    fp32's rounding. No gradient, no dropout, no random numbers. NaN where there is no target.
     `look` is shown the hidden states (B, T, C) and targets of every batch.
     """
 
@@ -249,7 +258,8 @@ def mean_loss(
             hidden, weight = model.hidden(x), model.transformer.wte.weight
             if look:
                 look(hidden, y)
-            return linear_cross_entropy(hidden, weight, y, vocab_size=model.config.vocab_size)
+            vocabulary = model.config.vocab_size
+            return linear_cross_entropy(hidden, weight, y, precision, vocab_size=vocabulary)
 
     with evaluating(model), precision.products():
         return mean_of(nats, batches, device)
@@ -260,7 +270,7 @@ def mean_of(
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
 ) -> float:
-    """Mean over all batches' targets (B, T) of what `nats(inputs, targets)`, a 0-dim sum, adds up.
+    """Mean in nats/target over all batches, of which `nats(inputs, targets)` gives a 0-dim sum.
 
     Targets that are IGNORE do not count. NaN where there is no target.
     """

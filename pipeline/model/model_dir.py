@@ -17,6 +17,7 @@ from pipeline.data import tokenizer
 from pipeline.errors import InputError, quoted
 from pipeline.model import hf_layout
 from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.published import EOT
 from pipeline.regular import SNAPSHOT_BYTES, read_json
 from pipeline.storage.folders import SUMS, check, writing
 from pipeline.storage.tensor_files import read_tensors, write_tensors
@@ -37,34 +38,30 @@ def save_model(model: GPT, folder: Path) -> None:
         _write(model, partial)
 
 
-def load_model(
-    folder: Path,
-    *,
-    vocab_rows: int = 50304,
-    dropout: float = 0.0,
-    attention: str = "sdpa",
-    device: torch.device | str = "cpu",
-) -> GPT:
+def load_model(folder: Path, *, device: torch.device | str = "cpu", **settings: Any) -> GPT:
     """Read a HF GPT-2 directory into a model in fp32, drawing no random number.
 
-    Raises InputError where a file is missing or damaged, or a name, shape, dtype or value is not
-    what its config.json promises.
+    `settings` are those of `hf_layout.gpt_config`. Raises InputError where a file is missing or
+    damaged, or a name, shape, dtype or value is not what its config.json promises.
     """
     folder = Path(folder)
     if not folder.is_dir():
         said = paths.MISSING.get(folder, "no such folder; expected a model directory")
         raise InputError(f"{folder}: {said}")
     check(folder)
+    config = read_config(folder, **settings)
+    return build_model(config, read_state(folder, config), device)
+
+
+def read_config(folder: Path, **settings: Any) -> GPTConfig:
+    """The shape that config.json gives: `settings` and errors are those of `gpt_config`."""
     where = folder / "config.json"
-    config = hf_layout.gpt_config(
-        read_json(where),
-        vocab_rows=vocab_rows,
-        dropout=dropout,
-        attention=attention,
-        where=where,
-    )
-    state = hf_layout.from_hf(read_tensors(folder), config, folder)
-    return build_model(config, state, device)
+    return hf_layout.gpt_config(read_json(where), where=where, **settings)
+
+
+def read_state(folder: Path, config: GPTConfig) -> dict[str, torch.Tensor]:
+    """Our state dict in fp32; raises InputError as `from_hf` does."""
+    return hf_layout.from_hf(read_tensors(folder), config, folder)
 
 
 def build_model(
@@ -83,7 +80,7 @@ def _write(model: GPT, folder: Path) -> None:
     _write_json(folder / "config.json", hf_layout.hf_config(config))
     _write_json(
         folder / "generation_config.json",
-        {"bos_token_id": hf_layout.EOT, "eos_token_id": hf_layout.EOT},
+        {"bos_token_id": EOT, "eos_token_id": EOT},
     )
     _write_json(
         folder / "tokenizer_config.json",
@@ -105,11 +102,11 @@ def verify(folder: Path) -> list[str]:
     Raises InputError naming everything that is not as it was written, or where there is nothing
     to verify.
     """
-    found = sorted({path.parent for path in Path(folder).rglob("*.safetensors")})
-    if not found:
+    places = sorted({path.parent for path in Path(folder).rglob("*.safetensors")})
+    if not places:
         raise InputError(f"{folder}: no model directory and no training checkpoint is there")
     lines, damage = [], []
-    for place in found:
+    for place in places:
         try:
             lines.append(_verified(place))
         except InputError as error:

@@ -20,6 +20,6 @@ def damaged(folder: Path) -> Iterator[Path]:
     md5 = functools.partial(hashlib.md5, usedforsecurity=False)
     for path in sorted(folder.glob("??/*")):
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, md5).hexdigest()
-        if found != f"{path.parent.name}{path.name}".removesuffix(".dir"):
+            digest = hashlib.file_digest(file, md5).hexdigest()
+        if digest != f"{path.parent.name}{path.name}".removesuffix(".dir"):
             yield path

@@ -66,22 +66,22 @@ def problems(folder: Path) -> list[str]:
         return [str(error)]
     except (TypeError, LookupError, ValueError, OverflowError) as error:
         return [f"{sums}: cannot be read: {cut(str(error))}"]
-    found = []
+    lines = []
     for name, (size, digest) in listed.items():
         path = folder / Path(name).name
         if not os.path.isfile(path):  # False for a name that is too long, too
-            found.append(f"{cut(str(path), LONGEST)}: missing")
+            lines.append(f"{cut(str(path), LONGEST)}: missing")
         elif path.stat().st_size != size:
-            found.append(f"{path}: {path.stat().st_size:,} bytes, expected {cut(f'{size:,}')}")
+            lines.append(f"{path}: {path.stat().st_size:,} bytes, expected {cut(f'{size:,}')}")
         elif (now := _sha256(path)) != digest:
-            found.append(f"{path}: damaged: SHA-256 {now}, expected {cut(digest)}")
-    return found
+            lines.append(f"{path}: damaged: SHA-256 {now}, expected {cut(digest)}")
+    return lines
 
 
 def check(folder: Path) -> None:
     """Raise InputError naming every file of `folder` that is not as it was written."""
-    if found := problems(folder):
-        raise InputError("\n".join(found))
+    if damage := problems(folder):
+        raise InputError("\n".join(damage))
 
 
 def copy(source: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.compute.precision import choose_precision
 from pipeline.compute.runtime import generator
 from pipeline.model.gpt import GPT
 from pipeline.model.init import initialize
@@ -74,8 +75,8 @@ def random_adds(n: int, width: int, chance: torch.Generator) -> RandomAdds:
 
 def depths(n_layer: int) -> list[int]:
     """Depths that the twins have: a quarter to four times the model's own."""
-    found = {n_layer // 4, n_layer // 2, n_layer, 2 * n_layer, 4 * n_layer}
-    return sorted(found - {0})
+    candidates = {n_layer // 4, n_layer // 2, n_layer, 2 * n_layer, 4 * n_layer}
+    return sorted(candidates - {0})
 
 
 def measure(model: GPT, name: str, residual_scale: bool | None, seed: int) -> Measured:
@@ -98,6 +99,7 @@ def measure(model: GPT, name: str, residual_scale: bool | None, seed: int) -> Me
             hidden,
             model.transformer.wte.weight,
             ids[:, 1:],
+            choose_precision("fp32", ids.device),
             vocab_size=model.config.vocab_size,
             scale=1 / ids[:, 1:].numel(),
         )
@@ -108,11 +110,11 @@ def measure(model: GPT, name: str, residual_scale: bool | None, seed: int) -> Me
     return Measured(name, model.config.n_layer, residual_scale, stream, norms)
 
 
-def _watch_stream(model: GPT, found: list[float], hooks: ExitStack) -> None:
+def _watch_stream(model: GPT, stds: list[float], hooks: ExitStack) -> None:
     def note(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if not found:
-            found.append(inputs[0].detach().std().item())
-        found.append(output.detach().std().item())
+        if not stds:
+            stds.append(inputs[0].detach().std().item())
+        stds.append(output.detach().std().item())
 
     for block in model.transformer.h:
         hooks.callback(block.register_forward_hook(note).remove)
@@ -162,9 +164,9 @@ def growth(twins: list[Measured], residual_scale: bool) -> float | None:
     return ((x * (y - y.mean())).sum() / (x * x).sum()).item()
 
 
-def page(found: InitStudy) -> str:
+def page(study: InitStudy) -> str:
     """Markdown: what came out, in words and as tables."""
-    adds = found.adds
+    adds = study.adds
     n = len(adds.plain)
     parts = [
         "# Initialisation\n\n"
@@ -172,7 +174,7 @@ def page(found: InitStudy) -> str:
         f"sqrt({n}) is {math.sqrt(n):.3f}. With every addend multiplied by {n}^-0.5: "
         f"{adds.scaled[-1]:.3f}.\n"
     ]
-    exponents = [growth(found.twins, scaled) for scaled in (False, True)]
+    exponents = [growth(study.twins, scaled) for scaled in (False, True)]
     if None not in exponents:
         parts.append(
             "\nFresh models of this width at several depths: the last block's stream grows with "
@@ -182,16 +184,16 @@ def page(found: InitStudy) -> str:
     columns = ("model", "std first", "std last", "gradient norm first", "gradient norm last")
     rows = [
         (m.name, m.stream_std[1], m.stream_std[-1], m.grad_norm[1], m.grad_norm[-1])
-        for m in (found.as_is, *found.twins)
+        for m in (study.as_is, *study.twins)
     ]
     parts.append(f"\nFirst and last are blocks.\n\n{markdown(columns, rows)}")
     return "".join(parts)
 
 
-def stream_rows(found: InitStudy) -> list[tuple[str, int, float, float]]:
+def stream_rows(study: InitStudy) -> list[tuple[str, int, float, float]]:
     """(model, block, std of the stream after it, gradient norm of it); block 0 the embeddings."""
     return [
         (m.name, block, std, norm)
-        for m in (found.as_is, *found.twins)
+        for m in (study.as_is, *study.twins)
         for block, (std, norm) in enumerate(zip(m.stream_std, m.grad_norm, strict=True))
     ]

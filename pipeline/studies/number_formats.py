@@ -97,19 +97,19 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return (exponent.long() + 1023).bitwise_left_shift(52).view(torch.float64)
 
 
-def page(found: list[Format]) -> str:
+def page(known: list[Format]) -> str:
     """Markdown: the table, and which formats share a range or a precision."""
     columns = ("format", "sign", "exponent", "mantissa", "largest", "smallest normal", "epsilon")
     rows = [
         (f.name, f.sign_bits, f.exponent_bits, f.mantissa_bits)
         + (f.largest, f.smallest_normal, f.epsilon)
-        for f in found
+        for f in known
     ]
-    by_name = {f.name: f for f in found}
+    by_name = {f.name: f for f in known}
     tf32 = by_name["tf32"]
-    range_like = [f.name for f in found if f.exponent_bits == tf32.exponent_bits and f is not tf32]
+    range_like = [f.name for f in known if f.exponent_bits == tf32.exponent_bits and f is not tf32]
     precise_like = [
-        f.name for f in found if f.mantissa_bits == tf32.mantissa_bits and f is not tf32
+        f.name for f in known if f.mantissa_bits == tf32.mantissa_bits and f is not tf32
     ]
     return (
         "# Number formats\n\n"

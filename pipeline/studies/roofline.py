@@ -58,7 +58,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """Something timed. `rate` is in FLOP/s, `intensity` in FLOP a byte."""
+    """Something timed. `rate` is in FLOP/s, `intensity` in FLOP/byte."""
 
     seconds: float
     bytes_moved: float
@@ -95,7 +95,7 @@ class Product(Work):
 
     @property
     def mode(self) -> Precision:
-        """That this very product is in."""
+        """The precision of this very product."""
         return self.precision if self.shape.linear else self.precision.of_the_rest()
 
     @property
@@ -103,11 +103,11 @@ class Product(Work):
         return self.shape.flops
 
 
-def _share(found: Work, roofline: Roofline, mode: str) -> float:
-    """Of the roof that bounds it: of the bandwidth, or of the mode's peak rate."""
-    if roofline.bound(found.intensity, mode) == "memory":
-        return found.bytes_moved / found.seconds / roofline.bandwidth
-    return found.rate / roofline.rates[mode]
+def _share(work: Work, roofline: Roofline, mode: str) -> float:
+    """Share of the roof that bounds the work: the bandwidth, or the mode's peak rate."""
+    if roofline.bound(work.intensity, mode) == "memory":
+        return work.bytes_moved / work.seconds / roofline.bandwidth
+    return work.rate / roofline.rates[mode]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Roofline:
     """All that was measured. `rates` are FLOP/s of a large square product by mode."""
 
     device: str
-    bandwidth: float  # bytes a second
+    bandwidth: float  # bytes/s
     rates: dict[str, float]
     products: list[Product]
     operations: list[Operation]
@@ -127,14 +127,14 @@ class Roofline:
         return min(intensity * self.bandwidth, self.rates[mode])
 
     def ridge(self, mode: str) -> float:
-        """The intensity, FLOP a byte, below which memory bounds."""
+        """The intensity in FLOP/byte below which memory bounds."""
         return self.rates[mode] / self.bandwidth
 
     def bound(self, intensity: float, mode: str) -> str:
         return "memory" if intensity < self.ridge(mode) else "compute"
 
     def speed_and_error(self) -> dict[str, tuple[float, float]]:
-        """By mode, medians over the model's products: speed of fp32's, and relative error."""
+        """{mode: (speed relative to fp32, relative error)}, medians over the model's products."""
         by_mode: dict[str, list[Product]] = {}
         for product in self.products:
             by_mode.setdefault(product.precision.asked, []).append(product)
@@ -142,11 +142,11 @@ class Roofline:
         return {
             mode: (
                 statistics.median(
-                    base.seconds / p.seconds for base, p in zip(plain, found, strict=True)
+                    base.seconds / p.seconds for base, p in zip(plain, own, strict=True)
                 ),
-                statistics.median(p.error for p in found),
+                statistics.median(p.error for p in own),
             )
-            for mode, found in by_mode.items()
+            for mode, own in by_mode.items()
         }
 
     def product_rows(self) -> list[tuple[Any, ...]]:
@@ -209,7 +209,7 @@ class Roofline:
         return (
             f"# What bounds each operation\n\n{self.device}, fp32. Measured bandwidth "
             f"{self.bandwidth / 1e9:.1f} GB/s, measured matrix rate {self.rates['fp32'] / 1e9:.0f} "
-            f"GFLOP/s: below {self.ridge('fp32'):.1f} FLOP a byte memory is the roof. That is so "
+            f"GFLOP/s: below {self.ridge('fp32'):.1f} FLOP/byte memory is the roof. That is so "
             f"for {len(limited)} of {len(rows)}: {', '.join(limited) or 'none'}.\n\n"
             "Neither roof says much of what is small. A call on a single number takes "
             f"{self.call_seconds * 1e6:.1f} microseconds; the last column is that by the whole "
@@ -265,7 +265,7 @@ def measure(model_shapes: list[Shape], device: torch.device, device_name: str) -
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second of a += b over arrays far larger than any cache.
+    """Bytes/s of a += b over arrays far larger than any cache.
 
     A roof for what streams through memory once; what stays in a cache may pass it. In place,
     since a CPU reads the lines of a fresh result before it writes them, which no formula counts.
@@ -276,12 +276,12 @@ def bandwidth(device: torch.device) -> float:
     return 3 * 4 * count / seconds
 
 
-def relative_error(found: Tensor, a: Tensor, b: Tensor) -> float:
+def relative_error(product: Tensor, a: Tensor, b: Tensor) -> float:
     """Norm of the first rows' distance from the float64 product, by the norm of that."""
     rows = REFERENCE_ROWS
-    a, b, found = (x.cpu().double() for x in (a[..., :rows, :], b, found[..., :rows, :]))
+    a, b, product = (x.cpu().double() for x in (a[..., :rows, :], b, product[..., :rows, :]))
     exact = a @ b
-    return ((found - exact).norm() / exact.norm()).item()
+    return ((product - exact).norm() / exact.norm()).item()
 
 
 def _timed_products(shape: Shape, precisions: list[Precision]) -> list[Product]:

@@ -103,25 +103,25 @@ def measured(operation: str, case: Case, name: str, device: torch.device) -> Sen
     )
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """||found - exact|| / ||exact||; infinite or NaN where a result is."""
-    return ((found - exact).norm() / exact.norm()).item()
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """||result - exact|| / ||exact||; infinite or NaN where a result is."""
+    return ((result - exact).norm() / exact.norm()).item()
 
 
-def amplifications(found: list[Sensitivity]) -> dict[str, float]:
+def amplifications(rows: list[Sensitivity]) -> dict[str, float]:
     """By operation: the median over formats of how much rounding of its operands is amplified."""
     return {
-        op: statistics.median(s.amplification for s in found if s.operation == op)
-        for op in dict.fromkeys(s.operation for s in found)
+        op: statistics.median(s.amplification for s in rows if s.operation == op)
+        for op in dict.fromkeys(s.operation for s in rows)
     }
 
 
-def page(found: list[Sensitivity]) -> str:
+def page(rows: list[Sensitivity]) -> str:
     """Markdown: what the numbers say to "products are insensitive, exponentials are not"."""
-    amplified = amplifications(found)
+    amplified = amplifications(rows)
     ratio = amplified["exp"] / amplified["matmul"]
     verdict = "So it is here." if ratio > 2 else "The numbers here do not bear that out."
-    low = next(s for s in found if (s.operation, s.format) == ("matmul", "bf16"))
+    low = next(s for s in rows if (s.operation, s.format) == ("matmul", "bf16"))
     kernel = f", torch's kernel {low.kernel:.1%}" if low.kernel is not None else ""
     columns = ("operation", "format", "operands rounded", "amplification", "kernel")
     columns += ("accumulated in it", "results lost")
@@ -138,7 +138,7 @@ def page(found: list[Sensitivity]) -> str:
         f"What a product does not bear is an accumulator in the format: in bf16 its error is "
         f"{low.accumulated:.1%}, with rounded operands alone {low.rounded:.1%}{kernel}. Hence "
         "every mode accumulates in fp32.\n\n"
-        + markdown(columns, [tuple(vars(s).values()) for s in found])
+        + markdown(columns, [tuple(vars(s).values()) for s in rows])
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.compute.runtime import derived_seed
 from pipeline.compute.throughput import Stopwatch
-from pipeline.data.token_files import batch_at
+from pipeline.data.batches import batch_at
 from pipeline.errors import NumericsError
 from pipeline.training.optimizers import learning_rate
 from pipeline.training.prefetch import Batch, Prefetch

@@ -97,7 +97,8 @@ def from_folder(folder: Path, config: Config, precision: Precision) -> TrainStat
 
 def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
     """The state before the first step."""
-    eager, scaler = _fused_loss(model), precision.make_scaler()
+    precision.prepare(model)
+    eager, scaler = _fused_loss(model, precision), precision.make_scaler()
     return TrainState(
         model=model,
         optimizer=build_optimizer(model, config, scaled=scaler.is_enabled()),
@@ -201,7 +202,7 @@ def _spike_limit(state: TrainState, factor: float) -> float:
     return factor * statistics.median(state.norms) if enough else math.inf
 
 
-def _fused_loss(model: GPT) -> LossFunction:
+def _fused_loss(model: GPT, precision: Precision) -> LossFunction:
     """(x, y, factor) -> factor * sum of token losses; its gradients come by `backward()` alone."""
 
     def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
@@ -209,6 +210,7 @@ def _fused_loss(model: GPT) -> LossFunction:
             model.hidden(x, looked_up=look_up(model.transformer.wte, x)),
             model.transformer.wte.weight,
             y,
+            precision,
             vocab_size=model.config.vocab_size,
             scale=factor,
         )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from pipeline.data.token_files import validation_windows
+from pipeline.data.batches import validation_windows
 from pipeline.errors import NumericsError
 from pipeline.model.loss import mean_loss
 

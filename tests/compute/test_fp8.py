@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pipeline.compute import fp8
 from pipeline.compute import precision as precision_module
-from pipeline.compute.fp8 import BACKWARD, FORWARD, Fp8Linears, scaled
+from pipeline.compute.fp8 import BACKWARD, FORWARD, scaled
 from pipeline.compute.precision import choose_precision
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
@@ -156,12 +156,13 @@ def test_the_error_of_a_product_is_that_of_rounded_operands() -> None:
 
 def gradients(model: GPT, name: str) -> torch.Tensor:
     chosen = choose_precision(name, CPU)
+    chosen.prepare(model)
     ids = torch.randint(97, (4, 17), generator=torch.Generator().manual_seed(6))
     model.zero_grad()
     with chosen.products():
         with chosen.autocast():
             loss = linear_cross_entropy(
-                *(model.hidden(ids[:, :-1]), model.transformer.wte.weight, ids[:, 1:]),
+                *(model.hidden(ids[:, :-1]), model.transformer.wte.weight, ids[:, 1:], chosen),
                 vocab_size=97,
                 scale=1 / 64,
             )
@@ -214,17 +215,18 @@ def test_a_tiny_training_learns(model, make_config) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
 def test_the_compiler_takes_the_products_in_one_graph(model) -> None:
-    """The mode is Python that a compiled step has to see through."""
+    """The layers are Python that a compiled step has to see through."""
     torch._dynamo.reset()
     x = torch.randn(2, 4, 32)
     block = model.transformer.h[0]
     compiled = torch.compile(
         lambda x: block(x, 0, None), backend="aot_eager", fullgraph=True, dynamic=False
     )
-    with Fp8Linears(emulated=False):
-        expected = block(x, 0, None)
-        torch.testing.assert_close(compiled(x), expected)
-    outside = compiled(x)
-    assert not torch.equal(outside, expected), "outside the mode the same function is fp32's"
-    torch.testing.assert_close(outside, block(x, 0, None))
+    fp8.mark(block, emulated=False)
+    expected = block(x, 0, None)
+    torch.testing.assert_close(compiled(x), expected)
+    fp8.unmark(block)
+    plain = compiled(x)
+    assert not torch.equal(plain, expected), "without marks the same function is fp32's"
+    torch.testing.assert_close(plain, block(x, 0, None))
     torch._dynamo.reset()

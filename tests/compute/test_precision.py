@@ -13,12 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.compute import precision as precision_module
 from pipeline.compute.emulation import (
     EmulatedProducts,
-    emulated,
     exact_products,
     round_tf32,
     round_to,
 )
-from pipeline.compute.precision import PRECISIONS, choose_precision
+from pipeline.compute.precision import PRECISIONS, Precision, choose_precision
 from pipeline.errors import ConfigError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import linear_cross_entropy
@@ -45,16 +44,26 @@ def model(request):
     return model
 
 
-def gradients(model, autocast, products, scale=1.0):
+def mode(name, emulated):
+    """A precision of this CPU, emulated or not whatever instructions it has."""
+    return Precision(name, name, "", emulated, CPU, PRECISIONS[name])
+
+
+def gradients(model, precision, scale=1.0, products=None):
     """{name: gradient} of one batch, the loss through `linear_cross_entropy`."""
+    precision.prepare(model)
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(0, 100, (4, 17), generator=generator)
     model.zero_grad()
-    with products:
-        with autocast:
-            hidden = model.hidden(x[:, :-1])
+    with products or precision.products():
+        with precision.autocast():
             loss = linear_cross_entropy(
-                hidden, model.transformer.wte.weight, x[:, 1:], vocab_size=100, scale=scale / 64
+                model.hidden(x[:, :-1]),
+                model.transformer.wte.weight,
+                x[:, 1:],
+                precision,
+                vocab_size=100,
+                scale=scale / 64,
             )
         loss.backward()
     assert loss.dtype is torch.float32
@@ -212,7 +221,7 @@ def test_cuda_products_add_up_in_fp32_and_leave_torchs_settings_as_they_were(mon
 def test_getters_of_torch_work_after_every_precision_in_a_fresh_process():
     script = """
 import pytest, torch
-from pipeline.compute.precision import PRECISIONS, choose_precision
+from pipeline.compute.precision import PRECISIONS, Precision, choose_precision
 from tests.helpers import stand_in
 stand_in.pretend(pytest.MonkeyPatch(), (9, 0))
 before = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
@@ -231,17 +240,21 @@ assert before == after == ("highest", False), (before, after)
 
 @pytest.mark.parametrize("name", ["tf32", "bf16", "fp16"])
 def test_emulation_ends_with_its_context_and_stays_in_its_thread(name, bare_cpu):
-    with choose_precision(name, CPU).products():
-        seen = []
-        thread = threading.Thread(target=lambda: seen.append(emulated()))
+    def multiply():
+        torch.ones(2, 2, dtype=PRECISIONS[name]) @ torch.ones(2, 2, dtype=PRECISIONS[name])
+
+    with choose_precision(name, CPU).products() as products:
+        thread = threading.Thread(target=multiply)
         thread.start()
         thread.join()
-        assert seen == [None] and emulated() == name
+        assert products.count == 0
+        multiply()
+        assert products.count == 1
         with exact_products():
-            assert emulated() is None
-            a = torch.full((2, 2), 1 + 2.0**-20)
-            assert (a @ torch.eye(2)).equal(a)
-    assert emulated() is None
+            multiply()
+        assert products.count == 1
+    multiply()
+    assert products.count == 1
 
 
 # Roundings
@@ -396,16 +409,16 @@ def test_tf32_rounds_operands_and_neither_bias_nor_result():
 @pytest.mark.parametrize("recording", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("model", ["sdpa", "naive"], indirect=True)
 def test_no_low_product_reaches_a_kernel_forward_backward_or_inferring(name, recording, model):
-    autocast = torch.autocast("cpu", dtype=LOW[name])
-    with KernelDtypes() as kernels, EmulatedProducts(name) as mode, recording():
+    emulated = mode(name, emulated=True)
+    with KernelDtypes() as kernels, emulated.products() as products, recording():
         if torch.is_grad_enabled():
-            gradients(model, autocast, nullcontext())
+            gradients(model, emulated, products=nullcontext())
         else:
-            with autocast:
+            with emulated.autocast():
                 model(torch.zeros(2, 8, dtype=torch.int64))
     assert not kernels.low
     # 4 linear products a block, each with two in its backward pass, and 1 or 2 of attention.
-    assert mode.count >= (3 * 8 + 4 if recording is torch.enable_grad else 9 + 2)
+    assert products.count >= (3 * 8 + 4 if recording is torch.enable_grad else 9 + 2)
     with KernelDtypes() as kernels, torch.no_grad(), torch.autocast("cpu", dtype=LOW[name]):
         model(torch.zeros(2, 8, dtype=torch.int64))
     assert len(kernels.low) >= 11, "the witness itself sees nothing"
@@ -413,10 +426,8 @@ def test_no_low_product_reaches_a_kernel_forward_backward_or_inferring(name, rec
 
 @pytest.mark.parametrize("name", LOW)
 def test_emulated_gradients_agree_with_native_kernels(name, model):
-    autocast = {"device_type": "cpu", "dtype": LOW[name]}
-    native = gradients(model, torch.autocast(**autocast), nullcontext())
-    ours = gradients(model, torch.autocast(**autocast), EmulatedProducts(name))
-    exact = gradients(model, nullcontext(), nullcontext())
+    native, ours = (gradients(model, mode(name, emulated)) for emulated in (False, True))
+    exact = gradients(model, mode("fp32", False))
     assert distance(ours, native) < 0.01
     assert distance(ours, exact) > 1e-4, "nothing was rounded"
     for key in exact:
@@ -424,15 +435,15 @@ def test_emulated_gradients_agree_with_native_kernels(name, model):
 
 
 def test_tf32_gradients_differ_from_fp32_by_tf32_roundings(model):
-    exact = gradients(model, nullcontext(), nullcontext())
-    ours = gradients(model, nullcontext(), EmulatedProducts("tf32"))
+    exact = gradients(model, mode("fp32", False))
+    ours = gradients(model, mode("tf32", True))
     assert 1e-5 < distance(ours, exact) < 2e-3
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_parameters_and_gradients_stay_fp32(name, model):
     chosen = choose_precision(name, CPU)
-    found = gradients(model, chosen.autocast(), chosen.products())
+    found = gradients(model, chosen)
     assert {p.dtype for p in model.parameters()} == {g.dtype for g in found.values()}
     assert {g.dtype for g in found.values()} == {torch.float32}
 
@@ -458,7 +469,7 @@ def test_fp16_gradients_clip_to_the_same_at_loss_scales_1_and_65536(model):
     chosen = choose_precision("fp16", CPU)
     clipped = []
     for scale in (1.0, 65536.0):
-        found = gradients(model, chosen.autocast(), chosen.products(), scale)
+        found = gradients(model, chosen, scale)
         found = {name: gradient / scale for name, gradient in found.items()}
         norm = torch.nn.utils.get_total_norm(found.values())
         clipped.append({name: gradient / norm for name, gradient in found.items()})
@@ -470,7 +481,7 @@ def test_fp16_unscales_steps_and_halves_the_scale_at_an_infinite_gradient(model)
     scaler = chosen.make_scaler()
     optimizer = torch.optim.AdamW(model.parameters())
     before = [p.clone() for p in model.parameters()]
-    gradients(model, chosen.autocast(), chosen.products(), scaler.scale(torch.ones(())).item())
+    gradients(model, chosen, scaler.scale(torch.ones(())).item())
     model.transformer.wpe.weight.grad[0, 0] = torch.inf
     scaler.unscale_(optimizer)
     scaler.step(optimizer)

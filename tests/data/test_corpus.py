@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data import corpus, text_fields, tokenizer
+from pipeline.data import corpus, documents, text_files, tokenizer
 from pipeline.data.sources import python_docs
+from pipeline.data.sources import text as text_source
 from pipeline.errors import InputError
 from tests.conftest import ROOT
 
@@ -121,14 +122,14 @@ def test_a_document_goes_to_the_split_of_its_names_hash(tmp_path):
     lines.write_text("".join(f'{{"text": "t{i}"}}\n' for i in range(2000)))
     found = read(settings("jsonl", lines, val_fraction=0.2))
     val = {name for name, (split, _) in found.items() if split == "val"}
-    assert val == {name for name in found if corpus.name_hash(name) < 0.2 * 2**64}
+    assert val == {name for name in found if documents.name_hash(name) < 0.2 * 2**64}
     assert 0.17 < len(val) / len(found) < 0.23
     smaller = read(settings("jsonl", lines, val_fraction=0.1))
     assert {name for name, (split, _) in smaller.items() if split == "val"} < val
 
 
 def test_the_hash_of_a_name_never_changes():
-    assert corpus.name_hash("module argparse") == 0xC6D4BC37FBB5CADB
+    assert documents.name_hash("module argparse") == 0xC6D4BC37FBB5CADB
 
 
 def test_of_two_files_one_goes_to_each_split(tmp_path):
@@ -214,7 +215,7 @@ def test_line_ends_stay_and_a_byte_order_mark_goes(tmp_path):
 
 
 def test_a_multibyte_character_across_two_reads_is_one_character(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "READ_BYTES", 5)
+    monkeypatch.setattr(text_source, "READ_BYTES", 5)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("naïve 中文 🦜 " * 9, encoding="utf-8")
     assert texts(settings(path=tmp_path))["a.txt"] == "naïve 中文 🦜 " * 9
@@ -234,22 +235,22 @@ def test_a_multibyte_character_across_two_reads_is_one_character(tmp_path, monke
 )
 @pytest.mark.parametrize("limit", [40, 64, 100])
 def test_parts_have_the_tokens_of_the_whole(text, limit, monkeypatch):
-    monkeypatch.setattr(corpus, "PART_CHARACTERS", limit)
-    parts = list(corpus._parts(text[i : i + 50] for i in range(0, len(text), 50)))
+    monkeypatch.setattr(documents, "PART_CHARACTERS", limit)
+    parts = list(documents._parts(text[i : i + 50] for i in range(0, len(text), 50)))
     assert "".join(parts) == text and len(parts) > len(text) / limit - 1
     tokens = [token for part in parts for token in tokenizer.encode(part).tolist()]
     assert tokens == tokenizer.encode(text).tolist()
 
 
 def test_no_part_is_longer_than_the_limit_even_without_whitespace(monkeypatch):
-    monkeypatch.setattr(corpus, "PART_CHARACTERS", 10)
+    monkeypatch.setattr(documents, "PART_CHARACTERS", 10)
     for text in ("x" * 95, " " * 95, "ab\n" + "y" * 80):
-        parts = list(corpus._parts([text]))
+        parts = list(documents._parts([text]))
         assert "".join(parts) == text and max(map(len, parts)) <= 10
 
 
 def test_a_run_of_a_million_spaces_can_be_tokenized():
-    parts = list(corpus._parts([" " * 1_000_000 + "x"]))
+    parts = list(documents._parts([" " * 1_000_000 + "x"]))
     assert sum(len(tokenizer.encode(part)) for part in parts) == 1_000_000
 
 
@@ -271,7 +272,7 @@ def test_a_run_of_a_million_spaces_can_be_tokenized():
 def test_bytes_that_are_no_text_are_refused_with_file_and_offset(
     tmp_path, monkeypatch, content, message, read_bytes
 ):
-    monkeypatch.setattr(corpus, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(text_source, "READ_BYTES", read_bytes)
     (tmp_path / "a.txt").write_bytes(content)
     (tmp_path / "b.txt").write_text("text")
     with pytest.raises(InputError, match=message):
@@ -299,7 +300,7 @@ def test_a_bad_json_line_is_refused_by_its_number(tmp_path, line, message):
 
 
 def test_a_json_line_too_long_to_parse_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_fields, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(text_files, "LINE_BYTES", 1 << 20)
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "' + b"x" * (1 << 20) + b'"}\n')
     with pytest.raises(InputError, match="line 1: over 1 MiB; try corpus.source=text"):
         read(settings("jsonl", tmp_path / "x.jsonl"))
@@ -372,7 +373,7 @@ def test_a_file_that_cannot_be_opened_is_an_input_error(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(corpus, "_read", refuse)
+    monkeypatch.setattr(text_source, "_read", refuse)
     with pytest.raises(InputError, match="a.txt: cannot be read: Permission denied"):
         read(settings(path=tmp_path))
 

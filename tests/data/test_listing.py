@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data import corpus, listing
+from pipeline.data import corpus, documents, listing
 from pipeline.errors import InputError
 
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def taken(config: Any) -> list[str]:
-    return list(listing.files(config))
+    return list(corpus.files(config))
 
 
 # --- linked folders
@@ -43,7 +43,7 @@ def linked(folder: Path) -> Path:
 
 
 @pytest.mark.fault(65)
-@pytest.mark.parametrize("source", listing.SUFFIXES)
+@pytest.mark.parametrize("source", ["text", "jsonl", "parquet"])
 def test_a_linked_folder_is_refused_by_name_with_the_ways_out(linked: Path, source: str) -> None:
     with pytest.raises(InputError) as caught:
         corpus.check(settings(linked, source))
@@ -60,7 +60,7 @@ def test_links_in_a_circle_are_refused_and_not_followed(folder: Path) -> None:
         taken(settings(folder))
     (folder / "sub" / "up").unlink()
     assert len(taken(settings(folder))) == 3
-    assert listing.left_out(settings(folder)) == "left out 1 broken link (self)"
+    assert corpus.left_out(settings(folder)) == "left out 1 broken link (self)"
 
 
 @pytest.mark.fault(65, control=True)
@@ -92,7 +92,7 @@ def test_a_linked_folder_that_the_pattern_does_not_reach_hurts_nobody(
     linked: Path, pattern: str
 ) -> None:
     assert len(taken(settings(linked, pattern=pattern))) == 1
-    assert "not of corpus.pattern" in listing.left_out(settings(linked, pattern=pattern))
+    assert "not of corpus.pattern" in corpus.left_out(settings(linked, pattern=pattern))
 
 
 # --- names that are no UTF-8
@@ -119,7 +119,7 @@ def test_a_name_that_is_not_utf8_is_one_error_that_shows_it(latin: Path) -> None
 
 @pytest.mark.fault(65)
 def test_a_name_that_is_not_utf8_and_is_passed_over_can_be_printed(latin: Path) -> None:
-    said = listing.left_out(settings(latin, "jsonl"))
+    said = corpus.left_out(settings(latin, "jsonl"))
     assert r"caf\xe9.txt" in said and said.encode()
 
 
@@ -127,7 +127,7 @@ def test_a_name_that_is_not_utf8_and_is_passed_over_can_be_printed(latin: Path) 
 def test_such_a_name_cannot_be_hashed(latin: Path) -> None:
     [odd] = [path.name for path in latin.iterdir() if path.name.startswith("caf")]
     with pytest.raises(UnicodeEncodeError):
-        corpus.name_hash(odd)
+        documents.name_hash(odd)
 
 
 # --- nothing in silence
@@ -140,7 +140,7 @@ def test_what_is_passed_over_is_counted_and_named_by_kind(folder: Path) -> None:
         (folder / name).touch()
     (folder / "gone.txt").symlink_to("nowhere")
     os.mkfifo(folder / "pipe.txt")
-    assert listing.left_out(settings(folder)) == (
+    assert corpus.left_out(settings(folder)) == (
         "left out 2 .csv (e.csv, sub/f.CSV), 2 hidden (.git/, sub/._b.md), "
         "1 .json.zst (i.json.zst), 1 .tar.gz (h.tar.gz), 1 broken link (gone.txt), "
         "1 no plain file (pipe.txt), 1 of other kinds; "
@@ -152,21 +152,21 @@ def test_what_is_passed_over_is_counted_and_named_by_kind(folder: Path) -> None:
 def test_nothing_is_said_where_nothing_is_passed_over(folder: Path) -> None:
     for name in (".gitkeep", "sub/.gitignore"):  # as in data/corpus, and where DVC keeps a file
         (folder / name).touch()
-    assert listing.left_out(settings(folder)) == ""
-    assert listing.left_out(settings(folder / "a.txt", "jsonl")) == ""
-    assert listing.left_out(settings(Path("data/unset"), "python-docs")) == ""
+    assert corpus.left_out(settings(folder)) == ""
+    assert corpus.left_out(settings(folder / "a.txt", "jsonl")) == ""
+    assert corpus.left_out(settings(Path("data/unset"), "python-docs")) == ""
 
 
 def test_many_files_are_counted_and_few_are_named(folder: Path) -> None:
     for number in range(2000):
         (folder / f"{number:04}.csv").touch()
-    said = listing.left_out(settings(folder))
+    said = corpus.left_out(settings(folder))
     assert said.startswith("left out 2,000 .csv (0000.csv, 0001.csv, 0002.csv, ...); corpus.source")
 
 
 def test_what_does_not_print_is_shown_as_an_escape(folder: Path) -> None:
     (folder / "a\n\x1b[2Jb.csv").touch()
-    assert r"(a\n\x1b[2Jb.csv)" in listing.left_out(settings(folder))
+    assert r"(a\n\x1b[2Jb.csv)" in corpus.left_out(settings(folder))
 
 
 def test_folders_that_the_pattern_does_not_reach_are_named_and_stay_shut(
@@ -175,7 +175,7 @@ def test_folders_that_the_pattern_does_not_reach_are_named_and_stay_shut(
     monkeypatch.setattr(os, "scandir", opened := Opened(os.scandir))
     assert taken(settings(folder, pattern="*")) == ["a.txt"]
     assert opened.names == [folder.name]
-    said = listing.left_out(settings(folder, pattern="*.txt"))
+    said = corpus.left_out(settings(folder, pattern="*.txt"))
     assert said == "left out 1 not of corpus.pattern (sub/)"
 
 
@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_read_is_named(
 ) -> None:
     (folder / "shut").mkdir()
     monkeypatch.setattr(os, "scandir", Opened(os.scandir))
-    assert listing.left_out(settings(folder)) == "left out 1 unreadable (shut/)"
+    assert corpus.left_out(settings(folder)) == "left out 1 unreadable (shut/)"
 
 
 def test_where_no_file_is_found_the_error_says_what_there_is(folder: Path) -> None:

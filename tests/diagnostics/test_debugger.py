@@ -28,7 +28,7 @@ from pipeline import config as configuration
 from pipeline import paths
 from pipeline.compute.precision import choose_precision
 from pipeline.data import token_files, token_writer
-from pipeline.data.corpus import Document
+from pipeline.data.documents import Document
 from pipeline.diagnostics import debugger, nonfinite, token_spans
 from pipeline.errors import NumericsError, StorageError
 from pipeline.model.gpt import GPT, GPTConfig

@@ -307,7 +307,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _documents(found: list[tuple[str, str]]) -> Iterator[Any]:
-    from pipeline.data.corpus import Document
+    from pipeline.data.documents import Document
 
     for number, (split, text) in enumerate(found):
         yield Document(str(number), split, text, True)

@@ -16,7 +16,8 @@ from pipeline import config as configuration
 from pipeline import paths
 from pipeline.__main__ import main as command
 from pipeline.data import token_files, token_writer
-from pipeline.data.corpus import Document
+from pipeline.data.batches import validation_windows
+from pipeline.data.documents import Document
 from pipeline.data.token_files import Tokens
 from pipeline.data.tokenizer import EOT, encode
 from pipeline.diagnostics import token_spans
@@ -95,9 +96,7 @@ def test_the_batch_of_validation_is_named(settings, tokens) -> None:
     config = settings()
     text = token_spans.of_validation(tokens, config, Place("the loss", rows=[1], batch=2))
     ((first, last, *_),) = spans(text)
-    x, y = list(
-        token_files.validation_windows(tokens, batch_size=3, sequence_length=16, limit=150)
-    )[2]
+    x, y = list(validation_windows(tokens, batch_size=3, sequence_length=16, limit=150))[2]
     assert tokens.ids[first : last + 1].tolist() == [*x[1].tolist(), int(y[1, -1])]
     assert f"--split val {first}-{last}`" in text
 

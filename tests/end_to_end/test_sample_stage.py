@@ -12,8 +12,9 @@ from pipeline import paths
 from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
 from pipeline.data import token_writer, tokenizer
-from pipeline.data.corpus import Document
-from pipeline.data.token_files import open_tokens, validation_windows
+from pipeline.data.batches import validation_windows
+from pipeline.data.documents import Document
+from pipeline.data.token_files import open_tokens
 from pipeline.inference.generation import generate
 from pipeline.model import loss
 from stages import import_hf_weights, sample

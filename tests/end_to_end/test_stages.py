@@ -14,8 +14,8 @@ import torch
 from pipeline import paths
 from pipeline.compute.precision import Precision
 from pipeline.errors import ConfigError, InputError, together
-from pipeline.model import hf_layout
-from pipeline.model.hf_layout import parameter_table
+from pipeline.model import hf_import
+from pipeline.model.hf_import import parameter_table
 from pipeline.model.model_dir import save_model
 from pipeline.records import record_file
 from pipeline.studies import init_study
@@ -95,7 +95,7 @@ def test_sizes_that_differ_from_the_imported_ones_are_named(
 ) -> None:
     """Of a hub id whose sizes nobody knows before: others are named by the settings' check."""
     save_model(import_hf_weights.build(make_config(**SMALL)), tmp_path / "hf")
-    monkeypatch.setattr(hf_layout, "_download", lambda name: tmp_path / "hf")
+    monkeypatch.setattr(hf_import, "_download", lambda name: tmp_path / "hf")
     wrong = SMALL | {"model__n_layer": 2, "init__source": "hf", "init__hf_model": "someone/tiny"}
     with pytest.warns(UserWarning), pytest.raises(ConfigError) as caught:
         import_hf_weights.build(make_config(**wrong))
@@ -270,16 +270,16 @@ def test_a_hellaswag_file_becomes_a_task_beside_the_made_items(
     make_config, tmp_path: Path, monkeypatch
 ) -> None:
     from pipeline.data import token_files, token_writer
-    from pipeline.data.corpus import Document
-    from pipeline.inference import evaluation
+    from pipeline.data.documents import Document
+    from pipeline.inference import multiple_choice
 
     monkeypatch.chdir(tmp_path)
     words = " ".join(f"word{n}" for n in range(400))
     documents = [Document(f"d{n}", split, words) for n, split in enumerate(["train", "val", "val"])]
     token_writer.write_tokens(documents, paths.TOKENS)
     val = token_files.open_tokens(paths.TOKENS, "val")
-    items = evaluation.choice_items(val, 3, seed=0)
-    evaluation.write_hellaswag(items, "hellaswag.jsonl")
+    items = multiple_choice.choice_items(val, 3, seed=0)
+    multiple_choice.write_hellaswag(items, "hellaswag.jsonl")
     given = make_config(evaluate__choice_items=2, evaluate__hellaswag="hellaswag.jsonl")
     found = evaluate.materials(given, val) | evaluate.hellaswag(given)
     assert list(found) == ["validation", "choice", "hellaswag"]
@@ -305,7 +305,7 @@ def test_evaluate_names_all_that_is_wrong_with_its_inputs_before_it_computes(
     make_config, workspace: Path, monkeypatch
 ) -> None:
     from pipeline.data import token_writer
-    from pipeline.data.corpus import Document
+    from pipeline.data.documents import Document
 
     documents = [Document(split, split, "some text") for split in ("train", "val")]
     token_writer.write_tokens(documents, paths.TOKENS)

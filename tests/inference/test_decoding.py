@@ -18,6 +18,7 @@ from tests.helpers import stand_in
 
 SHAPE = GPTConfig(2, 4, 32, 16, 61, 64, dropout=0.5)
 CPU = torch.device("cpu")
+FP32 = choose_precision("fp32", CPU)
 
 
 def tiny() -> GPT:
@@ -46,7 +47,7 @@ def test_logits_are_the_models_whatever_the_layout(
     if not onednn:
         without_onednn(monkeypatch)
     model = tiny()
-    decoder = Decoder(model, rows=rows)
+    decoder = Decoder(model, FP32, rows=rows)
     idx = ids(rows, 9)
     expected = copy.deepcopy(model).eval()(idx)
     torch.testing.assert_close(decoder.logits(decoder.hidden(idx)), expected, rtol=1e-4, atol=1e-4)
@@ -56,26 +57,25 @@ def test_the_layout_follows_the_rows_the_precision_and_what_torch_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if decoding.has_onednn():
-        assert type(Decoder(tiny(), rows=1).head) is decoding.OneDnnLinear
-        assert type(Decoder(tiny(), rows=8).head) is decoding.OneDnnLinear
+        assert type(Decoder(tiny(), FP32, rows=1).head) is decoding.OneDnnLinear
+        assert type(Decoder(tiny(), FP32, rows=8).head) is decoding.OneDnnLinear
     for name in ("bf16", "fp16", "tf32"):
         precision = choose_precision(name, CPU)
-        with precision.products(), precision.autocast():
-            head = Decoder(tiny(), rows=1).head
+        head = Decoder(tiny(), precision, rows=1).head
         assert type(head) is (decoding.Linear if precision.emulated or name != "tf32" else None)
         assert head.weight.dtype is precision.dtype
     without_onednn(monkeypatch)
-    assert type(Decoder(tiny(), rows=1).head) is decoding.RowLinear
-    assert Decoder(tiny(), rows=1).head.weight.t().is_contiguous()
-    assert type(Decoder(tiny(), rows=8).head) is decoding.Linear
+    assert type(Decoder(tiny(), FP32, rows=1).head) is decoding.RowLinear
+    assert Decoder(tiny(), FP32, rows=1).head.weight.t().is_contiguous()
+    assert type(Decoder(tiny(), FP32, rows=8).head) is decoding.Linear
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16", "tf32"])
 @torch.no_grad()
 def test_a_low_precision_has_the_numerics_that_it_has_in_the_model(name: str) -> None:
     model, precision = tiny().eval(), choose_precision(name, CPU)
-    with precision.products(), precision.autocast():
-        decoder = Decoder(model)
+    decoder = Decoder(model, precision)
+    with decoder.computing():
         ours, theirs = decoder.logits(decoder.hidden(ids(2, 9))), model(ids(2, 9))
     assert torch.equal(ours, theirs)
 
@@ -84,13 +84,16 @@ def test_one_row_multiplies_the_models_own_memory() -> None:
     if not decoding.has_onednn():
         pytest.skip("torch without oneDNN keeps a copy")
     model = tiny()
-    assert Decoder(model, rows=1).head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+    assert (
+        Decoder(model, FP32, rows=1).head.weight.data_ptr()
+        == model.transformer.wte.weight.data_ptr()
+    )
 
 
 def test_the_model_is_left_as_it_is() -> None:
     model = tiny().train()
     before = copy.deepcopy(model.state_dict())
-    decoder = Decoder(model, "int8", rows=3)
+    decoder = Decoder(model, FP32, "int8", rows=3)
     assert all(module.training for module in model.modules())
     assert type(model.transformer.h[0].attn.c_attn) is nn.Linear
     assert not decoder.body.transformer.h[1].mlp.training
@@ -100,7 +103,7 @@ def test_the_model_is_left_as_it_is() -> None:
 @torch.no_grad()
 def test_int8_logits_are_those_of_a_model_with_the_rounded_weights() -> None:
     model, idx = tiny().eval(), ids(2, 9)
-    decoder = Decoder(model, "int8")
+    decoder = Decoder(model, FP32, "int8")
     rounded = copy.deepcopy(model)
     for module in rounded.modules():
         if isinstance(module, nn.Linear):
@@ -116,8 +119,8 @@ def test_the_loss_by_fp32_products_is_the_validation_loss() -> None:
     model = tiny()
     windows = [(ids(4, 17)[:, :-1], ids(4, 17)[:, 1:]), (ids(1, 6)[:, :-1], ids(1, 6)[:, 1:])]
     expected = loss.mean_loss(model, windows, choose_precision("fp32", CPU), CPU)
-    assert mean_loss(Decoder(model), windows, CPU) == pytest.approx(expected, rel=1e-5)
-    assert mean_loss(Decoder(model, "int8"), windows, CPU) != pytest.approx(expected, rel=1e-5)
+    assert mean_loss(Decoder(model, FP32), windows) == pytest.approx(expected, rel=1e-5)
+    assert mean_loss(Decoder(model, FP32, "int8"), windows) != pytest.approx(expected, rel=1e-5)
 
 
 # --- what a CUDA graph holds, run step by step
@@ -126,7 +129,7 @@ def test_the_loss_by_fp32_products_is_the_validation_loss() -> None:
 @pytest.mark.parametrize("padding", [None, [3, 0, 1]])
 @torch.no_grad()
 def test_a_step_at_fixed_addresses_equals_a_step_of_the_growing_cache(padding) -> None:
-    decoder, idx = Decoder(tiny(), rows=3), ids(3, 12)
+    decoder, idx = Decoder(tiny(), FP32, rows=3), ids(3, 12)
     growing = [decoder.new_cache(idx[:, :5], 7) for _ in range(2)]
     for cache in growing:
         cache.padding = None if padding is None else torch.tensor(padding)
@@ -140,7 +143,7 @@ def test_a_step_at_fixed_addresses_equals_a_step_of_the_growing_cache(padding) -
 
 @torch.no_grad()
 def test_a_fixed_step_takes_a_cache_of_a_lower_format() -> None:
-    decoder, idx = Decoder(tiny()), ids(1, 6)
+    decoder, idx = Decoder(tiny(), FP32), ids(1, 6)
     decoder.dtype = torch.bfloat16
     cache = decoder.new_cache(idx, 2)
     decoder.hidden(idx, cache)
@@ -153,7 +156,10 @@ def test_a_graph_is_captured_once_and_replayed_with_new_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with stand_in.gpu(monkeypatch):
-        decoder, idx = Decoder(tiny().to("cuda"), rows=3), ids(3, 12).to("cuda")
+        decoder, idx = (
+            Decoder(tiny().to("cuda"), choose_precision("fp32", torch.device("cuda")), rows=3),
+            ids(3, 12).to("cuda"),
+        )
         growing = [decoder.new_cache(idx[:, :5], 7) for _ in range(2)]
         for cache in growing:
             decoder.hidden(idx[:, :5], cache)
@@ -174,7 +180,10 @@ def test_a_step_that_waits_for_the_device_cannot_be_captured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with stand_in.gpu(monkeypatch):
-        decoder, idx = Decoder(tiny().to("cuda"), rows=1), ids(1, 6).to("cuda")
+        decoder, idx = (
+            Decoder(tiny().to("cuda"), choose_precision("fp32", torch.device("cuda")), rows=1),
+            ids(1, 6).to("cuda"),
+        )
         step = Step(decoder, decoder.new_cache(idx, 3))
         run = step._run
         monkeypatch.setattr(step, "_run", lambda: run() if run().isfinite().all() else None)
@@ -183,6 +192,6 @@ def test_a_step_that_waits_for_the_device_cannot_be_captured(
 
 
 def test_a_fixed_cache_takes_one_token_a_row() -> None:
-    decoder = Decoder(tiny())
+    decoder = Decoder(tiny(), FP32)
     with pytest.raises(AssertionError, match="one token"):
         FixedCache(decoder.new_cache(ids(1, 3), 3)).begin(2)

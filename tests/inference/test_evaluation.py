@@ -18,19 +18,16 @@ from pipeline.data.token_files import Tokens
 from pipeline.data.tokenizer import EOT, VOCAB_SIZE, encode, gpt2
 from pipeline.errors import InputError
 from pipeline.inference import evaluation
-from pipeline.inference.evaluation import (
+from pipeline.inference import multiple_choice as choices
+from pipeline.inference.evaluation import TASKS, Context, evaluate, unigram_loss, validation
+from pipeline.inference.multiple_choice import (
     CONTEXT_TOKENS,
     ENDING_TOKENS,
-    TASKS,
     Choice,
-    Context,
     choice_items,
     ending_nats,
-    evaluate,
     hellaswag_items,
     multiple_choice,
-    unigram_loss,
-    validation,
     write_hellaswag,
 )
 from pipeline.model.gpt import GPT, GPTConfig
@@ -182,6 +179,8 @@ def test_evaluation_computes_at_the_precision_asked_for():
         assert losses[low] != losses["fp32"] and (nats[low] != nats["fp32"]).any()
         assert losses[low] == pytest.approx(losses["fp32"], rel=0.01)
         assert nats[low] == pytest.approx(nats["fp32"], rel=0.05)
+    fp8 = evaluate(tiny(), material, at(precision="fp8"))["validation/loss"]
+    assert fp8 != losses["bf16"] and fp8 == pytest.approx(losses["fp32"], rel=0.05)
 
 
 # --- unigram
@@ -532,7 +531,7 @@ def test_an_item_that_is_no_text_is_refused_as_a_corpus_is(tmp_path, bad, messag
 
 
 def test_a_file_larger_than_hellaswag_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "HELLASWAG_BYTES", 300)
+    monkeypatch.setattr(choices, "HELLASWAG_BYTES", 300)
     with pytest.raises(InputError, match="expected at most 300 bytes"):
         hellaswag_items(file_of(tmp_path, *[row()] * 5))
 

@@ -134,7 +134,12 @@ def test_rows_of_a_batch_do_not_see_each_other():
 
 def test_cached_logits_equal_uncached_logits_to_block_size_plus_five():
     model, idx = tiny(), prompts(tokens=BLOCK + 5)
-    window = Window(Decoder(model, rows=2), idx[:, :4], settings(max_new_tokens=BLOCK + 1), None)
+    window = Window(
+        Decoder(model, choose_precision("fp32", torch.device("cpu")), rows=2),
+        idx[:, :4],
+        settings(max_new_tokens=BLOCK + 1),
+        None,
+    )
     with torch.inference_mode():
         for end in range(4, BLOCK + 5):
             expected = model(idx[:, :end][:, -BLOCK:])[:, -1]
@@ -199,9 +204,7 @@ def test_the_cache_holds_the_format_that_autocast_computes_in(monkeypatch):
 
     monkeypatch.setattr(decoding, "KVCache", noted)
     for name in ("fp32", "tf32", "bf16", "fp16"):
-        precision = choose_precision(name, torch.device("cpu"))
-        with precision.products(), precision.autocast():
-            generate(tiny(), prompts(), settings(max_new_tokens=2), seeded())
+        generate(tiny(), prompts(), settings(max_new_tokens=2, precision=name), seeded())
     assert made == [torch.float32, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -451,7 +454,13 @@ def test_no_token_sees_what_stands_in_the_padding():
     other = torch.where(torch.arange(idx.size(1)) < padding[:, None], 17, idx)
     assert not torch.equal(idx, other)
     first, second = (
-        Window(Decoder(model, rows=8), ids, settings(), padding) for ids in (idx, other)
+        Window(
+            Decoder(model, choose_precision("fp32", torch.device("cpu")), rows=8),
+            ids,
+            settings(),
+            padding,
+        )
+        for ids in (idx, other)
     )
     with torch.inference_mode():
         assert torch.equal(first.next_logits(), second.next_logits())

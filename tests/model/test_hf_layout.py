@@ -19,7 +19,8 @@ from pipeline.data import tokenizer
 from pipeline.errors import InputError
 from pipeline.model import hf_layout
 from pipeline.model.gpt import GPT, GPTConfig
-from pipeline.model.hf_layout import from_hf, gpt_config, hf_config, import_pretrained, to_hf
+from pipeline.model.hf_import import import_pretrained, parameter_table
+from pipeline.model.hf_layout import from_hf, gpt_config, hf_config, to_hf
 from pipeline.model.model_dir import build_model, save_model
 from pipeline.model.parity import PARITY_BOUND, _quiet_transformers, parity
 
@@ -144,7 +145,8 @@ def test_parity_says_nothing_on_the_terminal(
 
 
 def test_the_end_of_text_id_and_vocabulary_are_the_tokenizers() -> None:
-    assert (hf_layout.EOT, hf_layout.VOCAB_SIZE) == (tokenizer.EOT, tokenizer.VOCAB_SIZE)
+    assert hf_config(GPTConfig(1, 1, 1, 1))["eos_token_id"] == tokenizer.EOT
+    assert tokenizer.VOCAB_SIZE == GPTConfig.vocab_size == hf_layout.FIXED["vocab_size"]
 
 
 # Every kind of folder gives the same values
@@ -375,7 +377,7 @@ def test_124m_computes_what_transformers_computes(
 
 def test_the_table_tells_shapes_transposition_and_spread(reference: Any, saved: Path) -> None:
     model = load(saved)
-    rows = {row["name"]: row for row in hf_layout.parameter_table(model)}
+    rows = {row["name"]: row for row in parameter_table(model)}
     assert rows.keys() == model.state_dict().keys()
     assert sum(row["parameters"] for row in rows.values()) == model.parameter_count()
     assert [name for name, row in rows.items() if row["transposed"]] == [

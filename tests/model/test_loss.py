@@ -1,5 +1,4 @@
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -7,12 +6,18 @@ from torch.nn import functional as F
 
 from pipeline.compute import buffers
 from pipeline.compute.emulation import EmulatedProducts
-from pipeline.compute.precision import choose_precision
+from pipeline.compute.precision import PRECISIONS, Precision, choose_precision
 from pipeline.model import loss as loss_module
 from pipeline.model.loss import IGNORE, linear_cross_entropy, token_losses
 
 ROWS, VOCAB, WIDTH, TOKENS = 104, 100, 16, 24
 CPU = torch.device("cpu")
+FP32 = choose_precision("fp32", CPU)
+
+
+def mode(name, emulated):
+    """A precision of this CPU, emulated or not whatever instructions it has."""
+    return Precision(name, name, "", emulated, CPU, PRECISIONS[name])
 
 
 @pytest.fixture
@@ -26,7 +31,7 @@ def case():
     return hidden, weight, targets
 
 
-def plain(hidden, weight, targets, *, vocab_size, scale=1.0):
+def plain(hidden, weight, targets, precision, *, vocab_size, scale=1.0):
     logits = F.linear(hidden, weight)[..., :vocab_size]
     return token_losses(logits, targets).sum() * scale
 
@@ -34,10 +39,10 @@ def plain(hidden, weight, targets, *, vocab_size, scale=1.0):
 def measured(formula, hidden, weight, targets, precision=None, **settings):
     """(loss, hidden's gradient, weight's gradient) as autograd gives them."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    precision = precision or choose_precision("fp32", CPU)
+    precision = precision or FP32
     with precision.products():
         with precision.autocast():
-            loss = formula(hidden, weight, targets, vocab_size=VOCAB, **settings)
+            loss = formula(hidden, weight, targets, precision, vocab_size=VOCAB, **settings)
         loss.backward()
     return loss.detach(), hidden.grad, weight.grad
 
@@ -83,8 +88,8 @@ def test_ignored_targets_and_padded_rows_get_zero_gradients(case):
 
 def test_padded_rows_take_no_part_in_the_loss(case):
     hidden, weight, targets = case
-    bare = linear_cross_entropy(hidden, weight[:VOCAB], targets, vocab_size=VOCAB)
-    assert torch.equal(linear_cross_entropy(hidden, weight, targets, vocab_size=VOCAB), bare)
+    bare = linear_cross_entropy(hidden, weight[:VOCAB], targets, FP32, vocab_size=VOCAB)
+    assert torch.equal(linear_cross_entropy(hidden, weight, targets, FP32, vocab_size=VOCAB), bare)
 
 
 def test_all_targets_ignored_is_zero_loss_and_zero_gradients(case):
@@ -100,7 +105,7 @@ def test_micro_batches_of_ragged_masks_add_up_to_the_whole_batch(case):
     losses = []
     for rows in (slice(0, 7), slice(7, 8), slice(8, None)):
         loss = linear_cross_entropy(
-            hidden[rows], weight, targets[rows], vocab_size=VOCAB, scale=1 / count
+            hidden[rows], weight, targets[rows], FP32, vocab_size=VOCAB, scale=1 / count
         )
         loss.backward()
         losses.append(loss.detach())
@@ -142,10 +147,10 @@ def test_emulated_gradients_are_exact_where_products_and_sums_are(name):
     parts = torch.ones(24, 64, dtype=torch.float64) - 64 * F.one_hot(targets, 64)
     once = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-    low = torch.autocast("cpu", once) if name != "tf32" else nullcontext()
-    with EmulatedProducts(name):
-        with low:
-            loss = linear_cross_entropy(*leaves, targets, vocab_size=64, scale=64.0)
+    precision = mode(name, emulated=True)
+    with precision.products():
+        with precision.autocast():
+            loss = linear_cross_entropy(*leaves, targets, precision, vocab_size=64, scale=64.0)
         loss.backward()
     exact = (parts @ weight.double(), parts.t() @ hidden.double())
     for leaf, expected in zip(leaves, exact, strict=True):
@@ -156,16 +161,8 @@ def test_emulated_gradients_are_exact_where_products_and_sums_are(name):
 @pytest.mark.parametrize("products", ["emulated", "native"])
 def test_low_precision_equals_linear_under_autocast(case, name, products):
     """Against torch's own autocast and reference kernels: same roundings at the same places."""
-    low = choose_precision(name, CPU).dtype
-    reference, ours = [], []
-    for formula, into in ((plain, reference), (linear_cross_entropy, ours)):
-        hidden, weight = (x.clone().requires_grad_() for x in case[:2])
-        emulate = formula is not plain and products == "emulated"
-        with EmulatedProducts(name) if emulate else nullcontext():
-            with torch.autocast("cpu", dtype=low):
-                loss = formula(hidden, weight, case[2], vocab_size=VOCAB, scale=0.3)
-            loss.backward()
-        into += [loss.detach(), hidden.grad, weight.grad]
+    reference = measured(plain, *case, mode(name, False), scale=0.3)
+    ours = measured(linear_cross_entropy, *case, mode(name, products == "emulated"), scale=0.3)
     assert all(part.dtype is torch.float32 for part in ours)
     assert all(distance(a, b) < 2e-4 for a, b in zip(ours, reference, strict=True))
     exact = measured(plain, *case, scale=0.3)
@@ -183,9 +180,10 @@ def test_tf32_rounds_the_operands_of_all_three_products(case):
 @pytest.mark.parametrize("name", ["tf32", "bf16"])
 def test_rounded_operands_are_not_copied_and_rounded_again(case, name):
     hidden, weight = (x.clone().requires_grad_() for x in case[:2])
-    with EmulatedProducts(name) as mode, torch.autocast("cpu", enabled=name == "bf16"):
-        linear_cross_entropy(hidden, weight, case[2], vocab_size=VOCAB).backward()
-    assert mode.count == 0
+    precision = mode(name, emulated=True)
+    with EmulatedProducts(name) as products, precision.autocast():
+        linear_cross_entropy(hidden, weight, case[2], precision, vocab_size=VOCAB).backward()
+    assert products.count == 0
 
 
 def test_scale_saves_fp16_gradients_from_underflow(case):
@@ -211,7 +209,7 @@ def test_incoming_gradient_multiplies_both(case):
 
 def test_a_graph_whose_gradients_were_handed_out_says_so(case):
     hidden, weight = (x.clone().requires_grad_() for x in case[:2])
-    loss = linear_cross_entropy(hidden, weight, case[2], vocab_size=VOCAB)
+    loss = linear_cross_entropy(hidden, weight, case[2], FP32, vocab_size=VOCAB)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="went backward before"):
         loss.backward()
@@ -220,8 +218,8 @@ def test_a_graph_whose_gradients_were_handed_out_says_so(case):
 def test_gradients_survive_the_next_call(case):
     hidden, weight, targets = case
     first = hidden.clone().requires_grad_()
-    loss = linear_cross_entropy(first, weight, targets, vocab_size=VOCAB)
-    linear_cross_entropy(-hidden, weight, targets, vocab_size=VOCAB)
+    loss = linear_cross_entropy(first, weight, targets, FP32, vocab_size=VOCAB)
+    linear_cross_entropy(-hidden, weight, targets, FP32, vocab_size=VOCAB)
     loss.backward()
     assert torch.equal(first.grad, measured(linear_cross_entropy, *case)[1])
 
@@ -232,16 +230,16 @@ def test_without_a_need_for_gradients_only_the_loss_is_computed(case, monkeypatc
     monkeypatch.setattr(loss_module._Head, "_gradients", None)
     with torch.no_grad():
         loss = linear_cross_entropy(
-            hidden.clone().requires_grad_(), weight, targets, vocab_size=VOCAB
+            hidden.clone().requires_grad_(), weight, targets, FP32, vocab_size=VOCAB
         )
     assert not loss.requires_grad and torch.equal(loss, expected)
-    assert torch.equal(linear_cross_entropy(*case, vocab_size=VOCAB), expected)
+    assert torch.equal(linear_cross_entropy(*case, FP32, vocab_size=VOCAB), expected)
 
 
 def test_training_works_after_evaluation_in_inference_mode(case):
     buffers.release()
     with torch.inference_mode():
-        linear_cross_entropy(*case, vocab_size=VOCAB)
+        linear_cross_entropy(*case, FP32, vocab_size=VOCAB)
     measured(linear_cross_entropy, *case)
 
 
@@ -264,7 +262,7 @@ def test_extreme_logits_stay_finite(case, name, monkeypatch):
 def test_a_loss_that_is_no_number_stays_none(case):
     hidden, weight, targets = case
     hidden[3] = torch.nan
-    loss = linear_cross_entropy(hidden, weight.requires_grad_(), targets, vocab_size=VOCAB)
+    loss = linear_cross_entropy(hidden, weight.requires_grad_(), targets, FP32, vocab_size=VOCAB)
     assert torch.isnan(loss)
 
 

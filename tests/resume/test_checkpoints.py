@@ -27,7 +27,7 @@ from pipeline.compute import throughput
 from pipeline.compute.precision import choose_precision
 from pipeline.compute.runtime import generator
 from pipeline.data import token_writer
-from pipeline.data.corpus import Document
+from pipeline.data.documents import Document
 from pipeline.diagnostics import doctor, forecast
 from pipeline.errors import InputError, NumericsError, ResumeError, StorageError, exit_code
 from pipeline.model import model_dir

@@ -16,7 +16,7 @@ from tests.conftest import Checkout
 WRITE = """
 from pathlib import Path
 from pipeline.data import token_writer as tokenizing
-from pipeline.data.corpus import Document
+from pipeline.data.documents import Document
 
 tokenizing.write_tokens([Document(s, s, "text " * 99) for s in ("train", "val")], Path("tokens"))
 """

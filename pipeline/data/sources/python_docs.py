@@ -1,19 +1,35 @@
-"""The language's own documentation as texts: its reference and its docstrings, from source."""
+"""Python's own documentation: one document a topic of the reference, and one a module."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import platform
 import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline.errors import InputError
+from pipeline.data.documents import Document, document, share
+from pipeline.errors import InputError, Refuse
+
+if TYPE_CHECKING:
+    from pipeline.config import CorpusConfig
 
 # Tests hold broken syntax and data rather than prose; idlelib documents a program's inside.
 _LEFT_OUT = {"test", "tests", "idlelib"}
+
+
+def documents(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
+    own = texts()
+    for name in sorted(name for name, text in own.items() if text):
+        yield from document(name, share(config), [own[name]])
+
+
+def about(config: CorpusConfig) -> dict[str, str]:
+    return {"python": platform.python_version()}
 
 
 @functools.lru_cache(maxsize=1)  # the check reads them, and then the tokenizer
@@ -23,11 +39,11 @@ def texts() -> dict[str, str]:
     Raises InputError where this Python comes without its documentation.
     """
     library = Path(sysconfig.get_path("stdlib"))
-    found = _topics(library / "pydoc_data" / "topics.py")
+    texts_by_name = _topics(library / "pydoc_data" / "topics.py")
     for path in _modules(library):
         name = ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
-        found[f"module {name}"] = _module_text(name, _parsed(path))
-    return found
+        texts_by_name[f"module {name}"] = _module_text(name, _parsed(path))
+    return texts_by_name
 
 
 def _topics(path: Path) -> dict[str, str]:
@@ -45,9 +61,9 @@ def _topics(path: Path) -> dict[str, str]:
 def _modules(library: Path) -> list[Path]:
     """Sources of the modules that CPython lists as its own, without tests and idlelib."""
     tops = [library / name for name in sys.stdlib_module_names]
-    found = [path for top in tops for path in (top.with_suffix(".py"), *top.rglob("*.py"))]
-    left_out = {path for path in found if _LEFT_OUT.intersection(path.relative_to(library).parts)}
-    return [path for path in found if path.is_file() and path not in left_out]
+    paths = [path for top in tops for path in (top.with_suffix(".py"), *top.rglob("*.py"))]
+    left_out = {path for path in paths if _LEFT_OUT.intersection(path.relative_to(library).parts)}
+    return [path for path in paths if path.is_file() and path not in left_out]
 
 
 def _parsed(path: Path) -> ast.Module:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data import corpus, text_fields
+from pipeline.data import corpus, text_files
 from pipeline.errors import InputError
 
 TEXTS = [f"Document {i}, and some words in it.\n" * 3 for i in range(400)]
@@ -113,7 +113,7 @@ def test_a_damaged_packed_file_is_one_error(
     path = tmp_path / f"x.{source.replace('text', 'txt')}{suffix}"
     path.write_bytes(SPOILT[how](PACK[suffix](LINES)))
     said = refused(settings(path, source))
-    assert said.startswith(f"{path}: not a whole {text_fields.CODECS[suffix]} file: ")
+    assert said.startswith(f"{path}: not a whole {text_files.CODECS[suffix]} file: ")
     assert len(said.splitlines()) == 1
 
 
@@ -128,7 +128,7 @@ def test_a_bit_that_turned_in_a_gzip_file_is_found_by_its_checksum(tmp_path: Pat
 def test_a_packed_file_read_as_text_is_a_line_of_nonsense_for_every_newline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_fields, "CODECS", {})
+    monkeypatch.setattr(text_files, "CODECS", {})
     (tmp_path / "x.jsonl.gz").write_bytes(PACK[".gz"](LINES))
     assert len(refused(settings(tmp_path)).splitlines()) > 1
 
@@ -179,7 +179,7 @@ def test_a_large_packed_file_is_streamed(tmp_path: Path, source: str, suffix: st
 
 @pytest.mark.fault(66)
 def test_a_byte_order_mark_before_any_line_goes(tmp_path: Path) -> None:
-    mark, line = text_fields.BOM, b'{"text": "a"}\n'
+    mark, line = text_files.BOM, b'{"text": "a"}\n'
     (tmp_path / "x.jsonl").write_bytes(mark + line + mark + line + mark + b"\n")
     assert texts(settings(tmp_path)) == ["a", "a"]
 

@@ -1,0 +1,97 @@
+"""Deterministic batches from token files: every one a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.data.token_files import Tokens
+
+
+def check_length(tokens: Tokens, sequence_length: int) -> None:
+    """Raise InputError where there is not one sequence and the token after it."""
+    if len(tokens) <= sequence_length:
+        raise InputError(
+            f"{tokens.path}: {len(tokens)} tokens are too few for "
+            f"train.sequence_length={sequence_length}: at least {sequence_length + 1} are needed; "
+            "give the corpus more text or set a shorter length"
+        )
+
+
+def batch_at(
+    tokens: Tokens,
+    step: int,
+    micro_step: int,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    accumulate: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of one micro-batch, both (B, T) int64 on the CPU; a pure function.
+
+    An epoch visits every window of T inputs once, in an order drawn from (seed, epoch); where
+    the windows begin is drawn as well, so that the tokens that fill no window change by epoch.
+    A step takes the next batch_size * accumulate * world windows, the same ones however that
+    product is factored, going on into the next epoch rather than dropping any.
+    """
+    windows = (len(tokens) - 1) // sequence_length
+    assert windows > 0, "check_length comes first"
+    first = ((step * accumulate + micro_step) * world + rank) * batch_size
+    samples = range(first, first + batch_size)
+    starts = [_start(tokens, sequence_length, seed, *divmod(g, windows)) for g in samples]
+    return _gather(tokens.ids, np.array(starts), sequence_length)
+
+
+def _start(tokens: Tokens, length: int, seed: int, epoch: int, place: int) -> int:
+    offset, order = _epoch(len(tokens), length, seed, epoch)
+    return offset + int(order[place]) * length
+
+
+@functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
+def _epoch(count: int, length: int, seed: int, epoch: int) -> tuple[int, np.ndarray]:
+    """Where the first window begins, and the order of the windows: (windows,) uint32."""
+    windows, slack = divmod(count - 1, length)
+    assert windows < 1 << 32
+    generator = np.random.default_rng([seed, epoch])
+    offset = int(generator.integers(slack + 1))
+    return offset, generator.permutation(np.arange(windows, dtype=np.uint32))
+
+
+def _gather(ids: np.ndarray, starts: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    block = ids[starts[:, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
+    x, y = np.ascontiguousarray(block[:, :-1]), np.ascontiguousarray(block[:, 1:])
+    return torch.from_numpy(x), torch.from_numpy(y)  # (B, T), (B, T)
+
+
+def validation_windows(
+    tokens: Tokens,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    limit: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Consecutive windows as inputs and targets, (B, T) int64 each, the ragged end as (1, t).
+
+    Over all ranks every token but the first is a target exactly once, or with `limit` the first
+    `limit` of those, whatever the batch size and `world`. Ranks take windows in turn, so one may
+    have a batch fewer, or none: add sums and counts over ranks, not means.
+    """
+    targets = len(tokens) - 1 if limit is None else min(limit, len(tokens) - 1)
+    full, ragged = divmod(targets, sequence_length)
+    mine = np.arange(rank, full, world) * sequence_length
+    for first in range(0, len(mine), batch_size):
+        yield _gather(tokens.ids, mine[first : first + batch_size], sequence_length)
+    if ragged and full % world == rank:
+        yield _gather(tokens.ids, np.array([full * sequence_length]), ragged)
