@@ -29,7 +29,7 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
-# The tests that inject faults, and the README's table of what came of them.
+# The tests that inject faults, and the table of what came of them in docs/faults.md.
 faults: $(STAMP)
 	$(BIN)/python tools/readme.py --faults
 
