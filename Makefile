@@ -29,7 +29,7 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
-# The tests that inject faults, and the README's table of what came of them.
+# The tests that inject faults, and the table of what came of them in docs/faults.md.
 faults: $(STAMP)
 	$(BIN)/python tools/readme.py --faults
 
@@ -41,7 +41,7 @@ report: $(STAMP)
 	$(BIN)/python -m pipeline report $(RUNS)
 
 lint: $(STAMP)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 # DVC wants git; pipeline/records/dvc_history.py says the same where it needs it.
 git:
@@ -74,4 +74,4 @@ endif
 clean:
 	rm -rf $(VENV) .runs mlflow.db mlflow.db-wal mlflow.db-shm mlflow.db.lock mlartifacts \
 	    .dvc/cache .dvc/tmp data/tokens artifacts metrics plots records comparisons \
-	    report.html dvc_plots .pytest_cache .ruff_cache
+	    report.html dvc_plots .pytest_cache .ruff_cache .mypy_cache

@@ -1,4 +1,4 @@
-"""The README's lines on speed, from the results that the other benchmarks left.
+"""The pages' lines on speed, from the results that the other benchmarks left.
 
 python benchmarks/summary.py
 """

@@ -1,4 +1,4 @@
-"""The README's fault table: the rows, and what came of the tests that inject them."""
+"""The table of docs/faults.md: the rows, and what came of the tests that inject them."""
 
 from __future__ import annotations
 
