@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 
 from pipeline import tables
 from pipeline.drawing import dvc_plots
+from pipeline.training.history import step_metrics
 from pipeline.training.loop import StepReport
 from stages import common
-from stages.train import step_metrics
 from tests.conftest import ROOT, Checkout
 
 DVC_YAML = OmegaConf.to_container(OmegaConf.load(ROOT / "dvc.yaml"))
