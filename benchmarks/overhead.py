@@ -36,7 +36,7 @@ from omegaconf import OmegaConf
 from benchmarks.side_by_side import in_a_fresh_process
 from pipeline import config as configuration
 from pipeline import paths
-from pipeline.compute import throughput
+from pipeline.compute import machine
 from pipeline.compute.precision import choose_precision
 from pipeline.compute.runtime import choose_device
 from pipeline.config import Config
@@ -48,7 +48,7 @@ from pipeline.resume import run_folder
 from pipeline.resume.checkpoints import Checkpoints
 from pipeline.storage.folders import remove
 from pipeline.tracking import recording
-from pipeline.training import loop
+from pipeline.training import inputs, loop
 from pipeline.training.history import History
 from stages import common, train
 
@@ -80,8 +80,8 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "batches": ((loop, "micro_batches"), (train, "micro_batches")),
     CHECKPOINT: tuple((Checkpoints, name) for name in ("save", "keep_best", "check_room")),
     "verification": (
-        (train, "open_tokens"),
-        (common, "check_model"),
+        (inputs, "open_tokens"),
+        (inputs, "check_model"),
         (Checkpoints, "newest"),
     ),
     "record: metrics": ((Record, "metrics"),),
@@ -93,7 +93,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     ),
     "forecast": ((forecast, "before_training"), (forecast, "after_first_steps")),
     "doctor": ((doctor.Rounds, "look"), (doctor, "judge")),
-    "matrix rate": ((throughput, "matrix_rate"),),
+    "matrix rate": ((machine, "matrix_rate"),),
     "loading the model": ((train, "from_folder"),),
     "results": (
         (Checkpoints, "write_models"),
@@ -165,7 +165,7 @@ def bare_loop(config: Config) -> tuple[float, Seconds]:
     began = time.perf_counter()
     with clock.watching():
         tokens = token_files.open_tokens(paths.TOKENS, "train")
-        state = train.from_folder(paths.INIT, config, precision)
+        state = train.from_folder(paths.INIT, config.model, config.train, precision)
         batches = functools.partial(loop.micro_batches, tokens, config.train)
         for _ in loop.fit(state, config.train, batches):
             pass

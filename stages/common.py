@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,6 @@ from pipeline.drawing import dvc_plots
 from pipeline.errors import ChangedError, UserError, disk_full, exit_code, out_of_memory
 from pipeline.records import git, provenance
 from pipeline.resume import run_folder
-from pipeline.storage.digests import tree_digest
 from pipeline.tables import write_json
 
 if TYPE_CHECKING:
@@ -139,40 +137,13 @@ class NewEdits:
         ]
 
 
-def check_model(folder: Path) -> str:
-    """SHA-256 of a model directory; raises InputError unless it is whole. It is dropped again."""
-    from pipeline.model.model_dir import load_model  # torch: see announce
-
-    load_model(folder)
-    return tree_digest(folder)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """How a stage computes, and how fast products are here."""
-
-    precision: Precision
-    matrix_rate: float  # FLOP/s
-
-
-def measure(config: Config) -> Machine:
-    """The precision that is in effect here, and its rate. Nothing else may compute meanwhile."""
-    from pipeline.compute import precision, runtime, throughput  # torch: see announce
-
-    chosen = precision.choose_precision(config.precision, runtime.choose_device(config.device))
-    return Machine(chosen, throughput.matrix_rate(chosen))
-
-
 def announce(stage: str, precision: Precision, record: Record) -> None:
     """What was asked for, what is in effect, and why: aloud, in the row, and as a warning if less.
 
     The tags of `train` are the row's own, those of another stage carry its name.
     """
-    from pipeline.compute.runtime import (
-        device_name,  # torch: the stages that compute nothing go without
-    )
 
-    device = device_name(precision.device)
+    device = precision.device_name
     line = f"{stage}: device {device}, precision {precision.effective}"
     print(line + (f" ({precision.reason})" if precision.reason else ""), flush=True)
     if precision.effective != precision.asked:

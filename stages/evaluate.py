@@ -14,12 +14,12 @@ from pipeline.diagnostics import doctor
 from pipeline.errors import together
 from pipeline.inference import evaluation as tasks
 from pipeline.inference import multiple_choice
-from pipeline.model.model_dir import load_model
+from pipeline.model.model_dir import check_model, load_model
 from pipeline.records import git
 from pipeline.records.record_file import Record
 from pipeline.resume import run_folder
 from pipeline.tracking import recording
-from stages.common import announce, check_model, run, write_metrics
+from stages.common import announce, run, write_metrics
 
 MODELS = {"init_val": paths.INIT, "val": paths.MODEL}  # the baseline beside the trained model
 ITEMS = paths.ARTIFACTS / "choice_items.jsonl"

@@ -20,11 +20,11 @@ from pipeline.errors import together
 from pipeline.inference.decoding import Decoder, mean_loss
 from pipeline.inference.generation import generate, pad, stream_text, until_eot
 from pipeline.model.gpt import GPT
-from pipeline.model.model_dir import load_model
+from pipeline.model.model_dir import check_model, load_model
 from pipeline.records import record_file
 from pipeline.reports import report
 from pipeline.tracking import recording
-from stages.common import announce, check_model, run
+from stages.common import announce, run
 
 MODELS = {"before": paths.INIT, "after": paths.MODEL}
 ROWS = 32  # texts sampled together at most, but always all of a prompt

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from pipeline.compute import fp8
 from pipeline.compute.emulation import EmulatedProducts
+from pipeline.compute.runtime import device_name
 from pipeline.errors import ConfigError
 
 PRECISIONS = {
@@ -103,6 +104,10 @@ class Precision:
     def of_the_rest(self) -> Precision:
         """The precision of products that are no linear layer's: with fp8 these are bf16."""
         return choose_precision("bf16", self.device) if self.effective == "fp8" else self
+
+    @property
+    def device_name(self) -> str:
+        return device_name(self.device)
 
     @property
     def operand_bytes(self) -> int:

@@ -19,6 +19,7 @@ from pipeline.model import hf_layout
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.published import EOT
 from pipeline.regular import SNAPSHOT_BYTES, read_json
+from pipeline.storage.digests import tree_digest
 from pipeline.storage.folders import SUMS, check, writing
 from pipeline.storage.tensor_files import read_tensors, write_tensors
 
@@ -62,6 +63,15 @@ def read_config(folder: Path, **settings: Any) -> GPTConfig:
 def read_state(folder: Path, config: GPTConfig) -> dict[str, torch.Tensor]:
     """Our state dict in fp32; raises InputError as `from_hf` does."""
     return hf_layout.from_hf(read_tensors(folder), config, folder)
+
+
+def check_model(folder: Path) -> str:
+    """SHA-256 of a model directory; raises InputError unless it is whole.
+
+    The model is dropped again: of several, one at a time fits into memory.
+    """
+    load_model(folder)
+    return tree_digest(folder)
 
 
 def build_model(

@@ -23,7 +23,7 @@ from pipeline.training.prefetch import Batch
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
-    from pipeline.config import Config, TrainConfig
+    from pipeline.config import ModelConfig, TrainConfig
     from pipeline.model.gpt import GPT
 
 Look = Callable[["TrainState"], None]
@@ -79,20 +79,22 @@ class TrainState:
         }
 
 
-def from_folder(folder: Path, config: Config, precision: Precision) -> TrainState:
+def from_folder(
+    folder: Path, shape: ModelConfig, config: TrainConfig, precision: Precision
+) -> TrainState:
     """The state before the first step, with the model in a model directory.
 
     Seeds torch's generators for dropout; a checkpoint that is restored afterwards brings its own.
     """
-    torch.manual_seed(derived_seed(config.train.seed, "dropout"))
+    torch.manual_seed(derived_seed(config.seed, "dropout"))
     model = load_model(
         folder,
-        vocab_rows=config.model.vocab_rows,
-        dropout=config.model.dropout,
-        attention=config.model.attention,
+        vocab_rows=shape.vocab_rows,
+        dropout=shape.dropout,
+        attention=shape.attention,
         device=precision.device,
     )
-    return start(model, config.train, precision)
+    return start(model, config, precision)
 
 
 def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.imports import LOOKS, MAKES, ROOT, imports, module_of, room_of, tree
+from tests.helpers.imports import (
+    LOOKS,
+    MAKES,
+    ROOT,
+    imports,
+    makes_results,
+    module_of,
+    room_of,
+    tree,
+)
 
 PIPELINE = sorted((ROOT / "pipeline").rglob("*.py"))
 STAGES = sorted((ROOT / "stages").glob("*.py"))
@@ -106,6 +115,11 @@ def test_the_core_knows_no_stage_and_stages_know_no_other_stage() -> None:
     for path in STAGES:
         others = {n for n in imports(path) if n.startswith("stages.")}
         assert others <= {"stages.common"}, path.name
+
+
+def test_what_stages_share_makes_no_result() -> None:
+    """Its file is no dep of any stage, and no closure of imports goes through it."""
+    assert not {name for name in ours(ROOT / "stages/common.py") if makes_results(name)}
 
 
 def test_the_schema_imports_no_component() -> None:
