@@ -22,6 +22,8 @@ from pipeline.records.record_log import Event, Log
 Check = Callable[[Any], bool]
 
 SCHEMA = 1  # of the records that this version writes; older ones do not say
+# Outputs of earlier versions of a stage, which the records of that time name.
+EARLIER_OUTS = {"train": ("artifacts/train_study",)}
 
 LONGEST_LINE = 8 << 20  # bytes; the settings of a run may hold long prompts
 MOST_EVENTS = 10_000  # that are no points
@@ -152,7 +154,8 @@ def _is_of(stage: str, path: str) -> bool:
     """Whether a path is an output of the stage, or lies inside one."""
     parts = PurePosixPath(path)
     places = {parts.as_posix(), *(parent.as_posix() for parent in parts.parents)}
-    return ".." not in parts.parts and bool(places & set(stage_graph.stages()[stage].outs))
+    outs = {*stage_graph.stages()[stage].outs, *EARLIER_OUTS.get(stage, ())}
+    return ".." not in parts.parts and bool(places & outs)
 
 
 def _shown(value: Any) -> str:

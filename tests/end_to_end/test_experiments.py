@@ -242,9 +242,8 @@ def test_wrong_values_end_in_a_line_each_before_any_work(story: Story) -> None:
 
 def test_every_study_is_linked_from_every_row(story: Story) -> None:
     linked = {
-        "numerics": {"roofline.png", "error_and_speed.png", "formats.md", "sensitivity.md"},
+        "numerics": {"roofline.png", "loss_scale.png", "dtypes_bf16.md", "sensitivity.md"},
         "init_study": {"init_study.png", "init_study.md"},
-        "train_study": {"dtypes.md", "loss_scale.png"},
     }
     for row in story.runs():
         for folder, expected in linked.items():

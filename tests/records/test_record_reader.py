@@ -39,7 +39,7 @@ SHA = "a" * 64
 def chain(own_store: Path, make_config) -> dict[str, Events]:
     """The events of a small run's records, by stage, with every kind of event."""
     config = make_config(tracking__checkpoints="all")
-    for place in ("model", "last", "train_study"):
+    for place in ("model", "last"):
         folder = paths.ARTIFACTS / place
         folder.mkdir(parents=True)
         (folder / "file").write_text(place, "utf-8")
@@ -53,7 +53,7 @@ def chain(own_store: Path, make_config) -> dict[str, Events]:
             record.metrics({"train/skipped_steps": 0.0, "perf/peak_memory_mib": 9.0}, 2)
             record.metrics({"perf/tokens_per_second": 900.0}, 2)
             record.checkpoint("best", paths.MODEL, 3)
-            record.artifact(paths.TRAIN_STUDY, "train_study")
+            record.artifact(paths.LAST, "study")
         record.close("FINISHED")
     return {
         stage: list(map(dict, record_file.read(paths.record(stage), stage))) for stage in STAGES
@@ -202,13 +202,13 @@ REFUSED: dict[str, Callable[[str, Events], Any]] = {
     "artifact of no stage": artifact("params.yaml"),
     "artifact of another stage": artifact("artifacts/samples.md"),
     "artifact ..": artifact(".."),
-    "artifact leads out": artifact("artifacts/train_study/../../params.yaml"),
+    "artifact leads out": artifact("artifacts/last/../../params.yaml"),
     "artifact empty": artifact(""),
-    "artifact with a NUL": artifact("artifacts/train_study/a\0b"),
+    "artifact with a NUL": artifact("artifacts/last/a\0b"),
     "artifact is a number": artifact(5),
     "artifact /dev/zero": artifact("/dev/zero"),
-    "artifact's folder ../..": artifact("artifacts/train_study", "../../../out"),
-    "artifact's folder absolute": artifact("artifacts/train_study", "/tmp/out"),
+    "artifact's folder ../..": artifact("artifacts/last", "../../../out"),
+    "artifact's folder absolute": artifact("artifacts/last", "/tmp/out"),
     "checkpoint's name ../..": checkpoint(name="../../../x"),
     "checkpoint's step is text": checkpoint(step="x'y"),
     "checkpoint's path": checkpoint(path="params.yaml"),
@@ -235,6 +235,7 @@ READ: dict[str, Callable[[str, Events], Any]] = {
     "skipped NaN steps": more("metrics", time=1, step=3, values={"train/skipped_steps": math.nan}),
     "verdict with markdown": more("tags", values={"health.verdict": IMAGE}),
     "a tag of 1 MB": more("tags", values={"health.verdict": "x" * (1 << 20)}),
+    "artifact of an earlier version": artifact("artifacts/train_study/dtypes.md"),
 }
 # What the first version of this project did not write.
 YOUNGER = ("schema", "name", "experiment", "checkpoints", "settings", "git", "environment")
