@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import io
 import logging
 import re
 import signal
@@ -54,7 +55,8 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
     for stream in (sys.stdout, sys.stderr):  # a sample may hold what a pipe's encoding does not
-        stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed
     try:
         config = configuration.load()
