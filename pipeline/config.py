@@ -294,7 +294,7 @@ def kinds(kind: type = Config, prefix: str = "") -> dict[str, type]:
     return types
 
 
-def _typed_fields(kind: type) -> list[tuple[Any, Any]]:
+def _typed_fields(kind: type) -> list[tuple[Any, type]]:
     hints = get_type_hints(kind)
     return [(f, hints[f.name]) for f in fields(kind)]
 
@@ -309,8 +309,8 @@ def _build(kind: type, raw: Any, prefix: str, problems: list[str]) -> Any:
     unknown = [cut(key) if isinstance(key, str) else quoted(key) for key in raw if key not in names]
     known = [name for name, _, _ in describe()]
     for key in unknown[:MOST_UNKNOWN]:
-        hint = hints.meant(key, prefix, names, known)
-        problems.append(f"{prefix}{key}: unknown setting; {hint}")
+        meant = hints.meant(key, prefix, names, known)
+        problems.append(f"{prefix}{key}: unknown setting; {meant}")
     if (more := len(unknown) - MOST_UNKNOWN) > 0:
         problems.append(f"{prefix.rstrip('.') or 'the file'}: {more:,} more unknown settings")
     values = {}

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pipeline.errors import InputError, cut
 
@@ -19,7 +20,7 @@ JSON_BYTES = 1 << 20  # a config has a thousand bytes, the index of GPT-2 XL's s
 SNAPSHOT_BYTES = 1 << 26  # the facts of an optimizer's state grow with its tensors
 
 
-def opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BufferedReader:
     """A regular file, opened to read; raises InputError for any other, and OSError as files do.
 
     Without waiting: a pipe would have it wait for somebody who writes.

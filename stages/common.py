@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -53,6 +53,7 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
     terminal.guard()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
+    stream: Any  # guarded: it hands the call on to the stream itself
     for stream in (sys.stdout, sys.stderr):  # a sample may hold what a pipe's encoding does not
         stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed

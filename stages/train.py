@@ -49,7 +49,7 @@ def main(config: Config) -> None:
             return
         checkpoints = Checkpoints(run.folder, config.checkpoint)
         newest = checkpoints.newest()
-        if where := run_folder.where_to_start(run, newest and newest.step, config):
+        if where := run_folder.where_to_start(run, newest.step if newest else None, config):
             print(f"train: {where}")
         machine = measure(config.precision, config.device)  # before shipping takes a core
         with recording.record("train", config, run.journal) as record:

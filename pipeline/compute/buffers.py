@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def reused(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    buffers = _kept.__dict__
+    buffers: dict[Any, Tensor] = _kept.__dict__  # by name and format
     size, key = math.prod(shape), (name, dtype)
     if key not in buffers or buffers[key].numel() < size:
         buffers.pop(key, None)  # before the larger one comes, so that both never exist

@@ -91,7 +91,7 @@ def _noted(fact: str) -> Iterator[None]:
         setattr(_thread, fact, before)
 
 
-def exact_products() -> AbstractContextManager:
+def exact_products() -> AbstractContextManager[None]:
     """Inside, products are left alone: for code that rounds its operands itself."""
     return _noted("exact")
 

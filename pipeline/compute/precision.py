@@ -75,7 +75,7 @@ class Precision:
     device: torch.device
     dtype: torch.dtype
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager[object]:
         """Around the forward pass and the loss, never around the backward pass."""
         if self.dtype is torch.float32:
             return nullcontext()
@@ -91,7 +91,7 @@ class Precision:
         if self.effective == "fp8":
             fp8.mark(model, emulated=self.emulated)
 
-    def products(self) -> AbstractContextManager:
+    def products(self) -> AbstractContextManager[object]:
         """Around the forward and the backward pass; leaves torch's settings as they were."""
         if self.effective == "fp8":
             return self.of_the_rest().products()

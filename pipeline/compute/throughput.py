@@ -132,10 +132,11 @@ def peak_memory_mib(device: torch.device) -> float:
     if sys.platform == "linux":
         # getrusage would count what the parent held when it started this process.
         status = Path("/proc/self/status").read_text("ascii", errors="replace")
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
-    usage = psutil.Process().memory_info()
-    if hasattr(usage, "peak_wset"):  # Windows
-        return usage.peak_wset / 2**20
-    import resource
+        (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+        return int(kilobytes) / 2**10
+    elif sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    else:
+        import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS

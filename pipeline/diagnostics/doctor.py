@@ -45,7 +45,7 @@ def judge(record: Record, step: int) -> tuple[dict[str, float], list[str]]:
     """
     stage = record.stage
     before = RunData({log[0]["stage"]: log for log in record_file.upstream(stage)})
-    run = RunData(before.records | {stage: record.so_far()})
+    run = RunData(dict(before.records) | {stage: record.so_far()})
     if "train" not in run.records:
         return {}, []
     findings = examine(run)

@@ -204,8 +204,8 @@ def _in_head(state: TrainState, hidden: Tensor, loss: Tensor) -> Place | None:
             _place("the logits", state.model.logits(row), [("transformer.wte.weight", weight)])
             for row in hidden
         ]
-    rows = [row for row, place in enumerate(places) if place]
-    return Place(places[rows[0]].what, rows) if rows else Place("the loss, of finite logits")
+    odd = {row: place.what for row, place in enumerate(places) if place}
+    return Place(next(iter(odd.values()), "the loss, of finite logits"), list(odd))
 
 
 def _in_gradients(model: GPT) -> Place | None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from matplotlib.figure import Figure
 
     from pipeline.experiments.comparison import Comparison
@@ -33,7 +32,7 @@ COLOURS = {
 OTHERS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 DPI = 130
 
-Points = list[tuple[float, float]]  # (step, value)
+Points = Sequence[tuple[float, float]]  # (step, value)
 
 
 def sheet(
@@ -110,8 +109,8 @@ def init_study(study: InitStudy) -> Figure:
     for twin in study.twins:
         shade = 0.25 + 0.75 * (depths.index(twin.n_layer) + 1) / len(depths)
         colour = COLOURS["tf32" if twin.residual_scale else "fp16"]
-        label = "with residual_scale" if twin.residual_scale else "without"
-        label = label if twin.n_layer == depths[-1] else None
+        kind = "with residual_scale" if twin.residual_scale else "without"
+        label = kind if twin.n_layer == depths[-1] else None
         style = {"color": colour, "alpha": shade, "label": label, "marker": ".", "markersize": 4}
         stream.plot(range(twin.n_layer + 1), twin.stream_std, **style)
         gradient.plot(range(1, twin.n_layer + 1), twin.grad_norm[1:], **style)

@@ -235,9 +235,10 @@ def run_of(experiment: Experiment) -> Run | None:
     Another version of this project may not have measured, or set, what runs are compared by.
     """
     summary = [experiment.last(key) for key in SUMMARY]
-    measured = all(value is not None and math.isfinite(value) for value in summary)
-    if "train" not in experiment.records or not measured:
+    measured = [value for value in summary if value is not None and math.isfinite(value)]
+    if "train" not in experiment.records or len(measured) < len(SUMMARY):
         return None
+    tokens_per_second, peak_memory_mib, skipped = measured
     training = experiment.records["train"][0]
     if SEED not in training["params"]:
         return None
@@ -251,8 +252,9 @@ def run_of(experiment: Experiment) -> Run | None:
         experiment.values("train/loss"),
         experiment.values("train/val_loss"),
         experiment.last("val/loss"),
-        *summary[:2],
-        int(summary[2]),
+        tokens_per_second,
+        peak_memory_mib,
+        int(skipped),
     )
 
 

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,7 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _with_products(module: nn.Module, make: Callable[[Tensor, Tensor | None], Product]) -> object:
+def _with_products(module: nn.Module, make: Callable[[Tensor, Tensor | None], Product]) -> Any:
     """A copy that shares every tensor, in evaluation mode, each nn.Linear replaced."""
     if isinstance(module, nn.Linear):
         return make(module.weight, module.bias)
@@ -169,7 +169,7 @@ class Step:
         if self._token.device.type != "cuda":
             return self._run()
         if self._graph is None:
-            self._capture()
+            self._graph = self._capture()
         self._graph.replay()
         return self._logits
 
@@ -177,16 +177,17 @@ class Step:
         self._cache.length = 0  # the column is counted on the device: see FixedCache
         return self._decoder.logits(self._decoder.hidden(self._token, self._cache)[:, -1])
 
-    def _capture(self) -> None:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         # A first run by itself: libraries allocate their workspaces, which no graph may record.
         with torch.cuda.stream(side):
             self._run()
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self._logits = self._run()
+        return graph
 
 
 class FixedCache(KVCache):

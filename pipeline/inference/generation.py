@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.config import SampleConfig
     from pipeline.model.gpt import GPT, KVCache
 
-    Generators = torch.Generator | Sequence[torch.Generator]
+    Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 
 
 def generate(
@@ -75,7 +75,7 @@ def stream(
     _check_prompt(model, idx, padding)
     if padding is not None and not padding.any():
         padding = None  # the kernels without a mask are faster
-    decoder = model if isinstance(model, Decoder) else _decoder(model, config, len(idx))
+    decoder = _decoder(model, config, len(idx))
     window = Window(decoder, idx, config, padding)
     for step in range(config.max_new_tokens):
         with decoder.computing():
@@ -87,8 +87,12 @@ def stream(
         window.append(column)
 
 
-def _decoder(model: GPT, config: SampleConfig, rows: int) -> Decoder:
-    return Decoder(model, choose_precision(config.precision, _device(model)), config.weights, rows)
+def _decoder(model: GPT | Decoder, config: SampleConfig, rows: int) -> Decoder:
+    if isinstance(model, Decoder):
+        return model
+    # mypy reads no torch: to it a Module may be anything, so a Decoder is still possible here.
+    device = _device(model)  # type: ignore[arg-type]
+    return Decoder(model, choose_precision(config.precision, device), config.weights, rows)
 
 
 class Window:
@@ -119,22 +123,22 @@ class Window:
     def next_logits(self) -> Tensor:
         """(B, V): of the tokens after the newest; valid until the next call."""
         cache, start = self._cache, max(0, self._end - self._decoder.config.block_size)
-        if self._keep and cache.length == self._end - start - 1 > 0:
-            return self._extended(self._tokens[:, self._end - 1 : self._end])
         if cache is not None:
+            if self._keep and cache.length == self._end - start - 1 > 0:
+                return self._extended(cache, self._tokens[:, self._end - 1 : self._end])
             cache.reset()
-        if self._padding is not None:
-            cache.padding = (self._padding - start).clamp(min=0)
+            if self._padding is not None:
+                cache.padding = (self._padding - start).clamp(min=0)
         newest = self._decoder.hidden(self._tokens[:, start : self._end], cache)[:, -1]  # (B, C)
         return self._decoder.logits(newest)  # the head is needed once a step
 
-    def _extended(self, newest: Tensor) -> Tensor:
+    def _extended(self, cache: KVCache, newest: Tensor) -> Tensor:
         """Logits (B, V) of a step that adds tokens (B, 1) to what is cached."""
         if newest.device.type != "cuda":
-            return self._decoder.logits(self._decoder.hidden(newest, self._cache)[:, -1])
-        self._step = self._step or Step(self._decoder, self._cache)
-        logits = self._step(newest, self._cache.length)
-        self._cache.length += 1
+            return self._decoder.logits(self._decoder.hidden(newest, cache)[:, -1])
+        self._step = self._step or Step(self._decoder, cache)
+        logits = self._step(newest, cache.length)
+        cache.length += 1
         return logits
 
 

@@ -179,7 +179,7 @@ def _passages(ids: np.ndarray, random: np.random.Generator) -> Iterator[_Passage
             context = tuple(text[cut - CONTEXT_TOKENS : cut].tolist())
             ending = tuple(text[cut : cut + ENDING_TOKENS].tolist())
             if _survives(context) and _survives(ending):
-                free = cut + ENDING_TOKENS
+                free = int(cut) + ENDING_TOKENS
                 yield int(document), context, ending
 
 
@@ -243,8 +243,11 @@ def _hellaswag_item(line: text_files.Line) -> Choice:
     if not isinstance(context, str) or not context:
         raise InputError(f"{where}: ctx={quoted(context)}: expected text, or ctx_a and ctx_b")
     endings = item.get("endings")
-    texts = isinstance(endings, list) and all(isinstance(e, str) and e for e in endings)
-    if not texts or len(endings) != CHOICES:
+    if (
+        not isinstance(endings, list)
+        or len(endings) != CHOICES
+        or not all(isinstance(e, str) and e for e in endings)
+    ):
         raise InputError(f"{where}: endings={quoted(endings)}: expected a list of {CHOICES} texts")
     label = item.get("label")
     if str(label) not in map(str, range(CHOICES)):
@@ -253,7 +256,8 @@ def _hellaswag_item(line: text_files.Line) -> Choice:
             "the test split has no labels"
         )
     start = _tokens(context, f"{where}: ctx")
-    return Choice(start, tuple(_tokens(f" {e}", f"{where}: endings") for e in endings), int(label))
+    texts = (_tokens(f" {e}", f"{where}: endings") for e in endings)
+    return Choice(start, tuple(texts), int(str(label)))
 
 
 def _tokens(text: str, where: str) -> tuple[int, ...]:

@@ -206,7 +206,9 @@ class _Head:
             torch.addmm(out, part.t(), h, beta=min(start, 1), out=out)
         return (logits @ w).mul_(factor)
 
-    def _finish(self, grad_hidden: Tensor, grad_weight: Tensor, hidden: Tensor, weight: Tensor):
+    def _finish(
+        self, grad_hidden: Tensor, grad_weight: Tensor, hidden: Tensor, weight: Tensor
+    ) -> None:
         if self.rounding in LOW:
             round_to(grad_hidden, self.rounding, out=grad_hidden)
             round_to(grad_weight, self.rounding, out=grad_weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,13 @@ class _InFloat64(TorchFunctionMode):
     The models stay in fp32, and one weight at a time is held twice, so that XL needs no 25 GB.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if getattr(func, "__name__", "") == "__get__":  # of .shape, .device and the like
             return func(*args, **(kwargs or {}))
         wide = {key: _widened(value) for key, value in (kwargs or {}).items()}

@@ -137,11 +137,10 @@ def read_file(found: Experiment, path: Path, workspace: Path) -> bytes | None:
     one of more than LARGEST bytes.
     """
     try:
-        if not found.rev:
-            file = workspace / path
-        elif not (file := _kept(paths.root()).place(found.rev, path.as_posix())):
-            return None
-        return regular.read(file, LARGEST)
+        file: Path | None = workspace / path
+        if found.rev:
+            file = _kept(paths.root()).place(found.rev, path.as_posix())
+        return regular.read(file, LARGEST) if file else None
     except FileNotFoundError:
         return None
 
@@ -179,8 +178,8 @@ def copy_of(found: Experiment, path: str, folder: Path) -> Path | None:
     kept = _kept(paths.root())
     parts = kept.parts(found.rev, path)
     names = [path] if parts is None else [f"{path}/{part}" for part in parts]
-    files = {name: kept.place(found.rev, name) for name in names}
-    if not files or None in files.values():
+    files = {name: file for name in names if (file := kept.place(found.rev, name))}
+    if not files or len(files) < len(names):
         return _by_dvc(found.rev, path, copy) if kept.remotes else None
     for name, file in files.items():
         to = copy.parent / Path(name).relative_to(Path(path).parent)

@@ -23,7 +23,7 @@ _HEX = re.compile(r"[0-9a-f]{4,64}", re.IGNORECASE)
 
 def _git(*words: str, given: str = "") -> subprocess.CompletedProcess[bytes] | None:
     """A git command at the main repository root, `given` some input; None where there is no git."""
-    command = ["git", "-C", paths.root(), *words]
+    command = ["git", "-C", str(paths.root()), *words]
     try:
         return subprocess.run(command, input=given.encode(), capture_output=True, check=False)
     except FileNotFoundError:

@@ -76,7 +76,7 @@ def thin(points: Points, most: int = MOST) -> Points:
     size = _each(points, most)
     if size == 1:
         return list(points)
-    kept: Points = []
+    kept: list[tuple[float, float]] = []
     for at in range(0, len(points), size):
         part = points[at : at + size]
         finite = [point for point in part if math.isfinite(point[1])]

@@ -64,7 +64,7 @@ def of_one(run: Experiment, workspace: Path, at_work: str = "") -> str:
     return page([run_page(run, name, workspace, recipe(workspace), at_work)], {name: style})
 
 
-def of_chain(chain: Iterable[list[Event]]) -> str:
+def of_chain(chain: Iterable[Sequence[Event]]) -> str:
     """The page of the records that a stage has before it, its own one, still open, the last."""
     run = Experiment(WORKSPACE, "", {record[0]["stage"]: record for record in chain})
     return of_one(run, Path(), at_work=list(run.records)[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -310,5 +310,5 @@ def _stage(stage: str, run: Experiment, status: str) -> tuple[Any, ...]:
     return stage, status.lower(), began, seconds, start["environment"]["host"], commit
 
 
-def _status(record: list[Event]) -> str:
+def _status(record: Sequence[Event]) -> str:
     return record[-1]["status"] if record[-1]["kind"] == "end" else "unfinished"

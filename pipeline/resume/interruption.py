@@ -6,10 +6,12 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+Handler = Callable[[int, FrameType | None], Any] | int | None  # as signal.getsignal gives it
 # A closed terminal is a third way to say it, where the system has that signal.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
@@ -63,9 +65,9 @@ class Interruption:
         with contextlib.suppress(OSError):
             os.write(2, words.encode())  # a handler may come in the middle of another print
 
-    def _handle(self, handlers: dict[signal.Signals, object]) -> None:
+    def _handle(self, handlers: Mapping[signal.Signals, Handler]) -> None:
         for number, handler in handlers.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -262,8 +262,8 @@ def differences(mine: dict[str, Any], other: Path) -> list[str]:
     code, once = mine["code"], theirs.get("code")
     if not isinstance(once, dict):  # of a version that kept one digest of all files
         return [*changed, "other code"]
-    names = sorted(n for n in {**code, **once} if code.get(n) != once.get(n))
-    return changed + ([f"other code in {', '.join(names)}"] if names else [])
+    files = sorted(n for n in {**code, **once} if code.get(n) != once.get(n))
+    return changed + ([f"other code in {', '.join(files)}"] if files else [])
 
 
 def _state(folder: Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -233,11 +233,10 @@ class _Parts:
             items = [self.pack(v, f"{name}.{n}", parameter) for n, v in enumerate(value)]
             return items if isinstance(value, list) else {"tuple": items}
         if type(value) is dict:
-            items = enumerate(value.items())
             return {
                 "dict": [
                     [self.pack(k, f"{name}.{n}.key"), self.pack(v, f"{name}.{n}", parameter)]
-                    for n, (k, v) in items
+                    for n, (k, v) in enumerate(value.items())
                 ]
             }
         raise InputError(
@@ -271,7 +270,12 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -
     if kind == "float":
         return float(content)
     parts = _unpacked(content, tensors, device)
-    return {"tuple": tuple, "complex": lambda ends: complex(*ends), "dict": dict}[kind](parts)
+    makers: dict[str, Callable[[Any], Any]] = {
+        "tuple": tuple,
+        "complex": lambda ends: complex(*ends),
+        "dict": dict,
+    }
+    return makers[kind](parts)
 
 
 def _named(names: Mapping[int, str], parameter: Any) -> str:

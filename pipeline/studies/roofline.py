@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ from pipeline.compute.throughput import SQUARE, Stopwatch
 from pipeline.tables import markdown
 
 PRODUCT_COLUMNS = ("product", "shape", "mode", "in effect", "error", "ms", "GFLOP/s", "of fp32")
-OPERATION_COLUMNS = ("operation", "shape", "FLOP/byte", "bound by", "GFLOP/s", "GB/s")
-OPERATION_COLUMNS += ("of its roof", "MB moved", "ms", "of it the call")
+OPERATION_COLUMNS = (
+    *("operation", "shape", "FLOP/byte", "bound by", "GFLOP/s", "GB/s"),
+    *("of its roof", "MB moved", "ms", "of it the call"),
+)
 
 ROUNDS = 5  # modes take turns, so that a machine that slows down slows all of them
 REFERENCE_ROWS = 64  # of a product are made again in float64
@@ -62,6 +64,15 @@ class Work:
 
     seconds: float
     bytes_moved: float
+
+    if TYPE_CHECKING:  # each is a field of one kind of work and may be a property of another
+
+        @property
+        def name(self) -> str: ...
+        @property
+        def shape(self) -> object: ...
+        @property
+        def flops(self) -> float: ...
 
     @property
     def rate(self) -> float:

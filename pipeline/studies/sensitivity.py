@@ -123,8 +123,10 @@ def page(rows: list[Sensitivity]) -> str:
     verdict = "So it is here." if ratio > 2 else "The numbers here do not bear that out."
     low = next(s for s in rows if (s.operation, s.format) == ("matmul", "bf16"))
     kernel = f", torch's kernel {low.kernel:.1%}" if low.kernel is not None else ""
-    columns = ("operation", "format", "operands rounded", "amplification", "kernel")
-    columns += ("accumulated in it", "results lost")
+    columns = (
+        *("operation", "format", "operands rounded", "amplification", "kernel"),
+        *("accumulated in it", "results lost"),
+    )
     return (
         "# Sensitivity\n\n"
         "Relative error against float64. Rounding the operands and nothing else is amplified, in "

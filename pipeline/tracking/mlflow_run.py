@@ -164,7 +164,9 @@ class Row:
 
     def _checkpoint(self, event: Event, checkpoints: str, fetch: Fetch) -> dict[str, str]:
         name = event["name"]
-        place = {k: str(event[k]) for k in ("path", "md5", "sha256", "step") if k in event}
+        place: dict[str, str] = {
+            k: str(event[k]) for k in ("path", "md5", "sha256", "step") if k in event
+        }
         tags = {f"checkpoint.{name}.{key}": value for key, value in place.items()}
         if checkpoints in ("all", name) and (path := fetch(event["path"], event["sha256"])):
             self._copy(path, f"checkpoints/{name}")

@@ -379,12 +379,13 @@ def said(error: Exception) -> str:
 def _origin(error: Exception) -> BaseException:
     """The innermost error of the system or the database, which libraries wrap in their own."""
     origin: BaseException = error
-    inner: BaseException | None = error
+    at: BaseException = error
     seen = {id(error)}  # causes may go round in a circle
-    while (inner := inner.__cause__ or inner.__context__) and id(inner) not in seen:
+    while (inner := at.__cause__ or at.__context__) and id(inner) not in seen:
         seen.add(id(inner))
         if isinstance(inner, (OSError, sqlite3.Error, MemoryError)):
             origin = inner
+        at = inner
     return origin
 
 

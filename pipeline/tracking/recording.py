@@ -33,10 +33,10 @@ class Courier:
 
     def __init__(self, record: Record, checkpoints: str):
         self._record = record
+        self._child: subprocess.Popen[bytes] | None = None
         try:
             self._child = self._start(str(record.path), this_process(), checkpoints)
         except OSError as error:  # no process is left
-            self._child = None
             self._warn(f"could not be started: {error}")
 
     def close(self, hurried: bool = False) -> None:
@@ -73,7 +73,7 @@ class Courier:
                 if left <= 0:
                     raise subprocess.TimeoutExpired("", now - began) from None
 
-    def _start(self, *words: str) -> subprocess.Popen:
+    def _start(self, *words: str) -> subprocess.Popen[bytes]:
         home = str(Path(__file__).resolve().parents[2])
         places = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
         return subprocess.Popen(

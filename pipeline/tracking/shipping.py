@@ -188,13 +188,14 @@ def _open_shared(path: Path) -> BinaryIO:
     """A file, opened for reading so that another process may rename or delete it meanwhile."""
     if sys.platform != "win32":
         return open(path, "rb")
-    import _winapi
-    import msvcrt
+    else:  # else, since a type checker follows one system's branch
+        import _winapi
+        import msvcrt
 
-    share_all = 1 | 2 | 4  # reading, writing and, what Python's own `open` does not, deleting
-    null, access = _winapi.NULL, _winapi.GENERIC_READ
-    handle = _winapi.CreateFile(str(path), access, share_all, null, _winapi.OPEN_EXISTING, 0, null)
-    return open(msvcrt.open_osfhandle(handle, os.O_RDONLY | os.O_BINARY), "rb")
+        share = 1 | 2 | 4  # reading, writing and, what Python's own `open` does not, deleting
+        null, access = _winapi.NULL, _winapi.GENERIC_READ
+        handle = _winapi.CreateFile(str(path), access, share, null, _winapi.OPEN_EXISTING, 0, null)
+        return open(msvcrt.open_osfhandle(handle, os.O_RDONLY | os.O_BINARY), "rb")
 
 
 def main(words: list[str]) -> None:

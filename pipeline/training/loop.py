@@ -65,7 +65,7 @@ def fit(
     """
     watch, source = Stopwatch(state.precision.device), Prefetch(batches_of, state.precision.device)
 
-    def aside(state: TrainState) -> None:
+    def aside(look: Look, state: TrainState) -> None:
         with watch.paused():
             look(state)
 
@@ -79,7 +79,7 @@ def fit(
             state.batches,
             rate,
             config,
-            aside if look and state.step == look_at else None,
+            functools.partial(aside, look) if look and state.step == look_at else None,
             functools.partial(source.prepare, state.step + 1, steps),
         )
         report = StepReport(
