@@ -351,8 +351,8 @@ def test_a_validation_loss_that_is_not_finite_names_the_layer_and_the_batch(
     state = made(config, dropout=0.5)
     nan_token(state)
     with pytest.raises(validation.ValidationError) as stopped:
-        validation.validate(state, tokens, config)
-    told = nonfinite.explain_validation(stopped.value, state, tokens, config)
+        validation.validate(state, tokens, config.train)
+    told = nonfinite.explain_validation(stopped.value, state, tokens, config.train)
     assert told.exit_code == 4
     assert str(told) == (
         "the validation loss is nan: this model is not kept\nFirst not finite: the output of "

@@ -203,7 +203,7 @@ def test_a_setting_edited_while_it_trains_is_filed_nowhere(long_training: Checko
     assert "weight_decay" not in repo.dvc("status", "tokenize")
 
     set_to(repo, "train.weight_decay", old)
-    assert "its checked result is taken over" in repo.dvc("repro", "train")
+    assert "reusing its verified result" in repo.dvc("repro", "train")
     assert "weight_decay: 0.1" in lock.read_text("utf-8")
 
     set_to(repo, "train.weight_decay", new)  # the run cache has nothing of this name
@@ -231,7 +231,7 @@ def test_code_edited_while_it_trains_is_filed_nowhere(long_training: Checkout) -
     assert "pipeline/training/optimizers.py: edited" in said
     assert "optimizers.py" not in (repo.folder / "dvc.lock").read_text("utf-8")
     file.write_text(before, "utf-8")
-    assert "its checked result is taken over" in repo.dvc("repro", "train")
+    assert "reusing its verified result" in repo.dvc("repro", "train")
 
 
 @pytest.mark.fault(59)

@@ -338,7 +338,7 @@ def workspace(prepared: Path, tmp_path: Path, device, monkeypatch) -> Path:
     if torch.cuda.CUDAGraph is stand_in.Graph:
         monkeypatch.setitem(throughput.SQUARE, "cuda", 64)
         # torch's tensors without contents would ask a driver about CUDA.
-        monkeypatch.setattr(train, "foresee", lambda *_: None)
+        monkeypatch.setattr(forecast, "before_training", lambda *_: [])
     return tmp_path
 
 
@@ -398,7 +398,7 @@ def test_a_signal_saves_and_the_stage_goes_on_from_there(workspace: Path, monkey
         return micro_batches(tokens, train_config, step)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(loop, "micro_batches", interrupted)
+        patch.setattr(train, "micro_batches", interrupted)
         train.main(config)
     assert list(paths.runs().rglob("step-*"))
     train.main(config)

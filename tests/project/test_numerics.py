@@ -18,7 +18,8 @@ ROWS = [
 
 
 def names_in(module: str) -> set[str]:
-    body = tree(ROOT / "tests" / f"{module}.py").body
+    (path,) = (ROOT / "tests").rglob(f"{module}.py")
+    body = tree(path).body
     return {node.name for node in body if isinstance(node, ast.FunctionDef)}
 
 

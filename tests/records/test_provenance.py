@@ -102,7 +102,7 @@ def test_an_edited_setting_ends_the_stage_and_the_old_one_takes_its_work_over(
     edit("params.yaml", new, old)
     assert worked(stage, "done again") == []
     assert made(stage) == {"of the old"}
-    assert "its checked result is taken over" in capsys.readouterr().out
+    assert "reusing its verified result" in capsys.readouterr().out
     assert run_folder._folders() == []
     assert worked(stage, "done again") == ["done again"]
 

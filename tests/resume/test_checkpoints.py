@@ -220,7 +220,7 @@ def _without_chance(monkeypatch) -> None:
 
 def _without_position(monkeypatch) -> None:
     original = loop.micro_batches
-    monkeypatch.setattr(loop, "micro_batches", lambda t, c, step: original(t, c, step - 6))
+    monkeypatch.setattr(train, "micro_batches", lambda t, c, step: original(t, c, step - 6))
 
 
 @needs_fork
@@ -393,7 +393,8 @@ def test_forty_kills_in_the_middle_of_saves_lose_no_checkpoint(
         while acknowledged := os.read(told, 4):
             last = int.from_bytes(acknowledged, "little")
         os.close(told)
-        path, facts = kept(tmp_path, make_config).newest()
+        found = kept(tmp_path, make_config).newest()
+        path, facts = found.path, found.facts
         assert facts["step"] >= last
         assert not list((tmp_path / "checkpoints").glob(".*"))
         first = facts["step"]
@@ -551,7 +552,7 @@ def test_a_state_would_load_under_other_settings(workspace: Path, settings, make
     other = make_config(**SMALL, train__lr=0.5)
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
     state = training_step.start(model, other.train, choose_precision("fp32", CPU))
-    checkpoints.go_on(state, path, snapshot.read_facts(path))
+    checkpoints.Checkpoint(path, snapshot.read_facts(path)).restore(state)
     assert state.step == 8
 
 
