@@ -54,7 +54,9 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
     stream: Any  # guarded: it hands the call on to the stream itself
-    for stream in (sys.stdout, sys.stderr):  # a sample may hold what a pipe's encoding does not
+    for stream in filter(
+        None, (sys.stdout, sys.stderr)
+    ):  # a sample may hold what a pipe's encoding does not
         stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed
     try:

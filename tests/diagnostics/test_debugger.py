@@ -298,7 +298,7 @@ def test_a_validation_error_leaves_the_loop_with_its_own_explanation(
     ):
         validation.validate(state, tokens, config.train)
     assert str(stopped.value).startswith("the validation loss is nan: this model is not kept\n")
-    assert "of validation batch 1" in str(stopped.value)
+    assert "in validation batch 1" in str(stopped.value)
     assert record.values["debug.why"] == str(stopped.value)
 
 

@@ -394,7 +394,7 @@ def test_forty_kills_in_the_middle_of_saves_lose_no_checkpoint(
             last = int.from_bytes(acknowledged, "little")
         os.close(told)
         found = kept(tmp_path, make_config).newest()
-        path, facts = found.path, found.facts
+        facts = found.facts
         assert facts["step"] >= last
         assert not list((tmp_path / "checkpoints").glob(".*"))
         first = facts["step"]
