@@ -99,12 +99,13 @@ def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def update_ratio(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> float | None:
-    """Norm of AdamW's last step on `weight` by the norm of the weight; None before a first step.
+    """Norm of AdamW's last step on `weight` by the norm of the weight.
 
+    None before a first step, and for another optimizer, whose step its state may not tell.
     Made again from the moments, decay included, so that no copy of the weights is kept.
     """
     state = optimizer.state.get(weight)
-    if not state:
+    if not state or not isinstance(optimizer, torch.optim.AdamW):
         return None
     group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
     beta1, beta2 = group["betas"]

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import config as configuration
 from pipeline.data import corpus, documents, text_files, tokenizer
 from pipeline.data.sources import python_docs
 from pipeline.data.sources import text as text_source
@@ -459,6 +460,11 @@ def literal(folder, source):
         (folder / "pydoc_data").mkdir()
         topics = dict.fromkeys("abc", text)
         (folder / "pydoc_data" / "topics.py").write_text(f"topics = {topics!r}\n")
+
+
+def test_the_choices_of_the_setting_are_the_sources_there_are():
+    accepted = {name: words for name, words, _ in configuration.describe()}["corpus.source"]
+    assert accepted == f"one of {', '.join(corpus.SOURCES)}"
 
 
 @pytest.mark.fault(17)

@@ -82,7 +82,7 @@ def test_deps_name_every_imported_module_that_can_change_a_result(stage: str) ->
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_params_are_the_sections_that_the_stage_reads(stage: str) -> None:
-    listed = {name.partition(".")[0] for name in STAGES[stage]["params"]}
+    listed = {name.partition(".")[0] for name in STAGES[stage].get("params", [])}
     assert listed == config_sections(ROOT / stage_file(stage)) & SECTIONS
 
 
