@@ -269,4 +269,4 @@ def test_an_edit_of_the_sampling_code_does_not_begin_an_interrupted_training_ane
     assert dvc.wait(300) == 255, log.read_text("utf-8", "replace")
     file = repo.folder / "pipeline/inference/generation.py"
     file.write_text(file.read_text("utf-8") + "\nX = 1\n", "utf-8")
-    assert "train: goes on after step" in repo.dvc("repro", "train")
+    assert "train: resuming from step" in repo.dvc("repro", "train")

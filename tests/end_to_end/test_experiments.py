@@ -102,7 +102,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         "queue",
         ("exp", "run", "--queue", "-n", "four", "-S", "train.lr=0.001", "-S", "sample.seed=4"),
         ("exp", "run", "--queue", "-n", "five", "-S", "train.lr=0.001", "-S", "sample.seed=5"),
-        ("queue", "start", "-j", "2"),
+        ("queue", "start", "-j", "1"),
         queued=2,
     )
     told.tell("forced", ("repro", "-f"))
@@ -196,7 +196,7 @@ def test_a_note_says_what_changed_against_the_commit(story: Story, name: str, ch
     (parent,) = [run for run in story.runs() if run.info.run_id in story.rows["repro"]]
     own, theirs = (run.data.metrics["val/loss"] for run in (row, parent))
     assert f"Validation loss {own:.4f} ({own - theirs:+.4f})" in note
-    assert f"against {parent.info.run_name}, which has that commit's settings" in note
+    assert f"from {parent.info.run_name}, which has that commit's settings" in note
     plain = parent.data.tags["mlflow.note.content"]
     assert plain.startswith("**Nothing changed** against the settings of commit")
 
@@ -220,7 +220,7 @@ def test_git_stays_clean_after_a_repro_that_changed_nothing(story: Story) -> Non
 
 
 def test_editing_generation_runs_sample_alone(story: Story) -> None:
-    path = story.repo.folder / "pipeline" / "generation.py"
+    path = story.repo.folder / "pipeline/inference/generation.py"
     path.write_text(path.read_text("utf-8") + "# touched\n", "utf-8")
     said = story.repo.dvc("repro")
     assert [s for s in STAGES if f"Running stage '{s}'" in said] == ["sample"], said

@@ -28,7 +28,7 @@ from pipeline.diagnostics import debugger, forecast, nonfinite
 from pipeline.errors import NumericsError
 from pipeline.inference import decoding, generation
 from pipeline.model import loss
-from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.model.gpt import GPT, GPTConfig, KVCache
 from pipeline.records import record_file
 from pipeline.resume import snapshot
 from pipeline.storage import folders
@@ -274,8 +274,8 @@ def test_tokens_by_a_graph_are_those_without(device, temperature: float, monkeyp
     found = continued(device, config)
     assert len(captured) == 1
 
-    def eagerly(window: generation.Window, newest: torch.Tensor) -> torch.Tensor:
-        return window._decoder.logits(window._decoder.hidden(newest, window._cache)[:, -1])
+    def eagerly(window: generation.Window, cache: KVCache, newest: torch.Tensor) -> torch.Tensor:
+        return window._decoder.logits(window._decoder.hidden(newest, cache)[:, -1])
 
     monkeypatch.setattr(generation.Window, "_extended", eagerly)
     assert continued(device, config) == found and len(captured) == 1

@@ -98,7 +98,7 @@ def test_no_name_of_an_experiment_in_the_documentation_is_one_of_gits() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*")]
     named = re.compile(r"dvc exp run\b.*?\s(?:-n|--name)[ =](\S+)")
     names = {m[1] for page in pages for m in named.finditer(page.read_text("utf-8"))}
-    assert {"wild", "seven", "fp16"} <= names
+    assert {"wild", "seven"} <= names
     assert not [name for name in names if git.taken(name)]
 
 

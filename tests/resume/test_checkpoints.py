@@ -468,7 +468,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
         flip(the_run() / "best" / "step-00000008" / "model.safetensors")
     train.main(settings())
     assert "a damaged checkpoint is passed over" in caplog.text
-    assert "goes on after step 6 of 12" in capsys.readouterr().out
+    assert "resuming from step 6/12" in capsys.readouterr().out
     assert recorded() == list(range(12))
 
 
@@ -506,7 +506,7 @@ def test_with_no_whole_checkpoint_nothing_starts_in_silence(
     first = json.loads((the_run() / run_folder.JOURNAL).read_text().splitlines()[0])["id"]
     train.main(settings(checkpoint__resume="never"))
     assert record_file.read(paths.record("train"))[0]["id"] != first
-    assert "goes on after" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
 
 
 @pytest.mark.fault(44)
@@ -514,10 +514,10 @@ def test_changed_settings_start_afresh_and_say_so(workspace: Path, settings, cap
     stopped_at(7, settings())
     train.main(settings(train__lr=0.004))
     said = capsys.readouterr().out
-    assert "starts afresh" in said and "here train.lr=0.004 instead of 0.002" in said
+    assert "starting from step 0" in said and "here train.lr=0.004 instead of 0.002" in said
     assert recorded() == list(range(12))
     train.main(settings())  # the first one is still there
-    assert "goes on after step 8 of 12" in capsys.readouterr().out
+    assert "resuming from step 8/12" in capsys.readouterr().out
 
 
 @pytest.mark.fault(44)

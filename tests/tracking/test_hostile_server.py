@@ -98,7 +98,7 @@ def victim(tmp_path: Path, monkeypatch) -> Path:
 
 
 def ship(make_config) -> None:
-    ours = paths.INIT_STUDY / "samples.md"
+    ours = paths.LAST / "samples.md"
     ours.parent.mkdir(parents=True)
     ours.write_text("ours")
     with recording.record("train", make_config()) as record:
