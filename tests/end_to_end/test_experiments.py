@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import shutil
+import sqlite3
 import sys
 from collections import Counter
 from pathlib import Path
@@ -358,7 +360,12 @@ def store_as_text(story: Story, copy: str) -> dict[str, Any]:
 
     Read from a copy of a name of its own: MLflow keeps a database open, even a deleted one.
     """
-    shutil.copyfile(story.repo.folder / "mlflow.db", story.repo.folder / copy)
+    # By SQLite itself: the newest pages may lie in the write-ahead log beside the file.
+    with (
+        contextlib.closing(sqlite3.connect(story.repo.folder / "mlflow.db")) as store,
+        contextlib.closing(sqlite3.connect(story.repo.folder / copy)) as target,
+    ):
+        store.backup(target)
     client, runs = story.client(copy), story.runs(copy)
     names = {run.info.run_id: run.info.run_name for run in runs}
     assert len(set(names.values())) == len(names)
