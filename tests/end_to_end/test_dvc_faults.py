@@ -197,7 +197,7 @@ def test_a_setting_edited_while_it_trains_is_filed_nowhere(long_training: Checko
     old, new = 0.1, 0.3
     said = edited_while_it_trains(repo, lambda: set_to(repo, "train.weight_decay", new))
     assert "train.weight_decay: 0.1 then, 0.3 now" in said
-    assert "edited while this training is at work: train.weight_decay" in said  # hours before
+    assert "edited while train is at work: train.weight_decay" in said  # hours before
     lock = repo.folder / "dvc.lock"
     assert "weight_decay" not in lock.read_text("utf-8")
     assert "weight_decay" not in repo.dvc("status", "tokenize")

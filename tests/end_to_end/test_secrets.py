@@ -268,7 +268,7 @@ def test_the_page_answers_this_machine_alone_and_is_one_process(own_store: Path)
         [
             sys.executable,
             "-c",
-            f"from pipeline.tracking import recording as tracking; tracking.show({port})",
+            f"from pipeline.tracking import mlflow_ui; mlflow_ui.show({port})",
         ],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.DEVNULL,
