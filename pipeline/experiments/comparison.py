@@ -353,8 +353,8 @@ def compare(
     sets = groups(kept, setting)
     if not sets:
         raise InputError(
-            f"no two runs differ in {setting} alone (seeds aside); queue some: "
-            f"`dvc exp run --queue -S {setting}=A,B` and `dvc queue start`"
+            f"no two runs differ in {setting} alone (seeds aside); run some: "
+            f"`python -m pipeline sweep {setting}=A,B`"
         )
     if len(sets) > 1:
         log.info("%d sets of runs differ in %s; this is the newest one", len(sets), setting)

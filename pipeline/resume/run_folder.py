@@ -24,6 +24,7 @@ from pipeline.errors import (
     cut,
     exit_code,
 )
+from pipeline.process import is_alive, this_process
 from pipeline.records import stage_graph
 from pipeline.records.provenance import code_of
 from pipeline.storage.digests import digest_of, dvc_md5, tree_digest
@@ -31,8 +32,6 @@ from pipeline.storage.folders import copy, discard, recover
 
 if TYPE_CHECKING:
     from pipeline.config import Config
-
-from pipeline.process import is_alive, this_process
 
 log = logging.getLogger(__name__)
 

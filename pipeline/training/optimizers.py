@@ -84,7 +84,6 @@ class Update:
         if self._alone:
             self._optimizer.found_inf = (~(allowed & self.norm.isfinite())).float()
             self._optimizer.step()
-            del self._optimizer.found_inf
 
     def finish(self, allowed: bool) -> None:
         """Make the update, if `launch` could not."""

@@ -142,12 +142,13 @@ def train_step(
             meanwhile()
         state.loss, norm = _read(mean, update.norm)
         _check(state, state.loss, norm)
-        update.finish(allowed=math.isfinite(norm) and norm <= most)
+        made = math.isfinite(norm) and norm <= most
+        update.finish(allowed=made)
     scale = scaler.get_scale()
     scaler.update()  # a spike's gradients are finite: the scale was right
     hand_back("grad_weight", state.model.transformer.wte.weight.grad)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(state.loss, norm, scale, not (math.isfinite(norm) and norm <= most))
+    return StepResult(state.loss, norm, scale, skipped=not made)
 
 
 def _read(*numbers: Tensor) -> list[float]:
