@@ -54,6 +54,8 @@ BAR = re.compile(r"\w+: [^]\n]*\[\d+:\d\d[^]\n]*\]")  # one redrawing of a progr
 TENSOR = re.compile(r"transformer\.h\.[1-9]")  # the parameter table after its first block
 # In a brief block: what a stage says, evaluate's first figures, a sample, a comparison's table.
 BRIEF = re.compile(r"[a-z_]+: |(unigram_)?loss|perplexity|bits_per_byte| {20,}initial|  [^\s\d]|\|")
+# In that of a sweep: its members and their comparison, without what each member's stages say.
+BRIEF_SWEEP = re.compile(r"  \S+ {2,}\S+=|\||figure: |curves: |table: ")
 PRINTED: dict[str, str] = {}  # what the commands of brief blocks printed, in full
 
 OTHER_FILES = {
@@ -204,7 +206,8 @@ def shown(command: str, lines: list[str]) -> str:
 def brief(command: str, clone: Path) -> str:
     lines, took = console(command, clone)
     PRINTED[command] = shown(command, lines)
-    kept = [line for line in lines if BRIEF.match(line)]
+    pattern = BRIEF_SWEEP if " sweep " in command else BRIEF
+    kept = [line for line in lines if pattern.match(line)]
     return f"{shown(command, kept)}\n\n{took}"
 
 

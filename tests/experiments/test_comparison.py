@@ -73,7 +73,9 @@ def test_runs_on_other_tokens_are_no_group_and_other_code_is_said() -> None:
 
 
 def test_one_value_alone_is_an_error_that_names_the_command() -> None:
-    with pytest.raises(InputError, match=r"no two runs differ in precision .*pipeline sweep precision=A,B"):
+    with pytest.raises(
+        InputError, match=r"no two runs differ in precision .*pipeline sweep precision=A,B"
+    ):
         compare([run(), run(seed=2)], "precision", "fp32")
 
 
