@@ -73,14 +73,14 @@ def _models(folders: list[Path]) -> int:
 
 def _cache(delete: bool) -> int:
     from pipeline import paths
-    from pipeline.storage import dvc_cache
+    from pipeline.storage.digests import damaged
     from pipeline.storage.folders import remove
 
     folder = paths.root() / ".dvc" / "cache" / "files" / "md5"
     if not folder.is_dir():
         log.error("%s: nothing is cached yet, or DVC's cache lies elsewhere", folder)
         return InputError.exit_code
-    found = list(dvc_cache.damaged(folder))
+    found = list(damaged(folder))
     for path in found:
         log.error("%s: %s", path, "changed, deleted" if delete else "its content has changed")
         if delete:

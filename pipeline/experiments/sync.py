@@ -110,7 +110,7 @@ def _before(head: Event, experiment: Experiment) -> list[Sequence[Event]]:
 
 def _replay(client: MlflowClient, ran: Ran, folder: Path) -> Row:
     def fetch(path: str, sha256: str) -> Path | None:
-        copy = from_workspace(path, sha256) or dvc_history.copy_of(ran.where, path, folder)
+        copy = from_workspace(path, sha256) or dvc_history.copy_of(ran.where.rev, path, folder)
         return copy if copy and digests.tree_digest(copy) == sha256 else None
 
     row = open_row(client, ran.head, ran.others, tidy=False)

@@ -6,9 +6,7 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WORKSPACE = "workspace"
-LOCK = "dvc.lock"
 LARGEST = 64 << 20  # bytes of a file that is shown
 _MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 NO_GIT = (
@@ -45,9 +42,8 @@ def experiments(stages: Iterable[str] | None = None) -> Iterator[Experiment]:
     Raises InputError where git refuses the folder, since another user owns it.
     """
     with _repository() as repo:
-        listed = repo.experiments.ls(all_commits=True) if repo else {}
+        found = _listed(repo) if repo else []
         kept = Kept(repo) if repo else None
-    found = [one for on_commit in listed.values() for one in on_commit]
     if kept:
         kept.look_up([rev for _, rev in found])
         for name, rev in found:
@@ -82,7 +78,7 @@ def of_workspace(root: Path, stages: Iterable[str] | None = None) -> Experiment:
         except (InputError, OSError) as error:
             unreadable.append(f"{path}: {error}")
             log.warning("%s; left out", unreadable[-1])
-        return None
+            return None
 
     kept = {stage: root / paths.record(stage) for stage in stages or stage_graph.stages()}
     for stage, path in kept.items():
@@ -92,8 +88,7 @@ def of_workspace(root: Path, stages: Iterable[str] | None = None) -> Experiment:
     for stage, path in kept.items():
         if stage in here or not (part := read(stage, path.with_suffix(".jsonl.part"), False)):
             continue
-        began = [e["time"] for kind in ("start", "resume") for e in part.of_kind(kind)]
-        if max(began) >= newest:
+        if max(event["time"] for event in part.of_kind("start", "resume")) >= newest:
             here[stage] = part
     return Experiment(WORKSPACE, "", _of_one_chain(WORKSPACE, here), unreadable)
 
@@ -126,8 +121,13 @@ def names() -> set[str]:
     with _repository() as repo:
         if not repo:
             raise InputError(NO_GIT.format(paths.root()))
-        listed = repo.experiments.ls(all_commits=True)
-    return {name for on_commit in listed.values() for name, _ in on_commit}
+        return {name for name, _ in _listed(repo)}
+
+
+def _listed(repo: Repo) -> list[tuple[str, str]]:
+    """Name and revision of every experiment."""
+    by_commit = repo.experiments.ls(all_commits=True)
+    return [one for on_commit in by_commit.values() for one in on_commit]
 
 
 def read_file(found: Experiment, path: Path, workspace: Path) -> bytes | None:
@@ -167,39 +167,22 @@ def commits() -> Iterator[Experiment]:
         log.warning("%d records of earlier commits are in no cache here; left out", len(gone))
 
 
-def copy_of(found: Experiment, path: str, folder: Path) -> Path | None:
-    """A copy, in `folder`, of a file or folder as the experiment left it, out of DVC's cache.
+def copy_of(rev: str, path: str, folder: str | Path) -> Path | None:
+    """A copy, in `folder`, of a file or folder as a revision left it, or the workspace's dvc.lock.
 
-    None where the cache has it no more.
+    None where neither DVC's cache nor a remote has it.
     """
-    copy = Path(tempfile.mkdtemp(dir=folder)) / Path(path).name
-    if not found.rev:  # by the dvc.lock that lies there now
-        return _by_dvc("", path, copy)
-    kept = _kept(paths.root())
-    parts = kept.parts(found.rev, path)
-    names = [path] if parts is None else [f"{path}/{part}" for part in parts]
-    files = {name: file for name in names if (file := kept.place(found.rev, name))}
-    if not files or len(files) < len(names):
-        return _by_dvc(found.rev, path, copy) if kept.remotes else None
-    for name, file in files.items():
-        to = copy.parent / Path(name).relative_to(Path(path).parent)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, to)
-    return copy
-
-
-def _by_dvc(rev: str, path: str, to: Path) -> Path | None:
-    """A copy that DVC itself makes, out of its cache or a remote; None where neither has it."""
     from dvc.exceptions import DvcException
 
+    copy = Path(tempfile.mkdtemp(dir=folder)) / Path(path).name
     try:
-        _files(paths.root(), rev).get(path, str(to), recursive=True)
-    except (OSError, DvcException):
+        _files(paths.root(), rev).get(path, str(copy), recursive=True)
+    except (OSError, DvcException, RecursionError):  # the last for a list that leads out of itself
         return None
-    return to if to.exists() else None
+    return copy if copy.exists() else None
 
 
-@functools.cache
+@functools.lru_cache(4)
 def _files(root: Path, rev: str) -> Any:
     from dvc.api import DVCFileSystem
 
@@ -208,31 +191,24 @@ def _files(root: Path, rev: str) -> Any:
 
 @contextlib.contextmanager
 def _repository() -> Iterator[Repo | None]:
-    """This repository in DVC's hands; None where there is no git, hence no experiment."""
-    from dvc.scm import NoSCM, SCMError
+    """This repository in DVC's hands; None where there is no git, hence no experiment.
 
+    Raises InputError where git, and so DVC, refuses the folder of another owner.
+    """
+    from dvc.repo import Repo
+    from dvc.scm import SCM, NoSCM, SCMError
+
+    if problem := git.refused():
+        raise InputError(problem)
     try:
-        repo = _opened()
+        # First: DVC itself asks when it has opened its databases, and leaves them open then.
+        SCM(str(paths.root())).close()
+        repo = Repo(str(paths.root()))
     except SCMError:
         yield None
         return
     with repo:
         yield None if isinstance(repo.scm, NoSCM) else repo
-
-
-def _opened() -> Repo:
-    """This repository in DVC's hands, for `with`. Raises SCMError where there is no git.
-
-    That is asked first: DVC asks when it has opened its databases, and leaves them open then.
-    Raises InputError where git, and so DVC, refuses the folder of another owner.
-    """
-    from dvc.repo import Repo
-    from dvc.scm import SCM
-
-    if problem := git.refused():
-        raise InputError(problem)
-    SCM(str(paths.root())).close()
-    return Repo(str(paths.root()))
 
 
 class Kept:
@@ -244,23 +220,17 @@ class Kept:
 
     def __init__(self, repo: Repo):
         self._in_cache = repo.cache.local.oid_to_path
-        self.remotes = bool(repo.config.get("remote"))
-        above = os.path.relpath(repo.root_dir, repo.scm.root_dir)
-        self._lock = (Path(above) / LOCK).as_posix()
+        self._has_remotes = bool(repo.config.get("remote"))
+        self._from_remotes = tempfile.TemporaryDirectory()
         self._locks: dict[str, dict[str, str]] = {}
-        self._by_text: dict[bytes, dict[str, str]] = {}  # most commits share their dvc.lock
-        # Revisions share most of their records: by stage and MD5.
-        self._records: dict[tuple[str, str], Log | InputError] = {}
+        # Revisions share most of their records: by stage and MD5, or what is wrong with one.
+        self._records: dict[tuple[str, str], Log | str | None] = {}
 
     def look_up(self, revs: Iterable[str]) -> None:
         """Read the dvc.lock of all of these at once."""
         new = [rev for rev in dict.fromkeys(revs) if rev not in self._locks]
-        texts = git.contents(self._lock, new) if new else {}
-        for rev in new:
-            text = texts.get(rev, b"")
-            if text not in self._by_text:
-                self._by_text[text] = stage_graph.locked(text)
-            self._locks[rev] = self._by_text[text]
+        texts = git.contents("dvc.lock", new) if new else {}
+        self._locks |= {rev: stage_graph.locked(texts.get(rev, b"")) for rev in new}
 
     def locked(self, rev: str) -> dict[str, str]:
         """DVC's MD5 by path of what the dvc.lock of a revision lists."""
@@ -279,79 +249,55 @@ class Kept:
             path = paths.record(stage).as_posix()
             if path not in self.locked(rev):  # this stage had not run there
                 continue
-            try:
-                if record := self._record(rev, stage, path):
-                    found[stage] = record
-                else:
-                    gone.append(path)
-            except (InputError, OSError) as error:
-                unreadable.append(f"{path}: {error}")
+            key = stage, self.locked(rev)[path]
+            if key not in self._records:
+                self._records[key] = self._read(rev, path, stage)
+            record = self._records[key]
+            if record is None:
+                gone.append(path)
+            elif isinstance(record, str):
+                unreadable.append(record)
+            else:
+                found[stage] = record
         return found, gone
 
-    def _record(self, rev: str, stage: str, path: str) -> Log | None:
-        key = stage, self.locked(rev)[path]
-        if key not in self._records:
-            if not (file := self.place(rev, path)):
-                return None
-            try:
-                self._records[key] = record_reader.read(file, stage)
-            except InputError as error:
-                self._records[key] = error
-        if isinstance(known := self._records[key], InputError):
-            raise known
-        return known
+    def _read(self, rev: str, path: str, stage: str) -> Log | str | None:
+        try:
+            file = self.place(rev, path)
+            return record_reader.read(file, stage) if file else None
+        except (InputError, OSError) as error:
+            return f"{path}: {error}"
 
     def place(self, rev: str, path: str) -> Path | None:
         """Where a file of a revision's outputs lies; None where it is in no cache any more."""
-        out, md5 = self._out(rev, path)
+        locked, file = self.locked(rev), PurePosixPath(path)
+        out = next((p for p in (file, *file.parents) if p.as_posix() in locked), None)
+        if out is None:
+            return None
+        md5 = locked[out.as_posix()]
         if md5.endswith(".dir"):
-            inside = PurePosixPath(path).relative_to(out).as_posix()
-            md5 = (self._listing(md5) or {}).get(inside, "")
-        file = self._file(md5)
-        return file or (self._from_remote(rev, path) if md5 and self.remotes else None)
+            md5 = self._listing(md5).get(file.relative_to(out).as_posix(), "")
+        if (cached := self._cached(md5)) or not self._has_remotes:
+            return cached
+        return copy_of(rev, path, self._from_remotes.name)
 
-    def parts(self, rev: str, path: str) -> list[str] | None:
-        """What an output that is a folder holds, relative to it; None where it is a file."""
-        out, md5 = self._out(rev, path)
-        return list(self._listing(md5) or {}) if out == path and md5.endswith(".dir") else None
-
-    def _out(self, rev: str, path: str) -> tuple[str, str]:
-        """The output that a path is, or lies in, and its MD5."""
-        pure = PurePosixPath(path)
-        for place in (pure, *pure.parents):
-            if md5 := self.locked(rev).get(place.as_posix()):
-                return place.as_posix(), md5
-        return "", ""
-
-    def _listing(self, md5: str) -> dict[str, str] | None:
-        """MD5 by name of the files in a folder; None where the cache does not have the list."""
-        if not (file := self._file(md5)):
-            return None
+    def _listing(self, md5: str) -> dict[str, str]:
+        """MD5 by name of the files in a folder, as far as the cache has a list that can be read."""
+        if not (file := self._cached(md5)):
+            return {}
         try:
-            listed = {one["relpath"]: one["md5"] for one in json.loads(regular.read(file, LARGEST))}
+            return {one["relpath"]: one["md5"] for one in json.loads(regular.read(file, LARGEST))}
         except (ValueError, TypeError, KeyError, RecursionError):  # InputError, too
-            return None
-        plain = all(".." not in PurePosixPath(n).parts and not n.startswith("/") for n in listed)
-        return listed if plain else None
+            return {}
 
-    def _file(self, md5: str) -> Path | None:
+    def _cached(self, md5: str) -> Path | None:
         """A file of the cache; the name comes out of a file that anybody may have written."""
-        if not _MD5.fullmatch(md5):
-            return None
-        path = Path(self._in_cache(md5))
-        return path if path.is_file() else None
-
-    def _from_remote(self, rev: str, path: str) -> Path | None:
-        folder = tempfile.mkdtemp(dir=self._scratch.name)
-        return _by_dvc(rev, path, Path(folder) / PurePosixPath(path).name)
-
-    @functools.cached_property
-    def _scratch(self) -> tempfile.TemporaryDirectory[str]:
-        """For what came from a remote; gone with this process."""
-        return tempfile.TemporaryDirectory()
+        path = Path(self._in_cache(md5)) if _MD5.fullmatch(md5) else None
+        return path if path and path.is_file() else None
 
 
 @functools.cache
 def _kept(root: Path) -> Kept:
-    with _opened() as repo:
+    with _repository() as repo:
+        assert repo  # its revision comes from there
         return Kept(repo)

@@ -1,4 +1,4 @@
-"""What git says of this repository: names that it takes for its own, files that it leaves out."""
+"""What git says of this repository: its state, names it takes for its own, files it leaves out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from pipeline import paths
@@ -21,24 +21,41 @@ log = logging.getLogger(__name__)
 _HEX = re.compile(r"[0-9a-f]{4,64}", re.IGNORECASE)
 
 
-def _git(*words: str, given: str = "") -> subprocess.CompletedProcess[bytes] | None:
-    """A git command at the main repository root, `given` some input; None where there is no git."""
-    command = ["git", "-C", str(paths.root()), *words]
+def _git(
+    *words: str, at: Path | None = None, given: str = ""
+) -> subprocess.CompletedProcess[bytes] | None:
+    """A git command, by default at the main repository root; None where there is no git."""
+    command = ["git", "-C", str(at or paths.root()), *words]
     try:
         return subprocess.run(command, input=given.encode(), capture_output=True, check=False)
     except FileNotFoundError:
         return None
 
 
-def contents(path: str, revs: Iterable[str]) -> dict[str, bytes]:
-    """What a file holds in each of these revisions, as far as they have it.
+def said(*words: str) -> str:
+    """What git says of this workspace, or nothing where it fails or is not there."""
+    done = _git(*words, at=Path.cwd())
+    return done.stdout.decode(errors="replace").strip() if done and done.returncode == 0 else ""
 
-    `path` starts at git's own root.
-    """
-    asked = list(revs)
-    done = _git("cat-file", "--batch", given="".join(f"{rev}:{path}\n" for rev in asked))
+
+# What every experiment changes: DVC writes `-S` and the digests of outputs there. The settings
+# are in the record, with what the commit's were.
+_NOT_DIRT = (":(exclude)params.yaml", ":(exclude)dvc.lock")
+
+
+def state() -> dict[str, str]:
+    """Commit and branch of this workspace, and whether its files are others than the commit's."""
+    commit = said("rev-parse", "HEAD")
+    status = said("status", "--porcelain", "--untracked-files=no", "--", ".", *_NOT_DIRT)
+    dirty = str(bool(status)).lower() if commit else ""
+    return {"commit": commit, "branch": said("rev-parse", "--abbrev-ref", "HEAD"), "dirty": dirty}
+
+
+def contents(path: str, revs: Sequence[str]) -> dict[str, bytes]:
+    """What a file, by its path in the repository, holds in each revision that has it."""
+    done = _git("cat-file", "--batch", given="".join(f"{rev}:./{path}\n" for rev in revs))
     answers, found = io.BytesIO(done.stdout if done else b""), {}
-    for rev in asked:
+    for rev in revs:
         name, _, size = answers.readline().rpartition(b" ")
         if size.strip().isdigit():  # else it says that it is missing
             content = answers.read(int(size))
@@ -105,7 +122,7 @@ def to_take_along(config: Config) -> list[str]:
     found: dict[str, None] = {}
     problems = []
     for setting, path in local_inputs(config).items():
-        if _is_absolute(path):
+        if Path(path).is_absolute():
             continue
         if ".." in PurePosixPath(path).parts:
             problems.append(
@@ -124,16 +141,20 @@ def check_whole(setting: str, path: str, names: Callable[[str], Iterable[str]]) 
     Git, and DVC with it, brings only committed files there: a run on the rest would be filed
     under the name of the whole. `names` lists what the stage reads at a path, relative to it.
     """
-    root = paths.root()
-    if _is_absolute(path) or not root.is_dir() or root.samefile(Path.cwd()):
+    root, place = paths.root(), PurePosixPath(Path(path).as_posix())
+    if place.is_absolute() or not root.is_dir() or root.samefile(Path.cwd()):
         return
     missing = _names(names, str(root / path)) - _names(names, path)
-    if lost := sorted(missing.intersection(_below(path, _left_out(path)))):
+    left_out = map(PurePosixPath, _left_out(path))
+    below = {f.name if f == place else f.relative_to(place).as_posix() for f in left_out}
+    if lost := sorted(missing & below):
         words = " ".join(f"-C {shlex.quote(entry)}" for entry in _entries(path))
+        if len(words) > 200:
+            words = f"{words[:200].rpartition(' -C ')[0]} ..."
         raise InputError(
             f"{setting}={path}: git does not carry {len(lost)} of its files, such as {lost[0]}, so "
             "they are not in this temporary workspace. Two ways out: the absolute path, -S "
-            f"{setting}={root / path}, or have DVC copy them: {_shortened(words)}"
+            f"{setting}={root / path}, or have DVC copy them: {words}"
         )
 
 
@@ -143,10 +164,6 @@ def files(path: str) -> list[str]:
     if place.is_file():
         return [place.name]
     return [file.name for file in place.glob("[!.]*") if file.is_file()]
-
-
-def _is_absolute(path: str) -> bool:
-    return Path(path).is_absolute()
 
 
 def _entries(path: str) -> list[str]:
@@ -179,19 +196,8 @@ def _left_out(path: str, *options: str) -> list[str]:
     return [os.fsdecode(name).rstrip("/") for name in listed]
 
 
-def _below(path: str, files: Iterable[str]) -> Iterator[str]:
-    """Names relative to `path`, of a file at `path` itself its own name."""
-    place = PurePosixPath(Path(path).as_posix())
-    for file in map(PurePosixPath, files):
-        yield file.name if file == place else file.relative_to(place).as_posix()
-
-
 def _names(names: Callable[[str], Iterable[str]], path: str) -> set[str]:
     try:
         return set(names(path))
     except UserError:  # nothing there that the stage would read
         return set()
-
-
-def _shortened(words: str) -> str:
-    return words if len(words) <= 200 else f"{words[:200].rpartition(' -C ')[0]} ..."

@@ -56,10 +56,14 @@ def edits(stage: str, config: Config) -> list[str]:
 
     Only those count that dvc.yaml lists for the stage, since DVC looks at no others.
     """
-    return _edited_settings(stage, config) + [
-        f"{name}: edited"
-        for name, digest in code_of(stage).items()
-        if _digest(stage_graph.ROOT / name) != digest
+    try:
+        now = stage_graph.settings_of(stage, settings_of(yaml_text.read(paths.PARAMS)))
+        found = differing(stage_graph.settings_of(stage, flatten(config)), now)
+    except ConfigError as error:
+        found = [str(error)]
+    code = code_of(stage).items()
+    return found + [
+        f"{name}: edited" for name, digest in code if _digest(stage_graph.ROOT / name) != digest
     ]
 
 
@@ -90,15 +94,6 @@ def changed_inputs(before: Stamps, now: Stamps) -> list[str]:
     ]
     more = len(names) - len(phrases)
     return [*phrases, f"and {more:,} more"] if more else phrases
-
-
-def _edited_settings(stage: str, config: Config) -> list[str]:
-    try:
-        now = settings_of(yaml_text.read(paths.PARAMS))
-    except ConfigError as error:
-        return [str(error)]
-    mine = stage_graph.settings_of(stage, flatten(config))
-    return differing(mine, stage_graph.settings_of(stage, now))
 
 
 def _shown(settings: dict[str, Any], name: str) -> str:

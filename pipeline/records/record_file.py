@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -23,7 +22,7 @@ import psutil
 from pipeline import paths
 from pipeline.config import Config, flatten, settings_of
 from pipeline.errors import ChangedError, ConfigError, InputError
-from pipeline.records import stage_graph
+from pipeline.records import git, stage_graph
 from pipeline.records.provenance import code_digest, differing, listed
 from pipeline.records.record_log import Event, Log
 from pipeline.records.record_reader import SCHEMA, read
@@ -34,6 +33,12 @@ log = logging.getLogger(__name__)
 # Significant digits of a value: the page shows what it is given. No timing repeats to five.
 DIGITS = 6
 DIGITS_OF = {"perf": 4, "time": 4}
+EDITED = (
+    f"{paths.PARAMS} was edited after this run's {{stage}} stage had begun:{{changed}}\n"
+    "The stages that are finished are kept. The same command again goes on with what stands there "
+    "now, as a run of its own; to finish this one, put the old back first. `dvc exp run --temp` "
+    "works on a copy, whose settings no edit reaches"
+)
 
 
 class Record:
@@ -50,12 +55,12 @@ class Record:
         self.path = paths.record(stage)
         self.bytes = 0  # of the artifacts and checkpoints that it names
         self._part = part(self.path)
-        earlier = reopen(journal) if journal else []
+        earlier = reopen(journal) if journal else Log()
         # A clock may be set back meanwhile, also between the sessions of a journal.
         self._spent = sum(max(0.0, end - began) for began, end in _sessions(earlier))
         self._started = time.monotonic()
         self.head = earlier[0] if earlier else start_event(stage, config)
-        self._held = {key: e["step"] for e in _metrics(earlier) for key in e["values"]}
+        self._held = {key: e["step"] for e in earlier.of_kind("metrics") for key in e["values"]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A file of its own: a process may still ship what a killed stage wrote into the old one.
         self._part.unlink(missing_ok=True)
@@ -83,15 +88,8 @@ class Record:
         self._write({"kind": "artifact", "folder": folder, **_place(path)})
 
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
-        self._write(
-            {
-                "kind": "dataset",
-                "name": name,
-                "digest": digest,
-                "source": source,
-                "context": context,
-            }
-        )
+        event = {"kind": "dataset", "name": name, "digest": digest}
+        self._write(event | {"source": source, "context": context})
 
     def checkpoint(self, name: str, path: Path, step: int) -> None:
         """A model directory; tracking.checkpoints decides what the row makes of it."""
@@ -129,15 +127,15 @@ def part(path: Path) -> Path:
     return path.with_suffix(".jsonl.part")
 
 
-def reopen(journal: Path) -> list[Event]:
+def reopen(journal: Path) -> Log:
     """The events of a journal to go on with; a line that a kill cut off, and the end, go.
 
-    None where there is no journal yet. Raises InputError for a line that is damaged otherwise.
+    Empty where there is no journal yet. Raises InputError for a line that is damaged otherwise.
     """
+    events, size = Log(), 0
     if not journal.exists():
-        return []
+        return events
     lines = journal.read_bytes().splitlines(keepends=True)
-    events, size = [], 0
     for number, line in enumerate(lines, 1):
         event = _event(line)
         if event is None and number < len(lines):
@@ -162,11 +160,7 @@ def _event(line: bytes) -> Event | None:
     return None
 
 
-def _metrics(events: list[Event]) -> Iterator[Event]:
-    return (event for event in events if event["kind"] == "metrics")
-
-
-def _sessions(events: list[Event]) -> Iterator[tuple[float, float]]:
+def _sessions(events: Log) -> Iterator[tuple[float, float]]:
     """When each process that wrote these began and was last heard of, in seconds."""
     times: list[list[float]] = []
     for event in events:
@@ -206,9 +200,10 @@ def start_event(stage: str, config: Config) -> Event:
     """
     params = stage_graph.decisive(flatten(config))
     invocation = _invocation()
-    chain = [e for e in upstream(stage) if invocation in _invocations(e)]
+    chain = [record for record in upstream(stage) if invocation in _invocations(record)]
     for record in chain:
-        _hold(record[0], params)
+        if changed := differing(record[0]["params"], params):
+            raise ChangedError(EDITED.format(stage=record[0]["stage"], changed=listed(changed)))
     # Taken once: an edit of another stage's code while a chain runs must not split its row either.
     code = next((record[0]["code"] for record in chain), None) or code_digest()
     return {
@@ -225,7 +220,7 @@ def start_event(stage: str, config: Config) -> Event:
         "checkpoints": config.tracking.checkpoints,
         "params": params,
         "settings": digest_of(params),
-        "git": _git_state(),
+        "git": git.state(),
         "parent": _parent(params),
         "environment": environment(),
     }
@@ -233,20 +228,7 @@ def start_event(stage: str, config: Config) -> Event:
 
 def _invocations(record: Log) -> set[str]:
     """Every command that had a part in a record: of a training that was resumed, several."""
-    events = (event for kind in ("start", "resume") for event in record.of_kind(kind))
-    return {event["invocation"] for event in events}
-
-
-def _hold(head: Event, params: dict[str, Any]) -> None:
-    """Raise ChangedError where the settings are no longer those that the chain began with."""
-    if changed := differing(head["params"], params):
-        raise ChangedError(
-            f"{paths.PARAMS} was edited after this run's {head['stage']} stage had begun:"
-            f"{listed(changed)}\n"
-            "The stages that are finished are kept. The same command again goes on with what "
-            "stands there now, as a run of its own; to finish this one, put the old back first. "
-            "`dvc exp run --temp` works on a copy, whose settings no edit reaches"
-        )
+    return {event["invocation"] for event in record.of_kind("start", "resume")}
 
 
 @functools.cache
@@ -284,40 +266,13 @@ def _parent(params: dict[str, Any]) -> dict[str, Any]:
     where that commit has no params file, or one that nobody can read.
     """
     try:
-        theirs = stage_graph.decisive(settings_of(_git("show", "HEAD:./params.yaml")))
+        theirs = stage_graph.decisive(settings_of(git.said("show", "HEAD:./params.yaml")))
     except ConfigError:
         return {}
     names = dict.fromkeys([*params, *theirs])
     both = {name: [theirs.get(name), params.get(name)] for name in names}
     changed = {name: pair for name, pair in both.items() if pair[0] != pair[1]}
     return {"settings": digest_of(theirs), "changed": changed} if theirs else {}
-
-
-def _git(*words: str) -> str:
-    """What git says, or nothing where it fails or is not there."""
-    try:
-        done = subprocess.run(
-            ["git", *words], capture_output=True, encoding="utf-8", errors="replace", check=False
-        )
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-# What every experiment changes: DVC writes `-S` and the digests of outputs there. The settings
-# are in the record, with what the commit's were.
-_NOT_DIRT = (":(exclude)params.yaml", ":(exclude)dvc.lock")
-
-
-def _git_state() -> dict[str, str]:
-    commit = _git("rev-parse", "HEAD")
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *_NOT_DIRT)
-    dirty = str(bool(status)).lower()
-    return {
-        "commit": commit,
-        "branch": _git("rev-parse", "--abbrev-ref", "HEAD"),
-        "dirty": dirty if commit else "",
-    }
 
 
 def _place(path: Path) -> dict[str, Any]:

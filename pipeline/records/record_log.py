@@ -94,10 +94,9 @@ class Log(Sequence[Event]):
                 parts[name].append((points, points.values[at :: len(points.names)]))
         return {name: _merged(of_one_metric) for name, of_one_metric in parts.items()}
 
-    def of_kind(self, kind: str) -> Iterator[Event]:
-        if kind == "metrics":
-            return (event for event in self if event["kind"] == kind)
-        return (e for e in self._order if isinstance(e, dict) and e["kind"] == kind)
+    def of_kind(self, *kinds: str) -> Iterator[Event]:
+        events = self if "metrics" in kinds else (e for e in self._order if isinstance(e, dict))
+        return (event for event in events if event["kind"] in kinds)
 
     @property
     def metrics(self) -> int:

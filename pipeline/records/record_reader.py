@@ -96,8 +96,6 @@ def _decoded(line: bytes) -> Any:
 def _checked(event: Any, stage: str, first: bool, log: Log) -> Event:
     """The event, with defaults for what older versions did not write; raises RecordError."""
     kind = event.get("kind") if isinstance(event, dict) else None
-    if kind == "metrics" and not first and _is_point(event, log):
-        return event
     if not isinstance(kind, str) or (kind == "start") != first or kind not in _FIELDS:
         wanted = "a start event" if first else f"an event: {', '.join(list(_FIELDS)[1:])}"
         raise RecordError(f"{_shown(event)}: expected {wanted}")
@@ -125,22 +123,11 @@ def _checked(event: Any, stage: str, first: bool, log: Log) -> Event:
     return event
 
 
-def _is_point(event: Event, log: Log) -> bool:
-    """Whether an event is a point like one before it, as nearly all of a long training's are."""
-    step, time, values = event.get("step"), event.get("time"), event.get("values")
-    return (
-        type(step) is int
-        and type(time) is int
-        and 0 <= step < 1 << 53
-        and 0 <= time <= LATEST
-        and type(values) is dict
-        and log.knows(tuple(values))
-        and set(map(type, values.values())) == {float}
-    )
-
-
 def _check_points(values: Event, log: Log) -> None:
-    """Raise RecordError unless names are such as MLflow takes, and values are numbers."""
+    """Raise RecordError unless names are such as MLflow takes, and values are numbers.
+
+    Nearly all points of a long training have the names of one before them.
+    """
     if not log.knows(tuple(values)) and not _are_named(values):
         raise RecordError(f"metrics.values={_shown(values)}: expected {_NAMES}")
     for name, value in values.items():
@@ -159,7 +146,6 @@ def _is_of(stage: str, path: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message: its beginning, or the length of a collection."""
     if isinstance(value, (dict, list)):
         return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value):,}"
     return quoted(value)
@@ -256,11 +242,9 @@ _STEP = (_whole(1 << 53), "a whole number, at least 0")
 _IDS = "letters, digits, spaces and ._-"
 _DIGEST = (lambda v: v == "" or _is_id(v), "a digest")
 _CALLED = (_text(250), "text of at most 250 characters")
-_FOLDER = (lambda v: v == "" or _matches(_NAME)(v), "a folder's plain name")
-_PLACED = {
-    "path": (_text(4096), "a path"),
-    "sha256": (_is_hex, "a SHA-256"),
-}
+_PLAIN = (_matches(_NAME), "a plain name")
+_FOLDER = (lambda v: v == "" or _PLAIN[0](v), "a folder's plain name")
+_PLACED = {"path": (_text(4096), "a path"), "sha256": (_is_hex, "a SHA-256")}
 _FIELDS: dict[str, dict[str, tuple[Check, str]]] = {
     "start": {
         "id": (_is_id, _IDS),
@@ -281,22 +265,18 @@ _FIELDS: dict[str, dict[str, tuple[Check, str]]] = {
         "environment": (_are_texts, "texts by name"),
         "parent": (_is_change, "the settings that differ from the commit's"),
     },
-    "resume": {
-        "time": _TIME,
-        "name": _CALLED,
-        "invocation": (lambda v: v == "" or _is_id(v), _IDS),
-    },
+    "resume": {"time": _TIME, "name": _CALLED, "invocation": (_DIGEST[0], _IDS)},
     "metrics": {"time": _TIME, "step": _STEP, "values": (_is_small, _NAMES)},
     "tags": {"values": (_are_tags, f"texts by name, {_NAMES}, none reserved for rows")},
     "dataset": {
-        "name": (_matches(_NAME), "a plain name"),
+        "name": _PLAIN,
         "digest": (_is_id, "a digest"),
         "source": (_text(4096), "text"),
-        "context": (_matches(_NAME), "a plain name"),
+        "context": _PLAIN,
     },
     "artifact": {"folder": _FOLDER, **_PLACED},
     "checkpoint": {
-        "name": (_matches(_NAME), "a plain name"),
+        "name": _PLAIN,
         "step": _STEP,
         **_PLACED,
         "md5": (lambda v: v == "" or _is_hex(v), "DVC's MD5"),

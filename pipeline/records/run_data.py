@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,21 +78,12 @@ class Experiment(RunData):
         return self.name if self.rev else super().dvc_name
 
 
-class Unread(Mapping[str, Log]):
+class Unread(UserDict[str, Log]):
     """Records by stage that are read when somebody first asks for one of them."""
 
     def __init__(self, read: Callable[[], dict[str, Log]]):
         self._read = read
 
     @functools.cached_property
-    def _records(self) -> dict[str, Log]:
+    def data(self) -> dict[str, Log]:  # type: ignore[override]
         return self._read()
-
-    def __getitem__(self, stage: str) -> Log:
-        return self._records[stage]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
-
-    def __len__(self) -> int:
-        return len(self._records)

@@ -78,6 +78,7 @@ def inputs(stage: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+@functools.cache  # most commits share their dvc.lock
 def locked(text: bytes) -> dict[str, str]:
     """DVC's MD5 by path of every output in a dvc.lock; empty for a broken one."""
     try:

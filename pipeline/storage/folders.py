@@ -111,24 +111,18 @@ def recover(folder: Path) -> None:
 
     A folder moved aside for a successor that never came gets its name back; the rest goes.
     """
-    folder = Path(folder)
-    _recover(folder.parent, folder.name)
+    for replaced in sorted(folder.parent.glob(f".{folder.name}.*.replaced")):
+        if not os.path.lexists(folder):
+            os.replace(replaced, folder)
+        remove(replaced)
+    for partial in folder.parent.glob(f".{folder.name}.*.partial"):
+        remove(partial)
 
 
 def recover_all(parent: Path) -> None:
     """The same for every folder in `parent`."""
-    names = {path.name.rsplit(".", 2)[0][1:] for path in parent.glob(".*.*.*")}
-    for name in names:
-        _recover(parent, name)
-
-
-def _recover(parent: Path, name: str) -> None:
-    for replaced in sorted(parent.glob(f".{name}.*.replaced")):
-        if not os.path.lexists(parent / name):
-            os.replace(replaced, parent / name)
-        remove(replaced)
-    for partial in parent.glob(f".{name}.*.partial"):
-        remove(partial)
+    for name in {path.name.rsplit(".", 2)[0][1:] for path in parent.glob(".*.*.*")}:
+        recover(parent / name)
 
 
 def discard(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from pipeline.__main__ import main as command
 from pipeline.data import token_files
 from pipeline.errors import InputError
-from pipeline.storage import dvc_cache
+from pipeline.storage import digests
 from tests.conftest import Checkout
 
 WRITE = """
@@ -68,7 +68,7 @@ def test_bit_rot_in_the_cache_is_refused_and_deleting_it_heals(rotten: Checkout)
     command(["verify", "cache", "--delete"])
     rotten.dvc("repro", "-f", "-s", "tokenize")
     assert len(token_files.open_tokens(tokens, "train")) > 99
-    assert list(dvc_cache.damaged(rotten.folder / ".dvc/cache/files/md5")) == []
+    assert list(digests.damaged(rotten.folder / ".dvc/cache/files/md5")) == []
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_dvc_calls_the_rotten_file_up_to_date_and_keeps_it_when_it_is_made_again
 ) -> None:
     assert "up to date" in rotten.dvc("status")
     rotten.dvc("repro", "-f", "-s", "tokenize")
-    assert list(dvc_cache.damaged(rotten.folder / ".dvc/cache/files/md5"))
+    assert list(digests.damaged(rotten.folder / ".dvc/cache/files/md5"))
 
 
 def test_a_whole_cache_is_called_whole_and_a_changed_file_is_named(
