@@ -17,30 +17,26 @@ from pipeline.errors import InputError, UserError
 
 log = logging.getLogger(__name__)
 
-# Git takes four hex digits or more for the beginning of an object's name.
-_HEX = re.compile(r"[0-9a-f]{4,64}", re.IGNORECASE)
+# What every experiment changes: DVC writes `-S` and the digests of outputs there. The settings
+# are in the record, with what the commit's were.
+_NOT_DIRT = (":(exclude)params.yaml", ":(exclude)dvc.lock")
 
 
 def _git(
     *words: str, at: Path | None = None, given: str = ""
-) -> subprocess.CompletedProcess[bytes] | None:
-    """A git command, by default at the main repository root; None where there is no git."""
+) -> subprocess.CompletedProcess[bytes]:
+    """A git command, by default at the main repository root; it fails where there is no git."""
     command = ["git", "-C", str(at or paths.root()), *words]
     try:
         return subprocess.run(command, input=given.encode(), capture_output=True, check=False)
     except FileNotFoundError:
-        return None
+        return subprocess.CompletedProcess(command, 127, b"", b"")
 
 
 def said(*words: str) -> str:
-    """What git says of this workspace, or nothing where it fails or is not there."""
+    """What git says of this workspace, or nothing where it fails."""
     done = _git(*words, at=Path.cwd())
-    return done.stdout.decode(errors="replace").strip() if done and done.returncode == 0 else ""
-
-
-# What every experiment changes: DVC writes `-S` and the digests of outputs there. The settings
-# are in the record, with what the commit's were.
-_NOT_DIRT = (":(exclude)params.yaml", ":(exclude)dvc.lock")
+    return "" if done.returncode else done.stdout.decode(errors="replace").strip()
 
 
 def state() -> dict[str, str]:
@@ -54,7 +50,7 @@ def state() -> dict[str, str]:
 def contents(path: str, revs: Sequence[str]) -> dict[str, bytes]:
     """What a file, by its path in the repository, holds in each revision that has it."""
     done = _git("cat-file", "--batch", given="".join(f"{rev}:./{path}\n" for rev in revs))
-    answers, found = io.BytesIO(done.stdout if done else b""), {}
+    answers, found = io.BytesIO(done.stdout), {}
     for rev in revs:
         name, _, size = answers.readline().rpartition(b" ")
         if size.strip().isdigit():  # else it says that it is missing
@@ -71,14 +67,15 @@ def taken(name: str) -> bool:
     DVC asks git first: such a name shows another commit, or none, and `dvc exp apply` of it
     fails with the workspace's changes already gone.
     """
-    done = _git("rev-parse", "--verify", "--quiet", "--end-of-options", name)
-    return bool(_HEX.fullmatch(name)) or (done is not None and done.returncode == 0)
+    # Git takes four hex digits or more for the beginning of an object's name.
+    if re.fullmatch(r"[0-9a-f]{4,64}", name, re.IGNORECASE):
+        return True
+    return _git("rev-parse", "--verify", "--quiet", "--end-of-options", name).returncode == 0
 
 
 def refused() -> str:
     """What to do where git refuses the repository of another owner, else nothing."""
-    done = _git("rev-parse", "--git-dir")
-    lines = os.fsdecode(done.stderr).splitlines() if done else []
+    lines = os.fsdecode(_git("rev-parse", "--git-dir").stderr).splitlines()
     way_out = next((line.strip() for line in lines if "safe.directory" in line), "")
     return way_out and (
         "git refuses this folder, since another user owns it, and DVC does, too. Work as its "
@@ -141,11 +138,11 @@ def check_whole(setting: str, path: str, names: Callable[[str], Iterable[str]]) 
     Git, and DVC with it, brings only committed files there: a run on the rest would be filed
     under the name of the whole. `names` lists what the stage reads at a path, relative to it.
     """
-    root, place = paths.root(), PurePosixPath(Path(path).as_posix())
-    if place.is_absolute() or not root.is_dir() or root.samefile(Path.cwd()):
+    root = paths.root()
+    if Path(path).is_absolute() or not root.is_dir() or root.samefile(Path.cwd()):
         return
     missing = _names(names, str(root / path)) - _names(names, path)
-    left_out = map(PurePosixPath, _left_out(path))
+    place, left_out = PurePosixPath(Path(path).as_posix()), map(PurePosixPath, _left_out(path))
     below = {f.name if f == place else f.relative_to(place).as_posix() for f in left_out}
     if lost := sorted(missing & below):
         words = " ".join(f"-C {shlex.quote(entry)}" for entry in _entries(path))
@@ -172,14 +169,10 @@ def _entries(path: str) -> list[str]:
     So of a folder that git knows in part each entry, of one that it does not know the whole.
     """
     left = [PurePosixPath(entry) for entry in _left_out(path, "--directory")]
-    known = {folder: _is_known(folder) for folder in {f for entry in left for f in entry.parents}}
-    outermost = (next((f for f in reversed(e.parents) if not known[f]), e) for e in left)
+    folders = {folder for entry in left for folder in entry.parents}
+    known = {f for f in folders if _git("ls-files", "--", f":(literal){f}").stdout}
+    outermost = (next((f for f in reversed(e.parents) if f not in known), e) for e in left)
     return list(dict.fromkeys(entry.as_posix() for entry in outermost))
-
-
-def _is_known(folder: PurePosixPath) -> bool:
-    done = _git("ls-files", "--", f":(literal){folder}")
-    return done is not None and bool(done.stdout)
 
 
 def _left_out(path: str, *options: str) -> list[str]:
@@ -191,9 +184,8 @@ def _left_out(path: str, *options: str) -> list[str]:
     place = PurePosixPath(Path(path).as_posix())
     if any((paths.root() / f"{p}.dvc").exists() for p in (place, *place.parents)):
         return []
-    done = _git("ls-files", "--others", "-z", *options, "--", f":(literal){place}")
-    listed = done.stdout.split(b"\0")[:-1] if done else []
-    return [os.fsdecode(name).rstrip("/") for name in listed]
+    listed = _git("ls-files", "--others", "-z", *options, "--", f":(literal){place}").stdout
+    return [os.fsdecode(name).rstrip("/") for name in listed.split(b"\0")[:-1]]
 
 
 def _names(names: Callable[[str], Iterable[str]], path: str) -> set[str]:

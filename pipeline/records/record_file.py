@@ -200,7 +200,11 @@ def start_event(stage: str, config: Config) -> Event:
     """
     params = stage_graph.decisive(flatten(config))
     invocation = _invocation()
-    chain = [record for record in upstream(stage) if invocation in _invocations(record)]
+    chain = [
+        record
+        for record in upstream(stage)  # a training that was resumed had several commands
+        if any(e["invocation"] == invocation for e in record.of_kind("start", "resume"))
+    ]
     for record in chain:
         if changed := differing(record[0]["params"], params):
             raise ChangedError(EDITED.format(stage=record[0]["stage"], changed=listed(changed)))
@@ -224,11 +228,6 @@ def start_event(stage: str, config: Config) -> Event:
         "parent": _parent(params),
         "environment": environment(),
     }
-
-
-def _invocations(record: Log) -> set[str]:
-    """Every command that had a part in a record: of a training that was resumed, several."""
-    return {event["invocation"] for event in record.of_kind("start", "resume")}
 
 
 @functools.cache

@@ -101,11 +101,10 @@ def _checked(event: Any, stage: str, first: bool, log: Log) -> Event:
         raise RecordError(f"{_shown(event)}: expected {wanted}")
     if first and (schema := event.setdefault("schema", 0)) not in (0, SCHEMA):
         raise RecordError(f"schema {_shown(schema)}: expected {SCHEMA} or none")
-    for name, default in _DEFAULTS.get(kind, {}).items():
-        given = event.setdefault(name, default)
-        if isinstance(given, dict) and default:
-            event[name] = default | given
-    for name, (check, wanted) in _FIELDS[kind].items():
+    for name, (check, wanted, *default) in _FIELDS[kind].items():
+        for value in default:
+            given = event.setdefault(name, value)
+            event[name] = value | given if isinstance(given, dict) and value else given
         if name not in event:
             raise RecordError(f"{kind}.{name}: missing; expected {wanted}")
         if not check(event[name]):
@@ -177,6 +176,10 @@ def _matches(pattern: re.Pattern[str]) -> Check:
     return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
+def _may_be(check: Check) -> Check:
+    return lambda value: value == "" or check(value)
+
+
 def _whole(most: int) -> Check:
     return lambda value: type(value) is int and 0 <= value <= most
 
@@ -240,12 +243,13 @@ _is_id = _matches(_ID)
 _TIME = (_whole(LATEST), "milliseconds since 1970, a whole number")
 _STEP = (_whole(1 << 53), "a whole number, at least 0")
 _IDS = "letters, digits, spaces and ._-"
-_DIGEST = (lambda v: v == "" or _is_id(v), "a digest")
-_CALLED = (_text(250), "text of at most 250 characters")
+_DIGEST = (_may_be(_is_id), "a digest", "")
+_CALLED = (_text(250), "text of at most 250 characters", "")
 _PLAIN = (_matches(_NAME), "a plain name")
-_FOLDER = (lambda v: v == "" or _PLAIN[0](v), "a folder's plain name")
+_FOLDER = (_may_be(_matches(_NAME)), "a folder's plain name", "")
 _PLACED = {"path": (_text(4096), "a path"), "sha256": (_is_hex, "a SHA-256")}
-_FIELDS: dict[str, dict[str, tuple[Check, str]]] = {
+# By kind and field: a check, what it expects, and a default where older versions wrote none.
+_FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "start": {
         "id": (_is_id, _IDS),
         "stage": (_text(100), "a stage's name"),
@@ -253,19 +257,20 @@ _FIELDS: dict[str, dict[str, tuple[Check, str]]] = {
         "key": (_is_id, _IDS),
         "invocation": (_is_id, _IDS),
         "name": _CALLED,
-        "experiment": (_matches(config.PLAIN_NAME), "a plain name"),
+        "experiment": (_matches(config.PLAIN_NAME), "a plain name", "gpt2"),
         "params": (_is_small, f"at most {MOST_VALUES:,} settings by name"),
         "code": _DIGEST,
         "checkpoints": (
             lambda v: v in ("best", "all", "reference", "none"),
             "best, all, reference or none",
+            "best",
         ),
         "settings": _DIGEST,
-        "git": (_are_texts, "texts by name"),
-        "environment": (_are_texts, "texts by name"),
-        "parent": (_is_change, "the settings that differ from the commit's"),
+        "git": (_are_texts, "texts by name", {"commit": "", "branch": "", "dirty": ""}),
+        "environment": (_are_texts, "texts by name", {"host": ""}),
+        "parent": (_is_change, "the settings that differ from the commit's", {}),
     },
-    "resume": {"time": _TIME, "name": _CALLED, "invocation": (_DIGEST[0], _IDS)},
+    "resume": {"time": _TIME, "name": _CALLED, "invocation": (_may_be(_is_id), _IDS, "")},
     "metrics": {"time": _TIME, "step": _STEP, "values": (_is_small, _NAMES)},
     "tags": {"values": (_are_tags, f"texts by name, {_NAMES}, none reserved for rows")},
     "dataset": {
@@ -279,26 +284,10 @@ _FIELDS: dict[str, dict[str, tuple[Check, str]]] = {
         "name": _PLAIN,
         "step": _STEP,
         **_PLACED,
-        "md5": (lambda v: v == "" or _is_hex(v), "DVC's MD5"),
+        "md5": (_may_be(_is_hex), "DVC's MD5", ""),
     },
     "end": {
         "status": (lambda v: v in ("FINISHED", "FAILED", "KILLED"), "FINISHED, FAILED or KILLED"),
         "time": _TIME,
     },
-}
-# What older versions did not write.
-_DEFAULTS: dict[str, Event] = {
-    "start": {
-        "name": "",
-        "experiment": "gpt2",
-        "code": "",
-        "checkpoints": "best",
-        "settings": "",
-        "git": {"commit": "", "branch": "", "dirty": ""},
-        "environment": {"host": ""},
-        "parent": {},
-    },
-    "resume": {"name": "", "invocation": ""},
-    "artifact": {"folder": ""},
-    "checkpoint": {"md5": ""},
 }
