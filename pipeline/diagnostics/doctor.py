@@ -16,7 +16,7 @@ from pipeline.records.run_data import Experiment, RunData
 
 if TYPE_CHECKING:
     from pipeline.records.record_file import Record
-    from pipeline.records.record_log import Event
+    from pipeline.records.run_data import Event
 
 WAITS = 0.05  # of the steps so far, between two looks at a training under way
 HEALTHY = "no problems found"

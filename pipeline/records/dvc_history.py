@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import paths, regular
 from pipeline.errors import InputError
 from pipeline.records import git, record_reader, stage_graph
-from pipeline.records.record_log import Log
-from pipeline.records.run_data import Experiment, Unread
+from pipeline.records.run_data import Experiment, Log, Unread
 
 if TYPE_CHECKING:
     from dvc.repo import Repo

@@ -24,8 +24,8 @@ from pipeline.config import Config, flatten, settings_of
 from pipeline.errors import ChangedError, ConfigError, InputError
 from pipeline.records import git, stage_graph
 from pipeline.records.provenance import code_digest, differing, listed
-from pipeline.records.record_log import Event, Log
 from pipeline.records.record_reader import SCHEMA, read
+from pipeline.records.run_data import Event, Log
 from pipeline.storage.digests import digest_of, dvc_md5, tree_digest
 
 log = logging.getLogger(__name__)

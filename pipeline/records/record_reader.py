@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from pipeline import config, regular
 from pipeline.errors import InputError, cut, quoted
 from pipeline.records import stage_graph
-from pipeline.records.record_log import Event, Log
+from pipeline.records.run_data import Event, Log
 
 Check = Callable[[Any], bool]
 

@@ -19,9 +19,8 @@ from pipeline.errors import InputError
 from pipeline.experiments import comparison, sync
 from pipeline.records import dvc_history, record_file, record_reader
 from pipeline.records.record_file import Record
-from pipeline.records.record_log import Log
 from pipeline.records.record_reader import RecordError
-from pipeline.records.run_data import Experiment
+from pipeline.records.run_data import Experiment, Log
 from pipeline.reports import report, run_page
 from pipeline.storage.digests import tree_digest
 from pipeline.tracking import mlflow_store, mlflow_ui
