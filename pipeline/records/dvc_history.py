@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +42,13 @@ def experiments(stages: Iterable[str] | None = None) -> Iterator[Experiment]:
     """
     with _repository() as repo:
         found = _listed(repo) if repo else []
-        kept = Kept(repo) if repo else None
+        kept = Kept(repo, [rev for _, rev in found]) if repo else None
     if kept:
-        kept.look_up([rev for _, rev in found])
         for name, rev in found:
             unreadable: list[str] = []
             read = functools.partial(_of_experiment, kept, name, rev, stages, unreadable)
-            yield Experiment(name, rev, Unread(read), unreadable)
+            place = functools.partial(kept.place, rev)
+            yield Experiment(name, rev, Unread(read), unreadable, place)
     yield of_workspace(paths.root(), stages)
 
 
@@ -136,9 +136,7 @@ def read_file(found: Experiment, path: Path, workspace: Path) -> bytes | None:
     one of more than LARGEST bytes.
     """
     try:
-        file: Path | None = workspace / path
-        if found.rev:
-            file = _kept(paths.root()).place(found.rev, path.as_posix())
+        file = found.place(path.as_posix()) if found.rev else workspace / path
         return regular.read(file, LARGEST) if file else None
     except FileNotFoundError:
         return None
@@ -153,13 +151,13 @@ def commits() -> Iterator[Experiment]:
     with _repository() as repo:
         if not repo:
             return
-        kept, revs = Kept(repo), repo.scm.list_all_commits()
-    kept.look_up(revs)
+        revs = repo.scm.list_all_commits()
+        kept = Kept(repo, revs)
     gone: set[tuple[str, str]] = set()
     for rev in revs:
         unreadable: list[str] = []
         found, missing = kept.records(rev, stage_graph.stages(), unreadable)
-        gone |= {(path, kept.locked(rev)[path]) for path in missing}
+        gone |= {(path, kept.locked[rev][path]) for path in missing}
         if found or unreadable:
             yield Experiment(rev[:7], rev, found, unreadable)
     if gone:
@@ -217,24 +215,15 @@ class Kept:
     and params.yaml in pure Python. It is asked where a remote may have what the cache has not.
     """
 
-    def __init__(self, repo: Repo):
+    def __init__(self, repo: Repo, revs: Sequence[str]):
         self._in_cache = repo.cache.local.oid_to_path
         self._has_remotes = bool(repo.config.get("remote"))
         self._from_remotes = tempfile.TemporaryDirectory()
-        self._locks: dict[str, dict[str, str]] = {}
+        texts = git.contents("dvc.lock", revs)
+        # DVC's MD5 by path of what each revision's dvc.lock lists.
+        self.locked = {rev: stage_graph.locked(texts.get(rev, b"")) for rev in revs}
         # Revisions share most of their records: by stage and MD5, or what is wrong with one.
         self._records: dict[tuple[str, str], Log | str | None] = {}
-
-    def look_up(self, revs: Iterable[str]) -> None:
-        """Read the dvc.lock of all of these at once."""
-        new = [rev for rev in dict.fromkeys(revs) if rev not in self._locks]
-        texts = git.contents("dvc.lock", new) if new else {}
-        self._locks |= {rev: stage_graph.locked(texts.get(rev, b"")) for rev in new}
-
-    def locked(self, rev: str) -> dict[str, str]:
-        """DVC's MD5 by path of what the dvc.lock of a revision lists."""
-        self.look_up([rev])
-        return self._locks[rev]
 
     def records(
         self, rev: str, stages: Iterable[str], unreadable: list[str]
@@ -246,9 +235,9 @@ class Kept:
         found, gone = {}, []
         for stage in stages:
             path = paths.record(stage).as_posix()
-            if path not in self.locked(rev):  # this stage had not run there
+            if path not in self.locked[rev]:  # this stage had not run there
                 continue
-            key = stage, self.locked(rev)[path]
+            key = stage, self.locked[rev][path]
             if key not in self._records:
                 self._records[key] = self._read(rev, path, stage)
             record = self._records[key]
@@ -269,7 +258,7 @@ class Kept:
 
     def place(self, rev: str, path: str) -> Path | None:
         """Where a file of a revision's outputs lies; None where it is in no cache any more."""
-        locked, file = self.locked(rev), PurePosixPath(path)
+        locked, file = self.locked[rev], PurePosixPath(path)
         out = next((p for p in (file, *file.parents) if p.as_posix() in locked), None)
         if out is None:
             return None
@@ -293,10 +282,3 @@ class Kept:
         """A file of the cache; the name comes out of a file that anybody may have written."""
         path = Path(self._in_cache(md5)) if _MD5.fullmatch(md5) else None
         return path if path and path.is_file() else None
-
-
-@functools.cache
-def _kept(root: Path) -> Kept:
-    with _repository() as repo:
-        assert repo  # its revision comes from there
-        return Kept(repo)

@@ -11,6 +11,7 @@ from array import array
 from collections import UserDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.records import stage_graph
@@ -208,6 +209,8 @@ class Experiment(RunData):
     records: Mapping[str, Sequence[Event]]
     # Records that could not be read, a phrase each; known once `records` were looked at.
     unreadable: list[str] = field(default_factory=list, compare=False)
+    # Where DVC has a file of the outputs of `rev`, given its path; None where it has none.
+    place: Callable[[str], Path | None] = field(default=lambda _: None, compare=False)
 
     @property
     def dvc_name(self) -> str:
