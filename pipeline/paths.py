@@ -27,21 +27,19 @@ MISSING = {
     MODEL: "no trained model yet: `make repro` makes it (about 3 min with the default settings)",
 }
 
-_TEMPORARY_WORKSPACES = "/.dvc/tmp/exps/"
-
 
 def root() -> Path:
     """The main repository root, from a queued or temporary experiment too.
 
     DVC sets DVC_ROOT in every mode; without it, walk up to `.dvc` and leave DVC's temporary
-    clones, whose git directory does not lead home.
+    clones in `.dvc/tmp/exps`, whose git directory does not lead home.
     """
     if os.environ.get("DVC_ROOT"):
         here = Path(os.environ["DVC_ROOT"])
     else:
         cwd = Path.cwd()
         here = next((p for p in (cwd, *cwd.parents) if (p / ".dvc").is_dir()), cwd)
-    return Path(here.as_posix().split(_TEMPORARY_WORKSPACES)[0])
+    return Path(here.as_posix().split("/.dvc/tmp/exps/")[0])
 
 
 def record(stage: str) -> Path:

@@ -137,27 +137,23 @@ def reopen(journal: Path) -> Log:
         return events
     lines = journal.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
-        event = _event(line)
-        if event is None and number < len(lines):
+        try:
+            event = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            event = None
+        kind = event.get("kind") if isinstance(event, dict) else None
+        if kind is None and number < len(lines):
             raise InputError(
                 f"{journal}: line {number} is damaged, so that this training cannot go on: put it "
                 f"right (where it was stopped there is a copy, {paths.RECORDS}/*.part), or begin "
                 "anew with checkpoint.resume=never"
             )
-        if event is None or event["kind"] == "end":
+        if kind in (None, "end"):
             break
         events.append(event)
         size += len(line)
     os.truncate(journal, size)
     return events
-
-
-def _event(line: bytes) -> Event | None:
-    with contextlib.suppress(ValueError):
-        event = json.loads(line)
-        if line.endswith(b"\n") and isinstance(event, dict) and "kind" in event:
-            return event
-    return None
 
 
 def _sessions(events: Log) -> Iterator[tuple[float, float]]:
