@@ -327,7 +327,7 @@ def at(folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.chdir(folder)
     patch.setenv("DVC_ROOT", str(folder))
     patch.setattr(recording, "Courier", NoCourier)
-    patch.setattr(record_file, "_git", lambda *_: "")
+    patch.setattr(record_file.git, "said", lambda *_: "")
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def workspace(prepared: Path, tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.setattr(doctor, "judge", lambda *_: ({}, []))
     monkeypatch.setattr(doctor.Rounds, "look", lambda *_: [])
     monkeypatch.setattr(machine, "matrix_rate", lambda *_: 1e9)
-    monkeypatch.setattr(record_file, "_git", lambda *_: "")
+    monkeypatch.setattr(record_file.git, "said", lambda *_: "")
     return tmp_path
 
 

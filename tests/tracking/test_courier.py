@@ -274,7 +274,7 @@ def test_a_process_that_cannot_be_started_is_a_warning(make_config, monkeypatch,
 
     with monkeypatch.context() as patch:
         patch.setattr(recording.subprocess, "Popen", refused)
-        patch.setattr(record_file, "_git", lambda *_: "")
+        patch.setattr(record_file.git, "said", lambda *_: "")
         train(make_config, lambda: None)
     (warned,) = caplog.messages
     assert "could not be started: no process is left" in warned

@@ -193,7 +193,7 @@ def commit_has(monkeypatch) -> Callable[..., None]:
 
     def answers(text: str) -> None:
         known = {"show": text, "rev-parse": "1234567890"}
-        monkeypatch.setattr(record_file, "_git", lambda word, *_: known.get(word, ""))
+        monkeypatch.setattr(record_file.git, "said", lambda word, *_: known.get(word, ""))
 
     return answers
 
