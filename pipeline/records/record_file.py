@@ -137,10 +137,9 @@ def reopen(journal: Path) -> Log:
         return events
     lines = journal.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
-        try:
+        event: Any = None
+        with contextlib.suppress(ValueError):
             event = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            event = None
         kind = event.get("kind") if isinstance(event, dict) else None
         if kind is None and number < len(lines):
             raise InputError(
