@@ -27,9 +27,13 @@ def sweep(parser: argparse.ArgumentParser, words: list[str]) -> None:
     python -m pipeline compare train.lr
     """
     from pipeline.experiments import sweep
+    from pipeline.records import dvc_history
 
     asked = sweep_words(parser, words)
-    sweep.carry_out(asked.words, asked.seeds, asked.name, asked.dry_run)
+    planned = sweep.plan(asked.words, asked.seeds, asked.name, dvc_history.names())
+    log.info("%s", planned.page())
+    if not asked.dry_run:
+        sweep.conclude(planned, sweep.run_all(planned))
 
 
 def sweep_words(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:

@@ -174,19 +174,11 @@ class Comparison:
     def row(self, value: Any) -> tuple[Any, ...]:
         """One tuple of COLUMNS."""
         run, base, pair = self.main(value), self.main(self.base), self.pair(value)
+        beside = (pair.difference, pair.in_std, pair.gap, pair.apart) if pair else (None,) * 4
         return (
-            str(value),
-            len(self.runs[value]),
-            run.train_loss(),
-            run.outcome(),
-            pair and pair.difference,
-            pair and pair.in_std,
-            pair and pair.gap,
-            pair and pair.apart,
-            run.tokens_per_second,
-            run.tokens_per_second / base.tokens_per_second,
-            run.peak_memory_mib,
-            run.skipped,
+            *(str(value), len(self.runs[value]), run.train_loss(), run.outcome(), *beside),
+            *(run.tokens_per_second, run.tokens_per_second / base.tokens_per_second),
+            *(run.peak_memory_mib, run.skipped),
         )
 
     def verdict(self) -> str:
@@ -376,11 +368,7 @@ def check_setting(name: str) -> None:
 
 
 def conclude(
-    setting: str,
-    *,
-    steps: int = 0,
-    out: Path | None = None,
-    like: dict[str, Any] | None = None,
+    setting: str, steps: int = 0, out: Path | None = None, like: dict[str, Any] | None = None
 ) -> None:
     """Compare what has run: to the log, to a folder, and to the rows; see `compare`."""
     runs = runs_of(experiments(("train", "evaluate")))
