@@ -71,10 +71,9 @@ def compare(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
     parser.add_argument("setting", help="such as precision or init.std")
     parser.add_argument("--steps", type=int, default=0, help="the first steps only")
-    parser.add_argument("--out", type=Path, help="a folder; default: comparisons/SETTING")
     asked = parser.parse_args(words)
     comparison.check_setting(asked.setting)
-    comparison.conclude(asked.setting, steps=max(0, asked.steps), out=asked.out)
+    comparison.conclude(asked.setting, max(0, asked.steps))
 
 
 def report(parser: argparse.ArgumentParser, words: list[str]) -> None:

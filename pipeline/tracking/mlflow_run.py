@@ -12,17 +12,8 @@ from pipeline.process import is_alive, this_process
 from pipeline.records import record_file
 from pipeline.records.record_file import Event
 from pipeline.storage import digests
-from pipeline.tracking import mlflow_ui, run_note
+from pipeline.tracking import mlflow_store, mlflow_ui, run_note
 from pipeline.tracking.mlflow_models import LoggedModels
-from pipeline.tracking.mlflow_store import (
-    MADE_FOR,
-    artifact_location,
-    artifact_root,
-    connect,
-    hold_elsewhere,
-    lock,
-    said,
-)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -208,7 +199,7 @@ def open_row(
     """
     own = f"record.{head['stage']}"
     parts = {f"record.{r[0]['stage']}": r[0]["id"] for r in others} | {own: head["id"]}
-    with lock():
+    with mlflow_store.lock():
         if tidy:
             sweep(client)
         experiment_id = _experiment(client, head["experiment"])
@@ -221,12 +212,12 @@ def open_row(
         # A replayed stage mostly has its row already.
         fitting.sort(key=lambda run: run.data.tags.get(own) != head["id"])
         if fitting:
-            hold_elsewhere(client.tracking_uri, fitting[0].info.artifact_uri)
+            mlflow_store.hold_elsewhere(client.tracking_uri, fitting[0].info.artifact_uri)
             row = Row(client, fitting[0].info.run_id, experiment_id, fitting[0].data.tags)
         else:
             row = _new_row(client, experiment_id, head)
             if rows:
-                Row(client, rows[0].info.run_id, experiment_id).tag({"superseded": row.id})
+                client.set_tag(rows[0].info.run_id, "superseded", row.id)
         row.tag({own: head["id"]})
     return row
 
@@ -237,13 +228,13 @@ def attach(training_records: Iterable[str], folder: Path, name: str) -> None:
     A store that fails is one warning: the files are in `folder` all the same.
     """
     try:
-        client = connect()
+        client = mlflow_store.connect()
         for record in training_records:
             for run in _runs(client, f"tags.`record.train` = '{record}'"):
-                hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
+                mlflow_store.hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
                 client.log_artifacts(run.info.run_id, str(folder), name)
     except Exception as error:  # a store's errors are of every kind
-        log.warning("MLflow did not take %s: %s", folder, said(error))
+        log.warning("MLflow did not take %s: %s", folder, mlflow_store.said(error))
 
 
 def shipped(client: MlflowClient) -> list[set[str]]:
@@ -290,7 +281,7 @@ def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
     name = head["name"] or f"repro-{head['key'][:6]}"
     tags = {key: value for key, value in tags.items() if value != ""}
     run = client.create_run(experiment_id, start_time=head["time"], run_name=name, tags=tags)
-    hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
+    mlflow_store.hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
     params = [Param(key, str(value)[:6000]) for key, value in head["params"].items()]
     client.log_batch(run.info.run_id, params=params[:100])
     return Row(client, run.info.run_id, experiment_id, tags)
@@ -330,13 +321,12 @@ def _experiment(client: MlflowClient, name: str) -> str:
         _make_way(client, found)
         found = None
     if found:
-        hold_elsewhere(client.tracking_uri, found.artifact_location)
+        mlflow_store.hold_elsewhere(client.tracking_uri, found.artifact_location)
         if found.tags.get(mlflow_ui.TAG) != mlflow_ui.state():
             client.set_experiment_tag(found.experiment_id, mlflow_ui.TAG, mlflow_ui.state())
         return found.experiment_id
-    location = artifact_location(name)
-    tags = {MADE_FOR: artifact_root()} if location else None
-    experiment_id = client.create_experiment(name, artifact_location=location, tags=tags)
+    location = mlflow_store.artifact_location(name)
+    experiment_id = client.create_experiment(name, artifact_location=location)
     client.set_experiment_tag(experiment_id, mlflow_ui.TAG, mlflow_ui.state())
     return experiment_id
 

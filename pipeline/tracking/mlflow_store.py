@@ -54,11 +54,9 @@ _OWN_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs",
 _OWN_DISKS |= {"overlay", "apfs", "hfs", "ufs", "ntfs", "ntfs3", "refs"}
 
 ARTIFACTS = "mlartifacts"
-MADE_FOR = "pipeline.artifacts"  # an experiment's tag: the artifact root that it was made under
 # What MLflow's schema keeps as absolute places.
 _PLACES = (
     ("experiments", "artifact_location"),
-    ("experiment_tags", "value"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
     ("model_versions", "source"),
@@ -285,15 +283,11 @@ def _on_own_disk(path: Path) -> bool:
 
 def _former_roots(database: sqlite3.Connection) -> set[str]:
     """URIs of the folders for which this database was made and which are not this repository."""
-    values: list[tuple[str]] = []
-    if _has(database, "experiments", "artifact_location"):
-        default = [f"%/{ARTIFACTS}/0"]  # the experiment that MLflow itself makes
-        query = "SELECT artifact_location FROM experiments WHERE artifact_location LIKE ?"
-        values += database.execute(query, default)
-    if _has(database, "experiment_tags", "key"):
-        values += database.execute("SELECT value FROM experiment_tags WHERE key = ?", [MADE_FOR])
-    places = [place.removesuffix("/0") for (place,) in values if place.startswith("file:")]
-    roots = {place.removesuffix(f"/{ARTIFACTS}") for place in places}
+    if not _has(database, "experiments", "artifact_location"):
+        return set()
+    query = "SELECT artifact_location FROM experiments WHERE artifact_location LIKE ?"
+    places = database.execute(query, [f"file:%/{ARTIFACTS}/%"])
+    roots = {place.rpartition(f"/{ARTIFACTS}/")[0] for (place,) in places}
     return {root for root in roots if not _is_here(_as_path(root))}
 
 
