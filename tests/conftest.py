@@ -25,7 +25,7 @@ from pipeline import paths
 from pipeline.config import Config
 from pipeline.process import this_process
 from pipeline.records import record_file
-from pipeline.tracking import recording, shipping
+from pipeline.tracking import recording
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,16 +61,6 @@ def recipe() -> str:
 def make_config() -> Callable[..., Config]:
     """make_config(train__lr=1e-3) -> a checked Config."""
     return lambda **changes: configuration.from_dict(params(**changes))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _unbounded() -> Iterator[None]:
-    """A limit of memory would stay for every test after the one that asked a server."""
-    from pipeline.tracking import mlflow_store
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlflow_store, "_bound_memory", lambda: None)
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +138,7 @@ class InThisProcess:
     """Stands in for recording.Courier: ships from a thread of the test's own process."""
 
     def __init__(self, record: record_file.Record, checkpoints: str):
-        self._shipper = shipping.Shipper(record.path, this_process(), checkpoints)
+        self._shipper = recording.Shipper(record.path, this_process(), checkpoints)
 
     def close(self, hurried: bool = False) -> None:
         self._shipper.close(3.0 if hurried else 20.0)

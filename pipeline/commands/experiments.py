@@ -27,9 +27,13 @@ def sweep(parser: argparse.ArgumentParser, words: list[str]) -> None:
     python -m pipeline compare train.lr
     """
     from pipeline.experiments import sweep
+    from pipeline.records import dvc_history
 
     asked = sweep_words(parser, words)
-    sweep.carry_out(asked.words, asked.seeds, asked.name, asked.dry_run)
+    planned = sweep.plan(asked.words, asked.seeds, dvc_history.names())
+    log.info("%s", planned.page())
+    if not asked.dry_run:
+        sweep.conclude(planned, sweep.run_all(planned))
 
 
 def sweep_words(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
@@ -38,7 +42,6 @@ def sweep_words(parser: argparse.ArgumentParser, words: list[str]) -> argparse.N
     parser.add_argument("words", nargs="+", metavar="SETTING=VALUE", help=help_)
     help_ = "more seeds of the baseline, for the noise"
     parser.add_argument("--seeds", type=_seeds, default=[], help=help_)
-    parser.add_argument("--name", type=_prefix, default="", help="what the names begin with")
     parser.add_argument("--dry-run", action="store_true", help="check and show, run nothing")
     return parser.parse_intermixed_args(words)
 
@@ -47,14 +50,6 @@ def _seeds(text: str) -> list[int]:
     if not re.fullmatch(r"\d+(,\d+)*", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text}: expected whole numbers, as 1,2")
     return [int(number) for number in text.split(",")]
-
-
-def _prefix(text: str) -> str:
-    from pipeline.experiments.sweep import dvc_name
-
-    if text != dvc_name(text):
-        raise argparse.ArgumentTypeError(f"{text}: expected letters, digits, _ and -")
-    return text
 
 
 def compare(parser: argparse.ArgumentParser, words: list[str]) -> None:
@@ -67,10 +62,9 @@ def compare(parser: argparse.ArgumentParser, words: list[str]) -> None:
 
     parser.add_argument("setting", help="such as precision or init.std")
     parser.add_argument("--steps", type=int, default=0, help="the first steps only")
-    parser.add_argument("--out", type=Path, help="a folder; default: comparisons/SETTING")
     asked = parser.parse_args(words)
     comparison.check_setting(asked.setting)
-    comparison.conclude(asked.setting, steps=max(0, asked.steps), out=asked.out)
+    comparison.conclude(asked.setting, max(0, asked.steps))
 
 
 def report(parser: argparse.ArgumentParser, words: list[str]) -> None:

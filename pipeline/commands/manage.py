@@ -97,9 +97,9 @@ def _cache(delete: bool) -> int:
 
 def ship(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Ship one stage's record to MLflow; a stage starts this beside itself."""
-    from pipeline.tracking import shipping
+    from pipeline.tracking import recording
 
-    shipping.main(words)
+    recording.main(words)
     logging.shutdown()
     sys.stderr.flush()
     os._exit(0)  # an orderly end would wait for whatever a store that hangs has begun

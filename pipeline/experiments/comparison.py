@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pipeline import config as configuration
@@ -25,6 +24,8 @@ from pipeline.terminal import in_markdown
 from pipeline.tracking.mlflow_run import attach
 
 log = logging.getLogger(__name__)
+
+Settings = dict[str, Any]  # by dotted name
 
 SEED = "train.seed"
 TAIL = 0.05  # share of steps whose mean is the final training loss
@@ -43,7 +44,7 @@ class Run:
     name: str
     record: str  # the training record's id
     time: int
-    params: dict[str, Any]
+    params: Settings
     data: str  # digest of the training tokens
     code: str  # digest of the sources
     losses: list[float]  # nats/token, by step
@@ -174,19 +175,11 @@ class Comparison:
     def row(self, value: Any) -> tuple[Any, ...]:
         """One tuple of COLUMNS."""
         run, base, pair = self.main(value), self.main(self.base), self.pair(value)
+        beside = (pair.difference, pair.in_std, pair.gap, pair.apart) if pair else (None,) * 4
         return (
-            str(value),
-            len(self.runs[value]),
-            run.train_loss(),
-            run.outcome(),
-            pair and pair.difference,
-            pair and pair.in_std,
-            pair and pair.gap,
-            pair and pair.apart,
-            run.tokens_per_second,
-            run.tokens_per_second / base.tokens_per_second,
-            run.peak_memory_mib,
-            run.skipped,
+            *(str(value), len(self.runs[value]), run.train_loss(), run.outcome(), *beside),
+            *(run.tokens_per_second, run.tokens_per_second / base.tokens_per_second),
+            *(run.peak_memory_mib, run.skipped),
         )
 
     def verdict(self) -> str:
@@ -263,7 +256,7 @@ def cut(run: Run, steps: int) -> Run:
     return replace(run, losses=run.losses[:steps], validation=[], final=None)
 
 
-def settings_beside(params: dict[str, Any], *settings: str) -> dict[str, Any]:
+def settings_beside(params: Settings, *settings: str) -> Settings:
     """What two runs must share for a comparison of `settings`."""
     rest = {k: v for k, v in params.items() if k not in (*settings, SEED)}
     return {k: v for k, v in rest.items() if stage_graph.changes_training(k)}
@@ -335,11 +328,7 @@ def in_order(values: Iterable[Any], usual: Any) -> list[Any]:
 
 
 def compare(
-    runs: Iterable[Run],
-    setting: str,
-    usual: Any,
-    steps: int = 0,
-    like: dict[str, Any] | None = None,
+    runs: Iterable[Run], setting: str, usual: Any, steps: int = 0, like: Settings | None = None
 ) -> Comparison:
     """The newest set of runs that differ in `setting`; `usual` is the base where it ran.
 
@@ -375,17 +364,11 @@ def check_setting(name: str) -> None:
         raise ConfigError(f"{name}: only later stages read it, so it does not change the training")
 
 
-def conclude(
-    setting: str,
-    *,
-    steps: int = 0,
-    out: Path | None = None,
-    like: dict[str, Any] | None = None,
-) -> None:
+def conclude(setting: str, steps: int = 0, like: Settings | None = None) -> None:
     """Compare what has run: to the log, to a folder, and to the rows; see `compare`."""
     runs = runs_of(experiments(("train", "evaluate")))
     compared = compare(runs, setting, usual_value(setting), steps, like)
-    folder = out or paths.root() / "comparisons" / setting
+    folder = paths.root() / "comparisons" / setting
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.md").write_text(compared.page(), "utf-8")
     with open(folder / "comparison.csv", "w", newline="", encoding="utf-8") as file:

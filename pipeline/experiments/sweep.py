@@ -20,7 +20,7 @@ from pipeline.config import Config, flatten, load
 from pipeline.errors import ConfigError, InputError, together
 from pipeline.experiments import comparison
 from pipeline.experiments.comparison import SEED
-from pipeline.records import dvc_history, git, stage_graph
+from pipeline.records import git, stage_graph
 
 log = logging.getLogger(__name__)
 
@@ -66,16 +66,18 @@ class Sweep:
         return "\n".join([head, *lines])
 
 
-def plan(
-    asked: Iterable[str], seeds: Iterable[int] = (), prefix: str = "", taken: Iterable[str] = ()
-) -> Sweep:
+def plan(asked: Iterable[str], seeds: Iterable[int] = (), taken: Iterable[str] = ()) -> Sweep:
     """The sweep that "SETTING=A,B" and "OTHER=VALUE" ask for; names in `taken` are not used.
 
     `seeds` are more seeds of the base, for the noise. Raises ConfigError naming every problem
     of every member, and InputError where a member's workspace could not get at its inputs.
     """
     texts = split(asked)
-    setting = varied(texts)
+    several = [name for name, values in texts.items() if len(values) > 1]
+    if len(several) != 1:
+        found = ", ".join(several) or "none"
+        raise ConfigError(f"expected one setting with several values, as train.lr=A,B; got {found}")
+    (setting,) = several
     comparison.check_setting(setting)
     fixed = {name: found[0] for name, found in texts.items()}
     choices = [fixed | {setting: text} for text in texts[setting]]
@@ -87,7 +89,7 @@ def plan(
     choices += seeded
     check_different(choices, configs)
     inputs = together(*(partial(git.to_take_along, config) for config in configs))
-    stem, used, members = prefix or setting.rpartition(".")[2], set(taken), []
+    stem, used, members = setting.rpartition(".")[2], set(taken), []
     for choice, config, needed in zip(choices, configs, inputs, strict=True):
         changes = {name: flatten(config)[name] for name in choice}
         seed = f"-seed-{config.train.seed}" if choice in seeded else ""
@@ -113,15 +115,6 @@ def split(given: Iterable[str]) -> dict[str, list[str]]:
     if problems:
         raise ConfigError("\n".join(problems))
     return asked
-
-
-def varied(asked: dict[str, list[str]]) -> str:
-    """The one setting with several values."""
-    several = [name for name, texts in asked.items() if len(texts) > 1]
-    if len(several) != 1:
-        found = ", ".join(several) or "none"
-        raise ConfigError(f"expected one setting with several values, as train.lr=A,B; got {found}")
-    return several[0]
 
 
 def checked(choices: Sequence[dict[str, str]]) -> list[Config]:
@@ -214,15 +207,14 @@ def run(member: Member) -> int:
         stdin=subprocess.DEVNULL,
     )
     interrupted = False
-    while True:
+    while process.returncode is None:
         try:
-            code = process.wait()
-            break
+            process.wait()
         except KeyboardInterrupt:
             interrupted = True
     if interrupted:
         raise KeyboardInterrupt
-    return code
+    return process.returncode
 
 
 def run_all(sweep: Sweep) -> dict[str, str]:
@@ -268,14 +260,6 @@ def conclude(sweep: Sweep, outcomes: dict[str, str]) -> None:
         log.info("curves:  dvc plots diff %s\ntable:   %s", done, TABLE)
     if problems:
         raise InputError("\n".join(problems))
-
-
-def carry_out(words: Iterable[str], seeds: Iterable[int], prefix: str, dry_run: bool) -> None:
-    """Plan a sweep, run its members and compare them; the arguments are those of `plan`."""
-    sweep = plan(words, seeds, prefix, dvc_history.names())
-    log.info("%s", sweep.page())
-    if not dry_run:
-        conclude(sweep, run_all(sweep))
 
 
 STOPPED = """

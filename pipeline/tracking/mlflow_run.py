@@ -12,17 +12,8 @@ from pipeline.process import is_alive, this_process
 from pipeline.records import record_file
 from pipeline.records.record_file import Event
 from pipeline.storage import digests
-from pipeline.tracking import mlflow_view, run_note
+from pipeline.tracking import mlflow_store, mlflow_ui, run_note
 from pipeline.tracking.mlflow_models import LoggedModels
-from pipeline.tracking.mlflow_store import (
-    MADE_FOR,
-    artifact_location,
-    artifact_root,
-    connect,
-    hold_elsewhere,
-    lock,
-    said,
-)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -47,14 +38,8 @@ class Row:
         self._known: dict[str, str] = dict(tags or {})  # tags that it is known to have
         self._models = LoggedModels(client, run_id, experiment_id)
 
-    def write(
-        self,
-        events: Iterable[Event],
-        checkpoints: str,
-        fetch: Fetch,
-        then: Mapping[str, str] | None = None,
-    ) -> None:
-        """Ship events, then some tags; writing the same events again changes nothing."""
+    def write(self, events: Iterable[Event], checkpoints: str, fetch: Fetch) -> None:
+        """Ship events; writing the same ones again changes nothing."""
         points: list[Metric] = []
         tags: dict[str, str] = {}
         for event in events:
@@ -65,7 +50,7 @@ class Row:
                     self._send(points, tags)
                     points, tags = [], {}
                 tags |= self._ship(event, checkpoints, fetch)
-        self._send(points, tags | dict(then or {}))
+        self._send(points, tags)
 
     def _send(self, points: Sequence[Metric], tags: Mapping[str, str]) -> None:
         """Log in as few requests as MLflow allows: each costs as much as a hundred points."""
@@ -84,7 +69,8 @@ class Row:
         """Write a stage's whole record, unless all of it has arrived before."""
         arrived = {shipped_tag(record[0]): record[0]["id"]}
         if not arrived.items() <= self._known.items():
-            self.write(record, checkpoints, fetch, arrived)
+            self.write(record, checkpoints, fetch)
+            self.tag(arrived)
 
     def enter(self, head: Event, process: str) -> None:
         """Say that a stage's `process`, as `process.this_process` names it, works on the row."""
@@ -106,16 +92,16 @@ class Row:
         A stage whose record is not among the `known` finished ones failed, or is running.
         """
         run = self.client.get_run(self.id)
-        tags = run.data.tags.items()
-        if {id_ for tag, id_ in tags if tag.startswith("record.")} <= known:
+        held = {id_ for tag, id_ in run.data.tags.items() if tag.startswith("record.")}
+        if held <= known:
             self.leave(head, end, run)
 
     def _describe(self, head: Event, run: Run) -> None:
         """Write the note, unless a person has edited it."""
         if (kept := run.data.tags.get(NOTE)) and _mark(kept) != run.data.tags.get(OWN_NOTE):
             return
-        parent = self._parent(head, run)
-        text = run_note.note(head, _facts(run), _facts(parent) if parent else None)[:5000]
+        own, parent = _facts(run), self._parent(head, run)
+        text = run_note.note(head, own, _facts(parent) if parent else None)[:5000]
         self.tag({OWN_NOTE: _mark(text), NOTE: text})
 
     def _parent(self, head: Event, run: Run) -> Run | None:
@@ -164,9 +150,8 @@ class Row:
 
     def _checkpoint(self, event: Event, checkpoints: str, fetch: Fetch) -> dict[str, str]:
         name = event["name"]
-        place: dict[str, str] = {
-            k: str(event[k]) for k in ("path", "md5", "sha256", "step") if k in event
-        }
+        kept = ("path", "md5", "sha256", "step")
+        place = {key: str(event[key]) for key in kept if key in event}
         tags = {f"checkpoint.{name}.{key}": value for key, value in place.items()}
         if checkpoints in ("all", name) and (path := fetch(event["path"], event["sha256"])):
             self._copy(path, f"checkpoints/{name}")
@@ -214,7 +199,7 @@ def open_row(
     """
     own = f"record.{head['stage']}"
     parts = {f"record.{r[0]['stage']}": r[0]["id"] for r in others} | {own: head["id"]}
-    with lock():
+    with mlflow_store.lock():
         if tidy:
             sweep(client)
         experiment_id = _experiment(client, head["experiment"])
@@ -227,12 +212,12 @@ def open_row(
         # A replayed stage mostly has its row already.
         fitting.sort(key=lambda run: run.data.tags.get(own) != head["id"])
         if fitting:
-            hold_elsewhere(client.tracking_uri, fitting[0].info.artifact_uri)
+            mlflow_store.hold_elsewhere(client.tracking_uri, fitting[0].info.artifact_uri)
             row = Row(client, fitting[0].info.run_id, experiment_id, fitting[0].data.tags)
         else:
             row = _new_row(client, experiment_id, head)
             if rows:
-                Row(client, rows[0].info.run_id, experiment_id).tag({"superseded": row.id})
+                client.set_tag(rows[0].info.run_id, "superseded", row.id)
         row.tag({own: head["id"]})
     return row
 
@@ -243,33 +228,13 @@ def attach(training_records: Iterable[str], folder: Path, name: str) -> None:
     A store that fails is one warning: the files are in `folder` all the same.
     """
     try:
-        client = connect()
+        client = mlflow_store.connect()
         for record in training_records:
             for run in _runs(client, f"tags.`record.train` = '{record}'"):
-                hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
+                mlflow_store.hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
                 client.log_artifacts(run.info.run_id, str(folder), name)
     except Exception as error:  # a store's errors are of every kind
-        log.warning("MLflow did not take %s: %s", folder, said(error))
-
-
-def rename(client: MlflowClient, record: Event, known: set[str], name: str) -> dict[str, str]:
-    """Give a DVC experiment's row the name that DVC has now; {row id: name} of those changed.
-
-    `record` is the start event of its last stage, `known` holds the ids of all of its records. A
-    name that a person has given to the row stays.
-    """
-    renamed = {}
-    for run in _runs(client, f"tags.`record.{record['stage']}` = '{record['id']}'"):
-        tags = run.data.tags
-        former = tags.get("dvc.exp_name", "")
-        own = {id_ for tag, id_ in tags.items() if tag.startswith("record.")} <= known
-        if former not in ("", name) and own:
-            row = Row(client, run.info.run_id, run.info.experiment_id)
-            row.tag({"dvc.exp_name": name})
-            if run.info.run_name == former:
-                row.tag({"mlflow.runName": name})
-            renamed[row.id] = name
-    return renamed
+        log.warning("MLflow did not take %s: %s", folder, mlflow_store.said(error))
 
 
 def shipped(client: MlflowClient) -> list[set[str]]:
@@ -316,7 +281,7 @@ def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
     name = head["name"] or f"repro-{head['key'][:6]}"
     tags = {key: value for key, value in tags.items() if value != ""}
     run = client.create_run(experiment_id, start_time=head["time"], run_name=name, tags=tags)
-    hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
+    mlflow_store.hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
     params = [Param(key, str(value)[:6000]) for key, value in head["params"].items()]
     client.log_batch(run.info.run_id, params=params[:100])
     return Row(client, run.info.run_id, experiment_id, tags)
@@ -327,10 +292,10 @@ def _next_color(client: MlflowClient, experiment_id: str) -> str:
     newest = client.search_runs(
         [experiment_id],
         order_by=["attributes.start_time DESC"],
-        max_results=len(mlflow_view.COLORS) - 1,
+        max_results=len(mlflow_ui.COLORS) - 1,
     )
     used = {run.data.tags.get("mlflow.runColor") for run in newest}
-    return next(color for color in mlflow_view.COLORS if color not in used)
+    return next(color for color in mlflow_ui.COLORS if color not in used)
 
 
 def sweep(client: MlflowClient) -> None:
@@ -356,14 +321,13 @@ def _experiment(client: MlflowClient, name: str) -> str:
         _make_way(client, found)
         found = None
     if found:
-        hold_elsewhere(client.tracking_uri, found.artifact_location)
-        if found.tags.get(mlflow_view.TAG) != mlflow_view.state():
-            client.set_experiment_tag(found.experiment_id, mlflow_view.TAG, mlflow_view.state())
+        mlflow_store.hold_elsewhere(client.tracking_uri, found.artifact_location)
+        if found.tags.get(mlflow_ui.TAG) != mlflow_ui.state():
+            client.set_experiment_tag(found.experiment_id, mlflow_ui.TAG, mlflow_ui.state())
         return found.experiment_id
-    location = artifact_location(name)
-    tags = {MADE_FOR: artifact_root()} if location else None
-    experiment_id = client.create_experiment(name, artifact_location=location, tags=tags)
-    client.set_experiment_tag(experiment_id, mlflow_view.TAG, mlflow_view.state())
+    location = mlflow_store.artifact_location(name)
+    experiment_id = client.create_experiment(name, artifact_location=location)
+    client.set_experiment_tag(experiment_id, mlflow_ui.TAG, mlflow_ui.state())
     return experiment_id
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import re
 import sqlite3
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -26,7 +25,6 @@ log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 30.0
 ANSWER_SECONDS = 5.0  # for a database that another process writes into
-LARGEST_ANSWER = 1 << 30  # bytes that the client's memory may grow by
 LONGEST = 300  # characters of an error's message
 
 _SECRET = r"token|secret|passw|pwd|credential|signature|key"
@@ -41,9 +39,6 @@ _TOKEN = re.compile(
     r"|sk-(?=[\w-]*\d)[\w-]{16,}|A[KS]IA[A-Z0-9]{16}\b|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
 )
 
-# Where MLflow's client looks for things, as a URI or as a file.
-_URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-_FILES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
 _NO_PATHS = ("databricks", "databricks-uc", "uc")  # MLflow's names for servers
 
 # Where MLflow's client carries artifacts over the network. All else that it knows is a folder of
@@ -56,11 +51,9 @@ _OWN_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs",
 _OWN_DISKS |= {"overlay", "apfs", "hfs", "ufs", "ntfs", "ntfs3", "refs"}
 
 ARTIFACTS = "mlartifacts"
-MADE_FOR = "pipeline.artifacts"  # an experiment's tag: the artifact root that it was made under
 # What MLflow's schema keeps as absolute places.
 _PLACES = (
     ("experiments", "artifact_location"),
-    ("experiment_tags", "value"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
     ("model_versions", "source"),
@@ -139,9 +132,6 @@ def connect() -> MlflowClient:
         with lock():
             _create_sqlite(path)
         _check_sqlite(path)
-    if _is_server(uri):
-        _hold_artifacts_elsewhere()
-        _bound_memory()
     try:
         return MlflowClient(tracking_uri=uri)
     except ImportError as error:  # SQLAlchemy looks for a database's driver at last
@@ -154,12 +144,9 @@ def _set_environment() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    for name in _URIS:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         if given := os.environ.get(name):
             os.environ[name] = at_root(given)
-    for name in _FILES:
-        if given := os.environ.get(name):
-            os.environ[name] = str(paths.root() / given)
     if sqlite_path(store_uri()):
         # A pooled connection would still read and write a file that somebody has deleted.
         os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
@@ -170,55 +157,24 @@ def store_errors() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return MlflowException, SQLAlchemyError, sqlite3.Error, OSError, MemoryError
-
-
-def _is_server(uri: str) -> bool:
-    return _scheme(uri).lower() in ("http", "https")
+    return MlflowException, SQLAlchemyError, sqlite3.Error, OSError
 
 
 def hold_elsewhere(store: str, place: str) -> None:
     """Raise StorageError where a server says that artifacts lie on its client's own machine.
 
-    MLflow's client believes every server and would write into that folder, whatever it holds.
-    `store` is the store's URI, `place` where an experiment, a run or a model is said to lie.
+    MLflow's client believes every server and would write into that folder. `store` is the store's
+    URI, `place` where an experiment, a run or a model is said to lie.
     """
     from mlflow.utils.uri import get_uri_scheme  # as the client reads it
 
-    if _is_server(store) and get_uri_scheme(place) not in _ELSEWHERE:
+    server = _scheme(store).lower() in ("http", "https")
+    if server and get_uri_scheme(place) not in _ELSEWHERE:
         raise StorageError(
             f"the server at {without_secrets(store)} says that artifacts lie at {place[:80]!r}, on "
             "this machine: refused. Start it with --serve-artifacts (its default) and name a new "
             "tracking.experiment"
         )
-
-
-def _hold_artifacts_elsewhere() -> None:
-    """Check it again wherever MLflow's client opens a place: a server may change its answer."""
-    from mlflow.store.artifact.artifact_repository_registry import (
-        get_registered_artifact_repositories,
-    )
-
-    known = get_registered_artifact_repositories()
-    for scheme in known.keys() - _ELSEWHERE:
-        if not isinstance(known[scheme], functools.partial):
-            known[scheme] = functools.partial(_held_repository, known[scheme])
-
-
-def _bound_memory() -> None:
-    """Limit memory, so that an endless answer is a MemoryError and the machine keeps its memory."""
-    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        most = psutil.Process().memory_info().vms + LARGEST_ANSWER
-        if hard == resource.RLIM_INFINITY or most < hard:
-            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-
-
-def _held_repository(made: Any, place: str, tracking_uri: str | None = None, **options: Any) -> Any:
-    hold_elsewhere(tracking_uri or "", place)
-    return made(place, tracking_uri=tracking_uri, **options)
 
 
 def artifact_root() -> str:
@@ -321,15 +277,11 @@ def _on_own_disk(path: Path) -> bool:
 
 def _former_roots(database: sqlite3.Connection) -> set[str]:
     """URIs of the folders for which this database was made and which are not this repository."""
-    values: list[tuple[str]] = []
-    if _has(database, "experiments", "artifact_location"):
-        default = [f"%/{ARTIFACTS}/0"]  # the experiment that MLflow itself makes
-        query = "SELECT artifact_location FROM experiments WHERE artifact_location LIKE ?"
-        values += database.execute(query, default)
-    if _has(database, "experiment_tags", "key"):
-        values += database.execute("SELECT value FROM experiment_tags WHERE key = ?", [MADE_FOR])
-    places = [place.removesuffix("/0") for (place,) in values if place.startswith("file:")]
-    roots = {place.removesuffix(f"/{ARTIFACTS}") for place in places}
+    if not _has(database, "experiments", "artifact_location"):
+        return set()
+    query = "SELECT artifact_location FROM experiments WHERE artifact_location LIKE ?"
+    places = database.execute(query, [f"file:%/{ARTIFACTS}/%"])
+    roots = {place.rpartition(f"/{ARTIFACTS}/")[0] for (place,) in places}
     return {root for root in roots if not _is_here(_as_path(root))}
 
 
@@ -379,13 +331,13 @@ def said(error: Exception) -> str:
 def _origin(error: Exception) -> BaseException:
     """The innermost error of the system or the database, which libraries wrap in their own."""
     origin: BaseException = error
-    at: BaseException = error
-    seen = {id(error)}  # causes may go round in a circle
-    while (inner := at.__cause__ or at.__context__) and id(inner) not in seen:
-        seen.add(id(inner))
-        if isinstance(inner, (OSError, sqlite3.Error, MemoryError)):
-            origin = inner
-        at = inner
+    at: BaseException | None = error
+    seen = set()  # causes may go round in a circle
+    while at and id(at) not in seen:
+        seen.add(id(at))
+        if isinstance(at, (OSError, sqlite3.Error)):
+            origin = at
+        at = at.__cause__ or at.__context__
     return origin
 
 

@@ -80,20 +80,15 @@ def _value(value: Any) -> str:
 
 
 def _outcome(own: Facts, parent: Facts | None) -> str:
-    parts = [_result(own, parent, *result) for result in RESULTS if result[0] in own.metrics]
+    parts = []
+    for key, words, shown, difference in RESULTS:
+        if (value := own.metrics.get(key)) is not None:
+            parts.append(f"{words} {shown.format(value)}")
+            if parent and key in parent.metrics:
+                parts[-1] += f" ({difference.format(value - parent.metrics[key])})"
     results = f"**Results:** {'; '.join(parts)}." if parts else "**No results** yet."
     if parts and parent:
         name = terminal.in_markdown(parent.name)
         results += f" In brackets: the difference from {name}, which has that commit's settings."
     verdict = own.tags.get("health.verdict") or own.tags.get("health.grad_norm")
     return f"{results}\n\n**Health:** {terminal.in_markdown(verdict)}" if verdict else results
-
-
-def _result(
-    own: Facts, parent: Facts | None, key: str, words: str, shown: str, difference: str
-) -> str:
-    value = own.metrics[key]
-    text = f"{words} {shown.format(value)}"
-    if parent is None or key not in parent.metrics:
-        return text
-    return f"{text} ({difference.format(value - parent.metrics[key])})"

@@ -18,7 +18,7 @@ import pytest
 from pipeline import paths
 from pipeline.experiments import sync
 from pipeline.records import record_file
-from pipeline.tracking import mlflow_store, recording, shipping
+from pipeline.tracking import mlflow_store, recording
 from tests.conftest import ROOT, record_is_complete, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -147,84 +147,8 @@ def test_a_process_that_reads_nothing_does_not_hold_the_stage_up(
     assert record_is_complete(points)
 
 
-@pytest.mark.alone
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
-@pytest.mark.parametrize("looks", [True, pytest.param(False, id="control")])
-def test_a_process_that_is_suspended_costs_seconds_at_the_end_not_a_minute(
-    make_config, children, caplog, monkeypatch, looks: bool
-) -> None:
-    monkeypatch.setattr(recording, "SHORT_SECONDS", 1.0 if looks else 600.0)
-    monkeypatch.setattr(recording, "END_SECONDS", 4.0)
-    monkeypatch.setattr(recording, "GRACE_SECONDS", 1.0)
-    with recording.record("train", make_config()):
-        children[0].send_signal(signal.SIGSTOP)
-        began = time.monotonic()
-    assert (time.monotonic() - began < 4) == looks
-    (warned,) = caplog.messages
-    assert ("did not end within 1 s" in warned) == looks
-    assert record_is_complete(0)
-
-
 def write_lines(path: Path, events: list[record_file.Event]) -> None:
     path.write_text("".join(f"{json.dumps(event)}\n" for event in events), "utf-8")
-
-
-class Slow:
-    """Stands in for MLflow's client: every call takes its time."""
-
-    tracking_uri = "sqlite://"
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-    def log_batch(self) -> None:
-        time.sleep(self.seconds)
-
-    log_artifacts = log_batch
-
-
-class SlowRow:
-    """Stands in for a row: a call an event."""
-
-    def __init__(self, client: Slow, *_: object):
-        self.client = client
-
-    def write(self, events: list[record_file.Event], *_: object) -> None:
-        for event in events[events[0]["kind"] == "start" :]:
-            upload = event["kind"] == "checkpoint"
-            (self.client.log_artifacts if upload else self.client.log_batch)()
-
-    def enter(self, *_: object) -> None: ...
-
-    replay = leave = enter
-
-
-@pytest.mark.parametrize(
-    ("seconds", "kind", "size", "arrives"),
-    [
-        pytest.param(0.2, "tags", 0, True, id="slow answers"),
-        pytest.param(1.5, "tags", 5_000_000, False, id="no answer"),
-        pytest.param(1.5, "checkpoint", 5_000_000, True, id="a large upload"),
-        pytest.param(1.5, "checkpoint", 10, False, id="a small upload that hangs"),
-    ],
-)
-def test_a_stage_waits_as_long_as_its_points_arrive(
-    monkeypatch, caplog, seconds: float, kind: str, size: int, arrives: bool
-) -> None:
-    monkeypatch.setattr(shipping, "SHORT_SECONDS", 0.6)
-    monkeypatch.setattr(shipping, "connect", lambda: Slow(seconds))
-    monkeypatch.setattr(shipping, "open_row", SlowRow)
-    events = [{"kind": "start", "stage": "tokenize", "id": "1", "invocation": "one"}]
-    for number in range(8 if seconds < 1 else 1):
-        events.append({"kind": kind, "number": number, "bytes": size})
-    write_lines(path := Path("tokenize.jsonl"), events)
-    shipper = shipping.Shipper(path, "1-1.00", "best")
-    began = time.monotonic()
-    shipper.close(20.0)
-    assert (caplog.messages == []) == arrives
-    if not arrives:
-        assert "the store did not answer within 1 s" in caplog.messages[0]
-        assert time.monotonic() - began < 3
 
 
 @pytest.fixture
@@ -233,9 +157,9 @@ def taken(monkeypatch) -> list[record_file.Event]:
     events: list[record_file.Event] = []
     row = SimpleNamespace(write=lambda new, *_: events.extend(new))
     row.enter = row.leave = row.replay = lambda *_: None
-    monkeypatch.setattr(shipping, "connect", lambda: Slow(0))
-    monkeypatch.setattr(shipping, "open_row", lambda *_: row)
-    monkeypatch.setattr(shipping, "SHIP_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(recording, "connect", lambda: None)
+    monkeypatch.setattr(recording, "open_row", lambda *_: row)
+    monkeypatch.setattr(recording, "SHIP_EVERY_SECONDS", 0.05)
     return events
 
 
@@ -243,7 +167,7 @@ def test_a_half_written_line_waits_for_its_end_also_under_the_record_s_final_nam
     start = {"kind": "start", "stage": "tokenize", "id": "1", "invocation": "one"}
     path = Path("tokenize.jsonl")
     write_lines(record_file.part(path), [start])
-    shipper = shipping.Shipper(path, "1-1.00", "best")
+    shipper = recording.Shipper(path, "1-1.00", "best")
     with open(record_file.part(path), "ab", buffering=0) as record:
         record.write(b'{"kind": "tags", "num')
         wait_for(lambda: taken)
@@ -257,7 +181,7 @@ def test_a_half_written_line_waits_for_its_end_also_under_the_record_s_final_nam
 @pytest.mark.skipif(sys.platform == "win32", reason="a deleted file keeps its name there")
 def test_a_killed_stage_s_rest_is_not_mixed_with_the_next_one_s(make_config, taken) -> None:
     killed = record_file.Record("train", make_config())
-    shipper = shipping.Shipper(killed.path, "1-1.00", "best")
+    shipper = recording.Shipper(killed.path, "1-1.00", "best")
     wait_for(lambda: taken)
     for file in killed._files:  # as a kill does
         file.close()

@@ -27,7 +27,7 @@ from pipeline.__main__ import main as command
 from pipeline.errors import StorageError
 from pipeline.experiments import sync
 from pipeline.records import record_file
-from pipeline.tracking import mlflow_run, mlflow_store, mlflow_ui, recording, shipping
+from pipeline.tracking import mlflow_run, mlflow_store, mlflow_ui, recording
 from tests.conftest import ROOT, params, record_is_complete, wait_for
 
 pytestmark = [
@@ -41,9 +41,9 @@ Heal = Callable[[], None]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch) -> None:
-    monkeypatch.setattr(shipping, "SHORT_SECONDS", 3.0)
-    monkeypatch.setattr(shipping, "RETRY_SECONDS", 0.2)
-    monkeypatch.setattr(shipping, "SHIP_EVERY_SECONDS", 0.1)
+    monkeypatch.setattr(recording, "SHORT_SECONDS", 3.0)
+    monkeypatch.setattr(recording, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(recording, "SHIP_EVERY_SECONDS", 0.1)
     monkeypatch.setattr(mlflow_store, "ANSWER_SECONDS", 0.3)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
@@ -242,7 +242,7 @@ def test_a_store_that_fails_costs_one_warning_and_sync_fills_it_later(
     make_config, monkeypatch, own_store: Path, caplog, fault
 ) -> None:
     attempts = []
-    monkeypatch.setattr(shipping, "connect", lambda: attempts.append(1) or mlflow_store.connect())
+    monkeypatch.setattr(recording, "connect", lambda: attempts.append(1) or mlflow_store.connect())
     config = make_config()  # read before a fault takes the right to
     with fault(monkeypatch, own_store) as heal:
         began = time.monotonic()
@@ -407,7 +407,7 @@ def test_what_is_lost_or_stuck_in_mid_run_is_whole_when_the_stage_ends(
 def test_what_is_deleted_right_before_the_end_is_made_again_at_once(
     make_config, monkeypatch, own_store: Path, caplog, deletion
 ) -> None:
-    monkeypatch.setattr(shipping, "RETRY_SECONDS", 3600.0)
+    monkeypatch.setattr(recording, "RETRY_SECONDS", 3600.0)
     with recording.record("train", make_config()) as record:
         deletion(own_store, write_until_shipped(record, range(3)))
     (row,) = rows_of_all_steps(3)
@@ -490,9 +490,9 @@ def test_a_write_goes_to_the_disk_alone_whatever_the_store_does(make_config, mon
         released.wait()
         raise ConnectionError("it never answered")
 
-    monkeypatch.setattr(shipping, "connect", hang)
+    monkeypatch.setattr(recording, "connect", hang)
     record = record_file.Record("train", make_config())
-    shipper = shipping.Shipper(record.path, "1-1.00", "best")
+    shipper = recording.Shipper(record.path, "1-1.00", "best")
     wait_for(lambda: callers)
     for step in range(1000):
         record.metrics({"train/value": step / 3}, step)
@@ -525,10 +525,10 @@ def test_a_stage_that_ends_before_mlflow_is_there_says_what_is_so(
         raise ConnectionError("too late")
 
     if ready:
-        monkeypatch.setattr(shipping, "connect", lambda: None)
-    monkeypatch.setattr(shipping, "open_row" if ready else "connect", hang)
+        monkeypatch.setattr(recording, "connect", lambda: None)
+    monkeypatch.setattr(recording, "open_row" if ready else "connect", hang)
     record = record_file.Record("tokenize", make_config())
-    shipper = shipping.Shipper(record.path, "1-1.00", "best")
+    shipper = recording.Shipper(record.path, "1-1.00", "best")
     wait_for(called.is_set)
     record.close(status)
     shipper.close(0.1)
@@ -573,9 +573,9 @@ CHILD = """
 import sys
 from pathlib import Path
 from pipeline.process import this_process
-from pipeline.tracking import shipping
-shipping.SHIP_EVERY_SECONDS = 0.05
-shipper = shipping.Shipper(Path("journal.jsonl"), this_process(), "best")
+from pipeline.tracking import recording
+recording.SHIP_EVERY_SECONDS = 0.05
+shipper = recording.Shipper(Path("journal.jsonl"), this_process(), "best")
 print("handed over", flush=True)
 sys.stdin.read()
 """
@@ -650,7 +650,7 @@ def test_a_training_that_was_killed_goes_on_in_its_row(
         client.delete_run(before.info.run_id)
     if meanwhile == "database deleted":
         own_store.unlink()
-    shipping.Shipper(killed / "whole.jsonl", "1-1.00", "best").close(20.0)
+    recording.Shipper(killed / "whole.jsonl", "1-1.00", "best").close(20.0)
     (row,) = rows_of_all_steps(12)
     assert row.info.status == "FINISHED"
     assert (row.info.run_id == before.info.run_id) == (meanwhile == "nothing")

@@ -22,7 +22,7 @@ from pipeline import config as configuration
 from pipeline import paths
 from pipeline.records import record_file
 from pipeline.storage import digests
-from pipeline.tracking import mlflow_store, mlflow_view, recording
+from pipeline.tracking import mlflow_store, mlflow_ui, recording
 from tests.conftest import ROOT, params, tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -90,7 +90,7 @@ def shipped(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
             patch.setattr(record_file, "_invocation", lambda name=name: name)
             ship(loss)
         experiment = mlflow_store.connect().get_experiment_by_name("gpt2")
-        yield mlflow_view.link(server, experiment.experiment_id)
+        yield mlflow_ui.link(server, experiment.experiment_id)
 
 
 def ship(loss: float) -> None:
@@ -156,7 +156,7 @@ def test_the_page_shows_the_columns_in_order_and_the_best_run_first(
     shipped: str, visit: Callable[..., str]
 ) -> None:
     page = visit(shipped, "of_matrix_rate")
-    shown = {name: cells(page, mlflow_view.INSIDE.get(name, name)) for name in mlflow_view.COLUMNS}
+    shown = {name: cells(page, mlflow_ui.INSIDE.get(name, name)) for name in mlflow_ui.COLUMNS}
     for name, texts in shown.items():
         heading = re.search("`(.*)`", name)[1]
         assert heading in texts[0], (name, texts)
@@ -164,7 +164,7 @@ def test_the_page_shows_the_columns_in_order_and_the_best_run_first(
     runs = [text.split() for text in cells(page, "attributes.`Run Name`")[1:]]
     colors, names = zip(*runs, strict=True)
     assert names == ("best", "middle", "worse")
-    assert set(colors) == set(mlflow_view.COLORS[: len(LOSSES)])
+    assert set(colors) == set(mlflow_ui.COLORS[: len(LOSSES)])
     values = {name: texts[1] for name, texts in shown.items()}
     assert values["metrics.`val/loss`"] == "5.9"
     assert values["metrics.`perf/tokens_per_second`"] == "2199"
@@ -172,7 +172,7 @@ def test_the_page_shows_the_columns_in_order_and_the_best_run_first(
     assert values["tags.`init`"] == "std 0.02, scaled"
     assert values["tags.`model`"] == "7.2M: 4 x 128"
     assert values["tags.`health.grad_norm`"] == "grows 12x"
-    places = [place(page, mlflow_view.INSIDE.get(name, name)) for name in mlflow_view.COLUMNS]
+    places = [place(page, mlflow_ui.INSIDE.get(name, name)) for name in mlflow_ui.COLUMNS]
     assert places == sorted(places)
 
 
@@ -206,7 +206,7 @@ def test_a_stage_ships_to_a_remote_server(server: str, tmp_path: Path) -> None:
     said = repo.run(sys.executable, "-m", "pipeline", "ui", **env).stdout
     client = rows_client(server)
     experiment = client.get_experiment_by_name("gpt2")
-    assert mlflow_view.link(server, experiment.experiment_id) in said
+    assert mlflow_ui.link(server, experiment.experiment_id) in said
     (row,) = [
         run
         for run in client.search_runs([experiment.experiment_id])
