@@ -47,10 +47,8 @@ class Checkpoint:
         then, now = self.facts["machine"], machine(state.precision)
         changed = [f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
         if changed:
-            log.warning(
-                "this training resumes, but not bit-equal to an unbroken one: %s",
-                "; ".join(changed),
-            )
+            said = "; ".join(changed)
+            log.warning("this training resumes, but not bit-equal to an unbroken one: %s", said)
 
 
 class Checkpoints:
@@ -153,9 +151,8 @@ class Checkpoints:
         free = shutil.disk_usage(run).free
         if free < needed:
             raise StorageError(
-                f"{run}: checkpoints and models of this training need "
-                f"{needed:,} more bytes, {free:,} are free; make room, or lower checkpoint.keep="
-                f"{self._settings.keep}"
+                f"{run}: checkpoints and models of this training need {needed:,} more bytes, "
+                f"{free:,} are free; make room, or lower checkpoint.keep={self._settings.keep}"
             )
 
     def _all(self) -> list[Path]:
