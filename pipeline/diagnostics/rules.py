@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from pipeline.published import VOCAB_SIZE
 from pipeline.records.run_data import RunData
@@ -100,9 +100,7 @@ def largest_leap(run: RunData) -> tuple[int, float, float]:
 def smoothed(losses: list[float]) -> list[float]:
     """Running means over a twentieth of the run, at least five steps."""
     width = max(5, len(losses) // 20)
-    sums = [0.0]
-    for loss in losses:
-        sums.append(sums[-1] + loss)
+    sums = list(accumulate(losses, initial=0.0))
     return [(sums[i + width] - sums[i]) / width for i in range(len(losses) - width + 1)]
 
 
