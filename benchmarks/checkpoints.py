@@ -86,8 +86,7 @@ def main() -> None:
             saved.save(state, {"best_step": 0})
 
         def go_on() -> None:
-            path, facts = saved.newest() or (Path(), {})
-            checkpoints.go_on(state, path, facts)
+            saved.newest().restore(state)
 
         rows = [
             ("checkpoint", *timed(save, asked.rounds)),

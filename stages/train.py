@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.diagnostics import debugger, doctor, forecast
 from pipeline.resume import run_folder
 from pipeline.resume.checkpoints import Checkpoint, Checkpoints
-from pipeline.resume.interruption import Stopped, listening
+from pipeline.resume.interruption import Interruption, Stopped
 from pipeline.tracking import recording
 from pipeline.training.history import History
 from pipeline.training.inputs import Inputs, open_inputs
@@ -104,7 +104,7 @@ def loop(job: Job, state: TrainState, history: History) -> None:
         job.run.say("running", step=state.step)
 
     data = job.inputs.train, job.inputs.val
-    with listening() as stop, debugger.attached(state, config, record, *data, stop) as look:
+    with Interruption() as stop, debugger.attached(state, config, record, *data, stop) as look:
         look_at, steps_at = config.debug.interact_at_step, history.budget.steps
         steps = fit(state, config.train, batches, look, look_at, steps_at)
         validate_if_due()  # a training that was stopped may owe it
@@ -115,11 +115,11 @@ def loop(job: Job, state: TrainState, history: History) -> None:
                 line = forecast.after_first_steps(seconds, config.train, record)
                 tqdm.write(f"train: {line}", file=sys.stdout)
             validate_if_due()
-            if stop.asked():
+            if stop.asked:
                 break
             if not report.last and job.checkpoints.due(state.step):
                 save()
-        if stop.asked():
+        if stop.asked:
             save()
             tqdm.write(f"train: stopped; the same command resumes from step {state.step:,}")
             stop.leave()

@@ -156,15 +156,6 @@ def test_a_run_folder_of_anything_is_listed_and_passed_over(
     )
 
 
-def test_facts_of_another_kind_are_no_facts(tmp_path: Path) -> None:
-    path = tmp_path / "status.json"
-    for value in ({"time": "noon"}, {"step": [1]}, {"params": 7}, {"digests": "x"}):
-        path.write_text(json.dumps(value))
-        assert run_folder._json(path) == {}
-    path.write_text(json.dumps({"time": 1, "step": None}))
-    assert run_folder._json(path) == {"time": 1, "step": None}
-
-
 def test_sizes_of_an_odd_model_folder_are_not_known_rather_than_waited_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(DEEP)
     assert published.sizes_of(str(tmp_path)) == {}

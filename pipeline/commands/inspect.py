@@ -44,7 +44,7 @@ def forecast(parser: argparse.ArgumentParser, words: list[str]) -> None:
     log.info("%s, precision %s", device_name(device), config.precision)
     log.info("%s\n", "\n".join(found.lines()))
     log.info("%s", forecast.table(config, device))
-    if problem := found.problem(config.train.accumulate):
+    if problem := found.problem():
         log.warning("%s", problem)
 
 
@@ -80,8 +80,6 @@ def debug(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Open a moment of a training that was kept on disk, in an interpreter.
 
     python -m pipeline debug .runs/debug/FOLDER     as the run named it
-
-    IPython is used where it is installed, else Python's own `code.interact`.
     """
     from pipeline.diagnostics import debugger
 
@@ -93,6 +91,7 @@ def debug(parser: argparse.ArgumentParser, words: list[str]) -> None:
     line += f"\nnot finite: the gradient of {', '.join(odd[:4])}" if odd else ""
     line += f" and {len(odd) - 4} more" if len(odd) > 4 else ""
     if debugger.has_terminal():
-        debugger.interact(names, line)
+        leave = f"In scope: {debugger.SCOPE}. Leave with exit() or Ctrl-D."
+        debugger.interact(names, f"{line}\n{leave}")
     else:
         log.info("%s\nno terminal here, so no interpreter", line)

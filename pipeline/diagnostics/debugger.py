@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import code
 import contextlib
-import importlib.util
 import logging
 import math
 import os
@@ -14,28 +13,26 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pipeline import config as configuration
-from pipeline import paths, terminal
+from pipeline import paths
 from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
 from pipeline.config import Config
+from pipeline.data.token_files import Tokens
 from pipeline.diagnostics import nonfinite, token_spans
-from pipeline.errors import NumericsError, StorageError
+from pipeline.errors import InputError, NumericsError, StorageError, UserError, cut, out_of_memory
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import evaluating
-from pipeline.resume.snapshot import Tensors, read_facts, restore, save_snapshot, understood
+from pipeline.records.record_file import Record
+from pipeline.resume.interruption import Interruption
+from pipeline.resume.snapshot import read_facts, read_tensors, restore, save_snapshot
 from pipeline.training import training_step
 from pipeline.training.training_step import Look, TrainState
 from pipeline.training.validation import ValidationError
-
-if TYPE_CHECKING:
-    from pipeline.data.token_files import Tokens
-    from pipeline.records.record_file import Record
-    from pipeline.resume.interruption import Interruption
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +83,7 @@ def attached(
 
 def look(state: TrainState) -> None:
     """An interpreter with the step's values in scope; what is changed there stays changed."""
-    _interact(
+    interact(
         scope(state),
         f"\nstep {state.step}, loss {state.loss:.4f}, between the gradients and the update.\n"
         f"In scope: {SCOPE}.\n"
@@ -109,7 +106,7 @@ def write_bundle(state: TrainState, config: Config, why: str) -> Path | None:
     folder = paths.runs() / "debug" / moment
     facts = {
         "why": why,
-        "params": _nested(config),
+        "params": asdict(config),
         "gpt": asdict(state.model.config),
         "device": state.precision.device.type,
         "torch": torch.__version__,
@@ -131,11 +128,14 @@ def write_bundle(state: TrainState, config: Config, why: str) -> Path | None:
 def scope(state: TrainState) -> dict[str, Any]:
     """Names for an interpreter: x and y are the first micro-batch, logits are without dropout."""
     x, y = (part.to(state.precision.device) for part in state.batches[0])
+    sequences = MAX_LOGIT_BYTES // (4 * x.size(1) * state.model.config.vocab_rows)
+    with evaluating(state.model), state.precision.products(), state.precision.autocast():
+        logits = state.model(x[: max(1, sequences)])
     return {
         "model": state.model,
         "x": x,
         "y": y,
-        "logits": _logits(state, x),
+        "logits": logits,
         "loss": state.loss,
         "gradients": {n: p.grad for n, p in state.model.named_parameters() if p.grad is not None},
         "state": state,
@@ -148,13 +148,18 @@ def scope(state: TrainState) -> dict[str, Any]:
 def open_bundle(folder: Path, device: str = "") -> tuple[dict[str, Any], str]:
     """The scope of a moment on disk, its gradients computed again, and lines on how that went."""
     facts = read_facts(folder)
-    with understood(folder):
+    try:
         config = configuration.from_dict(facts["params"], f"{folder}: params")
         where = runtime.choose_device(device or facts["device"])
         precision = choose_precision(config.precision, where)
         model = GPT(GPTConfig(**facts["gpt"])).to(where)
         state = training_step.start(model, replace(config.train, compile=False), precision)
-        restore(state, Tensors(folder), facts)
+        restore(state, read_tensors(folder), facts)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        said = cut(f"{type(error).__name__}: {error}")
+        raise InputError(f"{folder}: not a snapshot that can be put back: {said}") from error
     runtime.set_rng_state(state.rng, where)
     then, state.loss = state.loss, training_step.gradients(state, state.batches).item()
     same = state.loss == then or (math.isnan(state.loss) and math.isnan(then))
@@ -168,29 +173,7 @@ def odd_gradients(gradients: dict[str, torch.Tensor]) -> list[str]:
     return [name for name, grad in gradients.items() if not grad.isfinite().all()]
 
 
-def _logits(state: TrainState, x: torch.Tensor) -> torch.Tensor:
-    row_bytes = 4 * x.size(1) * state.model.config.vocab_rows
-    with evaluating(state.model), state.precision.products(), state.precision.autocast():
-        return state.model(x[: max(1, MAX_LOGIT_BYTES // row_bytes)])
-
-
-def _nested(config: Config) -> dict[str, Any]:
-    values = asdict(config)
-    values["sample"]["prompts"] = list(values["sample"]["prompts"])
-    return values
-
-
-def interact(names: dict[str, Any], said: str) -> None:
-    """An interpreter with these names, which begins by printing what is `said`."""
-    _interact(names, f"{said}\nIn scope: {SCOPE}. Leave with exit() or Ctrl-D.")
-
-
-def _interact(names: dict[str, Any], banner: str) -> None:
-    if importlib.util.find_spec("IPython"):
-        import IPython
-
-        with terminal.unguarded():
-            IPython.embed(user_ns=names, banner1=f"{banner}\n", colors="neutral")
-        return
+def interact(names: dict[str, Any], banner: str) -> None:
+    """An interpreter with these names, which begins by printing the banner."""
     with contextlib.suppress(SystemExit):  # exit() leaves the interpreter, not the training
         code.interact(banner=banner, local=names, exitmsg="")

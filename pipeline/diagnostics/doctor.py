@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from pipeline import paths
-from pipeline.diagnostics.curve_stats import cut_share, growth_of_norm, largest_leap, tail
-from pipeline.diagnostics.rules import ALWAYS, NORM_GROWS, RULES, URGENT, Finding, Rule
+from pipeline.diagnostics import rules
+from pipeline.diagnostics.rules import RULES, URGENT, Finding, Rule
 from pipeline.errors import InputError
 from pipeline.records import record_file
 from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
-from pipeline.records.run_data import Experiment, RunData
-
-if TYPE_CHECKING:
-    from pipeline.records.record_file import Record
-    from pipeline.records.run_data import Event
+from pipeline.records.record_file import Record
+from pipeline.records.run_data import Event, Experiment, RunData
 
 WAITS = 0.05  # of the steps so far, between two looks at a training under way
 HEALTHY = "no problems found"
 
 
-def examine(run: RunData, rules: Iterable[Rule] = RULES) -> list[Finding]:
+def examine(run: RunData, asked: Iterable[Rule] = RULES) -> list[Finding]:
     """What the rules find in a run, in their order; nothing in a healthy one."""
-    return [finding for rule in rules if (finding := rule(run))]
+    return [finding for rule in asked if (finding := rule(run))]
 
 
 def headline(findings: Sequence[Finding]) -> str:
@@ -45,7 +41,7 @@ def judge(record: Record, step: int) -> tuple[dict[str, float], list[str]]:
     """
     stage = record.stage
     before = RunData({log[0]["stage"]: log for log in record_file.upstream(stage)})
-    run = RunData(dict(before.records) | {stage: record.so_far()})
+    run = RunData({**before.records, stage: record.so_far()})
     if "train" not in run.records:
         return {}, []
     findings = examine(run)
@@ -68,7 +64,7 @@ def health(run: RunData, findings: Sequence[Finding]) -> dict[str, float]:
     numbers = {"health/findings": float(len(findings))}
     if norms:
         numbers["health/grad_norm_max"] = max(norms)
-        numbers["health/grad_norm_last"] = statistics.median(tail(norms))
+        numbers["health/grad_norm_last"] = statistics.median(rules.tail(norms))
     limit = run.params["train.grad_clip"]
     if norms and limit:
         numbers["health/clipped_share"] = sum(norm > limit for norm in norms) / len(norms)
@@ -79,12 +75,12 @@ def health(run: RunData, findings: Sequence[Finding]) -> dict[str, float]:
 
 def norm_words(run: RunData) -> str:
     """What became of the gradient norm, short enough for a table's cell."""
-    growth, cut = growth_of_norm(run), cut_share(run)
-    if growth is not None and growth >= NORM_GROWS:
+    growth, cut = rules.growth_of_norm(run), rules.cut_share(run)
+    if growth >= rules.NORM_GROWS:
         return f"grows {growth:,.0f}x"
-    if cut is not None and cut > ALWAYS:
+    if cut > rules.ALWAYS:
         return f"clipped {cut:.0%}"
-    _, norm, usual = largest_leap(run)
+    _, norm, usual = rules.largest_leap(run)
     return f"spike {norm / usual:,.0f}x" if norm else "fine"
 
 

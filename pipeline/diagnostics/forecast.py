@@ -7,22 +7,20 @@ import contextlib
 import logging
 import statistics
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from pipeline.compute.precision import PRECISIONS, Precision, choose_precision
 from pipeline.compute.throughput import WARM_UP_STEPS
+from pipeline.config import Config, TrainConfig
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import MAX_LOGIT_BYTES
+from pipeline.records.record_file import Record
 from pipeline.tables import markdown
 from pipeline.training.time_budget import validation_seconds
-
-if TYPE_CHECKING:
-    from pipeline.config import Config, TrainConfig
-    from pipeline.records.record_file import Record
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +28,7 @@ MEASURED_AT = 8  # steps done when the time is forecast: 5 of them measured
 MARGIN = 0.8  # share of the free memory that a proposal uses; the rest is for surprises
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's limits, on Linux
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 @dataclass(frozen=True)
@@ -124,30 +123,24 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":  # what its allocator keeps at hand counts as used with the driver
         at_hand = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + at_hand
-    return min(psutil.virtual_memory().available, _container_left())
-
-
-def _container_left() -> int:
-    """Bytes that the control group leaves to this process; a huge number without a limit."""
-    folder = CONTROL_GROUP
-    with contextlib.suppress(OSError, ValueError):  # no such limit: "max", or no such file
-        limit = int((folder / "memory.max").read_text("ascii"))
-        used = int((folder / "memory.current").read_text("ascii"))
-        facts = (folder / "memory.stat").read_text("ascii").split()
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # a container without limit: "max", or no file
+        limit = int((CONTROL_GROUP / "memory.max").read_text("ascii"))
+        used = int((CONTROL_GROUP / "memory.current").read_text("ascii"))
+        facts = (CONTROL_GROUP / "memory.stat").read_text("ascii").split()
         # Cached files count as used and go when memory is asked for.
-        return limit - used + int(facts[facts.index("inactive_file") + 1])
-    return 1 << 62
+        free = min(free, limit - used + int(facts[facts.index("inactive_file") + 1]))
+    return free
 
 
 @dataclass(frozen=True)
 class Forecast:
     """What is known of a training before its first step."""
 
+    config: TrainConfig
     parameters: int
-    steps: int
     tokens: int  # that all steps train on
     epochs: float | None  # these by the tokens of the corpus, where known
-    batch_size: int
     needed: Memory
     free: int
     fits: int  # the largest micro-batch within the free memory; 0: not even one sequence
@@ -157,24 +150,25 @@ class Forecast:
         n = self.needed
         epochs = "" if self.epochs is None else f", {self.epochs:,.2f} epochs"
         return [
-            f"{self.parameters:,} parameters; {self.steps:,} steps are {self.tokens:,} tokens"
-            f"{epochs}",
-            f"memory for micro-batches of {self.batch_size}: {size(n.total)} (weights and moments "
-            f"{size(n.weights + n.moments)}, activations {size(n.activations)}, output layer "
-            f"{size(n.head)}); free: {size(self.free)}, enough for {self.fits:,}",
+            f"{self.parameters:,} parameters; {self.config.steps:,} steps are {self.tokens:,} "
+            f"tokens{epochs}",
+            f"memory for micro-batches of {self.config.batch_size}: {size(n.total)} (weights and "
+            f"moments {size(n.weights + n.moments)}, activations {size(n.activations)}, output "
+            f"layer {size(n.head)}); free: {size(self.free)}, enough for {self.fits:,}",
         ]
 
-    def problem(self, accumulate: int) -> str:
+    def problem(self) -> str:
         """What to set instead where the micro-batch does not fit; "" where it does."""
         if self.needed.total <= self.free:
             return ""
+        batch_size, accumulate = self.config.batch_size, self.config.accumulate
         words = (
-            f"train.batch_size={self.batch_size} needs about {size(self.needed.total)}, "
+            f"train.batch_size={batch_size} needs about {size(self.needed.total)}, "
             f"{size(self.free)} are free: "
         )
         if not self.fits:
             return words + "not even one sequence fits; try a smaller model or sequence_length"
-        micro, more = proposal(self.batch_size, accumulate, self.fits)
+        micro, more = proposal(batch_size, accumulate, self.fits)
         return words + f"train.batch_size={micro} train.accumulate={more} fit, tokens/step the same"
 
 
@@ -191,11 +185,10 @@ def forecast(config: Config, precision: Precision, corpus_tokens: int | None = N
     need = needs(GPTConfig(**asdict(config.model)), precision, train.sequence_length)
     tokens = train.steps * train.accumulate * train.batch_size * train.sequence_length
     return Forecast(
+        config=train,
         parameters=need.weights // 4,
-        steps=train.steps,
         tokens=tokens,
         epochs=tokens / corpus_tokens if corpus_tokens else None,
-        batch_size=train.batch_size,
         needed=need.at(train.batch_size, train.accumulate),
         free=free,
         fits=need.largest(2, int(MARGIN * free)),  # a smaller micro-batch means accumulation
@@ -215,7 +208,7 @@ def before_training(
         log.warning("no memory forecast on %s: %s", precision.device.type, error)
         return []
     record.metrics({"perf/forecast_memory_mib": expected.needed.total / 2**20})
-    if problem := expected.problem(config.train.accumulate):
+    if problem := expected.problem():
         log.warning("%s", problem)
     return expected.lines()
 
@@ -268,11 +261,7 @@ def time_words(step_seconds: list[float], config: TrainConfig) -> str:
 def duration(seconds: float) -> str:
     """Seconds in two units, as in 9 h 10 min."""
     total = round(seconds)
-    for unit, name, part, small in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
+    for (unit, name), (part, small) in pairwise(UNITS):
         if total >= unit:
             rest = total % unit // part
             return f"{total // unit:,} {name}" + (f" {rest} {small}" if rest else "")

@@ -6,32 +6,26 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.compute import runtime
+from pipeline.config import TrainConfig
+from pipeline.data.token_files import Tokens
 from pipeline.diagnostics import token_spans
 from pipeline.errors import InputError, NumericsError
 from pipeline.model.gpt import GPT
 from pipeline.model.loss import mean_loss
 from pipeline.training import training_step, validation
-from pipeline.training.training_step import Batch, TrainState
-
-if TYPE_CHECKING:
-    from pipeline.config import TrainConfig
-    from pipeline.data.token_files import Tokens
-    from pipeline.training.validation import ValidationError
+from pipeline.training.training_step import TrainState
+from pipeline.training.validation import ValidationError
 
 AGAIN = (
     "Done again, without a compiler, every number of the step is finite: the fault is in compiled "
     "kernels or in the machine"
 )
-
-
-class Explained(NumericsError):
-    """An error that says where the numbers first were not finite, and in which tokens."""
 
 
 @dataclass
@@ -52,7 +46,7 @@ class Place:
 Text = Callable[[int, Place | None], str]  # (step, place) -> where the step's tokens lie
 
 
-def explain(error: NumericsError, state: TrainState, text: Text) -> Explained:
+def explain(error: NumericsError, state: TrainState, text: Text) -> NumericsError:
     """The error of the step at work, which in addition says where, and in which tokens.
 
     That takes the time of one more step, which is done eagerly, from the same weights, batches,
@@ -70,7 +64,7 @@ def explain(error: NumericsError, state: TrainState, text: Text) -> Explained:
         lines.append(text(state.step, place))
     except (RuntimeError, MemoryError, OSError, InputError) as problem:  # the error must get out
         lines = [str(error), f"Where that began could not be found: {problem}"]
-    return Explained("\n".join(lines))
+    return NumericsError("\n".join(lines))
 
 
 def trace(state: TrainState) -> Place | None:
@@ -88,7 +82,10 @@ def trace(state: TrainState) -> Place | None:
 
     def each(loss: Tensor) -> None:
         nonlocal done
-        place = watch.place or _in_head(state, watch.hidden, loss) or _in_gradients(state.model)
+        place = watch.place
+        if not place:
+            finite = loss.isfinite()
+            place = _in_gradients(state.model) if finite else _in_head(state, watch.hidden)
         if place:
             place.batch = done
             raise _Found(place)
@@ -98,68 +95,49 @@ def trace(state: TrainState) -> Place | None:
         try:
             training_step.gradients(again, state.batches, each)
         except _Found as found:
-            return found.place
+            return found.args[0]
     return _in_norm(state.model)
 
 
 def explain_validation(
     error: ValidationError, state: TrainState, held_out: Tokens, config: TrainConfig
-) -> Explained:
+) -> NumericsError:
     """The error of a validation, which in addition names the layer and the tokens.
 
     The first batch without a finite loss is left as the step at work, for a look at it.
     """
     lines = [str(error)]
     for number, batch in enumerate(validation.windows(held_out, config)):
-        if place := _in_validation(state, batch):
-            place.batch = number
-            state.begin([batch])
-            state.loss = error.loss
-            lines.append(place.words(len(batch[0]), f"validation batch {number + 1}"))
-            lines.append(token_spans.of_validation(held_out, config, place))
-            break
-    return Explained("\n".join(lines))
-
-
-def _in_validation(state: TrainState, batch: Batch) -> Place | None:
-    with _Watch(state.model) as watch:
-        loss = mean_loss(state.model, [batch], state.precision, state.precision.device)
-    if math.isfinite(loss):
-        return None
-    with state.precision.products():
-        return watch.place or _in_head(state, watch.hidden, torch.tensor(loss))
+        with _Watch(state.model) as watch:
+            loss = mean_loss(state.model, [batch], state.precision, state.precision.device)
+        if math.isfinite(loss):
+            continue
+        with state.precision.products():
+            place = watch.place or _in_head(state, watch.hidden)
+        place.batch = number
+        state.begin([batch])
+        state.loss = error.loss
+        lines.append(place.words(len(batch[0]), f"validation batch {number + 1}"))
+        lines.append(token_spans.of_validation(held_out, config, place))
+        break
+    return NumericsError("\n".join(lines))
 
 
 class _Found(Exception):
-    """Ends the repeated step early."""
-
-    def __init__(self, place: Place):
-        self.place = place
+    """Ends the repeated step early, with the Place."""
 
 
-class _Watch:
-    """While entered, notes the first tensor between two modules that is not finite."""
+class _Watch(ExitStack):
+    """Until closed, notes the first tensor between two modules that is not finite."""
 
     place: Place | None = None
     hidden: Tensor  # of the last forward pass, (B, T, C)
 
     def __init__(self, model: GPT) -> None:
-        self.model = model
-
-    def __enter__(self) -> _Watch:
-        self._hooks = ExitStack()
-        for name, module in self.model.named_modules():
+        super().__init__()
+        for name, module in model.named_modules():
             if name and not isinstance(module, nn.ModuleDict | nn.ModuleList):
                 self._follow(name, module)
-        keep = self.model.transformer.ln_f.register_forward_hook(self._keep)
-        self._hooks.callback(keep.remove)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.close()
-
-    def _keep(self, _: nn.Module, __: Any, output: Tensor) -> None:
-        self.hidden = output.detach()
 
     def _follow(self, name: str, module: nn.Module) -> None:
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -168,9 +146,11 @@ class _Watch:
         def after(_: nn.Module, __: Any, output: Tensor) -> None:
             own = [(f"{name}.{n}", p) for n, p in module.named_parameters(recurse=False)]
             self._look(f"the output of {name}", output, own)
+            if name == "transformer.ln_f":
+                self.hidden = output.detach()
 
-        self._hooks.callback(module.register_forward_pre_hook(before).remove)
-        self._hooks.callback(module.register_forward_hook(after).remove)
+        self.callback(module.register_forward_pre_hook(before).remove)
+        self.callback(module.register_forward_hook(after).remove)
 
     def _look(self, what: str, values: Tensor, weights: list[tuple[str, Tensor]]) -> None:
         if self.place is None and values.is_floating_point():
@@ -194,10 +174,8 @@ def _odd(values: Tensor) -> str:
     return f"{counts} of {values.numel():,} numbers"
 
 
-def _in_head(state: TrainState, hidden: Tensor, loss: Tensor) -> Place | None:
+def _in_head(state: TrainState, hidden: Tensor) -> Place:
     """The logits of a loss that is not finite, a sequence at a time, since they are large."""
-    if loss.isfinite():
-        return None
     weight = state.model.transformer.wte.weight
     with torch.no_grad(), state.precision.autocast():
         places = [

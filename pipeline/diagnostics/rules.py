@@ -6,30 +6,25 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
-from pipeline.diagnostics.curve_stats import (
-    BEFORE_SPIKE,
-    CUT_TO,
-    FEW,
-    NORM_LEAP,
-    cut_share,
-    growth_of_norm,
-    largest_leap,
-    largest_rise,
-    noise_of,
-    smoothed,
-    tail,
-)
 from pipeline.published import VOCAB_SIZE
 from pipeline.records.run_data import RunData
 
+FEW = 10  # steps that a median is taken over
+TAIL = 0.1  # share of steps that speak for a run's end
+BEFORE_SPIKE = 20  # steps that say what is usual
+
 # Where a rule speaks up. The tests have a run just below and one just above each threshold.
 NORM_GROWS = 10.0  # times the norm of the quietest steps
+CUT_TO = 3.0  # a gradient of this many times its limit is cut to a fraction
 ALWAYS = 0.95  # share of the second half's steps whose gradient is CUT_TO times its limit
 LEARNED_NOTHING = 0.3  # nats/token below ln V
 OVERFLOWS = 0.2  # share of steps
 SPIKE = 1.0  # nats/token above the median of the steps before ...
 SPIKE_NOISE = 8.0  # ... and this many of their standard deviations
+NORM_LEAP = 10.0  # times the usual norm ...
+STAYS = 5  # ... which is no leap but growth if most of so many later norms are like it
 OVERFIT = 0.01  # of the best validation loss
 ROSE = 0.3  # nats/token that the smoothed training loss rose again ...
 ROSE_NOISE = 6.0  # ... and this many standard errors of its running mean
@@ -59,9 +54,72 @@ class Finding:
 Rule = Callable[[RunData], Finding | None]
 
 
+# --- medians, growth and leaps in the curves
+
+
+def tail(values: list[float]) -> list[float]:
+    """The last tenth of the values, at least five."""
+    return values[-max(5, round(TAIL * len(values))) :]
+
+
+def growth_of_norm(run: RunData) -> float:
+    """The median norm at the end over that of the quietest FEW steps; 1 for a short run."""
+    norms = run.values("train/grad_norm")
+    if len(norms) < 2 * FEW:
+        return 1.0
+    quietest = min(statistics.median(norms[i : i + FEW]) for i in range(0, len(norms), FEW))
+    return statistics.median(tail(norms)) / quietest if quietest else math.inf
+
+
+def cut_share(run: RunData) -> float:
+    """Share of the second half's steps whose gradient is CUT_TO times its limit or more."""
+    norms, limit = run.values("train/grad_norm"), run.params["train.grad_clip"]
+    half = norms[len(norms) // 2 :]
+    if not limit or len(half) < FEW:
+        return 0.0
+    return sum(norm >= CUT_TO * limit for norm in half) / len(half)
+
+
+def largest_leap(run: RunData) -> tuple[int, float, float]:
+    """(step, norm, usual norm) of the largest gradient that stands out; zeros where none does."""
+    points, worst = run.curves.get("train/grad_norm", []), (0, 0.0, 0.0)
+    norms = [norm for _, norm in points]
+    for at in range(max(BEFORE_SPIKE, run.params["train.warmup_steps"]), len(points)):
+        step, norm = points[at]
+        before = norms[at - BEFORE_SPIKE : at]
+        if norm <= worst[1] or norm <= NORM_LEAP * min(before):  # no median is below the least
+            continue
+        usual = statistics.median(before)
+        later = norms[at + 1 : at + 1 + STAYS]
+        stays = len(later) == STAYS and statistics.median(later) > NORM_LEAP * usual
+        if norm > NORM_LEAP * usual > 0 and not stays:
+            worst = step, norm, usual
+    return worst
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Running means over a twentieth of the run, at least five steps."""
+    width = max(5, len(losses) // 20)
+    sums = list(accumulate(losses, initial=0.0))
+    return [(sums[i + width] - sums[i]) / width for i in range(len(losses) - width + 1)]
+
+
+def largest_rise(losses: list[float]) -> tuple[float, int, int]:
+    """(rise, step of the low, step of the high after it) of the pair furthest apart."""
+    low, best = 0, (0.0, 0, 0)
+    for step, loss in enumerate(losses):
+        if loss < losses[low]:
+            low = step
+        best = max(best, (loss - losses[low], low, step))
+    return best
+
+
+# --- the rules
+
+
 def gradient_norm_grows(run: RunData) -> Finding | None:
     growth = growth_of_norm(run)
-    if growth is None or growth < NORM_GROWS:
+    if growth < NORM_GROWS:
         return None
     last = statistics.median(tail(run.values("train/grad_norm")))
     return Finding(
@@ -75,7 +133,7 @@ def gradient_norm_grows(run: RunData) -> Finding | None:
 
 def always_clipped(run: RunData) -> Finding | None:
     share = cut_share(run)
-    if share is None or share <= ALWAYS:
+    if share <= ALWAYS:
         return None
     norm = statistics.median(tail(run.values("train/grad_norm")))
     limit = run.params["train.grad_clip"]
@@ -202,8 +260,11 @@ def rate_too_high(run: RunData) -> Finding | None:
     if len(losses) < 2 * FEW:
         return None
     width = len(raw) - len(losses) + 1  # steps that a running mean is taken over
+    # Noise around the trend, from the differences of neighbours: those of a normal variable have a
+    # median size of 0.954 times its standard deviation.
+    noise = statistics.median(abs(b - a) for a, b in pairwise(raw)) / 0.954
     rise, low, high = largest_rise(losses)
-    if rise <= max(ROSE, ROSE_NOISE * noise_of(raw) / width**0.5):
+    if rise <= max(ROSE, ROSE_NOISE * noise / width**0.5):
         return None
     largest = f"; the largest step changed the weights by {max(ratios):.0%}" if ratios else ""
     return Finding(

@@ -33,9 +33,6 @@ CHUNK = 1 << 22  # tokens looked at together: documents are counted in files of 
 SHA_DIGITS = 12
 SHOWN = 8  # micro-batches, and sequences of each, that an error message names
 
-# The settings that say which sequences a step reads; see loop.micro_batches.
-DECIDE = ("seed", "batch_size", "accumulate", "sequence_length")
-
 Span = tuple[int, int]  # the first token of a sequence and its last target, from 0
 
 
@@ -52,18 +49,18 @@ class _Positions:
         return places
 
 
-def positions(tokens: Tokens) -> Tokens:
+def _positions(tokens: Tokens) -> Tokens:
     """`tokens` with positions for ids, so that batches of them hold offsets."""
     return replace(tokens, ids=_Positions(len(tokens)))  # type: ignore[arg-type]
 
 
 def of_step(tokens: Tokens, config: TrainConfig, step: int, place: Place | None = None) -> str:
     """Lines for an error message: the sequences at fault and the others of the step."""
-    batches = _step_spans(tokens, config, step)
-    suspects = batches[place.batch if place else 0]
+    batches = _by_micro_batch(tokens, config, step)
+    suspects = list(batches.values())[place.batch if place else 0]
     fault = _at_fault(suspects, place)
-    named = _by_micro_batch(batches[:SHOWN])
-    lines = _lines(tokens, {"at fault": fault} | named if fault else named, SHOWN)
+    shown = ({"at fault": fault} if fault else {}) | dict(islice(batches.items(), SHOWN))
+    lines = _lines(tokens, shown, SHOWN)
     more = len(batches) - SHOWN
     lines += [f"  and {more:,} more micro-batches"] if more > 0 else []
     other = "" if _aside() else f"; `--step {step}` instead of the numbers lists all sequences"
@@ -73,7 +70,7 @@ def of_step(tokens: Tokens, config: TrainConfig, step: int, place: Place | None 
 
 def of_validation(held_out: Tokens, config: TrainConfig, place: Place) -> str:
     """Lines for an error message: the sequences of the validation batch at fault."""
-    windows = validation.windows(positions(held_out), config)
+    windows = validation.windows(_positions(held_out), config)
     spans = _spans(next(islice(windows, place.batch, None)))
     spans = _at_fault(spans, place) or spans
     (line,) = _lines(held_out, {f"Its tokens in {held_out.path}": spans}, SHOWN)
@@ -120,18 +117,15 @@ def text(tokens: Tokens, first: int, last: int) -> str:
     return f"{line.strip()}\n{said}"
 
 
-def _step_spans(tokens: Tokens, config: TrainConfig, step: int) -> list[list[Span]]:
-    """Every sequence of a step, by micro-batch."""
-    return [_spans(batch) for batch in loop.micro_batches(positions(tokens), config, step)]
+def _by_micro_batch(tokens: Tokens, config: TrainConfig, step: int) -> dict[str, list[Span]]:
+    """Every sequence of a step."""
+    batches = loop.micro_batches(_positions(tokens), config, step)
+    return {f"micro-batch {number}": _spans(batch) for number, batch in enumerate(batches, 1)}
 
 
 def _spans(batch: Batch) -> list[Span]:
     x, y = batch  # (B, T) offsets
     return list(zip(x[:, 0].tolist(), y[:, -1].tolist(), strict=True))
-
-
-def _by_micro_batch(spans: list[list[Span]]) -> dict[str, list[Span]]:
-    return {f"micro-batch {number}": of_one for number, of_one in enumerate(spans, 1)}
 
 
 def _at_fault(spans: list[Span], place: Place | None) -> list[Span]:
@@ -143,16 +137,15 @@ def _lines(tokens: Tokens, named: dict[str, list[Span]], most: int | None = None
     """`  NAME: 224-256 (document 3 of 8), ...`, at most `most` spans a line."""
     ends = np.array([span for spans in named.values() for span in spans[:most]])  # (spans, 2)
     numbers = iter(documents_at(tokens.ids, ends.ravel()).reshape(ends.shape).tolist())
-    lines, of = [], f" of {tokens.documents:,}"
+    lines = []
     for name, spans in named.items():
-        shown = [f"{a}-{b} ({_documents(*next(numbers))}{of})" for a, b in spans[:most]]
+        shown = []
+        for (first, last), (begin, end) in zip(spans[:most], numbers, strict=False):
+            documents = f"document {begin}" if begin == end else f"documents {begin}-{end}"
+            shown.append(f"{first}-{last} ({documents} of {tokens.documents:,})")
         shown += [f"and {len(spans) - most:,} more"] if most and len(spans) > most else []
         lines.append(f"  {name}: {', '.join(shown)}")
     return lines
-
-
-def _documents(first: int, last: int) -> str:
-    return f"document {first}" if first == last else f"documents {first}-{last}"
 
 
 def of_spans(spans: list[str], split: str, sha256: str = "") -> str:
@@ -163,7 +156,12 @@ def of_spans(spans: list[str], split: str, sha256: str = "") -> str:
             f"{tokens.path}: SHA-256 {tokens.sha256[:SHA_DIGITS]}...: these are other tokens than "
             f"those asked for, {sha256}..."
         )
-    return "\n\n".join(text(tokens, *_numbers(span)) for span in spans)
+    texts = []
+    for span in spans:
+        if not (match := re.fullmatch(r"(\d+)-(\d+)", span)):
+            raise InputError(f"{span}: expected FIRST-LAST, as 20480-20544")
+        texts.append(text(tokens, int(match[1]), int(match[2])))
+    return "\n\n".join(texts)
 
 
 def of_run(step: int, name: str | None) -> str:
@@ -176,7 +174,8 @@ def of_run(step: int, name: str | None) -> str:
     tokens = token_files.open_tokens(paths.TOKENS, "train", verify=False)
     config, whose = configuration.load().train, "by params.yaml, as nothing is trained yet"
     if run:
-        config = replace(config, **{key: run.params[f"train.{key}"] for key in DECIDE})
+        deciding = ("seed", "batch_size", "accumulate", "sequence_length")  # for micro_batches
+        config = replace(config, **{key: run.params[f"train.{key}"] for key in deciding})
         whose = f"of {name or WORKSPACE}"
         if (theirs := run.tags.get("digest.train", "")) != tokens.sha256:
             raise InputError(
@@ -184,7 +183,7 @@ def of_run(step: int, name: str | None) -> str:
                 f"{tokens.sha256[:SHA_DIGITS]}..., there {theirs[:SHA_DIGITS] or 'not known'}...)"
             )
     check_length(tokens, config.sequence_length)
-    lines = _lines(tokens, _by_micro_batch(_step_spans(tokens, config, step)))
+    lines = _lines(tokens, _by_micro_batch(tokens, config, step))
     return "\n".join([f"{tokens.path}, step {step} {whose}:", *lines])
 
 
@@ -203,10 +202,3 @@ def _run(name: str | None) -> Experiment | None:
         there = ", ".join(n for n, one in known.items() if "train" in one.records) or "none"
         raise InputError(f"--of {name}: no trained experiment of that name; there are: {there}")
     return known[name]
-
-
-def _numbers(span: str) -> Span:
-    match = re.fullmatch(r"(\d+)-(\d+)", span)
-    if not match:
-        raise InputError(f"{span}: expected FIRST-LAST, as 20480-20544")
-    return int(match[1]), int(match[2])

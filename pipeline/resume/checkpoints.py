@@ -6,24 +6,21 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pipeline.compute import runtime
+from pipeline.compute.precision import Precision
+from pipeline.config import CheckpointConfig
 from pipeline.errors import InputError, StorageError
+from pipeline.model.gpt import GPT
 from pipeline.model.model_dir import save_model
-from pipeline.resume.snapshot import Tensors, read_facts, restore, save_snapshot, understood
-from pipeline.storage.folders import SUMS, copy, discard, problems, recover_all
-
-if TYPE_CHECKING:
-    from pipeline.compute.precision import Precision
-    from pipeline.config import CheckpointConfig
-    from pipeline.model.gpt import GPT
-    from pipeline.training.training_step import TrainState
+from pipeline.resume.snapshot import read_facts, read_tensors, restore, save_snapshot
+from pipeline.storage.folders import SUMS, check, copy, discard, recover_all
+from pipeline.training.training_step import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +42,13 @@ class Checkpoint:
 
         Warns where the machine is another one than the one that saved.
         """
-        with understood(self.path):
-            restore(state, Tensors(self.path), self.facts)
+        restore(state, read_tensors(self.path), self.facts)
         runtime.set_rng_state(state.rng, state.precision.device)
-        warn_of_differences(self.facts["machine"], machine(state.precision))
+        then, now = self.facts["machine"], machine(state.precision)
+        changed = [f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
+        if changed:
+            said = "; ".join(changed)
+            log.warning("this training resumes, but not bit-equal to an unbroken one: %s", said)
 
 
 class Checkpoints:
@@ -58,22 +58,16 @@ class Checkpoints:
     its own; checkpoints name it by its step, and those that none names any more go.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        settings: CheckpointConfig,
-        clock: Callable[[], float] = time.monotonic,
-    ):
+    def __init__(self, folder: Path, settings: CheckpointConfig):
         self.folder, self._best = folder / "checkpoints", folder / "best"
-        self._settings, self._clock = settings, clock
-        self._saved = clock()
+        self._settings, self._saved = settings, time.monotonic()
         for parent in (self.folder, self._best):
             recover_all(parent)  # what a killed save left; the run's lock is held
 
     def due(self, done: int) -> bool:
         """Whether it is time to save after so many steps."""
         steps, minutes = self._settings.every_steps, self._settings.every_minutes
-        by_time = minutes and self._clock() - self._saved >= 60 * minutes
+        by_time = minutes and time.monotonic() - self._saved >= 60 * minutes
         return bool(by_time or (steps and done % steps == 0))
 
     def save(self, state: TrainState, facts: dict[str, Any]) -> None:
@@ -85,7 +79,7 @@ class Checkpoints:
         state.begin([])
         facts = {**facts, "machine": machine(state.precision)}
         save_snapshot(self.folder / _name(state.step), state, facts)
-        self._saved = self._clock()
+        self._saved = time.monotonic()
         with contextlib.suppress(OSError):  # where somebody reads an old one, the next save tries
             for old in self._all()[: -self._settings.keep]:
                 discard(old)
@@ -123,23 +117,20 @@ class Checkpoints:
         A damaged one is a warning, and goes where an older one is whole. Raises InputError where
         none is: to begin again in silence would throw days away.
         """
-        damaged = []
+        damaged: list[Path] = []
         for path in reversed(self._all()):
             try:
-                found = Checkpoint(path, {})
-                damage = _damage(path)
-                if not damage:
-                    found = Checkpoint(path, read_facts(path))
-                    best = found.facts["best_step"]
-                    damage = _damage(self.best(best)) if best else []
+                _check(path)
+                found = Checkpoint(path, read_facts(path))
+                if best := found.facts["best_step"]:
+                    _check(self.best(best))
             except InputError as error:
-                damage = [str(error)]
-            if not damage:
-                for old in damaged:
-                    discard(old)
-                return found
-            log.warning("a damaged checkpoint is passed over:\n%s", "\n".join(damage))
-            damaged.append(path)
+                log.warning("a damaged checkpoint is passed over:\n%s", error)
+                damaged.append(path)
+                continue
+            for old in damaged:
+                discard(old)
+            return found
         if damaged:
             raise InputError(
                 f"{self.folder}: none of {len(damaged)} checkpoints is whole; "
@@ -154,14 +145,14 @@ class Checkpoints:
         than `keep` lies there while it is written, beside the last model and the copies of both
         for the pipeline.
         """
-        weights = 4 * parameters
-        needed = (4 * (self._settings.keep + 1) + 5) * weights - _size(self.folder.parent)
-        free = shutil.disk_usage(_existing(self.folder)).free
+        run = self.folder.parent
+        there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+        needed = (4 * (self._settings.keep + 1) + 5) * 4 * parameters - there
+        free = shutil.disk_usage(run).free
         if free < needed:
             raise StorageError(
-                f"{self.folder.parent}: checkpoints and models of this training need "
-                f"{needed:,} more bytes, {free:,} are free; make room, or lower checkpoint.keep="
-                f"{self._settings.keep}"
+                f"{run}: checkpoints and models of this training need {needed:,} more bytes, "
+                f"{free:,} are free; make room, or lower checkpoint.keep={self._settings.keep}"
             )
 
     def _all(self) -> list[Path]:
@@ -178,29 +169,12 @@ def machine(precision: Precision) -> dict[str, str]:
     }
 
 
-def warn_of_differences(then: dict[str, str], now: dict[str, str]) -> None:
-    """One warning that names every fact by which the machine is not the one that saved."""
-    changed = [f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
-    if changed:
-        log.warning(
-            "this training resumes, but not bit-equal to an unbroken one: %s", "; ".join(changed)
-        )
-
-
-def _damage(folder: Path) -> list[str]:
-    """What is not as it was written; a folder without sums was not written by us."""
+def _check(folder: Path) -> None:
+    """Raise InputError for what is not as it was written; a folder without sums is not ours."""
     if not (folder / SUMS).exists():
-        return [f"{folder / SUMS}: missing"]
-    return problems(folder)
+        raise InputError(f"{folder / SUMS}: missing")
+    check(folder)
 
 
 def _name(step: int) -> str:
     return f"step-{step:08}"
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.parents) if p.exists())

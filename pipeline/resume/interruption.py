@@ -21,29 +21,33 @@ class Stopped(Exception):
 
 
 class Interruption:
-    """Whether this process was asked to end."""
+    """While entered, signals to end are taken over: `asked` is the one that came, if any."""
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.asked: signal.Signals | None = None
         before = {number: signal.getsignal(number) for number in SIGNALS}
         # One that is ignored, as under nohup, was not to end this process.
         self._before = {n: kept for n, kept in before.items() if kept is not signal.SIG_IGN}
 
-    def asked(self) -> bool:
-        return self.signal is not None
+    def __enter__(self) -> Interruption:
+        self._listen()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle(self._before)
 
     def unless_asked(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, as long as nobody asks to stop; then Stopped."""
         for item in items:
-            if self.asked():
+            if self.asked:
                 raise Stopped
             yield item
 
     def leave(self) -> None:
         """End as the signal says: KeyboardInterrupt, or SystemExit with 128 + its number."""
-        if self.signal == signal.SIGINT:
+        if self.asked == signal.SIGINT:
             raise KeyboardInterrupt
-        sys.exit(128 + int(self.signal or 0))
+        sys.exit(128 + int(self.asked or 0))
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
@@ -58,24 +62,13 @@ class Interruption:
         self._handle(dict.fromkeys(self._before, self._note))
 
     def _note(self, number: int, _frame: object) -> None:
-        self.signal = signal.Signals(number)
+        self.asked = signal.Signals(number)
         # The system's own way to end needs no Python: it works in the middle of a long product.
         self._handle(dict.fromkeys(self._before, signal.SIG_DFL))
-        words = f"\n{self.signal.name}: this step and a checkpoint first; again ends at once\n"
+        words = f"\n{self.asked.name}: this step and a checkpoint first; again ends at once\n"
         with contextlib.suppress(OSError):
             os.write(2, words.encode())  # a handler may come in the middle of another print
 
     def _handle(self, handlers: Mapping[signal.Signals, Handler]) -> None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def listening() -> Iterator[Interruption]:
-    """Take the signals over, and give them back in the end."""
-    interruption = Interruption()
-    interruption._listen()
-    try:
-        yield interruption
-    finally:
-        interruption._handle(interruption._before)

@@ -9,39 +9,22 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from pipeline import paths, regular
-from pipeline.config import flatten
-from pipeline.errors import (
-    BusyError,
-    InputError,
-    ResumeError,
-    StorageError,
-    UserError,
-    cut,
-    exit_code,
-)
+from pipeline.config import Config, flatten
+from pipeline.errors import BusyError, InputError, ResumeError, StorageError, UserError, exit_code
 from pipeline.process import is_alive, this_process
 from pipeline.records import stage_graph
 from pipeline.records.provenance import code_of
 from pipeline.storage.digests import digest_of, dvc_md5, tree_digest
 from pipeline.storage.folders import copy, discard, recover
 
-if TYPE_CHECKING:
-    from pipeline.config import Config
-
 log = logging.getLogger(__name__)
 
 IDENTITY, STATUS, RESULT, JOURNAL = "run.json", "run_status.json", "result.json", "record.jsonl"
-# What the first three hold, where they hold it.
-KINDS: dict[str, Any] = {
-    **dict.fromkeys(("params", "inputs", "digests"), dict),
-    **dict.fromkeys(("state", "process", "md5"), str),
-    **dict.fromkeys(("time", "step"), int),
-}
 
 
 def identity(stage: str, config: Config, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,11 +50,10 @@ class Run:
     def say(self, state: str, **facts: Any) -> None:
         """Write run_status.json: `dvc repro` turns every exit code into one."""
         known = _json(self.folder / STATUS)
-        me = {"pid": os.getpid(), "process": this_process()}
-        facts = {"state": state, **me, "time": max(0, int(time.time()))} | facts
         kept = {"step": known["step"]} if "step" in known else {}
+        me = {"pid": os.getpid(), "process": this_process(), "time": int(time.time())}
         with contextlib.suppress(OSError):  # a full disk, or a reader on Windows: no reason to end
-            _write(self.folder / STATUS, kept | facts)
+            _write(self.folder / STATUS, kept | {"state": state} | me | facts)
 
     def start_over(self) -> None:
         """Forget what earlier processes left here."""
@@ -83,17 +65,18 @@ class Run:
     def adopt(self) -> bool:
         """Reuse a result of this very identity that DVC was stopped before it could keep.
 
-        Every output is one of the stage's own, and is checked against its SHA-256 before it
-        replaces anything here. A result that is not whole is forgotten.
+        Every output is checked against its SHA-256 before it replaces anything here; a result that
+        is not whole is forgotten. A stage that is started by hand, or forced to run again with
+        `dvc repro -f`, is to train.
         """
         for output in self.outputs:
             recover(output)  # what a killed copy left
-        made = _json(self.folder / RESULT)
-        if not made.keys() >= {"digests", "md5", "by_dvc"}:
+        if not (made := _json(self.folder / RESULT)):
             return False
         shared = {name: self.folder / name for name in made["digests"]}
-        ours = shared.keys() <= {output.as_posix() for output in self.outputs}
-        if not (ours and _left_behind(made)) or any(
+        lock = Path("dvc.lock")
+        kept = lock.exists() and made["md5"] in lock.read_text("utf-8")
+        if not (made["by_dvc"] and _under_dvc() and not kept) or any(
             not p.exists() or tree_digest(p) != made["digests"][n] for n, p in shared.items()
         ):
             self.start_over()
@@ -124,12 +107,18 @@ def claim(identity: dict[str, Any]) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_holding(folder))
+            stack.enter_context(FileLock(f"{folder}.lock", timeout=0))
             recover(folder)
             folder.mkdir(exist_ok=True)
             run = Run(folder, identity)
             _write(folder / IDENTITY, identity)
             run.say("running")
+        except Timeout:
+            pid = _json(folder / STATUS).get("pid")
+            raise BusyError(
+                f"{f'process {pid}' if pid else 'another process'} trains this very configuration; "
+                "give the same command again once it has ended, and its result is reused"
+            ) from None
         except OSError as error:
             raise StorageError(
                 f"{folder}: cannot be written: {error}; checkpoints of training go there"
@@ -142,30 +131,6 @@ def claim(identity: dict[str, Any]) -> Iterator[Run]:
             run.say(state, exit_code=code, message=str(error))
             raise
         run.say("finished", exit_code=0)
-
-
-@contextlib.contextmanager
-def _holding(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; raises BusyError naming the process that has it."""
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    holder = folder.with_name(f"{folder.name}.holder")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        who = "another process"
-        with contextlib.suppress(OSError):
-            who = f"process {cut(holder.read_text('utf-8'))}"
-        raise BusyError(
-            f"{who} trains this very configuration; give the same command again once it has "
-            "ended, and its result is reused"
-        ) from None
-    try:
-        holder.write_text(str(os.getpid()), "utf-8")
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows: somebody may be reading it
-            holder.unlink(missing_ok=True)
-        lock.release()
 
 
 def forget_result() -> None:
@@ -250,18 +215,15 @@ def differences(mine: dict[str, Any], other: Path) -> list[str]:
     """By what another training's identity differs, a phrase each."""
     theirs = _json(other / IDENTITY)
     params, before = mine["params"], theirs.get("params", {})
-    names = dict.fromkeys([*params, *before])
+    inputs, inputs_before = mine["inputs"], theirs.get("inputs", {})
+    code, code_before = mine["code"], theirs.get("code", {})
     changed = [
         f"{name}={params.get(name)} instead of {before.get(name)}"
-        for name in names
+        for name in {**params, **before}
         if params.get(name) != before.get(name)
     ]
-    inputs = theirs.get("inputs", {})
-    changed += [f"other bytes in {n}" for n, d in mine["inputs"].items() if inputs.get(n) != d]
-    code, once = mine["code"], theirs.get("code")
-    if not isinstance(once, dict):  # of a version that kept one digest of all files
-        return [*changed, "other code"]
-    files = sorted(n for n in {**code, **once} if code.get(n) != once.get(n))
+    changed += [f"other bytes in {n}" for n, d in inputs.items() if inputs_before.get(n) != d]
+    files = sorted(n for n in {**code, **code_before} if code.get(n) != code_before.get(n))
     return changed + ([f"other code in {', '.join(files)}"] if files else [])
 
 
@@ -278,8 +240,7 @@ def _folders() -> list[Path]:
 
 def _drop(folder: Path) -> bool:
     """Remove a run's folder, unless a process is at work on it."""
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    with contextlib.suppress(Timeout), lock.acquire(timeout=0):
+    with contextlib.suppress(Timeout), FileLock(f"{folder}.lock", timeout=0):
         discard(folder)
         return True
     return False
@@ -289,23 +250,11 @@ def _under_dvc() -> bool:
     return "DVC_ROOT" in os.environ
 
 
-def _left_behind(made: dict[str, Any]) -> bool:
-    """Whether DVC was stopped after this result was made and before it was kept.
-
-    A stage that is started by hand, or forced to run again with `dvc repro -f`, is to train.
-    """
-    lock = Path("dvc.lock")
-    kept = lock.exists() and made["md5"] in lock.read_text("utf-8")
-    return made["by_dvc"] and _under_dvc() and not kept
-
-
 def _json(path: Path) -> dict[str, Any]:
-    """What the file says; nothing where it is not there, or not as we write it."""
+    """What the file says; nothing where it is not there, or cannot be read."""
     with contextlib.suppress(UserError):
         # A stage's identity names every file of the corpus.
-        found = regular.read_json(path, regular.SNAPSHOT_BYTES)
-        if all(isinstance(found.get(key), kind | None) for key, kind in KINDS.items()):
-            return found
+        return regular.read_json(path, regular.SNAPSHOT_BYTES)
     return {}
 
 

@@ -8,10 +8,8 @@ holds the plain facts, the optimizer's among them, and `sha256.json` the sums of
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +17,35 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import regular
-from pipeline.errors import InputError, UserError, cut, out_of_memory
+from pipeline.errors import InputError
 from pipeline.storage.folders import check, writing
-from pipeline.storage.tensor_files import write_tensors
+from pipeline.storage.tensor_files import read_file, write_tensors
 from pipeline.training.training_step import TrainState
 
 FACTS = "snapshot.json"
 OWN = ("model", "rng", "x", "y", "rest", "options")  # no part of an optimizer may be called so
-EARLIER = ("step", "exp_avg", "exp_avg_sq")  # what snapshots without the optimizer's facts held
 # Options that say how a device computes, not what: those of the machine at hand stay.
 MACHINE = ("fused", "foreach", "capturable")
 PART = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # what may be the first word of a tensor's name
-
-Parts = dict[str, dict[str, Tensor]]
 
 
 def save_snapshot(folder: Path, state: TrainState, facts: dict[str, Any]) -> None:
     """Write the state and the step at work, its batches included; `facts` are plain values.
 
     Scaler, counts and generators are those of the step's beginning (`TrainState.begin`), whether
-    or not it has updated them since; weights and moments are as they stand. Takes the disk space
-    of the weights and the optimizer's moments, three times the weights with AdamW, and no memory on
-    a CPU: the files are written from the tensors themselves. From another device one file's
-    tensors at a time come over, as many bytes as the weights have. Raises StorageError as
+    or not it has updated them since; weights and moments are as they stand. Takes three times the
+    weights on the disk with AdamW, and no memory on a CPU: the files are written from the tensors
+    themselves, those of another device one file at a time. Raises StorageError as
     `folders.writing`, InputError for an optimizer whose state is not tensors and plain values.
     """
-    optimizer, parts = _packed(state.optimizer, dict(state.model.named_parameters()))
-    kinds = _kinds(state, parts)
-    needed = sum(t.numel() * t.element_size() for kind in kinds.values() for t in kind.values())
+    parameters = dict(state.model.named_parameters())  # tied ones once
+    optimizer, parts = _packed(state.optimizer, parameters)
+    rest = {f"rng.{kind}": value for kind, value in state.rng.items()} | parts.pop("rest", {})
+    for n, (x, y) in enumerate(state.batches):  # views into larger tensors: not their own memory
+        rest |= {f"x.{n}": x.clone(), f"y.{n}": y.clone()}
+    model = {f"model.{name}": p.detach() for name, p in parameters.items()}
+    kinds = {"model": model, **parts, "rest": rest}
+    needed = sum(tensor.nbytes for kind in kinds.values() for tensor in kind.values())
     with writing(folder, needed) as partial:
         for kind, tensors in kinds.items():
             own = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -71,48 +70,14 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return regular.read_json(folder / FACTS, regular.SNAPSHOT_BYTES)
 
 
-@contextmanager
-def understood(folder: Path) -> Iterator[None]:
-    """Whatever a snapshot lacks, or has of another kind, becomes an InputError with its name."""
-    from safetensors import SafetensorError
-
-    strange = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
-    try:
-        yield
-    except (*strange, SafetensorError) as error:
-        if isinstance(error, UserError) or out_of_memory(error):
-            raise
-        said = cut(f"{type(error).__name__}: {error}")
-        raise InputError(f"{folder}: not a snapshot that can be put back: {said}") from error
-
-
-class Tensors(Mapping[str, Tensor]):
-    """The tensors of a snapshot by name, each read when it is asked for.
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a snapshot by name, mapped from its files: each is read when it is used.
 
     Raises InputError where a file is not the one that was written.
     """
-
-    def __init__(self, folder: Path):
-        from safetensors import safe_open
-
-        check(folder)
-        paths = sorted(folder.glob("*.safetensors"))
-        for path in paths:
-            regular.check(path)
-        files = [safe_open(path, framework="pt") for path in paths]
-        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._files  # without reading the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+    check(folder)
+    files = map(read_file, sorted(folder.glob("*.safetensors")))
+    return {name: tensor for file in files for name, tensor in file.items()}
 
 
 def restore(state: TrainState, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
@@ -125,8 +90,7 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], facts: dict[str, A
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"model.{name}"])
-    optimizer = facts.get("optimizer") or _earlier(tensors, state.optimizer, parameters)
-    _unpack(optimizer, tensors, state.optimizer, parameters)
+    _unpack(facts["optimizer"], tensors, state.optimizer, parameters)
     if facts["scaler"]:
         state.scaler.load_state_dict(facts["scaler"])
     for name in state.before.keys() - {"scaler"} | {"step"}:
@@ -138,24 +102,12 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], facts: dict[str, A
     state.loss = float(facts["loss"])
 
 
-def _kinds(state: TrainState, parts: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """The state's tensors by the file that they go into; parameters by name, tied ones once.
-
-    `parts` are the optimizer's, by kind; those that have not a parameter's shape are small.
-    """
-    model = {f"model.{name}": p.detach() for name, p in state.model.named_parameters()}
-    small = {f"rng.{kind}": value for kind, value in state.rng.items()} | parts.pop("rest", {})
-    for n, (x, y) in enumerate(state.batches):  # views into larger tensors: not their own memory
-        small |= {f"x.{n}": x.clone(), f"y.{n}": y.clone()}
-    return {"model": model, **parts, "rest": small}
-
-
 # --- any torch optimizer's state as named tensors and JSON, and back to the bit
 
 
 def _packed(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> tuple[dict[str, Any], Parts]:
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """(facts for JSON, {kind: {name: tensor}}) of the state of `parameters`, which have names.
 
     Tensors keep their memory. Those of a parameter's shape are of the kind that their key in the
@@ -216,19 +168,15 @@ class _Parts:
     """Collects tensors by kind while values become JSON."""
 
     def __init__(self) -> None:
-        self.kinds: Parts = {}
+        self.kinds: dict[str, dict[str, Tensor]] = {}
         self._memory: set[int] = set()
 
     def pack(self, value: Any, name: str, parameter: Tensor | None = None) -> Any:
         """A JSON value; a list stands for itself, {"kind": ...} for what JSON has no word for."""
         if isinstance(value, Tensor):
             return self._tensor(value, name, parameter)
-        if isinstance(value, float) and not math.isfinite(value):
-            return {"float": repr(value)}
         if value is None or type(value) in (bool, int, float, str):
             return value
-        if type(value) is complex:
-            return {"complex": [self.pack(part, name) for part in (value.real, value.imag)]}
         if type(value) in (list, tuple):
             items = [self.pack(v, f"{name}.{n}", parameter) for n, v in enumerate(value)]
             return items if isinstance(value, list) else {"tuple": items}
@@ -267,15 +215,8 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -
     ((kind, content),) = value.items()
     if kind in ("tensor", "host"):  # a copy: what was read may be the file, mapped into memory
         return tensors[content].to(device if kind == "tensor" else "cpu", copy=True)
-    if kind == "float":
-        return float(content)
     parts = _unpacked(content, tensors, device)
-    makers: dict[str, Callable[[Any], Any]] = {
-        "tuple": tuple,
-        "complex": lambda ends: complex(*ends),
-        "dict": dict,
-    }
-    return makers[kind](parts)
+    return tuple(parts) if kind == "tuple" else dict(parts)
 
 
 def _named(names: Mapping[int, str], parameter: Any) -> str:
@@ -283,14 +224,3 @@ def _named(names: Mapping[int, str], parameter: Any) -> str:
         what = tuple(parameter.shape) if isinstance(parameter, Tensor) else repr(parameter)
         raise InputError(f"the optimizer holds {what}, which is no parameter of the model")
     return names[id(parameter)]
-
-
-def _earlier(
-    tensors: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-) -> dict[str, Any]:
-    """The facts of AdamW that a snapshot has which was written without them."""
-    held = [name for name in parameters if all(f"{part}.{name}" in tensors for part in EARLIER)]
-    state = {n: {part: {"tensor": f"{part}.{n}"} for part in EARLIER} for n in held}
-    return _packed(optimizer, parameters)[0] | {"kind": "AdamW", "state": state}

@@ -27,7 +27,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
-        return _read_file(single)
+        return read_file(single)
     if not index.exists():
         raise InputError(
             f"{folder}: expected model.safetensors or model.safetensors.index.json "
@@ -81,7 +81,7 @@ def _read_shard(folder: Path, index: Path, name: str, places: dict[str, Any]) ->
     plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", name)
     if not plain or not os.path.isfile(folder / name):  # False for a name that is too long
         raise InputError(f"{index}: expected a file of this folder, got {quoted(name)}")
-    shard = _read_file(folder / name)
+    shard = read_file(folder / name)
     listed = {tensor for tensor, place in places.items() if place == name}
     if shard.keys() != listed:
         odd = some(sorted(shard.keys() ^ listed))
@@ -89,7 +89,8 @@ def _read_shard(folder: Path, index: Path, name: str, places: dict[str, Any]) ->
     return shard
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, mapped into memory; raises InputError for one that is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -141,10 +142,10 @@ def test_a_micro_batch_that_does_not_fit_is_named_with_the_one_that_does(
     make_config, monkeypatch
 ) -> None:
     enough = foreseen(make_config, monkeypatch, 4 << 30)
-    assert enough.problem(1) == ""
+    assert enough.problem() == ""
     assert enough.tokens == 200 * 16 * 128 and enough.epochs == 0.5
     tight = foreseen(make_config, monkeypatch, 450 << 20)
-    problem = tight.problem(2)
+    problem = replace(tight, config=replace(tight.config, accumulate=2)).problem()
     assert "train.batch_size=16 needs about" in problem and "450 MiB are free" in problem
     micro, accumulate = map(
         int, re.search(r"train.batch_size=(\d+) train.accumulate=(\d+) fit", problem).groups()
@@ -152,7 +153,7 @@ def test_a_micro_batch_that_does_not_fit_is_named_with_the_one_that_does(
     assert micro * accumulate == 32 and 1 <= micro <= tight.fits < 16
     assert tight.fits == int(re.search(r"enough for (\d+)", tight.lines()[1])[1])
     none = foreseen(make_config, monkeypatch, 50 << 20)
-    assert none.fits == 0 and "not even one sequence fits" in none.problem(1)
+    assert none.fits == 0 and "not even one sequence fits" in none.problem()
 
 
 def test_the_largest_micro_batch_is_the_last_that_stays_within_the_limit() -> None:

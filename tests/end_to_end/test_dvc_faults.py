@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -121,20 +122,24 @@ def test_a_full_cache_loses_no_work_and_commit_takes_it_in(
     assert "didn't change" in repo.dvc("repro", "-s", "import_hf_weights")
 
 
+def ended(status: Path) -> bool:
+    return "exit_code" in json.loads(status.read_text("utf-8"))
+
+
 @pytest.fixture
 def orphan(repo: Checkout) -> Iterator[Path]:
-    """dvc was killed (SIGKILL) while its training ran, which goes on; the file with its pid."""
+    """dvc was killed (SIGKILL) while its training ran, which goes on; the file with its status."""
     repo.dvc("repro", "import_hf_weights")
     raw = OmegaConf.load(repo.folder / "params.yaml")
     raw.train.steps = 150
     OmegaConf.save(raw, repo.folder / "params.yaml")
     dvc, _ = background(repo, "repro", "-f", "-s", "train")
-    wait_for(lambda: list((repo.folder / ".runs").glob("*.holder")))
+    wait_for(lambda: list(repo.folder.glob(".runs/*/run_status.json")))
     dvc.kill()
     dvc.wait()
-    (holder,) = (repo.folder / ".runs").glob("*.holder")
-    yield holder
-    wait_for(lambda: not holder.exists(), 120)
+    (status,) = repo.folder.glob(".runs/*/run_status.json")
+    yield status
+    wait_for(lambda: ended(status), 120)
 
 
 @pytest.mark.fault(57)
@@ -144,7 +149,7 @@ def test_an_orphaned_training_is_named_and_its_result_reused_once_it_has_ended(
 ) -> None:
     from mlflow import MlflowClient
 
-    training = psutil.Process(int(orphan.read_text("utf-8")))
+    training = psutil.Process(json.loads(orphan.read_text("utf-8"))["pid"])
     training.suspend()  # so that it is at work while another one starts
     try:
         # The control: DVC's own lock died with dvc, it lets another command in.
@@ -153,7 +158,7 @@ def test_an_orphaned_training_is_named_and_its_result_reused_once_it_has_ended(
         assert f"error: process {training.pid} trains this very configuration" in said
     finally:
         training.resume()
-    wait_for(lambda: not orphan.exists(), 120)
+    wait_for(lambda: ended(orphan), 120)
     said = repo.dvc("repro", "-s", "train")
     assert "train: identical training already finished; reusing its verified result" in said
     client = MlflowClient(f"sqlite:///{(repo.folder / 'mlflow.db').as_posix()}")
@@ -261,11 +266,10 @@ def test_an_edit_of_the_sampling_code_does_not_begin_an_interrupted_training_ane
 ) -> None:
     repo = long_training
     dvc, log = background(repo, "repro", "train")
-    holders = repo.folder / ".runs"
     part = repo.folder / "records" / "train.jsonl.part"
     wait_for(lambda: part.exists() and "train/loss" in part.read_text("utf-8"))
-    (holder,) = holders.glob("*.holder")
-    os.kill(int(holder.read_text("utf-8")), signal.SIGTERM)
+    (status,) = repo.folder.glob(".runs/*/run_status.json")
+    os.kill(json.loads(status.read_text("utf-8"))["pid"], signal.SIGTERM)
     assert dvc.wait(300) == 255, log.read_text("utf-8", "replace")
     file = repo.folder / "pipeline/inference/generation.py"
     file.write_text(file.read_text("utf-8") + "\nX = 1\n", "utf-8")

@@ -167,7 +167,7 @@ def test_a_training_that_goes_on_comes_out_as_the_unbroken_one(
     torch.manual_seed(2)
     state, config = start(device, precision, dropout=0.3, std=0.2)
     snapshot.restore(
-        state, snapshot.Tensors(tmp_path / "saved"), snapshot.read_facts(tmp_path / "saved")
+        state, snapshot.read_tensors(tmp_path / "saved"), snapshot.read_facts(tmp_path / "saved")
     )
     if not forget:
         runtime.set_rng_state(state.rng, device)

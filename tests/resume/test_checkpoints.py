@@ -770,17 +770,19 @@ def test_a_disk_that_is_full_for_the_record_is_storage_and_costs_nothing(
     assert recorded() == list(range(12))
 
 
-def test_checkpoints_come_by_steps_and_by_minutes(tmp_path: Path, make_config) -> None:
+def test_checkpoints_come_by_steps_and_by_minutes(tmp_path: Path, make_config, monkeypatch) -> None:
     now = 0.0
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
     changes = {"checkpoint__every_steps": 10, "checkpoint__every_minutes": 2.0}
-    saved = checkpoints.Checkpoints(tmp_path, make_config(**changes).checkpoint, lambda: now)
+    saved = checkpoints.Checkpoints(tmp_path, make_config(**changes).checkpoint)
     assert [saved.due(done) for done in (1, 9, 10, 20)] == [False, False, True, True]
     now = 119.0
     assert not saved.due(3)
     now = 120.0
     assert saved.due(3)
     never = {"checkpoint__every_steps": 0, "checkpoint__every_minutes": 0.0}
-    none = checkpoints.Checkpoints(tmp_path, make_config(**never).checkpoint, lambda: 1e9)
+    none = checkpoints.Checkpoints(tmp_path, make_config(**never).checkpoint)
+    now = 1e9
     assert not any(none.due(done) for done in range(1, 100))
 
 
