@@ -27,13 +27,12 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     or cut short, and OSError as files do.
     """
     codec = CODECS.get(path.suffix.lower())
-    if codec is None:
-        with regular.opened(path) as file:
-            yield file
-        return
-    import pyarrow as pa
-
     with regular.opened(path) as file:
+        if codec is None:
+            yield file
+            return
+        import pyarrow as pa
+
         if not file.peek(1):
             raise InputError(f"{path}: not a whole {codec} file: it is empty")
         try:

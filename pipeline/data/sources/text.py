@@ -34,15 +34,12 @@ def documents(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
                 yield from document(name, border, _read(path))
         return
     [(name, path)] = paths.items()
-    size = _block_size(path.stat().st_size, config.val_fraction)
+    # Some 20 blocks for the smaller split, so that it is not left empty, of 256 B to 64 KiB.
+    size = path.stat().st_size // math.ceil(20 / config.val_fraction)
+    size = min(max(size, 256), 1 << 16)
     with refusing(refuse, path):
         for index, block in enumerate(_blocks(_read(path), size)):
             yield from document(f"{name}#{index}", share(config), [block])
-
-
-def _block_size(file_bytes: int, val_fraction: float) -> int:
-    """Some 20 blocks for the smaller split, so that it is not left empty, of 256 B to 64 KiB."""
-    return min(max(file_bytes // math.ceil(20 / val_fraction), 256), 1 << 16)
 
 
 def _blocks(chunks: Iterable[str], size: int) -> Iterator[str]:
