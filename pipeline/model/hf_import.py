@@ -29,19 +29,15 @@ def import_pretrained(name_or_folder: str, **settings: Any) -> tuple[GPTConfig, 
     folder = Path(name_or_folder)
     if not folder.is_dir():
         folder = _download(name_or_folder)
-    config = read_config(folder, **settings)
-    _check_heads(config, folder / "config.json")
-    return config, read_state(folder, config)
-
-
-def _check_heads(config: GPTConfig, where: Path) -> None:
+    config, where = read_config(folder, **settings), folder / "config.json"
     published = HEADS.get((config.n_layer, config.n_embd))
     size = f"{config.n_layer} layers of {config.n_embd} channels"
     if published is None:
         message = f"{where}: {size}: no published size; n_head={config.n_head} cannot be checked"
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=2)
     elif config.n_head != published:
         raise InputError(f"{where}: n_head: expected {published} for {size}, got {config.n_head}")
+    return config, read_state(folder, config)
 
 
 def _download(name: str) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +27,11 @@ class _InFloat64(TorchFunctionMode):
     The models stay in fp32, and one weight at a time is held twice, so that XL needs no 25 GB.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "__get__":  # of .shape, .device and the like
-            return func(*args, **(kwargs or {}))
-        wide = {key: _widened(value) for key, value in (kwargs or {}).items()}
+            return func(*args, **kwargs)
+        wide = {key: _widened(value) for key, value in kwargs.items()}
         return func(*map(_widened, args), **wide)
 
 
@@ -52,19 +45,16 @@ def _widened(value: Any) -> Any:
 
 @torch.no_grad()
 def parity(model: GPT, folder: Path, probe: Tensor) -> dict[str, Any]:
-    """Compare `model` with transformers.GPT2LMHeadModel loaded from `folder`.
+    """Compare `model`, on the CPU, with transformers.GPT2LMHeadModel loaded from `folder`.
 
-    probe: token ids (B, T), on a device that knows fp64. relative_logit_difference is
-    max |a - b| / max(1, max |b|) over the probe, both in fp64: at most PARITY_BOUND where the two
-    agree, whereas in fp32 large weights part by more than some mistakes do. greedy_equal says
+    probe: token ids (B, T). relative_logit_difference is max |a - b| / max(1, max |b|) over the
+    probe, both in fp64: at most PARITY_BOUND where the two agree, whereas in fp32 large weights part by more than some mistakes do. greedy_equal says
     whether the tokens that `model` takes in fp32, behind its cache, are the likeliest ones of the
     reference in fp64 as well: GREEDY_STEPS of them behind each row's first tokens, fewer where
     block_size ends. Of B times greedy_steps, greedy_decided count: those where the two likeliest
     are further apart than ROUNDING times what fp32 makes of the reference itself.
     """
-    weight = model.transformer.wte.weight
-    reference = _reference(folder).to(weight.device)
-    probe = probe.to(weight.device)
+    reference = _reference(folder)
     training = model.training
     model.eval()
     with _InFloat64():
@@ -96,10 +86,10 @@ def parity(model: GPT, folder: Path, probe: Tensor) -> dict[str, Any]:
 
 def _greedy(model: GPT, probe: Tensor) -> tuple[Tensor, int]:
     """(B, T + steps) tokens and steps: the first of each row and the likeliest behind a cache."""
-    block_size, weight = model.config.block_size, model.transformer.wte.weight
+    block_size = model.config.block_size
     tokens = probe[:, : max(1, min(8, block_size + 1 - GREEDY_STEPS))]
     steps = min(GREEDY_STEPS, block_size + 1 - tokens.size(1))
-    cache = KVCache(model.config, len(tokens), weight.device, weight.dtype)
+    cache = KVCache(model.config, len(tokens))
     new = tokens
     for _ in range(steps):
         new = model.logits(model.hidden(new, cache)[:, -1]).argmax(-1, keepdim=True)  # (B, 1)
@@ -108,36 +98,22 @@ def _greedy(model: GPT, probe: Tensor) -> tuple[Tensor, int]:
 
 
 def _reference(folder: Path) -> Any:
-    """transformers' own model of a local folder, complete and in fp32."""
+    """transformers' own model of a local folder, complete and in fp32; it says nothing but errors."""
     from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     # By one thread: several gain little here, and are not waited for.
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    with _quiet_transformers():
-        reference, loading = GPT2LMHeadModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+    reference, loading = GPT2LMHeadModel.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
     unused = {kind: names for kind, names in loading.items() if names}
     if unused:
         raise InputError(f"{folder}: transformers does not take all of it: {unused}")
     return reference.eval()
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bar and no log lines but errors, and the settings restored afterwards."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
