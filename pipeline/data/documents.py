@@ -45,12 +45,6 @@ def share(config: CorpusConfig) -> int:
     return int(config.val_fraction * (1 << 64))
 
 
-def share_among(names: list[str], config: CorpusConfig) -> int:
-    """As `share`, moved as little as gives each split one of a few known documents."""
-    hashes = sorted(name_hash(name) for name in names)
-    return min(max(share(config), hashes[0] + 1), hashes[-1])
-
-
 def document(name: str, border: int, chunks: Iterable[str]) -> Iterator[Document]:
     """The parts of one document, whose text comes in pieces of any size.
 

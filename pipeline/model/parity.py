@@ -47,12 +47,13 @@ def _widened(value: Any) -> Any:
 def parity(model: GPT, folder: Path, probe: Tensor) -> dict[str, Any]:
     """Compare `model`, on the CPU, with transformers.GPT2LMHeadModel loaded from `folder`.
 
-    probe: token ids (B, T). relative_logit_difference is max |a - b| / max(1, max |b|) over the
-    probe, both in fp64: at most PARITY_BOUND where the two agree, whereas in fp32 large weights part by more than some mistakes do. greedy_equal says
-    whether the tokens that `model` takes in fp32, behind its cache, are the likeliest ones of the
-    reference in fp64 as well: GREEDY_STEPS of them behind each row's first tokens, fewer where
-    block_size ends. Of B times greedy_steps, greedy_decided count: those where the two likeliest
-    are further apart than ROUNDING times what fp32 makes of the reference itself.
+    probe: token ids (B, T). relative_logit_difference is max |a - b| / max(1, max |b|) over it,
+    both in fp64: at most PARITY_BOUND where the two agree, whereas in fp32 large weights part by
+    more than some mistakes do. greedy_equal says whether the tokens that `model` takes in fp32,
+    behind its cache, are the likeliest ones of the reference in fp64 as well: GREEDY_STEPS of them
+    behind each row's first tokens, fewer where block_size ends. Of B times greedy_steps,
+    greedy_decided count: those where the two likeliest are further apart than ROUNDING times what
+    fp32 makes of the reference itself.
     """
     reference = _reference(folder)
     training = model.training
@@ -98,7 +99,7 @@ def _greedy(model: GPT, probe: Tensor) -> tuple[Tensor, int]:
 
 
 def _reference(folder: Path) -> Any:
-    """transformers' own model of a local folder, complete and in fp32; it says nothing but errors."""
+    """transformers' own model of a local folder, complete and in fp32; errors alone are logged."""
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.data.documents import Document, document, share, share_among
+from pipeline.data.documents import Document, document, name_hash, share
 from pipeline.data.listing import files, packed
 from pipeline.data.text_files import opened
 from pipeline.errors import InputError, Refuse, refusing
@@ -28,7 +28,9 @@ def documents(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
     """One document a file; the blocks of a file on its own."""
     paths = files(config, SUFFIXES)
     if len(paths) > 1:
-        border = share_among(list(paths), config)
+        # Moved as little as gives each split one of a few files.
+        hashes = sorted(map(name_hash, paths))
+        border = min(max(share(config), hashes[0] + 1), hashes[-1])
         for name, path in paths.items():
             with refusing(refuse, path):
                 yield from document(name, border, _read(path))
