@@ -15,10 +15,9 @@ from pipeline.config import Config
 from pipeline.drawing import figures
 from pipeline.errors import ConfigError, InputError
 from pipeline.model.gpt import GPT, GPTConfig
-from pipeline.model.hf_import import import_pretrained, parameter_table
+from pipeline.model.hf_import import PARITY_BOUND, import_pretrained, parameter_table, parity
 from pipeline.model.init import initialize
 from pipeline.model.model_dir import build_model, save_model
-from pipeline.model.parity import PARITY_BOUND, parity
 from pipeline.published import SIZES
 from pipeline.records import git
 from pipeline.records.record_file import Record

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.data import tokenizer
 from pipeline.data.documents import Document
-from pipeline.data.token_files import DTYPE, SPLITS
+from pipeline.data.token_files import DTYPE, KIND, SPLITS
 from pipeline.errors import ConfigError, InputError
 
 BATCH_BYTES = 1 << 18  # of text in one task of a worker: 15 ms and a few MB; 1 MB was no faster
@@ -58,10 +58,7 @@ def write_tokens(
             progress(sum(more["bytes"] for _, more in encoded.values()))
         refuse_empty({split: counts[split]["documents"] for split in SPLITS})
         meta = {
-            "tokenizer": "gpt2",
-            "dtype": "uint16",
-            "byte_order": "little",
-            "vocab_size": tokenizer.VOCAB_SIZE,
+            **KIND,
             "source": source or {},
             "splits": {s: {**counts[s], "sha256": digests[s].hexdigest()} for s in SPLITS},
         }

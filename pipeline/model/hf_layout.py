@@ -171,17 +171,11 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-def gpt_config(
-    hf: dict[str, Any],
-    *,
-    vocab_rows: int = GPTConfig.vocab_rows,
-    dropout: float = GPTConfig.dropout,
-    attention: str = GPTConfig.attention,
-    where: str | Path = "config.json",
-) -> GPTConfig:
+def gpt_config(hf: dict[str, Any], where: str | Path = "config.json", **settings: Any) -> GPTConfig:
     """config.json -> GPTConfig. Raises InputError naming every field that asks for another model.
 
     Only the fields that shape the network are read, within bounds, before anything is built.
+    `settings` are GPTConfig's others: vocab_rows, dropout and attention.
     """
     problems = [f"{key}: not supported, got {quoted(hf[key])}" for key in FOREIGN if key in hf]
     for key, accepted in FIXED.items():
@@ -200,13 +194,4 @@ def gpt_config(
         )
     if problems:
         raise InputError(f"{where}: {shortened(problems)}")
-    return GPTConfig(
-        n_layer=hf["n_layer"],
-        n_head=hf["n_head"],
-        n_embd=hf["n_embd"],
-        block_size=hf["n_positions"],
-        vocab_size=VOCAB_SIZE,
-        vocab_rows=vocab_rows,
-        dropout=dropout,
-        attention=attention,
-    )
+    return GPTConfig(hf["n_layer"], hf["n_head"], hf["n_embd"], hf["n_positions"], **settings)

@@ -58,7 +58,7 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", **settings: 
 def read_config(folder: Path, **settings: Any) -> GPTConfig:
     """The shape that config.json gives: `settings` and errors are those of `gpt_config`."""
     where = folder / "config.json"
-    return hf_layout.gpt_config(read_json(where), where=where, **settings)
+    return hf_layout.gpt_config(read_json(where), where, **settings)
 
 
 def read_state(folder: Path, config: GPTConfig) -> dict[str, torch.Tensor]:
