@@ -103,6 +103,7 @@ class _Head:
         precision: Precision,
         vocab_size: int,
         scale: float | Tensor,
+        *,
         gradients: bool,
     ) -> None:
         own = precision.of_the_rest()  # the output layer is not one of those that fp8 is for
