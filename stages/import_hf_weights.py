@@ -15,10 +15,10 @@ from pipeline.config import Config
 from pipeline.drawing import figures
 from pipeline.errors import ConfigError, InputError
 from pipeline.model.gpt import GPT, GPTConfig
-from pipeline.model.hf_import import import_pretrained, parameter_table
+from pipeline.model.hf_import import PARITY_BOUND, import_pretrained, parameter_table, parity
 from pipeline.model.init import initialize
 from pipeline.model.model_dir import build_model, save_model
-from pipeline.model.parity import PARITY_BOUND, parity
+from pipeline.published import SIZES
 from pipeline.records import git
 from pipeline.records.record_file import Record
 from pipeline.storage.folders import recover, remove
@@ -27,24 +27,30 @@ from pipeline.tables import write_csv
 from pipeline.tracking import recording
 from stages.common import run
 
-PROBE_SHAPE = (2, 32)
+PROBE_SHAPE = (2, 32)  # sequences and tokens, for the parity check
 
 
 def main(config: Config) -> None:
+    init = config.init
     with recording.record("import_hf_weights", config) as record:
         model = build(config)
         recover(paths.INIT)
         save_model(model, paths.INIT)
         table = parameter_table(model)
         show(table, model)
-        found = parity(model, paths.INIT, probe(model, config.init.seed))
+        shape = (PROBE_SHAPE[0], min(PROBE_SHAPE[1], model.config.block_size))
+        chance = runtime.generator(init.seed, "parity")
+        probe = torch.randint(model.config.vocab_size, shape, generator=chance)
+        found = parity(model, paths.INIT, probe)
         print(f"import_hf_weights: {told(found)}")
         for name, content in (("parameters", table), ("parity", found)):
             report = paths.INIT / f"{name}.json"
             report.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
             record.artifact(report, "init")
         record.metrics({"init/parity_difference": found["relative_logit_difference"]})
-        record.tags({"parameters": f"{model.parameter_count():,}", "init.from": origin(config)})
+        fresh = f"random, seed {init.seed}, std {init.std}"
+        origin = init.hf_model if init.source == "hf" else fresh
+        record.tags({"parameters": f"{model.parameter_count():,}", "init.from": origin})
         # Written so that NaN is refused.
         if not (found["relative_logit_difference"] <= PARITY_BOUND and found["greedy_equal"]):
             raise InputError(
@@ -52,7 +58,7 @@ def main(config: Config) -> None:
                 f"accepted are a difference of {PARITY_BOUND:.0e} and equal tokens"
             )
         began = time.perf_counter()
-        write_study(init_study.study(model, config.init), record)
+        write_study(init_study.study(model, init), record)
         record.metrics({"time/init_study_seconds": time.perf_counter() - began})
 
 
@@ -112,29 +118,14 @@ def build(config: Config) -> GPT:
     found, state = import_pretrained(
         init.hf_model, vocab_rows=c.vocab_rows, dropout=c.dropout, attention=c.attention
     )
-    names = ("n_layer", "n_head", "n_embd", "block_size")
     wrong = [
         f"model.{name}={getattr(c, name)}: expected {getattr(found, name)}, as {init.hf_model} has"
-        for name in names
+        for name in SIZES
         if getattr(c, name) != getattr(found, name)
     ]
     if wrong:
         raise ConfigError("\n".join(wrong))
     return build_model(found, state)
-
-
-def origin(config: Config) -> str:
-    init = config.init
-    return init.hf_model if init.source == "hf" else f"random, seed {init.seed}, std {init.std}"
-
-
-def probe(model: GPT, seed: int) -> torch.Tensor:
-    """Token ids (B, T) for the parity check."""
-    batch, tokens = PROBE_SHAPE
-    shape = (batch, min(tokens, model.config.block_size))
-    return torch.randint(
-        model.config.vocab_size, shape, generator=runtime.generator(seed, "parity")
-    )
 
 
 def show(table: list[dict[str, Any]], model: GPT) -> None:

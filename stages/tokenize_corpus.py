@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from pipeline import paths
 from pipeline.config import Config
-from pipeline.data import contamination, corpus, token_files, token_writer
+from pipeline.data import contamination, corpus, token_writer
+from pipeline.data.token_files import SPLITS, open_tokens
 from pipeline.records import git
 from pipeline.tracking import recording
 from stages.common import run
@@ -34,7 +35,7 @@ def main(config: Config) -> None:
                 documents, paths.TOKENS, progress=bar.update, source=corpus.describe(config.corpus)
             )
         seconds = time.perf_counter() - started
-        for split in token_files.SPLITS:
+        for split in SPLITS:
             facts = meta["splits"][split]
             record.metrics(
                 {f"data/{split}_{name}": facts[name] for name in ("tokens", "documents", "bytes")}
@@ -44,12 +45,9 @@ def main(config: Config) -> None:
                 f"tokenize: {split} {facts['documents']:,} documents, {facts['bytes']:,} bytes, "
                 f"{facts['tokens']:,} tokens"
             )
-        text_bytes = sum(meta["splits"][split]["bytes"] for split in token_files.SPLITS)
+        text_bytes = sum(meta["splits"][split]["bytes"] for split in SPLITS)
         record.metrics({"perf/tokenize_mb_per_second": text_bytes / 1e6 / seconds})
-        splits = [
-            token_files.open_tokens(paths.TOKENS, split, verify=False)
-            for split in token_files.SPLITS
-        ]
+        splits = [open_tokens(paths.TOKENS, split, verify=False) for split in SPLITS]
         shared = contamination.overlap(*splits)
         record.metrics({"data/val_overlap": shared})
         passages = f"{contamination.LENGTH}-token validation passages"

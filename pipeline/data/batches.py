@@ -47,14 +47,12 @@ def batch_at(
     windows = (len(tokens) - 1) // sequence_length
     assert windows > 0, "check_length comes first"
     first = ((step * accumulate + micro_step) * world + rank) * batch_size
-    samples = range(first, first + batch_size)
-    starts = [_start(tokens, sequence_length, seed, *divmod(g, windows)) for g in samples]
+    starts = []
+    for sample in range(first, first + batch_size):
+        epoch, place = divmod(sample, windows)
+        offset, order = _epoch(len(tokens), sequence_length, seed, epoch)
+        starts.append(offset + int(order[place]) * sequence_length)
     return _gather(tokens.ids, np.array(starts), sequence_length)
-
-
-def _start(tokens: Tokens, length: int, seed: int, epoch: int, place: int) -> int:
-    offset, order = _epoch(len(tokens), length, seed, epoch)
-    return offset + int(order[place]) * length
 
 
 @functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next

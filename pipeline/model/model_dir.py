@@ -6,7 +6,6 @@ A model directory is a Hugging Face GPT-2 directory, so transformers opens it as
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,6 @@ from pipeline.storage.digests import tree_digest
 from pipeline.storage.folders import SUMS, check, writing
 from pipeline.storage.tensor_files import read_tensors, write_tensors
 
-log = logging.getLogger(__name__)
-
-WEIGHTS = "model.safetensors"
-
 
 def save_model(model: GPT, folder: Path) -> None:
     """Write a HF GPT-2 directory, replacing one of that name; the model is left as it is.
@@ -34,9 +29,16 @@ def save_model(model: GPT, folder: Path) -> None:
     A folder of that name is always whole (see `folders.writing`, also for what is raised). The
     same weights give the same bytes.
     """
-    folder = Path(folder)
+    config = model.config
+    ends = {"bos_token_id": EOT, "eos_token_id": EOT}
+    encoding = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size}
     with writing(folder, 4 * model.parameter_count()) as partial:
-        _write(model, partial)
+        _write_json(partial / "config.json", hf_layout.hf_config(config))
+        _write_json(partial / "generation_config.json", ends)
+        _write_json(partial / "tokenizer_config.json", encoding)
+        tokenizer.write_files(partial)
+        weights = hf_layout.to_hf(model.state_dict(), config)
+        write_tensors(weights, partial / "model.safetensors", format="pt")
 
 
 def load_model(folder: Path, *, device: torch.device | str = "cpu", **settings: Any) -> GPT:
@@ -45,19 +47,18 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", **settings: 
     `settings` are those of `hf_layout.gpt_config`. Raises InputError where a file is missing or
     damaged, or a name, shape, dtype or value is not what its config.json promises.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         said = paths.MISSING.get(folder, "no such folder; expected a model directory")
         raise InputError(f"{folder}: {said}")
     check(folder)
     config = read_config(folder, **settings)
-    return build_model(config, read_state(folder, config), device)
+    return build_model(config, read_state(folder, config)).to(device)
 
 
 def read_config(folder: Path, **settings: Any) -> GPTConfig:
     """The shape that config.json gives: `settings` and errors are those of `gpt_config`."""
     where = folder / "config.json"
-    return hf_layout.gpt_config(read_json(where), where=where, **settings)
+    return hf_layout.gpt_config(read_json(where), where, **settings)
 
 
 def read_state(folder: Path, config: GPTConfig) -> dict[str, torch.Tensor]:
@@ -74,31 +75,11 @@ def check_model(folder: Path) -> str:
     return tree_digest(folder)
 
 
-def build_model(
-    config: GPTConfig,
-    state: dict[str, torch.Tensor],
-    device: torch.device | str = "cpu",
-) -> GPT:
+def build_model(config: GPTConfig, state: dict[str, torch.Tensor]) -> GPT:
     """A model whose parameters are the tensors of `state`: no second copy, no random numbers."""
     model = hf_layout.outline(config)
     model.load_state_dict(state, assign=True)
-    return model.to(device)
-
-
-def _write(model: GPT, folder: Path) -> None:
-    config = model.config
-    _write_json(folder / "config.json", hf_layout.hf_config(config))
-    _write_json(
-        folder / "generation_config.json",
-        {"bos_token_id": EOT, "eos_token_id": EOT},
-    )
-    _write_json(
-        folder / "tokenizer_config.json",
-        {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size},
-    )
-    tokenizer.write_files(folder)
-    weights = hf_layout.to_hf(model.state_dict(), config)
-    write_tensors(weights, folder / WEIGHTS, format="pt")
+    return model
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -112,7 +93,7 @@ def verify(folder: Path) -> list[str]:
     Raises InputError naming everything that is not as it was written, or where there is nothing
     to verify.
     """
-    places = sorted({path.parent for path in Path(folder).rglob("*.safetensors")})
+    places = sorted({path.parent for path in folder.rglob("*.safetensors")})
     if not places:
         raise InputError(f"{folder}: no model directory and no training checkpoint is there")
     lines, damage = [], []

@@ -240,4 +240,4 @@ def test_the_suffix_in_a_pattern_takes_what_the_source_would_not(folder: Path) -
 def test_a_pattern_means_on_every_python_what_it_says(pattern: str, path: str, fits: bool) -> None:
     parts, wanted = path.split("/"), pattern.split("/")
     assert listing._fits(parts, wanted) == fits
-    assert not fits or all(listing._reaches(parts[:n], wanted) for n in range(len(parts)))
+    assert not fits or all(listing._fits(parts[:n], wanted, below=True) for n in range(len(parts)))

@@ -19,10 +19,9 @@ from pipeline.data import tokenizer
 from pipeline.errors import InputError
 from pipeline.model import hf_layout
 from pipeline.model.gpt import GPT, GPTConfig
-from pipeline.model.hf_import import import_pretrained, parameter_table
+from pipeline.model.hf_import import PARITY_BOUND, import_pretrained, parameter_table, parity
 from pipeline.model.hf_layout import from_hf, gpt_config, hf_config, to_hf
 from pipeline.model.model_dir import build_model, save_model
-from pipeline.model.parity import PARITY_BOUND, _quiet_transformers, parity
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no published size")
 
@@ -555,8 +554,7 @@ def with_transformers(folder: Path) -> Any:
     """What its own loader makes of a folder, without a word to us."""
     from transformers import GPT2LMHeadModel
 
-    with _quiet_transformers():
-        return GPT2LMHeadModel.from_pretrained(folder, local_files_only=True).eval()
+    return GPT2LMHeadModel.from_pretrained(folder, local_files_only=True).eval()
 
 
 def naive(row: int, *values: Any) -> Any:

@@ -73,6 +73,7 @@ def test_from_pretrained_on_a_saved_directory_gives_our_logits(
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_warning()  # the parity check lets errors through alone
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model, loading = GPT2LMHeadModel.from_pretrained(saved, output_loading_info=True)
     assert not any(loading.values())
@@ -91,9 +92,11 @@ def test_the_saved_tokenizer_is_gpt2s(
     saved: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoTokenizer
+    from transformers.utils import logging as hf_logging
 
     from pipeline.data import tokenizer as ours
 
+    hf_logging.set_verbosity_warning()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     theirs = AutoTokenizer.from_pretrained(saved)
     text = "Hello, I'm a language model,\n  naïve 🤖\tx = 1"

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from pipeline.model.gpt import GPT, GPTConfig, KVCache
+from pipeline.model.hf_import import GREEDY_STEPS, PARITY_BOUND, _InFloat64, _reference, parity
 from pipeline.model.init import initialize
 from pipeline.model.model_dir import save_model
-from pipeline.model.parity import GREEDY_STEPS, PARITY_BOUND, _InFloat64, _reference, parity
 
 SHAPE = GPTConfig(n_layer=3, n_head=4, n_embd=64, block_size=96)
 PROBE = torch.randint(0, 50257, (2, 32), generator=torch.Generator().manual_seed(3))

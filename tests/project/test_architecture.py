@@ -28,7 +28,7 @@ OWNERS = {
     "mlflow": {"mlflow_store", "mlflow_run", "mlflow_models"},
     "omegaconf": {"config"},
     "yaml": {"config", "stage_graph", "yaml_text"},
-    "transformers": {"parity"},
+    "transformers": {"hf_import"},
     "tiktoken": {"tokenizer"},
     "matplotlib": {"figures"},
     "dvc": {"dvc_history"},

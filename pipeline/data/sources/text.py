@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.data.documents import Document, document, share, share_among
+from pipeline.data.documents import Document, document, name_hash, share
 from pipeline.data.listing import files, packed
 from pipeline.data.text_files import opened
 from pipeline.errors import InputError, Refuse, refusing
@@ -28,21 +28,20 @@ def documents(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
     """One document a file; the blocks of a file on its own."""
     paths = files(config, SUFFIXES)
     if len(paths) > 1:
-        border = share_among(list(paths), config)
+        # Moved as little as gives each split one of a few files.
+        hashes = sorted(map(name_hash, paths))
+        border = min(max(share(config), hashes[0] + 1), hashes[-1])
         for name, path in paths.items():
             with refusing(refuse, path):
                 yield from document(name, border, _read(path))
         return
     [(name, path)] = paths.items()
-    size = _block_size(path.stat().st_size, config.val_fraction)
+    # Some 20 blocks for the smaller split, so that it is not left empty, of 256 B to 64 KiB.
+    size = path.stat().st_size // math.ceil(20 / config.val_fraction)
+    size = min(max(size, 256), 1 << 16)
     with refusing(refuse, path):
         for index, block in enumerate(_blocks(_read(path), size)):
             yield from document(f"{name}#{index}", share(config), [block])
-
-
-def _block_size(file_bytes: int, val_fraction: float) -> int:
-    """Some 20 blocks for the smaller split, so that it is not left empty, of 256 B to 64 KiB."""
-    return min(max(file_bytes // math.ceil(20 / val_fraction), 256), 1 << 16)
 
 
 def _blocks(chunks: Iterable[str], size: int) -> Iterator[str]:
