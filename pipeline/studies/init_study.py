@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -159,9 +160,7 @@ def growth(twins: list[Measured], residual_scale: bool) -> float | None:
     ]
     if len(points) < 2:
         return None
-    x, y = (torch.tensor(side, dtype=torch.float64) for side in zip(*points, strict=True))
-    x = x - x.mean()
-    return ((x * (y - y.mean())).sum() / (x * x).sum()).item()
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 def page(study: InitStudy) -> str:
