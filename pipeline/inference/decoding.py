@@ -72,18 +72,16 @@ def product_for(
 
     int8 takes a quarter of the weights' memory beside the model, bf16, fp16 and fp8 half. In plain
     fp32 on a CPU, oneDNN multiplies the model's own weights for one row, and for more a copy that
-    it has reordered; where torch comes without oneDNN, a copy of (K, N) serves one row.
+    it has reordered.
     """
     dtype = precision.dtype
     if weights == "int8":
         return lambda weight, bias: Int8Linear(weight, bias, dtype)
     if precision.effective == "fp8":
         return partial(Fp8Linear, precision)
-    if precision.device.type != "cpu" or precision.effective != "fp32":
-        return lambda weight, bias: Linear(weight.to(dtype), bias)
-    if has_onednn():
+    if precision.device.type == "cpu" and precision.effective == "fp32" and has_onednn():
         return lambda weight, bias: OneDnnLinear(weight, bias, rows)
-    return Linear if rows > 1 else RowLinear
+    return lambda weight, bias: Linear(weight.to(dtype), bias)
 
 
 class Linear:
@@ -105,13 +103,6 @@ class Fp8Linear(Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         return fp8.linear(x, self.weight, self.bias, emulated=self.emulated)
-
-
-class RowLinear(Linear):
-    """A product with weights stored as (K, N): for one row it reads memory in order."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight.t().contiguous().t(), bias)
 
 
 class OneDnnLinear:

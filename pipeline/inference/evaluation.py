@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pipeline.data.batches import validation_windows
@@ -27,13 +26,12 @@ _CHUNK = 1 << 22  # tokens looked at together: bounds memory on a split of any s
 
 @dataclass(frozen=True)
 class Context:
-    """How a task runs the model: device, precision, sequences at a time.
+    """How a task runs the model: precision, sequences at a time.
 
     `sequence_length` is the longest context the model is judged at, as a rule the one it was
     trained at: later rows of the position embedding may never have been trained.
     """
 
-    device: torch.device
     precision: Precision
     batch_size: int
     sequence_length: int
@@ -76,7 +74,7 @@ def validation(model: GPT, tokens: Tokens, context: Context) -> Iterator[tuple[s
         logits = model.logits(hidden[wanted])  # (M, V): one a document, so M is small
         borders += token_losses(logits, targets[wanted]).sum().item()
 
-    loss = mean_loss(model, windows, context.precision, context.device, look)
+    loss = mean_loss(model, windows, context.precision, context.precision.device, look)
     yield "loss", loss
     yield "perplexity", math.exp(loss) if loss < 700 else math.inf  # exp(710) is no double
     nats = loss * (len(tokens) - 1) - borders

@@ -75,24 +75,18 @@ def stream(
     _check_prompt(model, idx, padding)
     if padding is not None and not padding.any():
         padding = None  # the kernels without a mask are faster
-    decoder = _decoder(model, config, len(idx))
-    window = Window(decoder, idx, config, padding)
+    if not isinstance(model, Decoder):
+        precision = choose_precision(config.precision, idx.device)
+        model = Decoder(model, precision, config.weights, len(idx))
+    window = Window(model, idx, config, padding)
     for step in range(config.max_new_tokens):
-        with decoder.computing():
+        with model.computing():
             logits = window.next_logits()  # (B, V)
         if step == 0 and not logits.isfinite().all():  # once: on a GPU each look waits for it
             raise NumericsError("the logits of the prompt are not finite: the weights are broken")
         column = draw(logits, config, generator)  # (B,)
         yield column
         window.append(column)
-
-
-def _decoder(model: GPT | Decoder, config: SampleConfig, rows: int) -> Decoder:
-    if isinstance(model, Decoder):
-        return model
-    # mypy reads no torch: to it a Module may be anything, so a Decoder is still possible here.
-    device = _device(model)  # type: ignore[arg-type]
-    return Decoder(model, choose_precision(config.precision, device), config.weights, rows)
 
 
 class Window:
@@ -155,7 +149,8 @@ def stream_text(
     wait for the rest, and bytes that no character completes become U+FFFD. An empty prompt stands
     for the start of a document. Raises as `stream` does.
     """
-    idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [EOT]], device=_device(model))
+    device = model.transformer.wte.weight.device
+    idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [EOT]], device=device)
     characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for column in stream(model, idx, config, generator):
         token = int(column)
@@ -231,7 +226,3 @@ def _check_prompt(model: GPT | Decoder, idx: Tensor, padding: Tensor | None) -> 
     vocabulary, low, high = model.config.vocab_size, int(idx.min()), int(idx.max())
     if low < 0 or high >= vocabulary:
         raise InputError(f"prompt: token ids {low} to {high}, expected 0 to {vocabulary - 1}")
-
-
-def _device(model: GPT) -> torch.device:
-    return model.transformer.wte.weight.device

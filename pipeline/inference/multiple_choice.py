@@ -62,17 +62,14 @@ def multiple_choice(
         return
     nats = ending_nats(model, items, context)  # (N, 4)
     tokens = np.array([[len(ending) for ending in item.endings] for item in items])
-    characters = np.array([[_characters(ending) for ending in item.endings] for item in items])
+    texts = [[gpt2().decode(ending) for ending in item.endings] for item in items]
+    characters = np.array([[len(text.removeprefix(" ")) for text in four] for four in texts])
     labels = np.array([item.label for item in items])
     scored = {"acc": nats, "acc_norm": nats / characters, "acc_per_token": nats / tokens}
     for name, scores in scored.items():
         share = float((scores.argmin(axis=1) == labels).mean())
         yield name, share
         yield f"{name}_stderr", math.sqrt(share * (1 - share) / len(items))
-
-
-def _characters(ending: tuple[int, ...]) -> int:
-    return len(gpt2().decode(ending).removeprefix(" "))
 
 
 def ending_nats(model: GPT, items: Sequence[Choice], context: Context) -> np.ndarray:
@@ -123,7 +120,8 @@ def _pad(
 
 def _row_nats(model: GPT, x: Tensor, y: Tensor, context: Context) -> np.ndarray:
     """(B,) float64: each row's loss summed over its targets. The head sees target places only."""
-    x, y = x.to(context.device), y.to(context.device)
+    device = context.precision.device
+    x, y = x.to(device), y.to(device)
     wanted = y != IGNORE  # (B, T)
     with context.precision.products(), context.precision.autocast():
         logits = model.logits(model.hidden(x)[wanted])  # (M, V)
