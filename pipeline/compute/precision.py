@@ -87,9 +87,7 @@ class Precision:
         Call it once, before the model is used: fp8 is a property of layers, all other formats are
         those of `autocast` and `products`.
         """
-        fp8.unmark(model)
-        if self.effective == "fp8":
-            fp8.mark(model, emulated=self.emulated)
+        fp8.mark(model, fp8=self.effective == "fp8", emulated=self.emulated)
 
     def products(self) -> AbstractContextManager[object]:
         """Around the forward and the backward pass; leaves torch's settings as they were."""
@@ -167,11 +165,8 @@ def _on_cpu(name: str, device: torch.device) -> tuple[str, str, bool]:
 
 
 def _cpu_capabilities() -> dict[str, bool]:
-    """Instruction sets of this CPU by name; torch 2.11 knows fewer of them, and privately."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return dict(torch.cpu.get_capabilities())
-    known = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_fp16": "_is_amx_fp16_supported"}
-    return {name: getattr(torch.cpu, test, bool)() for name, test in known.items()}
+    """Instruction sets of this CPU by name."""
+    return dict(torch.cpu.get_capabilities())
 
 
 def _on_cuda(name: str, device: torch.device) -> tuple[str, str, bool]:

@@ -9,13 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 
-if TYPE_CHECKING:
-    from pipeline.compute.precision import Precision
+from pipeline.compute.precision import Precision
 
 WARM_UP_STEPS = 3  # first steps pay for allocation, compilation and clocks that still rise
 

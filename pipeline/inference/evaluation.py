@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from pipeline.compute.precision import Precision
 from pipeline.data.batches import validation_windows
+from pipeline.data.token_files import Tokens
 from pipeline.data.tokenizer import token_byte_lengths
 from pipeline.inference.multiple_choice import multiple_choice
+from pipeline.model.gpt import GPT
 from pipeline.model.loss import mean_loss, token_losses
 from pipeline.published import EOT, VOCAB_SIZE
-
-if TYPE_CHECKING:
-    from pipeline.compute.precision import Precision
-    from pipeline.data.token_files import Tokens
-    from pipeline.model.gpt import GPT
 
 _CHUNK = 1 << 22  # tokens looked at together: bounds memory on a split of any size
 
@@ -37,7 +35,7 @@ class Context:
     sequence_length: int
 
 
-Task = Callable[["GPT", Any, Context], Iterator[tuple[str, float]]]
+Task = Callable[[GPT, Any, Context], Iterator[tuple[str, float]]]
 
 
 def evaluate(model: GPT, tasks: Mapping[str, Any], context: Context) -> dict[str, float]:

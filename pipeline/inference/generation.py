@@ -84,7 +84,7 @@ def stream(
             logits = window.next_logits()  # (B, V)
         if step == 0 and not logits.isfinite().all():  # once: on a GPU each look waits for it
             raise NumericsError("the logits of the prompt are not finite: the weights are broken")
-        column = draw(logits, config, generator)  # (B,)
+        column = choose(logits, config, generator)  # (B,)
         yield column
         window.append(column)
 
@@ -117,23 +117,19 @@ class Window:
     def next_logits(self) -> Tensor:
         """(B, V): of the tokens after the newest; valid until the next call."""
         cache, start = self._cache, max(0, self._end - self._decoder.config.block_size)
-        if cache is not None:
-            if self._keep and cache.length == self._end - start - 1 > 0:
-                return self._extended(cache, self._tokens[:, self._end - 1 : self._end])
+        if cache is not None and self._keep and cache.length == self._end - start - 1 > 0:
+            start = self._end - 1  # the tokens before it are cached
+            if self._tokens.device.type == "cuda":
+                self._step = self._step or Step(self._decoder, cache)
+                logits = self._step(self._tokens[:, start : self._end], cache.length)
+                cache.length += 1
+                return logits
+        elif cache is not None:
             cache.reset()
             if self._padding is not None:
                 cache.padding = (self._padding - start).clamp(min=0)
         newest = self._decoder.hidden(self._tokens[:, start : self._end], cache)[:, -1]  # (B, C)
         return self._decoder.logits(newest)  # the head is needed once a step
-
-    def _extended(self, cache: KVCache, newest: Tensor) -> Tensor:
-        """Logits (B, V) of a step that adds tokens (B, 1) to what is cached."""
-        if newest.device.type != "cuda":
-            return self._decoder.logits(self._decoder.hidden(newest, cache)[:, -1])
-        self._step = self._step or Step(self._decoder, cache)
-        logits = self._step(newest, cache.length)
-        cache.length += 1
-        return logits
 
 
 def stream_text(
@@ -168,22 +164,15 @@ def until_eot(tokens: Sequence[int]) -> list[int]:
     return tokens[: tokens.index(EOT)] if EOT in tokens else tokens
 
 
-def draw(logits: Tensor, config: SampleConfig, generator: Generators) -> Tensor:
-    """Logits (B, V) -> one token each (B,): `choose`, each generator for its part of the rows."""
-    if isinstance(generator, torch.Generator):
-        return choose(logits, config, generator)
-    parts = logits.split(len(logits) // len(generator))
-    return torch.cat(
-        [choose(part, config, own) for part, own in zip(parts, generator, strict=True)]
-    )
-
-
-def choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> Tensor:
+def choose(logits: Tensor, config: SampleConfig, generator: Generators) -> Tensor:
     """Logits (B, V) -> one token each (B,): the likeliest at temperature 0, else drawn.
 
-    The draw happens on the generator's device, so that a CPU generator gives one sequence of
-    random numbers whatever the model runs on.
+    Each of several generators draws for its part of the rows. The draw happens on the generator's
+    device, so that one on the CPU gives the same random numbers whatever the model runs on.
     """
+    if not isinstance(generator, torch.Generator):
+        parts = zip(logits.split(len(logits) // len(generator)), generator, strict=True)
+        return torch.cat([choose(part, config, own) for part, own in parts])
     if config.temperature == 0:
         return logits.argmax(dim=-1)
     values, ids = candidates(logits, config.temperature, config.top_k, config.top_p)

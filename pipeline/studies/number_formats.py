@@ -85,12 +85,10 @@ def page(known: list[Format]) -> str:
         + (f.largest, f.smallest_normal, f.epsilon)
         for f in known
     ]
-    by_name = {f.name: f for f in known}
-    tf32 = by_name["tf32"]
-    range_like = [f.name for f in known if f.exponent_bits == tf32.exponent_bits and f is not tf32]
-    precise_like = [
-        f.name for f in known if f.mantissa_bits == tf32.mantissa_bits and f is not tf32
-    ]
+    tf32 = next(f for f in known if f.name == "tf32")
+    others = [f for f in known if f is not tf32]
+    range_like = [f.name for f in others if f.exponent_bits == tf32.exponent_bits]
+    precise_like = [f.name for f in others if f.mantissa_bits == tf32.mantissa_bits]
     return (
         "# Number formats\n\n"
         f"tf32 has the exponent bits, hence the range, of {' and '.join(range_like)}, and the "

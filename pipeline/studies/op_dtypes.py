@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,15 @@ from pipeline.compute.emulation import LOW, OPERANDS, rounding
 from pipeline.studies import tiny
 from pipeline.studies.number_formats import DTYPES, round_to_format
 from pipeline.tables import markdown
-from pipeline.training.loop import fit
-
-if TYPE_CHECKING:
-    from pipeline.compute.precision import Precision
-    from pipeline.training.loop import StepReport
-    from pipeline.training.training_step import TrainState
+from pipeline.training.loop import StepReport, fit
+from pipeline.training.training_step import TrainState
 
 NAMES = {torch.float64: "fp64"} | {dtype: name for name, dtype in DTYPES.items() if dtype}
 NO_WORK = ("empty_like", "zeros_like", "ones_like", "_unsafe_view")  # they read no value
 FP8 = ("fp8_e4m3", "fp8_e5m2")  # the narrower range first
 SAMPLE = 1 << 16  # values of an operand that are looked at
 
+STEP, BESIDE = "optimizer", "scaling and clipping"  # places of the update
 COLUMNS = ("phase", "where", "operation", "mode", "kernel", "calls")
 
 
@@ -77,12 +74,11 @@ class Watch(TorchDispatchMode):
     def __init__(self, state: TrainState) -> None:
         super().__init__()
         self.state = state
-        self.precision: Precision = state.precision
+        self.precision = state.precision
         self.rows: Counter[Row] = Counter()
         self.tensors: dict[str, Counter[str]] = {}
-        self._places: list[str] = []
+        self._places = [BESIDE]
         self._gradients: dict[nn.Parameter, torch.dtype] = {}
-        self._in_optimizer = False
         self._kept: tuple[str, Tensor] | None = None
 
     def first_of(self, reports: Iterator[StepReport]) -> Iterator[StepReport]:
@@ -99,8 +95,9 @@ class Watch(TorchDispatchMode):
             for parameter in state.model.parameters():
                 hook = parameter.register_post_accumulate_grad_hook(self._after_gradient)
                 hooks.enter_context(hook)
-            hooks.enter_context(state.optimizer.register_step_pre_hook(self._before_update))
-            hooks.enter_context(state.optimizer.register_step_post_hook(self._after_update))
+            optimizer, places = state.optimizer, self._places
+            hooks.enter_context(optimizer.register_step_pre_hook(lambda *_: places.append(STEP)))
+            hooks.enter_context(optimizer.register_step_post_hook(lambda *_: places.pop()))
             with self:
                 first = next(reports)
         self._look_at_the_state()
@@ -142,9 +139,8 @@ class Watch(TorchDispatchMode):
             node = torch._C._current_autograd_node()
             name = node.name().rpartition("::")[2] if node else "autograd"
             return "backward", re.sub(r"Backward\d*$", "", name)
-        if self._places:
-            return "forward", self._places[-1]
-        return "update", "optimizer" if self._in_optimizer else "scaling and clipping"
+        place = self._places[-1]
+        return "update" if place in (STEP, BESIDE) else "forward", place
 
     def _forward(self, x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
         """The loss, where it is known that this is the forward pass, inside the context."""
@@ -173,12 +169,6 @@ class Watch(TorchDispatchMode):
     def _after_gradient(self, parameter: nn.Parameter) -> None:
         """Seen here, since the optimizer may never be called: in fp16 a step may be skipped."""
         self._gradients[parameter] = parameter.grad.dtype
-
-    def _before_update(self, *_: Any) -> None:
-        self._in_optimizer = True
-
-    def _after_update(self, *_: Any) -> None:
-        self._in_optimizer = False
 
     def _look_at_the_state(self) -> None:
         self._note("gradients (.grad)", self._gradients.values())

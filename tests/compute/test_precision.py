@@ -113,13 +113,6 @@ def test_a_cpu_with_the_instructions_uses_them(name, instruction, monkeypatch):
     assert choose_precision("tf32", CPU).emulated, "no CPU has tf32"
 
 
-def test_older_torch_without_get_capabilities_is_asked_otherwise(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: False)
-    assert not choose_precision("bf16", CPU).emulated
-
-
 @pytest.mark.parametrize(
     "capability, effective",
     [((7, 5), "fp32"), ((8, 0), "bf16"), ((8, 6), "bf16"), ((8, 9), "fp8"), ((9, 0), "fp8")],
