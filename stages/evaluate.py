@@ -27,14 +27,9 @@ ITEMS = paths.ARTIFACTS / "choice_items.jsonl"
 def main(config: Config) -> None:
     run_folder.forget_result()
     with recording.record("evaluate", config) as record:
-        train, val, given, *_ = together(
-            *(
-                partial(token_files.open_tokens, paths.TOKENS, split)
-                for split in token_files.SPLITS
-            ),
-            partial(hellaswag, config),
-            *(partial(check_model, folder) for folder in MODELS.values()),
-        )
+        tokens = (partial(token_files.open_tokens, paths.TOKENS, s) for s in token_files.SPLITS)
+        models = (partial(check_model, folder) for folder in MODELS.values())
+        train, val, given, *_ = together(*tokens, partial(hellaswag, config), *models)
         material = materials(config, val) | given
         device = runtime.choose_device(config.device)
         precision = choose_precision(config.evaluate.precision, device)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.data import text_files
 from pipeline.data.tokenizer import encode, gpt2
@@ -83,11 +84,17 @@ def ending_nats(model: GPT, items: Sequence[Choice], context: Context) -> np.nda
     check_endings(items, context.sequence_length)
     nats = np.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]) + len(rows[row][1]))
-    with evaluating(model):
-        for first in range(0, len(rows), context.batch_size):
-            batch = order[first : first + context.batch_size]
-            x, y = _pad([rows[row] for row in batch], context.sequence_length)
-            nats[batch] = _row_nats(model, x, y, context)
+    precision = context.precision
+    for first in range(0, len(rows), context.batch_size):
+        batch = order[first : first + context.batch_size]
+        padded = _pad([rows[row] for row in batch], context.sequence_length)
+        x, y = (ids.to(precision.device) for ids in padded)
+        wanted = y != IGNORE  # (B, T): the head sees these places only
+        with evaluating(model), precision.products(), precision.autocast():
+            logits = model.logits(model.hidden(x)[wanted])  # (M, V)
+            losses = token_losses(logits, y[wanted])  # (M,)
+        owners = wanted.nonzero()[:, 0].cpu().numpy()
+        nats[batch] = np.bincount(owners, weights=losses.cpu().numpy(), minlength=len(batch))
     return nats.reshape(len(items), -1)
 
 
@@ -108,26 +115,12 @@ def _pad(
 
     Padding is on the right, where no earlier token sees it; only endings are targets.
     """
-    texts = [[*start, *ending][-(sequence_length + 1) :] for start, ending in rows]
-    width = max(map(len, texts)) - 1
-    x = torch.zeros(len(rows), width, dtype=torch.int64)
-    y = torch.full((len(rows), width), IGNORE)
-    for row, (text, (_, ending)) in enumerate(zip(texts, rows, strict=True)):
-        x[row, : len(text) - 1] = torch.tensor(text[:-1])
-        y[row, len(text) - 1 - len(ending) : len(text) - 1] = torch.tensor(ending)
-    return x, y
-
-
-def _row_nats(model: GPT, x: Tensor, y: Tensor, context: Context) -> np.ndarray:
-    """(B,) float64: each row's loss summed over its targets. The head sees target places only."""
-    device = context.precision.device
-    x, y = x.to(device), y.to(device)
-    wanted = y != IGNORE  # (B, T)
-    with context.precision.products(), context.precision.autocast():
-        logits = model.logits(model.hidden(x)[wanted])  # (M, V)
-        losses = token_losses(logits, y[wanted])  # (M,)
-    owners = wanted.nonzero()[:, 0].cpu().numpy()
-    return np.bincount(owners, weights=losses.cpu().numpy(), minlength=len(x))
+    x, y = [], []
+    for start, ending in rows:
+        text = [*start, *ending][-(sequence_length + 1) :]
+        x.append(torch.tensor(text[:-1]))
+        y.append(torch.tensor([IGNORE] * (len(text) - 1 - len(ending)) + list(ending)))
+    return pad_sequence(x, True), pad_sequence(y, True, IGNORE)
 
 
 # --- items
