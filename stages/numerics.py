@@ -23,9 +23,12 @@ def main(config: Config) -> None:
         remove(paths.NUMERICS)
         known = number_formats.formats()
         suffered = sensitivity.sensitivities(device)
-        model, train = config.model, config.train
         shapes = roofline.shapes(
-            model.n_embd, model.n_head, model.vocab_rows, train.batch_size, train.sequence_length
+            config.model.n_embd,
+            config.model.n_head,
+            config.model.vocab_rows,
+            config.train.batch_size,
+            config.train.sequence_length,
         )
         measured = roofline.measure(shapes, device, runtime.device_name(device))
         write(known, suffered, measured)
