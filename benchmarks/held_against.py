@@ -225,7 +225,7 @@ def findings(checkout: Path, steps: int, count: int, work: Path) -> Iterator[tup
     save_model(model, folder)
     ids = corpus("val")
     val = token_files.Tokens(ids, 0, "", 0, path)
-    context = Context(CPU, choose_precision("fp32", CPU), 8, model.config.block_size)
+    context = Context(choose_precision("fp32", CPU), 8, model.config.block_size)
     multiple_choice.write_hellaswag(multiple_choice.choice_items(val, ITEMS, seed=7), path)
     items = multiple_choice.hellaswag_items(path)
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]

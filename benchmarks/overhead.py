@@ -36,7 +36,6 @@ from omegaconf import OmegaConf
 from benchmarks.side_by_side import in_a_fresh_process
 from pipeline import config as configuration
 from pipeline import paths
-from pipeline.compute import machine
 from pipeline.compute.precision import choose_precision
 from pipeline.compute.runtime import choose_device
 from pipeline.config import Config
@@ -93,7 +92,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     ),
     "forecast": ((forecast, "before_training"), (forecast, "after_first_steps")),
     "doctor": ((doctor.Rounds, "look"), (doctor, "judge")),
-    "matrix rate": ((machine, "matrix_rate"),),
+    "matrix rate": ((train, "matrix_rate"),),
     "loading the model": ((train, "from_folder"),),
     "results": (
         (Checkpoints, "write_models"),

@@ -16,7 +16,6 @@ from pipeline.inference import evaluation as tasks
 from pipeline.inference import multiple_choice
 from pipeline.model.model_dir import check_model, load_model
 from pipeline.records import git
-from pipeline.records.record_file import Record
 from pipeline.resume import run_folder
 from pipeline.tracking import recording
 from stages.common import announce, run, write_metrics
@@ -28,41 +27,30 @@ ITEMS = paths.ARTIFACTS / "choice_items.jsonl"
 def main(config: Config) -> None:
     run_folder.forget_result()
     with recording.record("evaluate", config) as record:
-        train, val, given, *_ = together(
-            *(
-                partial(token_files.open_tokens, paths.TOKENS, split)
-                for split in token_files.SPLITS
-            ),
-            partial(hellaswag, config),
-            *(partial(check_model, folder) for folder in MODELS.values()),
-        )
+        tokens = (partial(token_files.open_tokens, paths.TOKENS, s) for s in token_files.SPLITS)
+        models = (partial(check_model, folder) for folder in MODELS.values())
+        train, val, given, *_ = together(*tokens, partial(hellaswag, config), *models)
         material = materials(config, val) | given
         device = runtime.choose_device(config.device)
         precision = choose_precision(config.evaluate.precision, device)
         announce("evaluate", precision, record)
-        context = tasks.Context(
-            device=device,
-            precision=precision,
-            batch_size=config.evaluate.batch_size,
-            sequence_length=config.train.sequence_length,
-        )
+        shape, longest = config.model, config.train.sequence_length
+        context = tasks.Context(precision, config.evaluate.batch_size, longest)
         print(
-            f"evaluate: sequences of {context.sequence_length} tokens (train.sequence_length); "
-            f"the model takes {config.model.block_size}"
+            f"evaluate: sequences of {longest} tokens (train.sequence_length); "
+            f"the model takes {shape.block_size}"
         )
         results = {"val/unigram_loss": tasks.unigram_loss(train, val)}
         for group, folder in MODELS.items():
             model = load_model(
-                folder,
-                vocab_rows=config.model.vocab_rows,
-                dropout=0.0,
-                attention=config.model.attention,
-                device=device,
+                folder, vocab_rows=shape.vocab_rows, attention=shape.attention, device=device
             )
             found = tasks.evaluate(model, material, context)
             results |= {metric_name(group, key): value for key, value in found.items()}
         record.metrics(results, config.train.steps)
-        judge(record, config.train.steps)
+        # Once more: whether frequencies alone do as well is known only now.
+        for line in doctor.judge(record, config.train.steps)[1]:
+            print(f"evaluate: {line}")
         record.dataset("tokens", val.sha256, str(val.path), "val")
         record.artifact(ITEMS, "evaluate")
         write_metrics(paths.METRICS / "evaluate.json", results)
@@ -87,12 +75,6 @@ def hellaswag(config: Config) -> dict[str, Any]:
     items = multiple_choice.hellaswag_items(given)
     multiple_choice.check_endings(items, config.train.sequence_length)
     return {"hellaswag": items}
-
-
-def judge(record: Record, steps: int) -> None:
-    """The doctor's verdict once more: whether frequencies alone do as well is known only now."""
-    for line in doctor.judge(record, steps)[1]:
-        print(f"evaluate: {line}")
 
 
 def metric_name(group: str, key: str) -> str:

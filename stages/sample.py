@@ -43,8 +43,7 @@ def main(config: Config) -> None:
             samples += [{"when": when, **sample} for sample in continuations(model, config)]
             if when == "after" and config.sample.weights != "fp32":
                 losses = cost_of_weights(model, config)
-        plain = (json.dumps(sample, ensure_ascii=False) for sample in samples)
-        lines = [terminal.in_json(line) + "\n" for line in plain]
+        lines = (terminal.in_json(json.dumps(s, ensure_ascii=False)) + "\n" for s in samples)
         write(paths.SAMPLES_JSONL, "".join(lines))
         write(paths.SAMPLES_MD, readable(samples, config))
         for path in (paths.SAMPLES_JSONL, paths.SAMPLES_MD):
@@ -67,13 +66,8 @@ def main(config: Config) -> None:
 
 
 def load(folder: Path, config: Config) -> GPT:
-    return load_model(
-        folder,
-        vocab_rows=config.model.vocab_rows,
-        dropout=0.0,
-        attention=config.model.attention,
-        device=runtime.choose_device(config.device),
-    )
+    shape, device = config.model, runtime.choose_device(config.device)
+    return load_model(folder, vocab_rows=shape.vocab_rows, attention=shape.attention, device=device)
 
 
 def continuations(model: GPT, config: Config) -> Iterator[dict[str, Any]]:
@@ -100,18 +94,13 @@ def cost_of_weights(model: GPT, config: Config) -> dict[str, float]:
     """Validation loss by the products of sampling, with fp32 weights and with those set."""
     val = token_files.open_tokens(paths.TOKENS, "val")
     precision = choose_precision(config.sample.precision, next(model.parameters()).device)
-    losses = {}
+    losses, length = {}, config.train.sequence_length
     for weights in ("fp32", config.sample.weights):
         windows = batches.validation_windows(
-            val,
-            batch_size=LOSS_BATCH,
-            sequence_length=config.train.sequence_length,
-            limit=LOSS_TOKENS,
+            val, batch_size=LOSS_BATCH, sequence_length=length, limit=LOSS_TOKENS
         )
-        rows = LOSS_BATCH * config.train.sequence_length
-        losses[f"sample/val_loss_{weights}"] = mean_loss(
-            Decoder(model, precision, weights, rows), windows
-        )
+        decoder = Decoder(model, precision, weights, LOSS_BATCH * length)
+        losses[f"sample/val_loss_{weights}"] = mean_loss(decoder, windows)
     return losses
 
 

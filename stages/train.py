@@ -11,7 +11,9 @@ from functools import partial
 from tqdm import tqdm
 
 from pipeline import paths
-from pipeline.compute.machine import Machine, measure
+from pipeline.compute.precision import Precision, choose_precision
+from pipeline.compute.runtime import choose_device
+from pipeline.compute.throughput import matrix_rate
 from pipeline.config import Config
 from pipeline.diagnostics import debugger, doctor, forecast
 from pipeline.resume import run_folder
@@ -51,16 +53,18 @@ def main(config: Config) -> None:
         newest = checkpoints.newest()
         if where := run_folder.where_to_start(run, newest.step if newest else None, config):
             print(f"train: {where}")
-        machine = measure(config.precision, config.device)  # before shipping takes a core
+        precision = choose_precision(config.precision, choose_device(config.device))
+        rate = matrix_rate(precision)  # before shipping takes a core
         with recording.record("train", config, run.journal) as record:
             record.dataset("tokens", inputs.train.sha256, str(inputs.train.path), "train")
             record.tags({f"digest.{name}": sha256 for name, sha256 in inputs.digests().items()})
-            train(Job(config, inputs, run, checkpoints, record), newest, machine)
+            train(Job(config, inputs, run, checkpoints, record), newest, precision, rate)
         run.share()
 
 
-def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
-    config, record, precision = job.config, job.record, machine.precision
+def train(job: Job, newest: Checkpoint | None, precision: Precision, rate: float) -> None:
+    """Train to the end, where `rate` FLOP/s is what this machine's products reach."""
+    config, record = job.config, job.record
     common.announce("train", precision, record)
     for line in forecast.before_training(config, precision, record, len(job.inputs.train)):
         print(f"train: {line}", flush=True)
@@ -74,7 +78,7 @@ def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
     job.checkpoints.write_models(paths.LAST, paths.MODEL, state, history.best_step)
     record.checkpoint("best", paths.MODEL, history.best_step)
     record.checkpoint("last", paths.LAST, state.step)
-    summary = history.summary(state, machine.matrix_rate)
+    summary = history.summary(state, rate)
     record.metrics(summary, state.step)
     health, verdict = doctor.judge(record, state.step)
     common.write_metrics(paths.METRICS / "train.json", summary | health)

@@ -51,9 +51,3 @@ def hand_back(name: str, tensor: Tensor | None) -> None:
     """
     if tensor is not None and tensor.device.type == "cpu" and tensor.layout is torch.strided:
         _spare.__dict__[name] = tensor.detach()
-
-
-def release() -> None:
-    """Give this thread's buffers back to the allocator."""
-    _kept.__dict__.clear()
-    _spare.__dict__.clear()

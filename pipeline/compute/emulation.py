@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from pipeline.compute.buffers import reused
 
@@ -76,8 +77,20 @@ class EmulatedProducts(TorchDispatchMode):
         positions = OPERANDS.get(func)
         if positions is None or getattr(_thread, "exact", False):
             return func(*args, **kwargs)
-        product = _tf32_product if self.name == "tf32" else _low_product
-        return product(self, func, positions, args, kwargs)
+        given = args[positions[0]].dtype
+        if given not in ((torch.float32,) if self.name == "tf32" else LOW.values()):
+            return func(*args, **kwargs)
+        self.count += 1
+        if self.name == "tf32":
+            args = [round_tf32(a) if i in positions else a for i, a in enumerate(args)]
+            return func(*args, **kwargs)
+        with _noted("rounding"):
+            args, kwargs = tree_map(_widened, (args, kwargs))  # the same values, held in fp32
+        result = func(*args, **kwargs)  # exact products of two low numbers, added up in fp32
+        with _noted("rounding"):
+            if func is FLASH:  # its second result, the sums' logarithm, is for its backward pass
+                return result[0].to(given), result[1]
+            return tree_map(lambda r: r.to(given), result)
 
 
 @contextmanager
@@ -131,29 +144,6 @@ def round_to(x: Tensor, name: str, out: Tensor | None = None) -> Tensor:
             low = reused("rounding", (piece.numel(),), LOW[name], piece.device)
             target.copy_(low.copy_(piece))
     return out
-
-
-def _tf32_product(mode: EmulatedProducts, func: Any, positions: Any, args: Any, kwargs: Any) -> Any:
-    if args[positions[0]].dtype is not torch.float32:
-        return func(*args, **kwargs)
-    mode.count += 1
-    args = [round_tf32(a) if i in positions else a for i, a in enumerate(args)]
-    return func(*args, **kwargs)
-
-
-def _low_product(mode: EmulatedProducts, func: Any, positions: Any, args: Any, kwargs: Any) -> Any:
-    low = args[positions[0]].dtype
-    if low not in LOW.values():
-        return func(*args, **kwargs)
-    mode.count += 1
-    with _noted("rounding"):
-        args = [_widened(a) for a in args]  # the low values themselves, held in fp32
-        kwargs = {key: _widened(a) for key, a in kwargs.items()}
-    result = func(*args, **kwargs)  # exact products of two low numbers, added up in fp32
-    with _noted("rounding"):
-        if func is FLASH:  # its second result, the logarithm of the sums, is for its backward pass
-            return result[0].to(low), result[1]
-        return tuple(r.to(low) for r in result) if isinstance(result, tuple) else result.to(low)
 
 
 def _widened(a: Any) -> Any:

@@ -46,19 +46,12 @@ class Fp8Linear(nn.Linear):
         return linear(x, self.weight, self.bias, emulated=self.emulated)
 
 
-def mark(model: nn.Module, *, emulated: bool) -> None:
-    """Turn the model's linear layers into `Fp8Linear`s, in place; parameters stay as they are."""
+def mark(model: nn.Module, *, fp8: bool, emulated: bool) -> None:
+    """Turn linear layers into `Fp8Linear`s, or back, in place; parameters stay as they are."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
-            layer.__class__ = Fp8Linear
+            layer.__class__ = Fp8Linear if fp8 else nn.Linear
             layer.emulated = emulated
-
-
-def unmark(model: nn.Module) -> None:
-    """Turn them back."""
-    for layer in model.modules():
-        if isinstance(layer, Fp8Linear):
-            layer.__class__ = nn.Linear
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, emulated: bool) -> Tensor:

@@ -84,12 +84,10 @@ class Precision:
     def prepare(self, model: nn.Module) -> None:
         """Have the model's linear layers multiply in this precision, in place.
 
-        To be called once, before the model is used in this precision: fp8 is a property of layers,
-        all other formats are those of `autocast` and `products`.
+        Call it once, before the model is used: fp8 is a property of layers, all other formats are
+        those of `autocast` and `products`.
         """
-        fp8.unmark(model)
-        if self.effective == "fp8":
-            fp8.mark(model, emulated=self.emulated)
+        fp8.mark(model, fp8=self.effective == "fp8", emulated=self.emulated)
 
     def products(self) -> AbstractContextManager[object]:
         """Around the forward and the backward pass; leaves torch's settings as they were."""
@@ -152,7 +150,8 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
 
 def _on_cpu(name: str, device: torch.device) -> tuple[str, str, bool]:
-    if name == "fp32" or _cpu_has(CPU_INSTRUCTIONS[name]):
+    known = _cpu_capabilities()
+    if name == "fp32" or any(known.get(needed) for needed in CPU_INSTRUCTIONS[name]):
         return name, "", False
     if name == "fp8":
         rest = ", emulated as well" if _on_cpu("bf16", device)[2] else ""
@@ -163,10 +162,6 @@ def _on_cpu(name: str, device: torch.device) -> tuple[str, str, bool]:
         f"products accumulate in fp32, results {result} (emulated)"
     )
     return name, reason, True
-
-
-def _cpu_has(instructions: tuple[str, ...]) -> bool:
-    return any(_cpu_capabilities().get(name, False) for name in instructions)
 
 
 def _cpu_capabilities() -> dict[str, bool]:

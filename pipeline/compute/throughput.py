@@ -6,16 +6,15 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import psutil
 import torch
 
-if TYPE_CHECKING:
-    from pipeline.compute.precision import Precision
+from pipeline.compute.precision import Precision
 
 WARM_UP_STEPS = 3  # first steps pay for allocation, compilation and clocks that still rise
 
@@ -98,13 +97,24 @@ def matrix_rate(precision: Precision) -> float:
     device = precision.device
     side = SQUARE.get(device.type, 1024)
     multiply = precision.multiplication(*(torch.randn(side, side, device=device) for _ in range(2)))
+    return 2.0 * side**3 / medians([multiply], device)[0]
+
+
+def medians(calls: list[Callable[[], Any]], device: torch.device) -> list[float]:
+    """Median seconds of each call, after one turn that does not count.
+
+    The calls take turns, so that a machine that slows down slows all of them.
+    """
     watch = Stopwatch(device)
-    seconds = []
-    for _ in range(ROUNDS + 1):
-        watch.start()
-        multiply()
-        seconds.append(watch.stop())
-    return 2.0 * side**3 / statistics.median(seconds[1:])
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(ROUNDS + 1):
+        for call, times in zip(calls, seconds, strict=True):
+            watch.start()
+            call()
+            spent = watch.stop()
+            if turn:
+                times.append(spent)
+    return [statistics.median(times) for times in seconds]
 
 
 def tokens_per_second(step_seconds: list[float], tokens_per_step: int) -> float:

@@ -11,19 +11,17 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.compute import fp8
+from pipeline.compute.precision import Precision
 from pipeline.inference.int8 import Int8Linear
 from pipeline.model.gpt import GPT, KVCache
 from pipeline.model.loss import mean_of, token_losses
-
-if TYPE_CHECKING:
-    from pipeline.compute.precision import Precision
 
 Product = Callable[[Tensor], Tensor]
 
@@ -70,20 +68,19 @@ def product_for(
 ) -> Callable[[Tensor, Tensor | None], Product]:
     """A maker of products from weights (N, K) and a bias (N,) or None.
 
-    int8 takes a quarter of the weights' memory beside the model, bf16, fp16 and fp8 half. In plain
-    fp32 on a CPU, oneDNN multiplies the model's own weights for one row, and for more a copy that
-    it has reordered; where torch comes without oneDNN, a copy of (K, N) serves one row.
+    int8 takes a quarter of the weights' memory beside the model, bf16, fp16 and fp8 half, and
+    oneDNN, in plain fp32 on a CPU, for more than one row all of it.
     """
     dtype = precision.dtype
     if weights == "int8":
         return lambda weight, bias: Int8Linear(weight, bias, dtype)
     if precision.effective == "fp8":
-        return partial(Fp8Linear, precision)
-    if precision.device.type != "cpu" or precision.effective != "fp32":
-        return lambda weight, bias: Linear(weight.to(dtype), bias)
-    if has_onednn():
+        return lambda weight, bias: partial(
+            fp8.linear, weight=weight.to(dtype), bias=bias, emulated=precision.emulated
+        )
+    if precision.device.type == "cpu" and precision.effective == "fp32" and has_onednn():
         return lambda weight, bias: OneDnnLinear(weight, bias, rows)
-    return Linear if rows > 1 else RowLinear
+    return lambda weight, bias: Linear(weight.to(dtype), bias)
 
 
 class Linear:
@@ -94,24 +91,6 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
-
-
-class Fp8Linear(Linear):
-    """`fp8.linear`, from weights that are kept in bf16."""
-
-    def __init__(self, precision: Precision, weight: Tensor, bias: Tensor) -> None:
-        super().__init__(weight.to(precision.dtype), bias)
-        self.emulated = precision.emulated
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return fp8.linear(x, self.weight, self.bias, emulated=self.emulated)
-
-
-class RowLinear(Linear):
-    """A product with weights stored as (K, N): for one row it reads memory in order."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight.t().contiguous().t(), bias)
 
 
 class OneDnnLinear:

@@ -5,41 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from pipeline.compute.precision import Precision
 from pipeline.data.batches import validation_windows
+from pipeline.data.token_files import Tokens
 from pipeline.data.tokenizer import token_byte_lengths
 from pipeline.inference.multiple_choice import multiple_choice
+from pipeline.model.gpt import GPT
 from pipeline.model.loss import mean_loss, token_losses
 from pipeline.published import EOT, VOCAB_SIZE
-
-if TYPE_CHECKING:
-    from pipeline.compute.precision import Precision
-    from pipeline.data.token_files import Tokens
-    from pipeline.model.gpt import GPT
 
 _CHUNK = 1 << 22  # tokens looked at together: bounds memory on a split of any size
 
 
 @dataclass(frozen=True)
 class Context:
-    """How a task runs the model: device, precision, sequences at a time.
+    """How a task runs the model: precision, sequences at a time.
 
     `sequence_length` is the longest context the model is judged at, as a rule the one it was
     trained at: later rows of the position embedding may never have been trained.
     """
 
-    device: torch.device
     precision: Precision
     batch_size: int
     sequence_length: int
 
 
-Task = Callable[["GPT", Any, Context], Iterator[tuple[str, float]]]
+Task = Callable[[GPT, Any, Context], Iterator[tuple[str, float]]]
 
 
 def evaluate(model: GPT, tasks: Mapping[str, Any], context: Context) -> dict[str, float]:
@@ -76,7 +72,7 @@ def validation(model: GPT, tokens: Tokens, context: Context) -> Iterator[tuple[s
         logits = model.logits(hidden[wanted])  # (M, V): one a document, so M is small
         borders += token_losses(logits, targets[wanted]).sum().item()
 
-    loss = mean_loss(model, windows, context.precision, context.device, look)
+    loss = mean_loss(model, windows, context.precision, context.precision.device, look)
     yield "loss", loss
     yield "perplexity", math.exp(loss) if loss < 700 else math.inf  # exp(710) is no double
     nats = loss * (len(tokens) - 1) - borders

@@ -75,24 +75,18 @@ def stream(
     _check_prompt(model, idx, padding)
     if padding is not None and not padding.any():
         padding = None  # the kernels without a mask are faster
-    decoder = _decoder(model, config, len(idx))
-    window = Window(decoder, idx, config, padding)
+    if not isinstance(model, Decoder):
+        precision = choose_precision(config.precision, idx.device)
+        model = Decoder(model, precision, config.weights, len(idx))
+    window = Window(model, idx, config, padding)
     for step in range(config.max_new_tokens):
-        with decoder.computing():
+        with model.computing():
             logits = window.next_logits()  # (B, V)
         if step == 0 and not logits.isfinite().all():  # once: on a GPU each look waits for it
             raise NumericsError("the logits of the prompt are not finite: the weights are broken")
-        column = draw(logits, config, generator)  # (B,)
+        column = choose(logits, config, generator)  # (B,)
         yield column
         window.append(column)
-
-
-def _decoder(model: GPT | Decoder, config: SampleConfig, rows: int) -> Decoder:
-    if isinstance(model, Decoder):
-        return model
-    # mypy reads no torch: to it a Module may be anything, so a Decoder is still possible here.
-    device = _device(model)  # type: ignore[arg-type]
-    return Decoder(model, choose_precision(config.precision, device), config.weights, rows)
 
 
 class Window:
@@ -123,23 +117,19 @@ class Window:
     def next_logits(self) -> Tensor:
         """(B, V): of the tokens after the newest; valid until the next call."""
         cache, start = self._cache, max(0, self._end - self._decoder.config.block_size)
-        if cache is not None:
-            if self._keep and cache.length == self._end - start - 1 > 0:
-                return self._extended(cache, self._tokens[:, self._end - 1 : self._end])
+        if cache is not None and self._keep and cache.length == self._end - start - 1 > 0:
+            start = self._end - 1  # the tokens before it are cached
+            if self._tokens.device.type == "cuda":
+                self._step = self._step or Step(self._decoder, cache)
+                logits = self._step(self._tokens[:, start : self._end], cache.length)
+                cache.length += 1
+                return logits
+        elif cache is not None:
             cache.reset()
             if self._padding is not None:
                 cache.padding = (self._padding - start).clamp(min=0)
         newest = self._decoder.hidden(self._tokens[:, start : self._end], cache)[:, -1]  # (B, C)
         return self._decoder.logits(newest)  # the head is needed once a step
-
-    def _extended(self, cache: KVCache, newest: Tensor) -> Tensor:
-        """Logits (B, V) of a step that adds tokens (B, 1) to what is cached."""
-        if newest.device.type != "cuda":
-            return self._decoder.logits(self._decoder.hidden(newest, cache)[:, -1])
-        self._step = self._step or Step(self._decoder, cache)
-        logits = self._step(newest, cache.length)
-        cache.length += 1
-        return logits
 
 
 def stream_text(
@@ -155,7 +145,8 @@ def stream_text(
     wait for the rest, and bytes that no character completes become U+FFFD. An empty prompt stands
     for the start of a document. Raises as `stream` does.
     """
-    idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [EOT]], device=_device(model))
+    device = model.transformer.wte.weight.device
+    idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [EOT]], device=device)
     characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for column in stream(model, idx, config, generator):
         token = int(column)
@@ -173,22 +164,15 @@ def until_eot(tokens: Sequence[int]) -> list[int]:
     return tokens[: tokens.index(EOT)] if EOT in tokens else tokens
 
 
-def draw(logits: Tensor, config: SampleConfig, generator: Generators) -> Tensor:
-    """Logits (B, V) -> one token each (B,): `choose`, each generator for its part of the rows."""
-    if isinstance(generator, torch.Generator):
-        return choose(logits, config, generator)
-    parts = logits.split(len(logits) // len(generator))
-    return torch.cat(
-        [choose(part, config, own) for part, own in zip(parts, generator, strict=True)]
-    )
-
-
-def choose(logits: Tensor, config: SampleConfig, generator: torch.Generator) -> Tensor:
+def choose(logits: Tensor, config: SampleConfig, generator: Generators) -> Tensor:
     """Logits (B, V) -> one token each (B,): the likeliest at temperature 0, else drawn.
 
-    The draw happens on the generator's device, so that a CPU generator gives one sequence of
-    random numbers whatever the model runs on.
+    Each of several generators draws for its part of the rows. The draw happens on the generator's
+    device, so that one on the CPU gives the same random numbers whatever the model runs on.
     """
+    if not isinstance(generator, torch.Generator):
+        parts = zip(logits.split(len(logits) // len(generator)), generator, strict=True)
+        return torch.cat([choose(part, config, own) for part, own in parts])
     if config.temperature == 0:
         return logits.argmax(dim=-1)
     values, ids = candidates(logits, config.temperature, config.top_k, config.top_p)
@@ -231,7 +215,3 @@ def _check_prompt(model: GPT | Decoder, idx: Tensor, padding: Tensor | None) -> 
     vocabulary, low, high = model.config.vocab_size, int(idx.min()), int(idx.max())
     if low < 0 or high >= vocabulary:
         raise InputError(f"prompt: token ids {low} to {high}, expected 0 to {vocabulary - 1}")
-
-
-def _device(model: GPT) -> torch.device:
-    return model.transformer.wte.weight.device

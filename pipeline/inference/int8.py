@@ -51,11 +51,6 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return whole, scale[:, 0]
 
 
-def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
-    """The fp32 weights (N, K) that int8 ones stand for."""
-    return weight * scale[:, None]
-
-
 def _step(x: Tensor) -> Tensor:
     """(N, K) -> (N, 1): what one unit is worth if the largest number of a row is 127 of them."""
     smallest = torch.finfo(torch.float32).tiny  # a row of zeros stays zeros

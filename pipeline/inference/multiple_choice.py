@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.data import text_files
 from pipeline.data.tokenizer import encode, gpt2
@@ -62,17 +63,14 @@ def multiple_choice(
         return
     nats = ending_nats(model, items, context)  # (N, 4)
     tokens = np.array([[len(ending) for ending in item.endings] for item in items])
-    characters = np.array([[_characters(ending) for ending in item.endings] for item in items])
+    texts = [[gpt2().decode(ending) for ending in item.endings] for item in items]
+    characters = np.array([[len(text.removeprefix(" ")) for text in four] for four in texts])
     labels = np.array([item.label for item in items])
     scored = {"acc": nats, "acc_norm": nats / characters, "acc_per_token": nats / tokens}
     for name, scores in scored.items():
         share = float((scores.argmin(axis=1) == labels).mean())
         yield name, share
         yield f"{name}_stderr", math.sqrt(share * (1 - share) / len(items))
-
-
-def _characters(ending: tuple[int, ...]) -> int:
-    return len(gpt2().decode(ending).removeprefix(" "))
 
 
 def ending_nats(model: GPT, items: Sequence[Choice], context: Context) -> np.ndarray:
@@ -86,11 +84,17 @@ def ending_nats(model: GPT, items: Sequence[Choice], context: Context) -> np.nda
     check_endings(items, context.sequence_length)
     nats = np.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]) + len(rows[row][1]))
-    with evaluating(model):
-        for first in range(0, len(rows), context.batch_size):
-            batch = order[first : first + context.batch_size]
-            x, y = _pad([rows[row] for row in batch], context.sequence_length)
-            nats[batch] = _row_nats(model, x, y, context)
+    precision = context.precision
+    for first in range(0, len(rows), context.batch_size):
+        batch = order[first : first + context.batch_size]
+        padded = _pad([rows[row] for row in batch], context.sequence_length)
+        x, y = (ids.to(precision.device) for ids in padded)
+        wanted = y != IGNORE  # (B, T): the head sees these places only
+        with evaluating(model), precision.products(), precision.autocast():
+            logits = model.logits(model.hidden(x)[wanted])  # (M, V)
+            losses = token_losses(logits, y[wanted])  # (M,)
+        owners = wanted.nonzero()[:, 0].cpu().numpy()
+        nats[batch] = np.bincount(owners, weights=losses.cpu().numpy(), minlength=len(batch))
     return nats.reshape(len(items), -1)
 
 
@@ -111,25 +115,12 @@ def _pad(
 
     Padding is on the right, where no earlier token sees it; only endings are targets.
     """
-    texts = [[*start, *ending][-(sequence_length + 1) :] for start, ending in rows]
-    width = max(map(len, texts)) - 1
-    x = torch.zeros(len(rows), width, dtype=torch.int64)
-    y = torch.full((len(rows), width), IGNORE)
-    for row, (text, (_, ending)) in enumerate(zip(texts, rows, strict=True)):
-        x[row, : len(text) - 1] = torch.tensor(text[:-1])
-        y[row, len(text) - 1 - len(ending) : len(text) - 1] = torch.tensor(ending)
-    return x, y
-
-
-def _row_nats(model: GPT, x: Tensor, y: Tensor, context: Context) -> np.ndarray:
-    """(B,) float64: each row's loss summed over its targets. The head sees target places only."""
-    x, y = x.to(context.device), y.to(context.device)
-    wanted = y != IGNORE  # (B, T)
-    with context.precision.products(), context.precision.autocast():
-        logits = model.logits(model.hidden(x)[wanted])  # (M, V)
-        losses = token_losses(logits, y[wanted])  # (M,)
-    owners = wanted.nonzero()[:, 0].cpu().numpy()
-    return np.bincount(owners, weights=losses.cpu().numpy(), minlength=len(x))
+    x, y = [], []
+    for start, ending in rows:
+        text = [*start, *ending][-(sequence_length + 1) :]
+        x.append(torch.tensor(text[:-1]))
+        y.append(torch.tensor([IGNORE] * (len(text) - 1 - len(ending)) + list(ending)))
+    return pad_sequence(x, True), pad_sequence(y, True, IGNORE)
 
 
 # --- items

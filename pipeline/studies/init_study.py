@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.compute.precision import choose_precision
 from pipeline.compute.runtime import generator
+from pipeline.config import InitConfig
 from pipeline.model.gpt import GPT
 from pipeline.model.init import initialize
 from pipeline.model.loss import linear_cross_entropy
 from pipeline.tables import markdown
-
-if TYPE_CHECKING:
-    from pipeline.config import InitConfig
 
 ADDS, WIDTH = 100, 768  # of the note's experiment
 PROBE = (2, 64)  # sequences and tokens that a model is measured on
@@ -159,9 +158,7 @@ def growth(twins: list[Measured], residual_scale: bool) -> float | None:
     ]
     if len(points) < 2:
         return None
-    x, y = (torch.tensor(side, dtype=torch.float64) for side in zip(*points, strict=True))
-    x = x - x.mean()
-    return ((x * (y - y.mean())).sum() / (x * x).sum()).item()
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 def page(study: InitStudy) -> str:

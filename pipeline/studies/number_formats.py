@@ -19,7 +19,6 @@ DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-TF32_EPSILON = 2.0**-10  # `_probed_tf32` finds the same in what rounds operands
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,8 @@ def round_to_format(x: Tensor, name: str) -> Tensor:
     e4m3, which has no infinity, NaN.
     """
     dtype = DTYPES[name]
-    if x.dtype is torch.float64:
-        rounded = _round_double(x, name)
-    elif dtype is None:
-        rounded = round_tf32(x.float()).to(x.dtype)
-    else:
-        rounded = x.float().to(dtype).to(x.dtype)
+    single = _to_odd(x) if x.dtype is torch.float64 and dtype is not torch.float32 else x.float()
+    rounded = (round_tf32(single) if dtype is None else single.to(dtype)).to(x.dtype)
     if dtype is torch.float8_e4m3fn:  # some versions of torch saturate here, others do not
         info = torch.finfo(dtype)
         half_a_gap = info.eps * 2.0 ** math.floor(math.log2(info.max)) / 2
@@ -71,30 +66,15 @@ def round_to_format(x: Tensor, name: str) -> Tensor:
     return rounded
 
 
-def _round_double(x: Tensor, name: str) -> Tensor:
-    """`round_to_format` of fp64 without a stop at fp32, which would round a second time."""
-    info = torch.finfo(DTYPES[name] or torch.float32)
-    epsilon = TF32_EPSILON if DTYPES[name] is None else info.eps
-    # x = m 2^k with m in [0.5, 1). The numbers around it lie epsilon 2^(k - 1) apart, below the
-    # smallest normal one as far apart as there. Powers of two scale without rounding.
-    ends = (round(math.log2(info.smallest_normal)), math.floor(math.log2(info.max)) + 1)
-    gap = torch.frexp(x).exponent.sub(1).clamp(*ends) + round(math.log2(epsilon))
-    scaled = x * _power_of_two(-gap)
-    if DTYPES[name] is None:
-        whole = scaled.trunc()
-        steps = whole + torch.copysign(((scaled - whole).abs() >= 0.5).double(), x)
-    else:
-        steps = scaled.round()
-    rounded = steps * _power_of_two(gap)
-    largest = (2 - epsilon) * 2.0 ** math.floor(math.log2(info.max))
-    if DTYPES[name] is not torch.float8_e4m3fn:  # whose code for its last number means NaN
-        rounded = torch.where(rounded.abs() > largest, x.sign() * math.inf, rounded)
-    return torch.where(x.isfinite(), rounded, x)
+def _to_odd(x: Tensor) -> Tensor:
+    """fp64 `x` in fp32, cut off and with a last bit of 1 wherever that is not exact.
 
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent in fp64, of whole numbers from -1022 to 1023; `torch.ldexp` goes through fp32."""
-    return (exponent.long() + 1023).bitwise_left_shift(52).view(torch.float64)
+    Rounding that to a format with fewer bits is as rounding `x` once (Boldo and Melquiond 2008).
+    """
+    single = x.float()
+    back = single.double()
+    cut_off = single.view(torch.int32) - (back.abs() > x.abs()).int()
+    return (cut_off | (back != x).int()).view(torch.float32)
 
 
 def page(known: list[Format]) -> str:
@@ -105,12 +85,10 @@ def page(known: list[Format]) -> str:
         + (f.largest, f.smallest_normal, f.epsilon)
         for f in known
     ]
-    by_name = {f.name: f for f in known}
-    tf32 = by_name["tf32"]
-    range_like = [f.name for f in known if f.exponent_bits == tf32.exponent_bits and f is not tf32]
-    precise_like = [
-        f.name for f in known if f.mantissa_bits == tf32.mantissa_bits and f is not tf32
-    ]
+    tf32 = next(f for f in known if f.name == "tf32")
+    others = [f for f in known if f is not tf32]
+    range_like = [f.name for f in others if f.exponent_bits == tf32.exponent_bits]
+    precise_like = [f.name for f in others if f.mantissa_bits == tf32.mantissa_bits]
     return (
         "# Number formats\n\n"
         f"tf32 has the exponent bits, hence the range, of {' and '.join(range_like)}, and the "

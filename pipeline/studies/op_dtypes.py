@@ -13,8 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,32 +22,21 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.compute.emulation import LOW, OPERANDS, rounding
 from pipeline.studies import tiny
-from pipeline.studies.number_formats import round_to_format
+from pipeline.studies.number_formats import DTYPES, round_to_format
 from pipeline.tables import markdown
-from pipeline.training.loop import fit
+from pipeline.training.loop import StepReport, fit
+from pipeline.training.training_step import TrainState
 
-if TYPE_CHECKING:
-    from pipeline.compute.precision import Precision
-    from pipeline.training.loop import StepReport
-    from pipeline.training.training_step import TrainState
-
-NAMES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float8_e4m3fn: "fp8_e4m3",
-    torch.float8_e5m2: "fp8_e5m2",
-}
+NAMES = {torch.float64: "fp64"} | {dtype: name for name, dtype in DTYPES.items() if dtype}
 NO_WORK = ("empty_like", "zeros_like", "ones_like", "_unsafe_view")  # they read no value
 FP8 = ("fp8_e4m3", "fp8_e5m2")  # the narrower range first
 SAMPLE = 1 << 16  # values of an operand that are looked at
 
+STEP, BESIDE = "optimizer", "scaling and clipping"  # places of the update
 COLUMNS = ("phase", "where", "operation", "mode", "kernel", "calls")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Calls of one operation in one place. Formats read "operands -> result"."""
 
     phase: str  # forward, backward or update
@@ -79,55 +67,46 @@ MATRIX_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "dot", "addm
 class Watch(TorchDispatchMode):
     """Counts the operations of one training step by place and format, and changes none.
 
-    Entered around the step, hence outside every mode that the step enters itself: it sees what
-    is left for the kernels. `first_of` does so for a loop's first step.
+    `first_of` enters it around the step, hence outside every mode that the step enters itself: it
+    sees what is left for the kernels.
     """
 
     def __init__(self, state: TrainState) -> None:
         super().__init__()
         self.state = state
-        self.precision: Precision = state.precision
+        self.precision = state.precision
         self.rows: Counter[Row] = Counter()
         self.tensors: dict[str, Counter[str]] = {}
-        self._places: list[str] = []
+        self._places = [BESIDE]
         self._gradients: dict[nn.Parameter, torch.dtype] = {}
-        self._in_optimizer = False
         self._kept: tuple[str, Tensor] | None = None
-        self._hooks = ExitStack()
 
     def first_of(self, reports: Iterator[StepReport]) -> Iterator[StepReport]:
         """The reports of a training loop, its first step watched."""
-        with self:
-            first = next(reports)
+        state = self.state
+        self._note("parameters before", _dtypes(state.model.parameters()))
+        with ExitStack() as hooks:
+            hooks.callback(setattr, state, "loss_function", state.loss_function)
+            state.loss_function = self._forward
+            for name, module in state.model.named_modules():
+                if not isinstance(module, nn.ModuleDict | nn.ModuleList) and name:
+                    place = re.sub(r"\.\d+\b", ".*", name.removeprefix("transformer."))
+                    self._follow(place, module, hooks)
+            for parameter in state.model.parameters():
+                hook = parameter.register_post_accumulate_grad_hook(self._after_gradient)
+                hooks.enter_context(hook)
+            optimizer, places = state.optimizer, self._places
+            hooks.enter_context(optimizer.register_step_pre_hook(lambda *_: places.append(STEP)))
+            hooks.enter_context(optimizer.register_step_post_hook(lambda *_: places.pop()))
+            with self:
+                first = next(reports)
         self._look_at_the_state()
         yield first
         yield from reports
 
-    def __enter__(self) -> Watch:
-        state = self.state
-        self._loss_function, state.loss_function = state.loss_function, self._forward
-        for name, module in state.model.named_modules():
-            if not isinstance(module, nn.ModuleDict | nn.ModuleList) and name:
-                self._follow(re.sub(r"\.\d+\b", ".*", name.removeprefix("transformer.")), module)
-        for parameter in state.model.parameters():
-            noted = parameter.register_post_accumulate_grad_hook(self._after_gradient)
-            self._hooks.callback(noted.remove)
-        before = state.optimizer.register_step_pre_hook(self._before_update)
-        after = state.optimizer.register_step_post_hook(self._after_update)
-        self._hooks.callback(before.remove)
-        self._hooks.callback(after.remove)
-        self._note("parameters before", _dtypes(state.model.parameters()))
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._hooks.close()
-        self.state.loss_function = self._loss_function
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        operands = _floats([args, kwargs])
-        returned = _floats([result])
+        operands, returned = _floats([args, kwargs]), _floats([result])
         views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
         name = func.overloadpacket.__name__
         idle = views or name in NO_WORK or rounding()
@@ -160,9 +139,8 @@ class Watch(TorchDispatchMode):
             node = torch._C._current_autograd_node()
             name = node.name().rpartition("::")[2] if node else "autograd"
             return "backward", re.sub(r"Backward\d*$", "", name)
-        if self._places:
-            return "forward", self._places[-1]
-        return "update", "optimizer" if self._in_optimizer else "scaling and clipping"
+        place = self._places[-1]
+        return "update" if place in (STEP, BESIDE) else "forward", place
 
     def _forward(self, x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
         """The loss, where it is known that this is the forward pass, inside the context."""
@@ -173,7 +151,7 @@ class Watch(TorchDispatchMode):
         finally:
             self._places.pop()
 
-    def _follow(self, place: str, module: nn.Module) -> None:
+    def _follow(self, place: str, module: nn.Module, hooks: ExitStack) -> None:
         def enter(*_: Any) -> None:
             self._places.append(place)
 
@@ -185,18 +163,12 @@ class Watch(TorchDispatchMode):
             if output.dtype in LOW.values() and not self._kept:
                 self._kept = (place, output.detach())
 
-        self._hooks.callback(module.register_forward_pre_hook(enter).remove)
-        self._hooks.callback(module.register_forward_hook(leave).remove)
+        hooks.enter_context(module.register_forward_pre_hook(enter))
+        hooks.enter_context(module.register_forward_hook(leave))
 
     def _after_gradient(self, parameter: nn.Parameter) -> None:
         """Seen here, since the optimizer may never be called: in fp16 a step may be skipped."""
         self._gradients[parameter] = parameter.grad.dtype
-
-    def _before_update(self, *_: Any) -> None:
-        self._in_optimizer = True
-
-    def _after_update(self, *_: Any) -> None:
-        self._in_optimizer = False
 
     def _look_at_the_state(self) -> None:
         self._note("gradients (.grad)", self._gradients.values())
@@ -216,10 +188,8 @@ class Watch(TorchDispatchMode):
         p = self.precision
         head = (
             f"# Which operation ran in what\n\nPrecision asked {p.asked}, effective {p.effective}, "
-            f"on {p.device.type}" + (f": {p.reason}" if p.reason else "") + ".\n"
-        )
-        head += (
-            "\nMode: the format that the precision means; kernel: the dtypes that the kernel got. "
+            f"on {p.device.type}" + (f": {p.reason}" if p.reason else "") + ".\n\n"
+            "Mode: the format that the precision means; kernel: the dtypes that the kernel got. "
             "The loss makes the head's gradients in its forward pass, so these stand there.\n"
         )
         parts = [head, *(f"\n{sentence}\n" for sentence in self.sentences())]
@@ -233,10 +203,7 @@ class Watch(TorchDispatchMode):
 
     def cells(self) -> list[tuple[str, str, str, str, str, int]]:
         """One tuple of COLUMNS for every row, in the order of first calls."""
-        return [
-            (row.phase, row.where, row.operation, row.mode, row.kernel, calls)
-            for row, calls in self.rows.items()
-        ]
+        return [(*row, calls) for row, calls in self.rows.items()]
 
     def sentences(self) -> list[str]:
         """Leaving autocast, and the gradients' formats: as this step had them."""
@@ -266,8 +233,7 @@ def watched(precision: str, device: torch.device) -> Watch:
     """A watch that has seen the first step of the tiny training in this precision."""
     state = tiny.state(precision, device)
     watch = Watch(state)
-    for _ in watch.first_of(fit(state, tiny.TRAIN, tiny.batches)):
-        pass
+    list(watch.first_of(fit(state, tiny.TRAIN, tiny.batches)))
     return watch
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pipeline.compute.precision import PRECISIONS, Precision, choose_precision
 from pipeline.compute.runtime import generator
-from pipeline.compute.throughput import SQUARE, Stopwatch
+from pipeline.compute.throughput import SQUARE, medians
 from pipeline.tables import markdown
 
 PRODUCT_COLUMNS = ("product", "shape", "mode", "in effect", "error", "ms", "GFLOP/s", "of fp32")
@@ -27,7 +27,6 @@ OPERATION_COLUMNS = (
     *("of its roof", "MB moved", "ms", "of it the call"),
 )
 
-ROUNDS = 5  # modes take turns, so that a machine that slows down slows all of them
 REFERENCE_ROWS = 64  # of a product are made again in float64
 CPU_FLOPS = 3e9  # most of one product on a CPU; its rows are cut, and the table says how many
 RESULT_BYTES = 1 << 29  # of one fp32 result, on any device: a small GPU is to do it, too
@@ -57,68 +56,38 @@ class Shape:
         read = self.rows * self.inner + self.inner * self.columns
         return float(self.batch) * (operand * read + result * self.rows * self.columns)
 
+    def mode(self, precision: Precision) -> Precision:
+        """The precision of this very product."""
+        return precision if self.linear else precision.of_the_rest()
+
 
 @dataclass(frozen=True)
-class Work:
-    """Something timed. `rate` is in FLOP/s, `intensity` in FLOP/byte."""
+class Operation:
+    """An operation of the model, timed in fp32 on one tensor of this shape."""
 
     seconds: float
     bytes_moved: float
-
-    if TYPE_CHECKING:  # each is a field of one kind of work and may be a property of another
-
-        @property
-        def name(self) -> str: ...
-        @property
-        def shape(self) -> object: ...
-        @property
-        def flops(self) -> float: ...
+    name: str
+    shape: Any
+    flops: float
 
     @property
     def rate(self) -> float:
+        """FLOP/s."""
         return self.flops / self.seconds
 
     @property
     def intensity(self) -> float:
+        """FLOP/byte."""
         return self.flops / self.bytes_moved
 
 
 @dataclass(frozen=True)
-class Operation(Work):
-    """An operation of the model that is no product, in fp32, on one tensor of this shape."""
+class Product(Operation):
+    """One of the model's products, of a `Shape`, in one mode."""
 
-    name: str
-    shape: tuple[int, ...]
-    flops: float
-
-
-@dataclass(frozen=True)
-class Product(Work):
-    """One of the model's products in one mode."""
-
-    shape: Shape
     precision: Precision
     error: float  # relative, norm by norm, against float64
-
-    @property
-    def name(self) -> str:
-        return self.shape.name
-
-    @property
-    def mode(self) -> Precision:
-        """The precision of this very product."""
-        return self.precision if self.shape.linear else self.precision.of_the_rest()
-
-    @property
-    def flops(self) -> float:
-        return self.shape.flops
-
-
-def _share(work: Work, roofline: Roofline, mode: str) -> float:
-    """Share of the roof that bounds the work: the bandwidth, or the mode's peak rate."""
-    if roofline.bound(work.intensity, mode) == "memory":
-        return work.bytes_moved / work.seconds / roofline.bandwidth
-    return work.rate / roofline.rates[mode]
 
 
 @dataclass(frozen=True)
@@ -144,59 +113,46 @@ class Roofline:
     def bound(self, intensity: float, mode: str) -> str:
         return "memory" if intensity < self.ridge(mode) else "compute"
 
+    def speed(self, product: Product) -> float:
+        """How many times as fast as the same product in fp32."""
+        (plain,) = (p for p in self.in_mode("fp32") if p.shape == product.shape)
+        return plain.seconds / product.seconds
+
+    def in_mode(self, mode: str) -> list[Product]:
+        return [p for p in self.products if p.precision.asked == mode]
+
     def speed_and_error(self) -> dict[str, tuple[float, float]]:
         """{mode: (speed relative to fp32, relative error)}, medians over the model's products."""
-        by_mode: dict[str, list[Product]] = {}
-        for product in self.products:
-            by_mode.setdefault(product.precision.asked, []).append(product)
-        plain = by_mode["fp32"]
         return {
             mode: (
-                statistics.median(
-                    base.seconds / p.seconds for base, p in zip(plain, own, strict=True)
-                ),
-                statistics.median(p.error for p in own),
+                statistics.median(map(self.speed, self.in_mode(mode))),
+                statistics.median(p.error for p in self.in_mode(mode)),
             )
-            for mode, own in by_mode.items()
+            for mode in self.rates
         }
 
     def product_rows(self) -> list[tuple[Any, ...]]:
         """One tuple of PRODUCT_COLUMNS for each product in each mode."""
-        base = {p.shape: p.seconds for p in self.products if p.precision.asked == "fp32"}
-        return [
-            (
-                p.name,
-                str(p.shape),
-                p.precision.asked,
-                p.mode.effective + (" emulated" if p.mode.emulated else ""),
-                p.error,
-                p.seconds * 1e3,
-                p.rate / 1e9,
-                base[p.shape] / p.seconds,
-            )
-            for p in self.products
-        ]
+        rows = []
+        for p in self.products:
+            mode = p.shape.mode(p.precision)
+            effective = mode.effective + (" emulated" if mode.emulated else "")
+            place = (p.name, str(p.shape), p.precision.asked, effective)
+            rows.append((*place, p.error, p.seconds * 1e3, p.rate / 1e9, self.speed(p)))
+        return rows
 
     def operation_rows(self) -> list[tuple[Any, ...]]:
         """One tuple of OPERATION_COLUMNS for each operation, and for each product in fp32."""
-        return [
-            (
-                f.name,
-                str(f.shape),
-                f.intensity,
-                self.bound(f.intensity, "fp32"),
-                f.rate / 1e9,
-                f.bytes_moved / f.seconds / 1e9,
-                _share(f, self, "fp32"),
-                f.bytes_moved / 1e6,
-                f.seconds * 1e3,
-                round(min(1.0, self.call_seconds / f.seconds), 3),
+        rows = []
+        for f in (*self.operations, *self.in_mode("fp32")):
+            bound, moved = self.bound(f.intensity, "fp32"), f.bytes_moved / f.seconds
+            share = moved / self.bandwidth if bound == "memory" else f.rate / self.rates["fp32"]
+            of_it_the_call = round(min(1.0, self.call_seconds / f.seconds), 3)
+            rows.append(
+                (f.name, str(f.shape), f.intensity, bound, f.rate / 1e9, moved / 1e9, share)
+                + (f.bytes_moved / 1e6, f.seconds * 1e3, of_it_the_call)
             )
-            for f in (
-                *self.operations,
-                *(p for p in self.products if p.precision.asked == "fp32"),
-            )
-        ]
+        return rows
 
     def products_page(self) -> str:
         """Markdown: error and time of every product in every mode."""
@@ -271,7 +227,7 @@ def measure(model_shapes: list[Shape], device: torch.device, device_name: str) -
         [p for shape in model_shapes for p in _timed_products(fitted(shape, device), own)],
         list(_timed_operations(model_shapes[-1], device)),
         tuple(f"{mode.asked}: {mode.reason}" for mode in modes if mode.reason),
-        _medians([lambda: one.add_(one)], device)[0],
+        medians([lambda: one.add_(one)], device)[0],
     )
 
 
@@ -283,7 +239,7 @@ def bandwidth(device: torch.device) -> float:
     """
     count = STREAM_BYTES.get(device.type, 1 << 28) // 4
     a, b = (torch.ones(count, device=device) for _ in range(2))
-    (seconds,) = _medians([lambda: a.add_(b)], device)
+    (seconds,) = medians([lambda: a.add_(b)], device)
     return 3 * 4 * count / seconds
 
 
@@ -302,14 +258,14 @@ def _timed_products(shape: Shape, precisions: list[Precision]) -> list[Product]:
     lead = (shape.batch,) if shape.batch > 1 else ()
     a, b = (torch.randn(*lead, *size, generator=chance).to(device) for size in sizes)
     # Operands have the mode's format already: autocast casts a weight once, not a product.
-    modes = [p if shape.linear else p.of_the_rest() for p in precisions]
+    modes = [shape.mode(p) for p in precisions]
     calls = [mode.multiplication(a, b) for mode in modes]
     errors = [relative_error(call(), a, b) for call in calls]
     # An emulated product moves fp32 numbers, whatever format their values are in.
     moved = [shape.bytes_moved(p.operand_bytes, p.result_bytes) for p in modes]
-    times = _medians(calls, device)
+    times = medians(calls, device)
     return [
-        Product(seconds, bytes_moved, shape, precision, error)
+        Product(seconds, bytes_moved, shape.name, shape, shape.flops, precision, error)
         for seconds, bytes_moved, precision, error in zip(
             times, moved, precisions, errors, strict=True
         )
@@ -344,20 +300,6 @@ def _timed_operations(head: Shape, device: torch.device) -> Iterator[Operation]:
     ]
     for name, call, on, flops, moved in listed:
         with torch.no_grad():
-            (seconds,) = _medians([call], device)
+            (seconds,) = medians([call], device)
         n = on.numel()
         yield Operation(seconds, 4.0 * moved * n, name, tuple(on.shape), float(flops * n))
-
-
-def _medians(calls: list[Callable[[], Any]], device: torch.device) -> list[float]:
-    """Median seconds of each call, the calls taking turns, after one turn that does not count."""
-    watch = Stopwatch(device)
-    seconds: list[list[float]] = [[] for _ in calls]
-    for turn in range(ROUNDS + 1):
-        for call, times in zip(calls, seconds, strict=True):
-            watch.start()
-            call()
-            spent = watch.stop()
-            if turn:
-                times.append(spent)
-    return [statistics.median(times) for times in seconds]

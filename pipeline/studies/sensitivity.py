@@ -89,8 +89,7 @@ def measured(operation: str, case: Case, name: str, device: torch.device) -> Sen
     changed, kept = case.operands[: case.rounded], case.operands[case.rounded :]
     low = [round_to_format(x, name) for x in changed]
     rounded = relative_error(case.function(*low, *kept), exact)
-    kernel = _kernel(case, name, device)
-    running = _accumulated(case.terms(*low, *kept), name) if case.terms else None
+    kernel = _kernel(case, low, DTYPES[name], device)
     held = round_to_format(exact, name)
     return Sensitivity(
         operation,
@@ -98,7 +97,7 @@ def measured(operation: str, case: Case, name: str, device: torch.device) -> Sen
         rounded,
         rounded / unit_roundoff(name),
         None if kernel is None else relative_error(kernel, exact),
-        None if running is None else relative_error(running, exact),
+        relative_error(_accumulated(case.terms(*low, *kept), name), exact) if case.terms else None,
         (~held.isfinite() | ((held == 0) & (exact != 0))).double().mean().item(),
     )
 
@@ -123,6 +122,10 @@ def page(rows: list[Sensitivity]) -> str:
     verdict = "So it is here." if ratio > 2 else "The numbers here do not bear that out."
     low = next(s for s in rows if (s.operation, s.format) == ("matmul", "bf16"))
     kernel = f", torch's kernel {low.kernel:.1%}" if low.kernel is not None else ""
+    ranges = "; ".join(
+        f"{op} " + " by ".join(f"{x.min():.3g} to {x.max():.3g}" for x in c.operands[: c.rounded])
+        for op, c in cases().items()
+    )
     columns = (
         *("operation", "format", "operands rounded", "amplification", "kernel"),
         *("accumulated in it", "results lost"),
@@ -134,7 +137,7 @@ def page(rows: list[Sensitivity]) -> str:
         + ", ".join(f"{value:.2f} in {op}" for op, value in amplified.items())
         + f': exponentials suffer {ratio:.1f} times as much as products. "Products are '
         f'insensitive, exponentials are not": {verdict}\n\n'
-        f"Operands that were rounded: {_ranges()}. The relative error of exp(x) is that of x times "
+        f"Operands that were rounded: {ranges}. The relative error of exp(x) is that of x times "
         "x, so this figure follows from the exponents: smaller ones suffer less, larger ones "
         "more.\n\n"
         f"What a product does not bear is an accumulator in the format: in bf16 its error is "
@@ -144,28 +147,16 @@ def page(rows: list[Sensitivity]) -> str:
     )
 
 
-def _ranges() -> str:
-    """From where to where the rounded operands of every operation go."""
-
-    def ends(x: Tensor) -> str:
-        return f"{x.min().item():.3g} to {x.max().item():.3g}"
-
-    return "; ".join(
-        f"{name} " + " by ".join(ends(x) for x in case.operands[: case.rounded])
-        for name, case in cases().items()
-    )
-
-
-def _kernel(case: Case, name: str, device: torch.device) -> Tensor | None:
+def _kernel(
+    case: Case, low: list[Tensor], dtype: torch.dtype | None, device: torch.device
+) -> Tensor | None:
     """The result of torch's kernel for tensors of this dtype, in float64; None if it has none."""
-    dtype = DTYPES[name]
     if dtype is None:
         return None
-    changed, kept = case.operands[: case.rounded], case.operands[case.rounded :]
     try:
         result = case.function(
-            *(round_to_format(x, name).to(dtype).to(device) for x in changed),
-            *(x.to(device) for x in kept),
+            *(x.to(dtype).to(device) for x in low),
+            *(x.to(device) for x in case.operands[case.rounded :]),
         )
     except (RuntimeError, TypeError) as error:
         if _is_missing(error):

@@ -222,10 +222,10 @@ def test_the_compiler_takes_the_products_in_one_graph(model) -> None:
     compiled = torch.compile(
         lambda x: block(x, 0, None), backend="aot_eager", fullgraph=True, dynamic=False
     )
-    fp8.mark(block, emulated=False)
+    fp8.mark(block, fp8=True, emulated=False)
     expected = block(x, 0, None)
     torch.testing.assert_close(compiled(x), expected)
-    fp8.unmark(block)
+    fp8.mark(block, fp8=False, emulated=False)
     plain = compiled(x)
     assert not torch.equal(plain, expected), "without marks the same function is fp32's"
     torch.testing.assert_close(plain, block(x, 0, None))

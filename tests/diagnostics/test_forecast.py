@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.compute import precision
-from pipeline.compute.buffers import release
 from pipeline.diagnostics import forecast
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.training import loop, training_step
 from tests.conftest import ROOT
 from tests.helpers import stand_in
+from tests.helpers.memory import release
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WIDE = {"n_head": 2, "block_size": 64, "vocab_size": 97, "vocab_rows": 128}

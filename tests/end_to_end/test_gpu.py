@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -274,10 +274,15 @@ def test_tokens_by_a_graph_are_those_without(device, temperature: float, monkeyp
     found = continued(device, config)
     assert len(captured) == 1
 
-    def eagerly(window: generation.Window, cache: KVCache, newest: torch.Tensor) -> torch.Tensor:
-        return window._decoder.logits(window._decoder.hidden(newest, cache)[:, -1])
+    def eagerly(decoder: decoding.Decoder, cache: KVCache) -> Callable[..., torch.Tensor]:
+        def step(newest: torch.Tensor, column: int) -> torch.Tensor:
+            logits = decoder.logits(decoder.hidden(newest, cache)[:, -1])
+            cache.length = column  # the window counts the token
+            return logits
 
-    monkeypatch.setattr(generation.Window, "_extended", eagerly)
+        return step
+
+    monkeypatch.setattr(generation, "Step", eagerly)
     assert continued(device, config) == found and len(captured) == 1
 
 

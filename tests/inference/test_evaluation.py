@@ -68,7 +68,7 @@ def few_tokens(count: int = 100) -> Tokens:
 
 
 def at(batch_size: int = 4, sequence_length: int = BLOCK, precision: str = "fp32") -> Context:
-    return Context(CPU, choose_precision(precision, CPU), batch_size, sequence_length)
+    return Context(choose_precision(precision, CPU), batch_size, sequence_length)
 
 
 # --- validation

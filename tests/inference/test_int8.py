@@ -8,11 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.inference import int8
-from pipeline.inference.int8 import Int8Linear, dequantize, exact_kernel, quantize
+from pipeline.inference.int8 import Int8Linear, exact_kernel, quantize
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """The fp32 weights (N, K) that int8 ones stand for."""
+    return weight * scale[:, None]
 
 
 def product(weight: Tensor, bias: Tensor | None, *, kernel: bool) -> Int8Linear:

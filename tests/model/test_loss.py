@@ -9,6 +9,7 @@ from pipeline.compute.emulation import EmulatedProducts
 from pipeline.compute.precision import PRECISIONS, Precision, choose_precision
 from pipeline.model import loss as loss_module
 from pipeline.model.loss import IGNORE, linear_cross_entropy, token_losses
+from tests.helpers.memory import release
 
 ROWS, VOCAB, WIDTH, TOKENS = 104, 100, 16, 24
 CPU = torch.device("cpu")
@@ -237,7 +238,7 @@ def test_without_a_need_for_gradients_only_the_loss_is_computed(case, monkeypatc
 
 
 def test_training_works_after_evaluation_in_inference_mode(case):
-    buffers.release()
+    release()
     with torch.inference_mode():
         linear_cross_entropy(*case, FP32, vocab_size=VOCAB)
     measured(linear_cross_entropy, *case)
@@ -271,5 +272,5 @@ def test_a_second_call_maps_no_new_buffer(case):
     kept = {key: buffer.data_ptr() for key, buffer in buffers._kept.__dict__.items()}
     measured(linear_cross_entropy, *(x[:9] if i != 1 else x for i, x in enumerate(case)))
     assert {k: b.data_ptr() for k, b in buffers._kept.__dict__.items()} == kept
-    buffers.release()
+    release()
     assert not buffers._kept.__dict__

@@ -34,7 +34,8 @@ def found() -> Roofline:
 
 def product(mode: str, flops_a_byte: float, seconds: float = 1.0, error: float = 0.0) -> Product:
     shape = Shape("p", 10, 10, 10)
-    return Product(seconds, shape.flops / flops_a_byte, shape, choose_precision(mode, CPU), error)
+    moved, precision = shape.flops / flops_a_byte, choose_precision(mode, CPU)
+    return Product(seconds, moved, "p", shape, shape.flops, precision, error)
 
 
 def test_the_shapes_are_those_of_the_models_own_products() -> None:
@@ -60,7 +61,7 @@ def test_flops_and_bytes_of_a_product_by_hand() -> None:
 @pytest.fixture
 def one_second(monkeypatch):
     """Whatever is timed takes a second."""
-    monkeypatch.setattr(roofline, "_medians", lambda calls, device: [1.0 for _ in calls])
+    monkeypatch.setattr(roofline, "medians", lambda calls, device: [1.0 for _ in calls])
 
 
 def test_flops_and_bytes_of_every_operation_by_hand(one_second) -> None:
@@ -99,7 +100,7 @@ def test_the_operations_compute_what_they_are_called() -> None:
         return [1.0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roofline, "_medians", kept)
+        patch.setattr(roofline, "medians", kept)
         names = [f.name for f in roofline._timed_operations(Shape("head", 6, 8, 10), CPU)]
     results = dict(zip(names, calls, strict=True))
     assert results["embedding"].shape == results["residual add"].shape == (6, 8)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.compute import buffers, precision
+from pipeline.compute import precision
 from pipeline.compute.precision import choose_precision
 from pipeline.errors import InputError, NumericsError
 from pipeline.model import loss
@@ -19,6 +19,7 @@ from pipeline.model.init import initialize
 from pipeline.model.loss import IGNORE, token_losses
 from pipeline.training import loop, training_step
 from pipeline.training.optimizers import parameter_groups
+from tests.helpers.memory import release
 from tests.helpers.steps import one_step
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=97, vocab_rows=128)
@@ -147,7 +148,7 @@ def test_the_tied_gradient_keeps_its_memory_from_step_to_step(model, train_confi
     def look(state: training_step.TrainState) -> None:
         places.append(state.model.transformer.wte.weight.grad.data_ptr())
 
-    buffers.release()
+    release()
     for seed in range(3):
         one_step(state, [batch(2, seed)], 1e-3, 1.0, look)
         with torch.no_grad():  # a validation in between takes nothing away
