@@ -13,16 +13,18 @@ from tqdm import tqdm
 from pipeline import paths
 from pipeline.compute.machine import Machine, measure
 from pipeline.config import Config
+from pipeline.data.batches import check_length
+from pipeline.data.token_files import Tokens, open_tokens
 from pipeline.diagnostics import debugger, doctor, forecast
+from pipeline.errors import together
+from pipeline.model.model_dir import check_model
 from pipeline.resume import run_folder
 from pipeline.resume.checkpoints import Checkpoint, Checkpoints
 from pipeline.resume.interruption import Stopped, listening
 from pipeline.tracking import recording
 from pipeline.training.history import History
-from pipeline.training.inputs import Inputs, open_inputs
-from pipeline.training.loop import fit, micro_batches
+from pipeline.training.loop import fit, micro_batches, validate
 from pipeline.training.training_step import TrainState, from_folder
-from pipeline.training.validation import validate
 from stages import common
 
 log = logging.getLogger(__name__)
@@ -33,15 +35,22 @@ class Job:
     """What one training works with."""
 
     config: Config
-    inputs: Inputs
+    tokens: Tokens
+    held_out: Tokens
     run: run_folder.Run
     checkpoints: Checkpoints
     record: recording.Record
 
 
 def main(config: Config) -> None:
-    inputs = open_inputs(config.train.sequence_length)
-    with run_folder.claim(run_folder.identity("train", config, inputs.digests())) as run:
+    tokens, held_out, init = together(
+        partial(open_tokens, paths.TOKENS, "train"),
+        partial(open_tokens, paths.TOKENS, "val"),
+        partial(check_model, paths.INIT),
+    )
+    check_length(tokens, config.train.sequence_length)
+    inputs = {"train": tokens.sha256, "val": held_out.sha256, "init": init}
+    with run_folder.claim(run_folder.identity("train", config, inputs)) as run:
         if config.checkpoint.resume == "never":
             run.start_over()
         if run.adopt():
@@ -53,16 +62,16 @@ def main(config: Config) -> None:
             print(f"train: {where}")
         machine = measure(config.precision, config.device)  # before shipping takes a core
         with recording.record("train", config, run.journal) as record:
-            record.dataset("tokens", inputs.train.sha256, str(inputs.train.path), "train")
-            record.tags({f"digest.{name}": sha256 for name, sha256 in inputs.digests().items()})
-            train(Job(config, inputs, run, checkpoints, record), newest, machine)
+            record.dataset("tokens", tokens.sha256, str(tokens.path), "train")
+            record.tags({f"digest.{name}": sha256 for name, sha256 in inputs.items()})
+            train(Job(config, tokens, held_out, run, checkpoints, record), newest, machine)
         run.share()
 
 
 def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
     config, record, precision = job.config, job.record, machine.precision
     common.announce("train", precision, record)
-    for line in forecast.before_training(config, precision, record, len(job.inputs.train)):
+    for line in forecast.before_training(config, precision, record, len(job.tokens)):
         print(f"train: {line}", flush=True)
     state = from_folder(paths.INIT, config.model, config.train, precision)
     history = History(config.train, record)
@@ -86,16 +95,17 @@ def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
 def loop(job: Job, state: TrainState, history: History) -> None:
     """Every step that is left; validations and checkpoints when they are due."""
     config, record = job.config, job.record
-    rounds, edits = doctor.Rounds(), common.NewEdits("train", config)
-    batches = partial(micro_batches, job.inputs.train, config.train)
+    rounds, told = doctor.Rounds(), set[str]()
+    batches = partial(micro_batches, job.tokens, config.train)
 
     def validate_if_due() -> None:
         if history.validation_due():
             with contextlib.suppress(Stopped):  # somebody asks to stop: the next process does it
-                loss = validate(state, job.inputs.val, config.train, stop.unless_asked)
+                loss = validate(state, job.held_out, config.train, stop.unless_asked)
                 if history.validated(loss):
                     job.checkpoints.keep_best(state.model, state.step)
-                for warning in (*rounds.look(state.step, record.so_far), *edits.found()):
+                edited = common.new_edits("train", config, told)
+                for warning in (*rounds.look(state.step, record.so_far), *edited):
                     log.warning("%s", warning)
 
     def save() -> None:
@@ -103,8 +113,8 @@ def loop(job: Job, state: TrainState, history: History) -> None:
         job.checkpoints.save(state, history.facts())
         job.run.say("running", step=state.step)
 
-    data = job.inputs.train, job.inputs.val
-    with listening() as stop, debugger.attached(state, config, record, *data, stop) as look:
+    moment = state, config, record, job.tokens, job.held_out
+    with listening() as stop, debugger.attached(*moment, stop) as look:
         look_at, steps_at = config.debug.interact_at_step, history.budget.steps
         steps = fit(state, config.train, batches, look, look_at, steps_at)
         validate_if_due()  # a training that was stopped may owe it

@@ -29,8 +29,8 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import evaluating
 from pipeline.resume.snapshot import Tensors, read_facts, restore, save_snapshot, understood
 from pipeline.training import training_step
+from pipeline.training.loop import ValidationError
 from pipeline.training.training_step import Look, TrainState
-from pipeline.training.validation import ValidationError
 
 if TYPE_CHECKING:
     from pipeline.data.token_files import Tokens

@@ -16,13 +16,13 @@ from pipeline.diagnostics import token_spans
 from pipeline.errors import InputError, NumericsError
 from pipeline.model.gpt import GPT
 from pipeline.model.loss import mean_loss
-from pipeline.training import training_step, validation
+from pipeline.training import loop, training_step
 from pipeline.training.training_step import Batch, TrainState
 
 if TYPE_CHECKING:
     from pipeline.config import TrainConfig
     from pipeline.data.token_files import Tokens
-    from pipeline.training.validation import ValidationError
+    from pipeline.training.loop import ValidationError
 
 AGAIN = (
     "Done again, without a compiler, every number of the step is finite: the fault is in compiled "
@@ -110,7 +110,7 @@ def explain_validation(
     The first batch without a finite loss is left as the step at work, for a look at it.
     """
     lines = [str(error)]
-    for number, batch in enumerate(validation.windows(held_out, config)):
+    for number, batch in enumerate(loop.windows(held_out, config)):
         if place := _in_validation(state, batch):
             place.batch = number
             state.begin([batch])

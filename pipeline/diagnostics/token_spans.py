@@ -21,7 +21,7 @@ from pipeline.data.tokenizer import EOT, gpt2
 from pipeline.errors import InputError
 from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
 from pipeline.records.run_data import Experiment
-from pipeline.training import loop, validation
+from pipeline.training import loop
 
 if TYPE_CHECKING:
     from pipeline.diagnostics.nonfinite import Place
@@ -73,7 +73,7 @@ def of_step(tokens: Tokens, config: TrainConfig, step: int, place: Place | None 
 
 def of_validation(held_out: Tokens, config: TrainConfig, place: Place) -> str:
     """Lines for an error message: the sequences of the validation batch at fault."""
-    windows = validation.windows(positions(held_out), config)
+    windows = loop.windows(positions(held_out), config)
     spans = _spans(next(islice(windows, place.batch, None)))
     spans = _at_fault(spans, place) or spans
     (line,) = _lines(held_out, {f"Its tokens in {held_out.path}": spans}, SHOWN)

@@ -33,24 +33,18 @@ def compiled_loss(
 ) -> LossFunction:
     """The plain formula, whose parts the compiler fuses by itself; `eager` where it cannot.
 
-    `mode` is torch.compile's, None its default. Shapes are fixed: a training has one.
+    `mode` is torch.compile's, None its default. Shapes are fixed: a training has one. What the
+    compiler lacks may show on the first call only: from then on that is `eager`, too.
     """
+    if reason := why_not_compile(precision):
+        warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
+        return eager
+    from torch._dynamo.exc import TorchDynamoException
 
     def plain(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
         return token_losses(model(x), y).sum() * factor
 
-    reason = why_not_compile(precision)
-    if reason:
-        warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
-        return eager
-    return _compiled_or(eager, torch.compile(plain, dynamic=False, fullgraph=True, mode=mode))
-
-
-def _compiled_or(eager: LossFunction, compiled: LossFunction) -> LossFunction:
-    """`compiled`, until the compiler fails at it: what is missing shows on the first call only."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    function = compiled
+    function = torch.compile(plain, dynamic=False, fullgraph=True, mode=mode)
 
     def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
         nonlocal function

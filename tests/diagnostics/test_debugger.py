@@ -36,7 +36,7 @@ from pipeline.model.init import initialize
 from pipeline.model.model_dir import save_model
 from pipeline.resume import snapshot
 from pipeline.resume.interruption import Interruption
-from pipeline.training import loop, training_step, validation
+from pipeline.training import loop, training_step
 from stages import import_hf_weights
 from tests.conftest import Checkout, tiny_pipeline
 
@@ -296,7 +296,7 @@ def test_a_validation_error_leaves_the_loop_with_its_own_explanation(
         pytest.raises(NumericsError) as stopped,
         debugger.attached(state, config, record, tokens, tokens, Interruption()),
     ):
-        validation.validate(state, tokens, config.train)
+        loop.validate(state, tokens, config.train)
     assert str(stopped.value).startswith("the validation loss is nan: this model is not kept\n")
     assert "in validation batch 1" in str(stopped.value)
     assert record.values["debug.why"] == str(stopped.value)
@@ -432,13 +432,13 @@ def test_a_validation_loss_that_is_not_finite_leaves_its_own_first_window_to_loo
 ) -> None:
     config = make_config(train__batch_size=1, train__sequence_length=16)
     windows = [batches(7)[0], batches(8)[0]]
-    monkeypatch.setattr(validation, "windows", lambda *_: iter(windows))
+    monkeypatch.setattr(loop, "windows", lambda *_: iter(windows))
     monkeypatch.setattr(token_spans, "of_validation", lambda *_: "its text")
     model = GPT(SHAPE)
     state = training_step.start(model, config.train, choose_precision("fp32", CPU))
     with torch.no_grad():
         model.transformer.ln_f.bias[0] = torch.nan
-    error = validation.ValidationError(torch.nan)
+    error = loop.ValidationError(torch.nan)
     told = nonfinite.explain_validation(error, state, None, config.train)
     assert str(told).startswith("the validation loss is nan: this model is not kept\nFirst not")
     assert torch.equal(state.batches[0][0], windows[0][0]) and len(state.batches) == 1

@@ -22,7 +22,7 @@ from pipeline.diagnostics import nonfinite, token_spans
 from pipeline.errors import NumericsError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
-from pipeline.training import compiling, loop, training_step, validation
+from pipeline.training import compiling, loop, training_step
 from pipeline.training.optimizers import parameter_groups
 from pipeline.training.training_step import Batch, TrainState
 
@@ -350,8 +350,8 @@ def test_a_validation_loss_that_is_not_finite_names_the_layer_and_the_batch(
     tokens.ids[70] = 96
     state = made(config, dropout=0.5)
     nan_token(state)
-    with pytest.raises(validation.ValidationError) as stopped:
-        validation.validate(state, tokens, config.train)
+    with pytest.raises(loop.ValidationError) as stopped:
+        loop.validate(state, tokens, config.train)
     told = nonfinite.explain_validation(stopped.value, state, tokens, config.train)
     assert told.exit_code == 4
     assert str(told) == (

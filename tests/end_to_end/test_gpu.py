@@ -35,7 +35,7 @@ from pipeline.storage import folders
 from pipeline.studies import loss_scaling
 from pipeline.tracking import recording
 from pipeline.training import loop, training_step
-from pipeline.training.prefetch import Prefetch
+from pipeline.training.loop import Prefetch
 from stages import evaluate, import_hf_weights, sample, tokenize_corpus, train
 from tests.conftest import TINY, NoCourier, params, tiny_pipeline, write_tiny_text
 from tests.helpers import stand_in

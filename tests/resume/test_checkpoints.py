@@ -38,7 +38,7 @@ from pipeline.records import provenance, record_file, stage_graph
 from pipeline.resume import checkpoints, interruption, run_folder, snapshot
 from pipeline.storage import digests, folders
 from pipeline.tracking import recording
-from pipeline.training import history, loop, training_step, validation
+from pipeline.training import history, loop, training_step
 from pipeline.training.history import History
 from stages import common, train
 from tests.conftest import NoCourier, params
@@ -275,14 +275,14 @@ def test_without_the_handler_the_step_is_lost(workspace: Path, settings, monkeyp
 
 
 def stopped_in_validation(config: configuration.Config, monkeypatch) -> None:
-    windows = validation.windows
+    windows = loop.windows
 
     def interrupted(*args: Any, **kwargs: Any) -> Iterator[Any]:
         os.kill(os.getpid(), signal.SIGTERM)
         yield from windows(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(validation, "windows", interrupted)
+        patch.setattr(loop, "windows", interrupted)
         with pytest.raises(SystemExit):
             train.main(config)
 

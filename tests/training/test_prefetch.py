@@ -16,7 +16,7 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.studies import tiny
 from pipeline.training import loop, training_step
-from pipeline.training.prefetch import Prefetch
+from pipeline.training.loop import Prefetch
 from tests.helpers import stand_in
 from tests.helpers.steps import one_step
 
