@@ -33,9 +33,9 @@ def setting(
     doc: str,
     *,
     choices: tuple[str, ...] = (),
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
     plain: bool = False,
 ) -> Any:
     """A required field: `low`/`high` are inclusive bounds, `above` an exclusive lower one.
@@ -301,7 +301,7 @@ def _build(kind: type, raw: Any, prefix: str, problems: list[str]) -> Any:
         problems.append(f"{prefix}{key}: unknown setting; {meant}")
     if (more := len(unknown) - MOST_UNKNOWN) > 0:
         problems.append(f"{prefix.rstrip('.') or 'the file'}: {more:,} more unknown settings")
-    values, types = {}, get_type_hints(kind)
+    values, types = {}, dict[str, Any](get_type_hints(kind))
     for f in fields(kind):
         name, hint = f"{prefix}{f.name}", types[f.name]
         if f.name not in raw:
@@ -323,9 +323,8 @@ def _scalar(name: str, value: Any, hint: Any, accepted: Any, problems: list[str]
     else:
         good = type(value) is hint and (hint is not str or _is_text(value))
     if good and hint in (int, float):
-        low, above, high = accepted["low"], accepted["above"], accepted["high"]
-        good = abs(value) < (LARGEST if hint is int else math.inf) and (low is None or value >= low)
-        good = good and (above is None or value > above) and (high is None or value <= high)
+        good = abs(value) < (LARGEST if hint is int else math.inf) and value > accepted["above"]
+        good = good and accepted["low"] <= value <= accepted["high"]
     good = good and (not accepted["choices"] or value in accepted["choices"])
     good = good and (not accepted["plain"] or bool(PLAIN_NAME.fullmatch(value)))
     if not good:
@@ -352,7 +351,7 @@ def _accepted(hint: Any, accepted: Any) -> str:
     bounds = [
         f"{word} {accepted[key]:g}"
         for key, word in (("low", "at least"), ("above", "above"), ("high", "at most"))
-        if accepted[key] is not None
+        if math.isfinite(accepted[key])
     ]
     return " ".join([words.get(hint, "a list of texts"), " and ".join(bounds)]).strip()
 

@@ -56,75 +56,51 @@ class Study:
     pages: list[Markup]
 
 
-@dataclass(frozen=True)
 class RunPage:
     """One run as the page shows it; a section that was not recorded is empty."""
 
-    name: str
-    verdict: str
-    mood: str  # of the verdict: good | warn | bad | none
-    numbers: list[tuple[str, str, str]]  # (what, value, beside it)
-    notes: list[str]  # what is missing
-    findings: list[Finding]
-    curves: list[Picture]
-    evaluation: list[tuple[Any, ...]]  # (metric, of the initial model, of the trained one)
-    samples: list[tuple[str, list[tuple[str, str]]]]  # (prompt, (before, after) of each sample)
-    studies: list[Study]
-    settings: dict[str, list[tuple[str, str]]]  # by section
-    changed: list[tuple[str, str, str]]  # (setting, here, in the recipe)
-    data: list[tuple[Any, ...]]
-    stages: list[tuple[Any, ...]]
-    environment: list[tuple[str, str]]
-    metrics: list[tuple[str, int, float]]
+    def __init__(
+        self,
+        run: Experiment,
+        name: str,
+        workspace: Path,
+        recipe: dict[str, Any],
+        at_work: str = "",
+        draw: bool = True,
+    ):
+        """Without its curves where they are not to `draw`.
 
-
-def run_page(
-    run: Experiment,
-    name: str,
-    workspace: Path,
-    recipe: dict[str, Any],
-    at_work: str = "",
-    draw: bool = True,
-) -> RunPage:
-    """Everything the page says of a run, without its curves where they are not to `draw`.
-
-    `recipe` holds the settings that others are marked against, and `at_work` is the stage that
-    writes this very page: its record is not closed yet.
-    """
-    read = reader(run, workspace)
-    trained = bool(run.values("train/loss"))
-    findings = examine(run) if trained else []
-    statuses = {
-        stage: record[-1]["status"] if record[-1]["kind"] == "end" else "unfinished"
-        for stage, record in run.records.items()
-    }
-    statuses |= {at_work: WRITING} if at_work else {}
-    samples = samples_of(read)
-    return RunPage(
-        name,
-        *verdict(findings, statuses, trained),
-        numbers=key_numbers(run),
-        notes=list(missing(run, statuses, bool(samples))),
-        findings=findings,
-        curves=curves_of(run) if draw else [],
-        evaluation=[
-            (key.removeprefix("val/"), run.last(f"init_{key}"), run.last(key))
-            for key in run.curves
-            if key.startswith("val/")
-        ],
-        samples=samples,
-        studies=list(studies(run, read)),
-        settings=settings(run.params),
-        changed=[
+        `recipe` holds the settings that others are marked against, and `at_work` is the stage that
+        writes this very page: its record is not closed yet.
+        """
+        read, trained = reader(run, workspace), bool(run.values("train/loss"))
+        statuses = {
+            stage: record[-1]["status"] if record[-1]["kind"] == "end" else "unfinished"
+            for stage, record in run.records.items()
+        }
+        statuses |= {at_work: WRITING} if at_work else {}
+        self.name = name
+        self.findings = examine(run) if trained else []
+        self.verdict, self.mood = verdict(self.findings, statuses, trained)
+        self.numbers = key_numbers(run)
+        self.curves = curves_of(run) if draw else []
+        keys = [key for key in run.curves if key.startswith("val/")]
+        self.evaluation = [
+            (key.removeprefix("val/"), run.last(f"init_{key}"), run.last(key)) for key in keys
+        ]
+        self.samples = samples_of(read)
+        self.notes = list(missing(run, statuses, bool(self.samples)))
+        self.studies = list(studies(run, read))
+        self.settings = settings(run.params)
+        self.changed = [
             (setting, setting_text(value), setting_text(recipe.get(setting)))
             for setting, value in run.params.items()
             if recipe and recipe.get(setting) != value
-        ],
-        data=data_sets(run),
-        stages=[_stage(stage, run, status) for stage, status in statuses.items()],
-        environment=environment(run),
-        metrics=[(key, *points[-1]) for key, points in sorted(run.curves.items())],
-    )
+        ]
+        self.data = data_sets(run)
+        self.stages = [_stage(stage, run, status) for stage, status in statuses.items()]
+        self.environment = environment(run)
+        self.metrics = [(key, *points[-1]) for key, points in sorted(run.curves.items())]
 
 
 def reader(run: Experiment, workspace: Path) -> Read:
@@ -143,7 +119,7 @@ def reader(run: Experiment, workspace: Path) -> Read:
 
 
 def verdict(findings: list[Finding], statuses: dict[str, str], trained: bool) -> tuple[str, str]:
-    """(words, mood)."""
+    """Words, and their mood: good, warn, bad or none."""
     ended = [f"{stage} {status.lower()}" for stage, status in statuses.items() if status in ENDED]
     if ended:
         return ", ".join([*ended, *(finding.rule for finding in findings)]), "bad"
@@ -166,7 +142,7 @@ def missing(run: Experiment, statuses: dict[str, str], sampled: bool) -> Iterato
 
 
 def key_numbers(run: Experiment) -> list[tuple[str, str, str]]:
-    """The few numbers that a run is judged by."""
+    """(what, value, beside it) of the few numbers that a run is judged by."""
 
     def last(key: str, digits: str) -> str:
         value = run.last(key)

@@ -4,9 +4,8 @@ What is compiled is a function of its own, never the model: evaluation and sampl
 model itself, in other modes and shapes, and so cannot make the step's graphs anew. The update is
 left out: fused AdamW is one kernel for many tensors already.
 
-No CUDA graphs by default. They save launches, some 2 ms for the compiled step at 124M, which run
-ahead of a device that takes far longer; and the gradients that they return lie in memory that
-the next micro-batch overwrites, so that accumulating would need a copy of each.
+No CUDA graphs by default: they save launches, which run ahead of the device anyhow, and return
+gradients in memory that the next micro-batch overwrites, so that accumulating would copy each.
 """
 
 from __future__ import annotations

@@ -124,55 +124,48 @@ def _count(state: TrainState, report: StepReport, config: TrainConfig) -> None:
     """
     state.skipped += report.skipped
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if report.skipped else 0
+    usual = statistics.median(state.norms) if report.spike else math.nan
     if report.spike:
-        _tell_spike(state, report, config)
+        state.spikes = [*state.spikes, report.grad_norm][-TOLD:]
+        state.spikes_seen += 1
+        if state.spikes_seen <= TOLD:
+            last = state.spikes_seen == TOLD
+            log.warning(
+                "step %d: skipped as a spike: gradient norm %.4g, more than train.skip_spikes=%g "
+                "times the recent median of %.4g%s",
+                *(report.step, report.grad_norm, config.skip_spikes, usual),
+                "; further ones show in train/skipped alone" if last else "",
+            )
     elif math.isfinite(report.grad_norm):
         state.norms, state.spikes = [*state.norms, report.grad_norm][-RECENT:], []
     if state.skipped_in_a_row < config.max_skipped:
         return
-    scale = state.scaler.get_scale()
-    why = f"the loss scale is down to {scale:g}; try precision=bf16 or a lower train.lr"
     if report.spike:
         norms = ", ".join(f"{norm:.4g}" for norm in state.spikes)
         why = (
             f"the last ones for gradient norms of {norms}, each more than train.skip_spikes="
-            f"{config.skip_spikes:g} times the recent median of "
-            f"{statistics.median(state.norms):.4g}: these are no spikes, the norm has grown; "
-            "try a lower train.lr, a longer train.warmup_steps or train.skip_spikes=0"
+            f"{config.skip_spikes:g} times the recent median of {usual:.4g}: these are no spikes, "
+            "the norm has grown; try a lower train.lr, a longer train.warmup_steps or "
+            "train.skip_spikes=0"
         )
+    else:
+        scale = state.scaler.get_scale()
+        why = f"the loss scale is down to {scale:g}; try precision=bf16 or a lower train.lr"
     raise NumericsError(
         f"step {state.step}: {config.max_skipped} steps skipped in a row (train.max_skipped), {why}"
-    )
-
-
-def _tell_spike(state: TrainState, report: StepReport, config: TrainConfig) -> None:
-    """One warning a spike, as long as they are few."""
-    state.spikes = [*state.spikes, report.grad_norm][-TOLD:]
-    state.spikes_seen += 1
-    if state.spikes_seen > TOLD:
-        return
-    last = "; further ones show in train/skipped alone" if state.spikes_seen == TOLD else ""
-    log.warning(
-        "step %d: skipped as a spike: gradient norm %.4g, more than train.skip_spikes=%g times "
-        "the recent median of %.4g%s",
-        *(report.step, report.grad_norm, config.skip_spikes, statistics.median(state.norms), last),
     )
 
 
 class Prefetch:
     """Calls `batches_of(step)`; on CUDA one step ahead, into pinned memory.
 
-    A copy from pinned memory is asynchronous: the host queues it before the step's first kernel
-    and goes on. It stays in the step's own stream: 1 MiB of tokens takes some 40 microseconds on
-    PCIe of a step of 100 ms, which a second stream would hide for a second set of tensors. What
-    cost more was the host's gathering, during which the device stood idle.
-
-    On the CPU nothing is ahead: whoever gathered would take the time from the step.
+    What costs is the host's gathering, during which the device would stand idle. The copy is
+    asynchronous and stays in the step's own stream: 1 MiB of tokens takes some 40 microseconds of
+    a step of 100 ms. On the CPU nothing is ahead: whoever gathered would take time from the step.
     """
 
     def __init__(self, batches_of: Callable[[int], list[Batch]], device: torch.device) -> None:
-        self.batches_of = batches_of
-        self.device = device
+        self.batches_of, self.device = batches_of, device
         self._ready: tuple[int, list[Batch]] | None = None
 
     def __call__(self, step: int) -> list[Batch]:
