@@ -287,7 +287,7 @@ def _settings(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, Any,
             yield f"{prefix}{f.name}", types[f.name], f.metadata
 
 
-def _build(kind: type, raw: Any, prefix: str, problems: list[str]) -> Any:
+def _build(kind: Any, raw: Any, prefix: str, problems: list[str]) -> Any:
     if not isinstance(raw, dict):
         problems.append(
             f"{prefix.rstrip('.') or 'the file'}: settings by name are expected, got {quoted(raw)}"
@@ -301,7 +301,7 @@ def _build(kind: type, raw: Any, prefix: str, problems: list[str]) -> Any:
         problems.append(f"{prefix}{key}: unknown setting; {meant}")
     if (more := len(unknown) - MOST_UNKNOWN) > 0:
         problems.append(f"{prefix.rstrip('.') or 'the file'}: {more:,} more unknown settings")
-    values, types = {}, dict[str, Any](get_type_hints(kind))
+    values, types = {}, get_type_hints(kind)
     for f in fields(kind):
         name, hint = f"{prefix}{f.name}", types[f.name]
         if f.name not in raw:

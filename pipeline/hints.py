@@ -17,23 +17,18 @@ from pipeline.published import sizes_of
 if TYPE_CHECKING:
     from pipeline.config import Config
 
-# Setting: what nanoGPT, build-nanogpt, transformers and others call it.
+# Setting: what nanoGPT, build-nanogpt, transformers and others call it, where people change it.
 OTHERS_CALL_IT = {
     "precision": "dtype amp mixed_precision bf16 fp16",
     "device": "accelerator",
     "corpus.path": "data data_dir data_path dataset dataset_name input_file train_file",
-    "corpus.field": "text_column text_field column",
-    "corpus.val_fraction": "val_split validation_split test_size val_size",
     "model.n_layer": "layers n_layers num_layers num_hidden_layers depth",
     "model.n_head": "heads n_heads num_heads num_attention_heads",
     "model.n_embd": "n_embed d_model dim embed_dim embedding_size hidden_size width",
     "model.block_size": "context context_length n_ctx n_positions max_position_embeddings",
     "model.vocab_rows": "vocab_size n_vocab",
     "model.dropout": "resid_pdrop embd_pdrop attn_pdrop",
-    "model.attention": "attn_implementation flash flash_attention",
     "init.source": "init_from",
-    "init.hf_model": "pretrained model_name model_name_or_path",
-    "init.std": "initializer_range init_std",
     "train.steps": "max_iters max_steps num_iterations iterations iters epochs num_train_epochs",
     "train.batch_size": "batch micro_batch_size device_batch_size per_device_train_batch_size",
     "train.sequence_length": "seq_len seq_length sequence_len max_seq_len max_seq_length",
@@ -42,19 +37,10 @@ OTHERS_CALL_IT = {
     "train.min_lr": "min_learning_rate lr_min final_lr",
     "train.warmup_steps": "warmup warmup_iters warmup_ratio num_warmup_steps",
     "train.weight_decay": "wd decay",
-    "train.beta1": "adam_beta1 beta_1",
-    "train.beta2": "adam_beta2 beta_2",
     "train.grad_clip": "clip clip_grad clip_grad_norm max_grad_norm gradient_clip_val",
-    "train.compile": "torch_compile",
     "train.val_every": "eval_every eval_interval eval_steps val_interval val_check_interval",
     "train.val_tokens": "eval_iters eval_tokens val_steps",
     "checkpoint.every_steps": "save_every save_interval save_steps checkpoint_interval",
-    "checkpoint.keep": "save_total_limit keep_last",
-    "checkpoint.resume": "resume_from resume_from_checkpoint",
-    "sample.prompts": "prompt start",
-    "sample.samples": "num_samples n_samples num_return_sequences",
-    "sample.max_new_tokens": "max_length max_tokens num_tokens",
-    "tracking.experiment": "experiment_name project run_name wandb_project",
 }
 _MEANT = {other: name for name, others in OTHERS_CALL_IT.items() for other in others.split()}
 
