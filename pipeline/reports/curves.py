@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import operator
 import statistics
@@ -49,12 +50,9 @@ def styles(count: int) -> list[Style]:
 
     Curves may coincide: later ones are thinner, so that the earlier ones show beneath.
     """
-    looks = []
-    for n in range(count):
-        colour = OTHERS[(n - 1) % len(OTHERS)] if n else BLACK
-        dashes = DASHES[(n - 1) // len(OTHERS) % len(DASHES)] if n else DASHES[0]
-        looks.append(Style(colour, dashes, 3.0 - 2.0 * n / max(1, count - 1)))
-    return looks
+    others = itertools.cycle((colour, dashes) for dashes in DASHES for colour in OTHERS)
+    looks = enumerate(itertools.islice(itertools.chain([(BLACK, DASHES[0])], others), count))
+    return [Style(*look, 3.0 - 2.0 * n / max(1, count - 1)) for n, look in looks]
 
 
 def data_uri(content: bytes, kind: str) -> str:
