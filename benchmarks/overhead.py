@@ -47,7 +47,7 @@ from pipeline.resume import run_folder
 from pipeline.resume.checkpoints import Checkpoints
 from pipeline.storage.folders import remove
 from pipeline.tracking import recording
-from pipeline.training import inputs, loop
+from pipeline.training import loop
 from pipeline.training.history import History
 from stages import common, train
 
@@ -79,8 +79,8 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "batches": ((loop, "micro_batches"), (train, "micro_batches")),
     CHECKPOINT: tuple((Checkpoints, name) for name in ("save", "keep_best", "check_room")),
     "verification": (
-        (inputs, "open_tokens"),
-        (inputs, "check_model"),
+        (train, "open_tokens"),
+        (train, "check_model"),
         (Checkpoints, "newest"),
     ),
     "record: metrics": ((Record, "metrics"),),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -33,18 +33,17 @@ def setting(
     doc: str,
     *,
     choices: tuple[str, ...] = (),
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
     plain: bool = False,
 ) -> Any:
     """A required field: `low`/`high` are inclusive bounds, `above` an exclusive lower one.
 
     `plain` text names something that the pipeline writes, so it cannot lead out of its place.
     """
-    accepted = {"doc": doc, "choices": choices, "low": low, "above": above, "high": high}
-    accepted["plain"] = plain
-    return field(metadata=accepted)
+    bounds = {"low": low, "above": above, "high": high}
+    return field(metadata={"doc": doc, "choices": choices, "plain": plain, **bounds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +213,7 @@ def settings_of(text: str) -> dict[str, Any]:
     try:
         return flatten(from_dict(raw))
     except ConfigError:
-        return _flatten_raw(raw)
+        return _flat(raw)
 
 
 def _raw(text: str, where: str, changes: Sequence[str] = ()) -> dict[str, Any]:
@@ -241,16 +240,6 @@ def _change(change: str) -> DictConfig:
         raise ConfigError(f"{change}: not valid YAML: {told}; put the value in quotes") from None
 
 
-def _flatten_raw(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in raw.items():
-        if isinstance(value, dict):
-            flat |= _flatten_raw(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
 def from_dict(raw: dict[str, Any], where: str = "params") -> Config:
     """Build a checked Config from nested plain values; raises ConfigError as `load` does."""
     problems: list[str] = []
@@ -262,44 +251,43 @@ def from_dict(raw: dict[str, Any], where: str = "params") -> Config:
     return config
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Config) -> dict[str, Any]:
     """{"train.lr": 0.002, ...}: every setting by its dotted name."""
+    flat = _flat(asdict(config))
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in flat.items()}
+
+
+def _flat(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{f.name}.")
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{f.name}"] = list(value) if isinstance(value, tuple) else value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
-def describe(kind: type = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+def describe() -> list[tuple[str, str, str]]:
     """(dotted name, what is accepted, what it is) for every setting, in file order."""
-    rows = []
-    for f, hint in _typed_fields(kind):
-        if is_dataclass(hint):
-            rows += describe(hint, f"{prefix}{f.name}.")
-        else:
-            rows.append((f"{prefix}{f.name}", _accepted(hint, f.metadata), f.metadata["doc"]))
-    return rows
+    return [(name, _accepted(hint, known), known["doc"]) for name, hint, known in _settings()]
 
 
-def kinds(kind: type = Config, prefix: str = "") -> dict[str, type]:
+def kinds() -> dict[str, type]:
     """The type of every setting by its dotted name; `tuple` for a list of texts."""
-    types: dict[str, type] = {}
-    for f, hint in _typed_fields(kind):
-        name = f"{prefix}{f.name}"
-        types |= kinds(hint, f"{name}.") if is_dataclass(hint) else {name: get_origin(hint) or hint}
-    return types
+    return {name: get_origin(hint) or hint for name, hint, _ in _settings()}
 
 
-def _typed_fields(kind: type) -> list[tuple[Any, type]]:
-    hints = get_type_hints(kind)
-    return [(f, hints[f.name]) for f in fields(kind)]
+def _settings(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, type, what is accepted) of every setting."""
+    types = get_type_hints(kind)
+    for f in fields(kind):
+        if is_dataclass(types[f.name]):
+            yield from _settings(types[f.name], f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", types[f.name], f.metadata
 
 
-def _build(kind: type, raw: Any, prefix: str, problems: list[str]) -> Any:
+def _build(kind: Any, raw: Any, prefix: str, problems: list[str]) -> Any:
     if not isinstance(raw, dict):
         problems.append(
             f"{prefix.rstrip('.') or 'the file'}: settings by name are expected, got {quoted(raw)}"
@@ -307,15 +295,15 @@ def _build(kind: type, raw: Any, prefix: str, problems: list[str]) -> Any:
         return None
     names = [f.name for f in fields(kind)]
     unknown = [cut(key) if isinstance(key, str) else quoted(key) for key in raw if key not in names]
-    known = [name for name, _, _ in describe()]
+    known = [name for name, _, _ in _settings()]
     for key in unknown[:MOST_UNKNOWN]:
         meant = hints.meant(key, prefix, names, known)
         problems.append(f"{prefix}{key}: unknown setting; {meant}")
     if (more := len(unknown) - MOST_UNKNOWN) > 0:
         problems.append(f"{prefix.rstrip('.') or 'the file'}: {more:,} more unknown settings")
-    values = {}
-    for f, hint in _typed_fields(kind):
-        name = f"{prefix}{f.name}"
+    values, types = {}, get_type_hints(kind)
+    for f in fields(kind):
+        name, hint = f"{prefix}{f.name}", types[f.name]
         if f.name not in raw:
             problems.append(f"{name}: missing")
         elif is_dataclass(hint):
@@ -335,13 +323,10 @@ def _scalar(name: str, value: Any, hint: Any, accepted: Any, problems: list[str]
     else:
         good = type(value) is hint and (hint is not str or _is_text(value))
     if good and hint in (int, float):
-        low, above, high = accepted["low"], accepted["above"], accepted["high"]
-        good = abs(value) < (LARGEST if hint is int else math.inf) and (low is None or value >= low)
-        good = good and (above is None or value > above) and (high is None or value <= high)
-    if good and accepted["choices"]:
-        good = value in accepted["choices"]
-    if good and accepted["plain"]:
-        good = bool(PLAIN_NAME.fullmatch(value))
+        good = abs(value) < (LARGEST if hint is int else math.inf) and value > accepted["above"]
+        good = good and accepted["low"] <= value <= accepted["high"]
+    good = good and (not accepted["choices"] or value in accepted["choices"])
+    good = good and (not accepted["plain"] or bool(PLAIN_NAME.fullmatch(value)))
     if not good:
         plain = isinstance(value, str) and value.isprintable()
         shown = cut(value) if plain else quoted(value)
@@ -366,7 +351,7 @@ def _accepted(hint: Any, accepted: Any) -> str:
     bounds = [
         f"{word} {accepted[key]:g}"
         for key, word in (("low", "at least"), ("above", "above"), ("high", "at most"))
-        if accepted[key] is not None
+        if math.isfinite(accepted[key])
     ]
     return " ".join([words.get(hint, "a list of texts"), " and ".join(bounds)]).strip()
 

@@ -162,5 +162,5 @@ def refusing(refuse: Refuse, path: Path) -> Iterator[None]:
 
 def disk_full(error: BaseException) -> bool:
     """Whether a file could not be written for want of space, or of the right to take more."""
-    codes = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
-    return isinstance(error, OSError) and error.errno in codes
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, OSError) and error.errno in full

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import glob
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -16,49 +17,30 @@ from pipeline.published import sizes_of
 if TYPE_CHECKING:
     from pipeline.config import Config
 
-# Setting: what nanoGPT, build-nanogpt, transformers and others call it.
+# Setting: what nanoGPT, build-nanogpt, transformers and others call it, where people change it.
 OTHERS_CALL_IT = {
     "precision": "dtype amp mixed_precision bf16 fp16",
     "device": "accelerator",
     "corpus.path": "data data_dir data_path dataset dataset_name input_file train_file",
-    "corpus.field": "text_column text_field column",
-    "corpus.val_fraction": "val_split validation_split test_size val_size",
     "model.n_layer": "layers n_layers num_layers num_hidden_layers depth",
     "model.n_head": "heads n_heads num_heads num_attention_heads",
     "model.n_embd": "n_embed d_model dim embed_dim embedding_size hidden_size width",
-    "model.block_size": "context context_length context_size n_ctx ctx n_positions "
-    "max_position_embeddings",
+    "model.block_size": "context context_length n_ctx n_positions max_position_embeddings",
     "model.vocab_rows": "vocab_size n_vocab",
     "model.dropout": "resid_pdrop embd_pdrop attn_pdrop",
-    "model.attention": "attn_implementation flash flash_attention",
     "init.source": "init_from",
-    "init.hf_model": "pretrained model_name model_name_or_path",
-    "init.std": "initializer_range init_std",
-    "train.steps": "max_iters max_steps num_steps n_steps total_steps train_steps num_iterations "
-    "iterations iters epochs n_epochs num_epochs num_train_epochs",
+    "train.steps": "max_iters max_steps num_iterations iterations iters epochs num_train_epochs",
     "train.batch_size": "batch micro_batch_size device_batch_size per_device_train_batch_size",
     "train.sequence_length": "seq_len seq_length sequence_len max_seq_len max_seq_length",
-    "train.accumulate": "gradient_accumulation_steps gradient_accumulation grad_accum "
-    "grad_accum_steps grad_accumulation accumulation_steps accumulate_grad_batches",
+    "train.accumulate": "gradient_accumulation_steps grad_accum accumulate_grad_batches",
     "train.lr": "learning_rate max_lr peak_lr",
     "train.min_lr": "min_learning_rate lr_min final_lr",
     "train.warmup_steps": "warmup warmup_iters warmup_ratio num_warmup_steps",
     "train.weight_decay": "wd decay",
-    "train.beta1": "adam_beta1 beta_1",
-    "train.beta2": "adam_beta2 beta_2",
-    "train.grad_clip": "clip clip_grad clip_grad_norm max_grad_norm grad_norm_clip "
-    "gradient_clip_val",
-    "train.compile": "torch_compile",
+    "train.grad_clip": "clip clip_grad clip_grad_norm max_grad_norm gradient_clip_val",
     "train.val_every": "eval_every eval_interval eval_steps val_interval val_check_interval",
     "train.val_tokens": "eval_iters eval_tokens val_steps",
-    "checkpoint.every_steps": "save_every save_interval save_steps checkpoint_every "
-    "checkpoint_interval",
-    "checkpoint.keep": "save_total_limit keep_last",
-    "checkpoint.resume": "resume_from resume_from_checkpoint",
-    "sample.prompts": "prompt start",
-    "sample.samples": "num_samples n_samples num_return_sequences",
-    "sample.max_new_tokens": "max_length max_tokens num_tokens",
-    "tracking.experiment": "experiment_name project run_name wandb_project",
+    "checkpoint.every_steps": "save_every save_interval save_steps checkpoint_interval",
 }
 _MEANT = {other: name for name, others in OTHERS_CALL_IT.items() for other in others.split()}
 
@@ -86,36 +68,24 @@ def meant(key: str, prefix: str, here: Sequence[str], everywhere: Sequence[str])
 def misread(value: Any, hint: Any, accepted: Mapping[str, Any]) -> str:
     """Why a value of another type than `hint` stands there, to follow "expected ..."; or ""."""
     if hint is str and not accepted["choices"]:
-        for kind, read_as in ((bool, "true or false"), ((int, float), "a number")):
-            if isinstance(value, kind):
-                return f"; it is read as {read_as}, so put it in quotes"
+        if isinstance(value, int | float):
+            read_as = "true or false" if isinstance(value, bool) else "a number"
+            return f"; it is read as {read_as}, so put it in quotes"
         return "; it is read as null" if value is None else ""
     if hint == tuple[str, ...]:
-        return _misread_list(value)
-    if hint in (bool, int, float) and isinstance(value, str) and _without_quotes(value, hint):
-        return ", without quotes"
+        if isinstance(value, str):
+            return ", in square brackets or a line with a dash for each"
+        texts = value if isinstance(value, list) else []
+        if "" in texts:
+            return ", none of them empty"
+        unquoted = any(isinstance(text, int | float) for text in texts)
+        return "; numbers, true and false among them need quotes" if unquoted else ""
+    if hint in (bool, int, float) and isinstance(value, str):
+        with contextlib.suppress(ValueError, OverflowError):
+            logical = value.lower() in ("true", "false")
+            if logical if hint is bool else math.isfinite(hint(value)):
+                return ", without quotes"
     return ""
-
-
-def _misread_list(value: Any) -> str:
-    if isinstance(value, str):
-        return ", in square brackets or a line with a dash for each"
-    texts = value if isinstance(value, list) else []
-    if "" in texts:
-        return ", none of them empty"
-    if any(isinstance(text, bool | int | float) for text in texts):
-        return "; numbers, true and false among them need quotes"
-    return ""
-
-
-def _without_quotes(value: str, hint: Any) -> bool:
-    """Whether text would be of the type that is expected if it had no quotes."""
-    if hint is bool:
-        return value.lower() in ("true", "false")
-    try:
-        return math.isfinite(hint(value))
-    except (ValueError, OverflowError):
-        return False
 
 
 # --- settings that name files
@@ -126,10 +96,11 @@ def of_files(config: Config) -> list[str]:
 
     And one for each size that differs from the weights to import, where it is known offline.
     """
+    init = config.init
     names = {
         "corpus.path": config.corpus.path,
-        "init.hf_model": config.init.hf_model,
-        "init.hf_watch": config.init.hf_watch,
+        "init.hf_model": init.hf_model,
+        "init.hf_watch": init.hf_watch,
         "evaluate.hellaswag": config.evaluate.hellaswag,
     }
     lines = [said for name, value in names.items() if (said := _unfindable(name, value))]
@@ -141,14 +112,16 @@ def of_files(config: Config) -> list[str]:
             f"corpus.pattern={config.corpus.pattern}: expected ** alone between slashes, "
             "as in **/*.txt"
         )
-    init = config.init
-    if init.source == "hf":
-        if os.path.isdir(init.hf_model) and init.hf_watch != init.hf_model:
-            lines.append(
-                f"init.hf_watch={init.hf_watch}: expected {init.hf_model}, as in init.hf_model, "
-                "so that DVC notices an edit in that folder"
-            )
-        lines += _sizes(config)
+    if init.source != "hf":
+        return lines
+    if os.path.isdir(init.hf_model) and init.hf_watch != init.hf_model:
+        lines.append(
+            f"init.hf_watch={init.hf_watch}: expected {init.hf_model}, as in init.hf_model, "
+            "so that DVC notices an edit in that folder"
+        )
+    for key, size in sizes_of(init.hf_model).items():
+        if (got := getattr(config.model, key)) != size:
+            lines.append(f"model.{key}={got}: expected {size}, as {init.hf_model} has")
     return lines
 
 
@@ -168,10 +141,3 @@ def _unfindable(name: str, value: str) -> str:
         way = f"say {whole}" if whole != value else "say the whole path"
         return f"{name}={value}: DVC does not know what ~ stands for; {way}"
     return ""
-
-
-def _sizes(config: Config) -> Iterator[str]:
-    model, name = config.model, config.init.hf_model
-    for key, size in sizes_of(name).items():
-        if getattr(model, key) != size:
-            yield f"model.{key}={getattr(model, key)}: expected {size}, as {name} has"

@@ -24,16 +24,10 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         for i in range(len(columns))
     ]
     widths = [max(3, len(name), *(len(row[i]) for row in cells)) for i, name in enumerate(columns)]
-    rule = [
-        "-" * (w - 1) + ":" if right else "-" * w for w, right in zip(widths, numeric, strict=True)
-    ]
-    lines = [
-        [
-            text.rjust(w) if right else text.ljust(w)
-            for text, w, right in zip(line, widths, numeric, strict=True)
-        ]
-        for line in (list(columns), rule, *cells)
-    ]
+    shapes = list(zip(widths, numeric, strict=True))
+    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in shapes]
+    places = [f"{'>' if right else '<'}{width}" for width, right in shapes]
+    lines = (map(format, line, places) for line in (columns, rule, *cells))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -60,11 +54,12 @@ def cell(value: object) -> str:
 
 
 def write_json(path: Path, values: dict[str, float]) -> None:
-    """Numbers grouped by the part of their names before the slash."""
+    """Numbers of six digits, grouped by the part of their names before the slash."""
     groups: dict[str, dict[str, float]] = {}
     for name, value in values.items():
         group, _, key = name.partition("/")
-        groups.setdefault(group, {})[key] = _six_digits(value)
+        value = float(f"{value:.6g}")
+        groups.setdefault(group, {})[key] = int(value) if value.is_integer() else value
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # DVC may have linked it to its cache
     path.write_text(json.dumps(groups, indent=2) + "\n", "utf-8")
@@ -89,12 +84,6 @@ def write_curve(path: Path, columns: Sequence[str], rows: Sequence[Sequence[floa
     last = len(rows) - 1
     kept = (row for number, row in enumerate(rows) if number % every == 0 or number == last)
     write_csv(path, columns, kept)
-
-
-def _six_digits(value: float) -> float:
-    """Six digits; a count without a fraction."""
-    value = float(f"{value:.6g}")
-    return int(value) if value.is_integer() else value
 
 
 def _csv_cell(value: float | str | None) -> str:

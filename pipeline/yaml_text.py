@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -30,7 +29,7 @@ def read(path: Path) -> str:
     """The text of a params file; raises ConfigError, with the line where there is one."""
     try:
         content = regular.read(path, MOST_BYTES)
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; run from the repository root") from None
     except UnicodeDecodeError as error:
@@ -40,7 +39,6 @@ def read(path: Path) -> str:
         raise ConfigError(str(error)) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    return text
 
 
 def check(text: str, where: str) -> list[str]:
@@ -77,11 +75,10 @@ def check_changes(changes: list[str]) -> list[str]:
 
 def words(error: yaml.YAMLError, text: str) -> str:
     """Line and reason of one of PyYAML's errors, to follow the file's name."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is not None:
-        told: Any = error
-        context = f", {told.context}" if told.context else ""
-        return f", line {mark.line + 1}: not valid YAML: {told.problem}{context}"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        context = f", {error.context}" if error.context else ""
+        line = error.problem_mark.line + 1
+        return f", line {line}: not valid YAML: {error.problem}{context}"
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
         return f", line {line}: not valid YAML: U+{error.character:04X} is no character of a text"

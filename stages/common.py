@@ -54,10 +54,8 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
     stream: Any  # guarded: it hands the call on to the stream itself
-    for stream in filter(
-        None, (sys.stdout, sys.stderr)
-    ):  # a sample may hold what a pipe's encoding does not
-        stream.reconfigure(errors="replace")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")  # a sample may hold what a pipe's encoding does not
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed
     try:
         config = configuration.load()
@@ -67,26 +65,27 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
         else:
             main(config)
         dvc_plots.keep_script()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
-        sys.exit(exit_code(error))
-    except OSError as error:
-        if not disk_full(error):
+    except (Exception, KeyboardInterrupt) as error:
+        if not (said := to_user(error)):
             raise
-        print(f"error: {error}; make room, and say the same again", file=sys.stderr)
+        print(said, file=sys.stderr)
         sys.exit(exit_code(error))
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        print(
+
+
+def to_user(error: BaseException) -> str:
+    """The message of an error that is no bug; "" for a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if disk_full(error):
+        return f"error: {error}; make room, and say the same again"
+    if out_of_memory(error):
+        return (
             f"error: out of memory ({str(error).partition('. ')[0]}); halve train.batch_size and "
-            "double train.accumulate, or lower evaluate.batch_size",
-            file=sys.stderr,
+            "double train.accumulate, or lower evaluate.batch_size"
         )
-        sys.exit(exit_code(error))
+    return ""
 
 
 def held(main: Callable[[Config], None], stage: str, config: Config) -> None:
@@ -120,24 +119,15 @@ def held(main: Callable[[Config], None], stage: str, config: Config) -> None:
         )
 
 
-class NewEdits:
-    """Edits that are made while a stage is at work, each told once."""
-
-    def __init__(self, stage: str, config: Config):
-        self._stage, self._config = stage, config
-        self._told: set[str] = set()
-
-    def found(self) -> list[str]:
-        """A warning for each edit that was not told before."""
-        new = [
-            edit for edit in provenance.edits(self._stage, self._config) if edit not in self._told
-        ]
-        self._told.update(new)
-        return [
-            f"edited while {self._stage} is at work: {edit}. It continues as it began, and DVC "
-            "takes its result only if the old is back when it ends"
-            for edit in new
-        ]
+def new_edits(stage: str, config: Config, told: set[str]) -> list[str]:
+    """A warning for each edit made while a stage is at work, but for those `told` before."""
+    new = [edit for edit in provenance.edits(stage, config) if edit not in told]
+    told.update(new)
+    return [
+        f"edited while {stage} is at work: {edit}. It continues as it began, and DVC takes its "
+        "result only if the old is back when it ends"
+        for edit in new
+    ]
 
 
 def announce(stage: str, precision: Precision, record: Record) -> None:
@@ -145,9 +135,7 @@ def announce(stage: str, precision: Precision, record: Record) -> None:
 
     The tags of `train` are the row's own, those of another stage carry its name.
     """
-
-    device = precision.device_name
-    line = f"{stage}: device {device}, precision {precision.effective}"
+    line = f"{stage}: device {precision.device_name}, precision {precision.effective}"
     print(line + (f" ({precision.reason})" if precision.reason else ""), flush=True)
     if precision.effective != precision.asked:
         log.warning(
@@ -159,7 +147,7 @@ def announce(stage: str, precision: Precision, record: Record) -> None:
         "precision.effective": precision.effective,
         "precision.reason": precision.reason,
         "precision.emulated": precision.emulated,
-        "device.name": device,
+        "device.name": precision.device_name,
     }
     record.tags({prefix + name: value for name, value in facts.items()})
 

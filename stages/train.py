@@ -11,9 +11,7 @@ from functools import partial
 from tqdm import tqdm
 
 from pipeline import paths
-from pipeline.compute.precision import Precision, choose_precision
-from pipeline.compute.runtime import choose_device
-from pipeline.compute.throughput import matrix_rate
+from pipeline.compute.machine import Machine, measure
 from pipeline.config import Config
 from pipeline.diagnostics import debugger, doctor, forecast
 from pipeline.resume import run_folder
@@ -53,18 +51,16 @@ def main(config: Config) -> None:
         newest = checkpoints.newest()
         if where := run_folder.where_to_start(run, newest.step if newest else None, config):
             print(f"train: {where}")
-        precision = choose_precision(config.precision, choose_device(config.device))
-        rate = matrix_rate(precision)  # before shipping takes a core
+        machine = measure(config.precision, config.device)  # before shipping takes a core
         with recording.record("train", config, run.journal) as record:
             record.dataset("tokens", inputs.train.sha256, str(inputs.train.path), "train")
             record.tags({f"digest.{name}": sha256 for name, sha256 in inputs.digests().items()})
-            train(Job(config, inputs, run, checkpoints, record), newest, precision, rate)
+            train(Job(config, inputs, run, checkpoints, record), newest, machine)
         run.share()
 
 
-def train(job: Job, newest: Checkpoint | None, precision: Precision, rate: float) -> None:
-    """Train to the end, where `rate` FLOP/s is what this machine's products reach."""
-    config, record = job.config, job.record
+def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
+    config, record, precision = job.config, job.record, machine.precision
     common.announce("train", precision, record)
     for line in forecast.before_training(config, precision, record, len(job.inputs.train)):
         print(f"train: {line}", flush=True)
@@ -78,7 +74,7 @@ def train(job: Job, newest: Checkpoint | None, precision: Precision, rate: float
     job.checkpoints.write_models(paths.LAST, paths.MODEL, state, history.best_step)
     record.checkpoint("best", paths.MODEL, history.best_step)
     record.checkpoint("last", paths.LAST, state.step)
-    summary = history.summary(state, rate)
+    summary = history.summary(state, machine.matrix_rate)
     record.metrics(summary, state.step)
     health, verdict = doctor.judge(record, state.step)
     common.write_metrics(paths.METRICS / "train.json", summary | health)
@@ -90,7 +86,7 @@ def train(job: Job, newest: Checkpoint | None, precision: Precision, rate: float
 def loop(job: Job, state: TrainState, history: History) -> None:
     """Every step that is left; validations and checkpoints when they are due."""
     config, record = job.config, job.record
-    rounds, edits = doctor.Rounds(), common.NewEdits("train", config)
+    rounds, told = doctor.Rounds(), set[str]()
     batches = partial(micro_batches, job.inputs.train, config.train)
 
     def validate_if_due() -> None:
@@ -99,7 +95,8 @@ def loop(job: Job, state: TrainState, history: History) -> None:
                 loss = validate(state, job.inputs.val, config.train, stop.unless_asked)
                 if history.validated(loss):
                     job.checkpoints.keep_best(state.model, state.step)
-                for warning in (*rounds.look(state.step, record.so_far), *edits.found()):
+                edited = common.new_edits("train", config, told)
+                for warning in (*rounds.look(state.step, record.so_far), *edited):
                     log.warning("%s", warning)
 
     def save() -> None:

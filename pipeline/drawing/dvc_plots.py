@@ -26,9 +26,13 @@ def keep_script() -> None:
     from the network.
     """
     try:
+        path = script()
         head = f"// vega, vega-lite and vega-embed, from {WHEEL} {version(WHEEL)}\n"
-        if _first_line(script()) != head:
-            _write(script(), head + _bundle())
+        if not path.exists() or not path.read_text("utf-8", "replace").startswith(head):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}.part")  # others may write or read it, too
+            part.write_text(head + _bundle(), "utf-8", newline="\n")
+            os.replace(part, path)
     except Exception as error:  # a wheel may be missing, a disk full, ...
         log.warning("DVC's plots will need a network: %s: %s", type(error).__name__, error)
 
@@ -38,18 +42,3 @@ def _bundle() -> str:
 
     # Its stub asks for the snippet that it takes by default.
     return vl_convert.javascript_bundle()  # type: ignore[call-arg]
-
-
-def _first_line(path: Path) -> str:
-    if not path.exists():
-        return ""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.readline()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write the file whole or not at all: another stage may write it, and a browser read it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(text, "utf-8", newline="\n")
-    os.replace(part, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from pipeline.experiments.comparison import Pair, Run, pairs, run_of, runs_of
 from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
 from pipeline.records.record_file import Event
 from pipeline.records.run_data import Experiment
-from pipeline.reports.curves import Picture, Style, overlaid, styles
-from pipeline.reports.run_page import RunPage, Study, run_page, setting_text
+from pipeline.reports.curves import Style, overlaid, styles
+from pipeline.reports.run_page import RunPage, Study, setting_text
 
 log = logging.getLogger(__name__)
 
@@ -29,21 +28,6 @@ OUTCOMES = (
     *("run", "verdict", "outcome", "difference", "first apart at step", "largest gap"),
     *("train loss", "bits per byte", "choice accuracy", "tokens/s", "peak MiB", "skipped"),
 )
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """What the page says of two runs or more together."""
-
-    base: str  # the baseline's name
-    settings: list[str]  # those that differ
-    values: list[list[str]]  # (run, its value of each)
-    judged_by: str
-    outcomes: list[tuple[Any, ...]]  # of OUTCOMES, the best first
-    words: list[tuple[str, str]]  # (run, what its difference from the base amounts to)
-    noise: list[str]  # the sets of seeds whose noise differences are compared with
-    notes: list[str]
-    curves: list[Picture]
 
 
 def report(names: Sequence[str], everyone: bool) -> str:
@@ -61,7 +45,7 @@ def of_one(run: Experiment, workspace: Path, at_work: str = "") -> str:
     """The page of one run, whose files lie in `workspace` unless DVC keeps them."""
     name = run.name if run.rev else run.head["name"] or run.name
     (style,) = styles(1)
-    return page([run_page(run, name, workspace, recipe(workspace), at_work)], {name: style})
+    return page([RunPage(run, name, workspace, recipe(workspace), at_work)], {name: style})
 
 
 def of_chain(chain: Iterable[Sequence[Event]]) -> str:
@@ -72,20 +56,25 @@ def of_chain(chain: Iterable[Sequence[Event]]) -> str:
 
 def of_several(runs: Sequence[Experiment], known: Sequence[Experiment], workspace: Path) -> str:
     """The page of two runs or more; the noise of seeds is looked for among all that are `known`."""
-    usual, draw, pages = recipe(workspace), len(runs) <= MOST_DRAWN, {}
+    usual, draw = recipe(workspace), len(runs) <= MOST_DRAWN
+    pages: dict[str, RunPage] = {}
     for run in runs:
         try:
-            pages[run.name] = run_page(run, run.name, workspace, usual, draw=draw)
+            pages[run.name] = RunPage(run, run.name, workspace, usual, draw=draw)
         except InputError as error:  # of another version of this project
             log.warning("%s: %s; left out", run.name, error)
     if not pages:
         raise InputError("of these runs none can be shown, as the warnings say")
     shown = [run for run in runs if run.name in pages]
     looks = dict(zip(pages, styles(len(pages)), strict=True))
-    return page(once(list(pages.values())), looks, side_by_side(shown, pages, known, looks))
+    side = side_by_side(shown, pages, known, looks)
+    show_once(pages.values())
+    return page(list(pages.values()), looks, side)
 
 
-def page(runs: Sequence[RunPage], looks: dict[str, Style], side: SideBySide | None = None) -> str:
+def page(
+    runs: Sequence[RunPage], looks: dict[str, Style], side: dict[str, Any] | None = None
+) -> str:
     """The HTML; `side` where there are two runs or more. The same records give the same text."""
     jinja = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -96,16 +85,14 @@ def page(runs: Sequence[RunPage], looks: dict[str, Style], side: SideBySide | No
     return terminal.shown(html) + "\n"
 
 
-def once(runs: list[RunPage]) -> list[RunPage]:
-    """Studies that several runs share are shown with the first of them."""
+def show_once(runs: Iterable[RunPage]) -> None:
+    """Leave the studies that several runs share with the first of them alone."""
     owner: dict[str, str] = {}
-
-    def kept(study: Study, name: str) -> Study:
-        first = owner.setdefault(f"{study.pages} {study.pictures}", name)
-        same = Study(study.title, f"The same as of {first}.", [], [])
-        return study if first == name else same
-
-    return [replace(run, studies=[kept(s, run.name) for s in run.studies]) for run in runs]
+    for run in runs:
+        for n, study in enumerate(run.studies):
+            first = owner.setdefault(f"{study.pages} {study.pictures}", run.name)
+            if first != run.name:
+                run.studies[n] = Study(study.title, f"The same as of {first}.", [], [])
 
 
 def side_by_side(
@@ -113,29 +100,30 @@ def side_by_side(
     pages: dict[str, RunPage],
     known: Sequence[Experiment],
     looks: dict[str, Style],
-) -> SideBySide:
+) -> dict[str, Any]:
+    """What the page says of two runs or more together."""
     settings = differing(runs)
     by_name = {run.name: run for run in runs}
     trained = {name: training for name, run in by_name.items() if (training := run_of(run))}
     compared = pairs(list(trained.values()), runs_of(known)) if trained else []
     ranked = sorted(compared, key=lambda pair: pair.run.outcome())
-    return SideBySide(
-        base=compared[0].base.name if compared else "",
-        settings=list(settings),
-        values=[
+    return {
+        "base": compared[0].base.name if compared else "",
+        "settings": list(settings),
+        "rows": [  # (run, its value of each)
             [run.name, *(setting_text(values[n]) for values in settings.values())]
             for n, run in enumerate(runs)
         ],
-        judged_by=compared[0].base.judged_by() if compared else "",
-        outcomes=[outcome(p, by_name[p.run.name], pages[p.run.name].verdict) for p in ranked],
-        words=[(pair.run.name, pair.words()) for pair in ranked if pair.run is not pair.base],
-        noise=list(dict.fromkeys(pair.seeds.words() for pair in compared if pair.seeds)),
-        notes=list(cautions(runs, trained)),
-        curves=overlaid(
+        "judged_by": compared[0].base.judged_by() if compared else "",
+        "outcomes": [outcome(p, by_name[p.run.name], pages[p.run.name].verdict) for p in ranked],
+        "words": [(pair.run.name, pair.words()) for pair in ranked if pair.run is not pair.base],
+        "noise": list(dict.fromkeys(pair.seeds.words() for pair in compared if pair.seeds)),
+        "notes": list(cautions(runs, trained)),
+        "curves": overlaid(
             [(by_name[name], looks[name]) for name in trained],
             [(pair, looks[pair.run.name]) for pair in compared],
         ),
-    )
+    }
 
 
 def differing(runs: Sequence[Experiment]) -> dict[str, list[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,6 @@ from pipeline import paths
 from pipeline.diagnostics.doctor import Finding, examine, headline
 from pipeline.records import stage_graph
 from pipeline.records.dvc_history import read_file
-from pipeline.records.record_file import Event
 from pipeline.records.run_data import Experiment
 from pipeline.reports.curves import Picture, curves_of, data_uri
 from pipeline.tables import cell
@@ -27,6 +26,7 @@ Read = Callable[[Path], bytes | None]  # a file that the run's own record vouche
 
 # Of the stage that writes the page with its last work: still true when somebody reads it.
 WRITING = "wrote this page"
+ENDED = {"FAILED": "failed", "KILLED": "was stopped"}
 STUDIES = (
     (
         "Initialisation",
@@ -56,64 +56,51 @@ class Study:
     pages: list[Markup]
 
 
-@dataclass(frozen=True)
 class RunPage:
     """One run as the page shows it; a section that was not recorded is empty."""
 
-    name: str
-    verdict: str
-    mood: str  # of the verdict: good | warn | bad | none
-    numbers: list[tuple[str, str, str]]  # (what, value, beside it)
-    notes: list[str]  # what is missing
-    findings: list[Finding]
-    curves: list[Picture]
-    evaluation: list[tuple[Any, ...]]
-    samples: list[tuple[str, list[tuple[str, str]]]]  # (prompt, (before, after) of each sample)
-    studies: list[Study]
-    settings: dict[str, list[tuple[str, str]]]  # by section
-    changed: list[tuple[str, str, str]]  # (setting, here, in the recipe)
-    data: list[tuple[Any, ...]]
-    stages: list[tuple[Any, ...]]
-    environment: list[tuple[str, str]]
-    metrics: list[tuple[str, int, float]]
+    def __init__(
+        self,
+        run: Experiment,
+        name: str,
+        workspace: Path,
+        recipe: dict[str, Any],
+        at_work: str = "",
+        draw: bool = True,
+    ):
+        """Without its curves where they are not to `draw`.
 
-
-def run_page(
-    run: Experiment,
-    name: str,
-    workspace: Path,
-    recipe: dict[str, Any],
-    at_work: str = "",
-    draw: bool = True,
-) -> RunPage:
-    """Everything the page says of a run, without its curves where they are not to `draw`.
-
-    `recipe` holds the settings that others are marked against, and `at_work` is the stage that
-    writes this very page: its record is not closed yet.
-    """
-    read = reader(run, workspace)
-    trained = bool(run.values("train/loss"))
-    findings = examine(run) if trained else []
-    statuses = {stage: _status(record) for stage, record in run.records.items()}
-    statuses |= {at_work: WRITING} if at_work else {}
-    samples = samples_of(read)
-    return RunPage(
-        name,
-        *verdict(findings, statuses, trained),
-        numbers=key_numbers(run),
-        notes=list(missing(run, statuses, bool(samples))),
-        findings=findings,
-        curves=curves_of(run) if draw else [],
-        evaluation=evaluation(run),
-        samples=samples,
-        studies=list(studies(run, read)),
-        settings=settings(run.params),
-        changed=changed(run.params, recipe),
-        data=data_sets(run),
-        stages=[_stage(stage, run, status) for stage, status in statuses.items()],
-        environment=environment(run),
-        metrics=[(key, *points[-1]) for key, points in sorted(run.curves.items())],
-    )
+        `recipe` holds the settings that others are marked against, and `at_work` is the stage that
+        writes this very page: its record is not closed yet.
+        """
+        read, trained = reader(run, workspace), bool(run.values("train/loss"))
+        statuses = {
+            stage: record[-1]["status"] if record[-1]["kind"] == "end" else "unfinished"
+            for stage, record in run.records.items()
+        }
+        statuses |= {at_work: WRITING} if at_work else {}
+        self.name = name
+        self.findings = examine(run) if trained else []
+        self.verdict, self.mood = verdict(self.findings, statuses, trained)
+        self.numbers = key_numbers(run)
+        self.curves = curves_of(run) if draw else []
+        keys = [key for key in run.curves if key.startswith("val/")]
+        self.evaluation = [
+            (key.removeprefix("val/"), run.last(f"init_{key}"), run.last(key)) for key in keys
+        ]
+        self.samples = samples_of(read)
+        self.notes = list(missing(run, statuses, bool(self.samples)))
+        self.studies = list(studies(run, read))
+        self.settings = settings(run.params)
+        self.changed = [
+            (setting, setting_text(value), setting_text(recipe.get(setting)))
+            for setting, value in run.params.items()
+            if recipe and recipe.get(setting) != value
+        ]
+        self.data = data_sets(run)
+        self.stages = [_stage(stage, run, status) for stage, status in statuses.items()]
+        self.environment = environment(run)
+        self.metrics = [(key, *points[-1]) for key, points in sorted(run.curves.items())]
 
 
 def reader(run: Experiment, workspace: Path) -> Read:
@@ -132,16 +119,13 @@ def reader(run: Experiment, workspace: Path) -> Read:
 
 
 def verdict(findings: list[Finding], statuses: dict[str, str], trained: bool) -> tuple[str, str]:
-    """(words, mood)."""
+    """Words, and their mood: good, warn, bad or none."""
     ended = [f"{stage} {status.lower()}" for stage, status in statuses.items() if status in ENDED]
     if ended:
         return ", ".join([*ended, *(finding.rule for finding in findings)]), "bad"
     if not trained:
         return "nothing trained yet", "none"
     return headline(findings), "warn" if findings else "good"
-
-
-ENDED = {"FAILED": "failed", "KILLED": "was stopped"}
 
 
 def missing(run: Experiment, statuses: dict[str, str], sampled: bool) -> Iterator[str]:
@@ -158,7 +142,7 @@ def missing(run: Experiment, statuses: dict[str, str], sampled: bool) -> Iterato
 
 
 def key_numbers(run: Experiment) -> list[tuple[str, str, str]]:
-    """The few numbers that a run is judged by."""
+    """(what, value, beside it) of the few numbers that a run is judged by."""
 
     def last(key: str, digits: str) -> str:
         value = run.last(key)
@@ -171,40 +155,22 @@ def key_numbers(run: Experiment) -> list[tuple[str, str, str]]:
     losses, error = run.values("train/loss"), last("val/choice_acc_stderr", ".1%")
     seconds = [run.last(f"time/{stage}_seconds") or 0.0 for stage in run.records]
     steps, items = last("train/steps", ",.0f"), last("val/choice_count", ".0f")
+    ends = f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else ""
+    of_items = f"± {error} over {items} items" if error and items else ""
+    unigram = last("val/unigram_loss", ".3f")
+    took = f"{sum(seconds):,.0f} s" if any(seconds) else ""
     rows = (
-        (
-            "Training loss",
-            f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else "",
-            "nats/token, first and last step",
-        ),
+        ("Training loss", ends, "nats/token, first and last step"),
         ("Validation loss", change("loss", "{:.3f}".format), "nats/token"),
-        (
-            "Unigram baseline",
-            last("val/unigram_loss", ".3f"),
-            "nats/token by token frequencies alone",
-        ),
+        ("Unigram baseline", unigram, "nats/token by token frequencies alone"),
         ("Bits per byte", change("bits_per_byte", "{:.3f}".format), "of the validation text"),
         ("Perplexity", change("perplexity", cell), ""),
-        (
-            "Choice accuracy",
-            change("choice_acc", "{:.1%}".format),
-            f"± {error} over {items} items" if error and items else "",
-        ),
+        ("Choice accuracy", change("choice_acc", "{:.1%}".format), of_items),
         ("Speed", last("perf/tokens_per_second", ",.0f"), "tokens/s"),
         ("Peak memory", last("perf/peak_memory_mib", ",.0f"), "MiB"),
-        (
-            "Duration",
-            f"{sum(seconds):,.0f} s" if any(seconds) else "",
-            f"{steps} steps" if steps else "",
-        ),
+        ("Duration", took, f"{steps} steps" if steps else ""),
     )
     return [row for row in rows if row[1]]
-
-
-def evaluation(run: Experiment) -> list[tuple[Any, ...]]:
-    """(metric, of the initial model, of the trained one)."""
-    keys = [key for key in run.curves if key.startswith("val/")]
-    return [(key.removeprefix("val/"), run.last(f"init_{key}"), run.last(key)) for key in keys]
 
 
 def samples_of(read: Read) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -240,11 +206,8 @@ def studies(run: Experiment, read: Read) -> Iterator[Study]:
 @functools.lru_cache(maxsize=64)  # experiments share their studies
 def render(text: str) -> Markup:
     """A study's Markdown as HTML. HTML in it stays text, and nothing is linked or loaded."""
-    reader = (
-        MarkdownIt("commonmark", {"html": False})
-        .enable("table")
-        .disable(["image", "link", "autolink"])
-    )
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+    reader.disable(["image", "link", "autolink"])
     reader.add_render_rule("table_open", lambda *_: '<div class="scroll"><table>\n')
     reader.add_render_rule("table_close", lambda *_: "</table></div>\n")
     tokens = reader.parse(text)
@@ -270,15 +233,6 @@ def setting_text(value: Any) -> str:
     if value is None:
         return "–"
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def changed(params: dict[str, Any], recipe: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The settings that are not the recipe's."""
-    return [
-        (name, setting_text(value), setting_text(recipe.get(name)))
-        for name, value in params.items()
-        if recipe and recipe.get(name) != value
-    ]
 
 
 def data_sets(run: Experiment) -> list[tuple[Any, ...]]:
@@ -308,7 +262,3 @@ def _stage(stage: str, run: Experiment, status: str) -> tuple[Any, ...]:
     commit = start["git"]["commit"][:10] + (" (dirty)" if start["git"]["dirty"] == "true" else "")
     seconds = run.last(f"time/{stage}_seconds")
     return stage, status.lower(), began, seconds, start["environment"]["host"], commit
-
-
-def _status(record: Sequence[Event]) -> str:
-    return record[-1]["status"] if record[-1]["kind"] == "end" else "unfinished"

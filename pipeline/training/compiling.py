@@ -4,9 +4,8 @@ What is compiled is a function of its own, never the model: evaluation and sampl
 model itself, in other modes and shapes, and so cannot make the step's graphs anew. The update is
 left out: fused AdamW is one kernel for many tensors already.
 
-No CUDA graphs by default. They save launches, some 2 ms for the compiled step at 124M, which run
-ahead of a device that takes far longer; and the gradients that they return lie in memory that
-the next micro-batch overwrites, so that accumulating would need a copy of each.
+No CUDA graphs by default: they save launches, which run ahead of the device anyhow, and return
+gradients in memory that the next micro-batch overwrites, so that accumulating would copy each.
 """
 
 from __future__ import annotations
@@ -33,24 +32,18 @@ def compiled_loss(
 ) -> LossFunction:
     """The plain formula, whose parts the compiler fuses by itself; `eager` where it cannot.
 
-    `mode` is torch.compile's, None its default. Shapes are fixed: a training has one.
+    `mode` is torch.compile's, None its default. Shapes are fixed: a training has one. What the
+    compiler lacks may show on the first call only: from then on that is `eager`, too.
     """
+    if reason := why_not_compile(precision):
+        warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
+        return eager
+    from torch._dynamo.exc import TorchDynamoException
 
     def plain(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
         return token_losses(model(x), y).sum() * factor
 
-    reason = why_not_compile(precision)
-    if reason:
-        warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
-        return eager
-    return _compiled_or(eager, torch.compile(plain, dynamic=False, fullgraph=True, mode=mode))
-
-
-def _compiled_or(eager: LossFunction, compiled: LossFunction) -> LossFunction:
-    """`compiled`, until the compiler fails at it: what is missing shows on the first call only."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    function = compiled
+    function = torch.compile(plain, dynamic=False, fullgraph=True, mode=mode)
 
     def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
         nonlocal function

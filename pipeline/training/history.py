@@ -80,7 +80,12 @@ class History:
             self._record.tags({"resume.not_bit_equal_at": report.step})
         # How many steps there are to be is the plan of now, with a time budget another one.
         self.curve.append(replace(earlier, steps=report.steps) if earlier else report)
-        self._record.metrics(step_metrics(report) | _update_metric(report, state), report.step)
+        values, blocks = step_metrics(report), state.model.transformer.h
+        # By how much the step changed the weights: one matrix in the middle speaks for all.
+        ratio = update_ratio(state.optimizer, blocks[len(blocks) // 2].mlp.c_fc.weight)
+        if ratio is not None and not report.skipped:
+            values["train/update_ratio"] = ratio
+        self._record.metrics(values, report.step)
 
     def validation_due(self) -> bool:
         """Whether the model as it stands is to be validated and was not yet."""
@@ -179,10 +184,3 @@ def read_back(
         )
         for step, values in by_step.items()
     }
-
-
-def _update_metric(report: StepReport, state: TrainState) -> dict[str, float]:
-    """By how much the step changed the weights; one matrix in the middle speaks for all."""
-    blocks = state.model.transformer.h
-    ratio = update_ratio(state.optimizer, blocks[len(blocks) // 2].mlp.c_fc.weight)
-    return {} if ratio is None or report.skipped else {"train/update_ratio": ratio}

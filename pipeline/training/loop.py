@@ -1,4 +1,4 @@
-"""The training loop: a generator that makes one step and yields one report at a time."""
+"""The training loop: a generator that makes one step and yields one report, and validation."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.compute.throughput import Stopwatch
 from pipeline.data.batches import batch_at
 from pipeline.errors import NumericsError
 from pipeline.training.optimizers import learning_rate
-from pipeline.training.prefetch import Batch, Prefetch
-from pipeline.training.training_step import RECENT, Look, StepResult, TrainState, train_step
+from pipeline.training.prefetch import Prefetch
+from pipeline.training.training_step import RECENT, Batch, Look, StepResult, TrainState, train_step
 
 if TYPE_CHECKING:
     from pipeline.config import TrainConfig
@@ -120,41 +120,33 @@ def _count(state: TrainState, report: StepReport, config: TrainConfig) -> None:
     """
     state.skipped += report.skipped
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if report.skipped else 0
+    usual = statistics.median(state.norms) if report.spike else math.nan
     if report.spike:
-        _tell_spike(state, report, config)
+        state.spikes = [*state.spikes, report.grad_norm][-TOLD:]
+        state.spikes_seen += 1
+        if state.spikes_seen <= TOLD:
+            last = state.spikes_seen == TOLD
+            log.warning(
+                "step %d: skipped as a spike: gradient norm %.4g, more than train.skip_spikes=%g "
+                "times the recent median of %.4g%s",
+                *(report.step, report.grad_norm, config.skip_spikes, usual),
+                "; further ones show in train/skipped alone" if last else "",
+            )
     elif math.isfinite(report.grad_norm):
         state.norms, state.spikes = [*state.norms, report.grad_norm][-RECENT:], []
-    if state.skipped_in_a_row >= config.max_skipped:
-        raise NumericsError(
-            f"step {state.step}: {config.max_skipped} steps skipped in a row (train.max_skipped), "
-            + (_spikes_stop(state, config) if report.spike else _scale_stop(state))
-        )
-
-
-def _tell_spike(state: TrainState, report: StepReport, config: TrainConfig) -> None:
-    """One warning a spike, as long as they are few."""
-    state.spikes = [*state.spikes, report.grad_norm][-TOLD:]
-    state.spikes_seen += 1
-    if state.spikes_seen > TOLD:
+    if state.skipped_in_a_row < config.max_skipped:
         return
-    last = "; further ones show in train/skipped alone" if state.spikes_seen == TOLD else ""
-    log.warning(
-        "step %d: skipped as a spike: gradient norm %.4g, more than train.skip_spikes=%g times "
-        "the recent median of %.4g%s",
-        *(report.step, report.grad_norm, config.skip_spikes, statistics.median(state.norms), last),
+    if report.spike:
+        norms = ", ".join(f"{norm:.4g}" for norm in state.spikes)
+        why = (
+            f"the last ones for gradient norms of {norms}, each more than train.skip_spikes="
+            f"{config.skip_spikes:g} times the recent median of {usual:.4g}: these are no spikes, "
+            "the norm has grown; try a lower train.lr, a longer train.warmup_steps or "
+            "train.skip_spikes=0"
+        )
+    else:
+        scale = state.scaler.get_scale()
+        why = f"the loss scale is down to {scale:g}; try precision=bf16 or a lower train.lr"
+    raise NumericsError(
+        f"step {state.step}: {config.max_skipped} steps skipped in a row (train.max_skipped), {why}"
     )
-
-
-def _spikes_stop(state: TrainState, config: TrainConfig) -> str:
-    norms = ", ".join(f"{norm:.4g}" for norm in state.spikes)
-    return (
-        f"the last ones for gradient norms of {norms}, each more than train.skip_spikes="
-        f"{config.skip_spikes:g} times the recent median of {statistics.median(state.norms):.4g}: "
-        "these are no spikes, the norm has grown; try a lower train.lr, a longer "
-        "train.warmup_steps or train.skip_spikes=0"
-    )
-
-
-def _scale_stop(state: TrainState) -> str:
-    scale = state.scaler.get_scale()
-    return f"the loss scale is down to {scale:g}; try precision=bf16 or a lower train.lr"

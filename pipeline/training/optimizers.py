@@ -64,7 +64,9 @@ class Update:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, limit: float):
-        self._optimizer, self._alone = optimizer, skips_by_itself(optimizer)
+        device = optimizer.param_groups[0]["params"][0].device.type
+        self._optimizer = optimizer
+        self._alone = bool(optimizer.defaults.get("fused")) and device in SKIPPING
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self.norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if limit and self._alone:
@@ -89,12 +91,6 @@ class Update:
         """Make the update, if `launch` could not."""
         if allowed and not self._alone:
             self._optimizer.step()
-
-
-def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's kernel reads on the device whether to make the step."""
-    device = optimizer.param_groups[0]["params"][0].device.type
-    return bool(optimizer.defaults.get("fused")) and device in SKIPPING
 
 
 def update_ratio(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> float | None:

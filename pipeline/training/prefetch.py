@@ -9,19 +9,15 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-
-Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64
+from pipeline.training.training_step import Batch
 
 
 class Prefetch:
     """Calls `batches_of(step)`; on CUDA one step ahead, into pinned memory.
 
-    A copy from pinned memory is asynchronous: the host queues it before the step's first kernel
-    and goes on. It stays in the step's own stream: 1 MiB of tokens takes some 40 microseconds on
-    PCIe of a step of 100 ms, which a second stream would hide for a second set of tensors. What
-    cost more was the host's gathering, during which the device stood idle.
-
-    On the CPU nothing is ahead: whoever gathered would take the time from the step.
+    What costs is the host's gathering, during which the device would stand idle. The copy is
+    asynchronous and stays in the step's own stream: 1 MiB of tokens takes some 40 microseconds of
+    a step of 100 ms. On the CPU nothing is ahead: whoever gathered would take time from the step.
     """
 
     def __init__(self, batches_of: Callable[[int], list[Batch]], device: torch.device) -> None:

@@ -42,7 +42,7 @@ class Budget:
         self._began, self._first = clock() - spent, first
         self._warm: tuple[int, float] | None = None  # the first measured step, and when it began
         self._planned = planned or config.steps
-        self._total: int | None = None
+        self._settled = False
 
     def facts(self) -> dict[str, float]:
         """What a later process has to know: seconds spent, and the plan as it stands."""
@@ -53,19 +53,13 @@ class Budget:
         now = self._clock()
         if self._warm is None and step >= self._first + WARM_UP_STEPS:
             self._warm = step, now
-        if self._total is None:
-            fitting = self._fitting(step, now)
-            if fitting is None:
-                return self._planned
+        if not self._config.time_budget or self._settled or not self._warm:
+            return self._planned
+        first, began = self._warm
+        if step >= first + MEASURED:
+            pace = (now - began) / (step - first)  # with all that lies between steps
+            left = self._config.time_budget * 60 - (now - self._began)
+            fitting = int((left - validation_seconds(pace, self._config)) / pace)
             self._planned = min(step + max(1, fitting), self._config.steps)
-            if fitting < 2:  # this one is the last, whatever the clock says after it
-                self._total = self._planned
+            self._settled = fitting < 2  # this one is the last, whatever the clock says after it
         return self._planned
-
-    def _fitting(self, step: int, now: float) -> int | None:
-        """Steps that fit into what is left, with all that lies between them; None: not known."""
-        if not self._config.time_budget or not self._warm or step < self._warm[0] + MEASURED:
-            return None
-        pace = (now - self._warm[1]) / (step - self._warm[0])
-        left = self._config.time_budget * 60 - (now - self._began)
-        return int((left - validation_seconds(pace, self._config)) / pace)

@@ -19,17 +19,18 @@ from pipeline.model.loss import IGNORE, linear_cross_entropy, look_up
 from pipeline.model.model_dir import load_model
 from pipeline.training.compiling import LossFunction, compiled_loss
 from pipeline.training.optimizers import Update, build_optimizer, set_rate
-from pipeline.training.prefetch import Batch
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
     from pipeline.config import ModelConfig, TrainConfig
     from pipeline.model.gpt import GPT
 
+Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64
 Look = Callable[["TrainState"], None]
 
 RECENT = 64  # steps whose gradient norms say what is usual ...
 ENOUGH = 20  # ... and how many of them are needed to say so
+COUNTS = ("skipped", "skipped_in_a_row", "norms", "spikes", "spikes_seen")
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,8 @@ class TrainState:
     def begin(self, batches: list[Batch]) -> None:
         """Keep what the step at work is about to change and would need to be done again."""
         self.batches, self.rng = batches, rng_state(self.precision.device)
-        self.before = {
-            "scaler": self.scaler.state_dict(),
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "norms": self.norms,
-            "spikes": self.spikes,
-            "spikes_seen": self.spikes_seen,
-        }
+        counts = {name: getattr(self, name) for name in COUNTS}
+        self.before = {"scaler": self.scaler.state_dict(), **counts}
 
 
 def from_folder(
@@ -100,7 +95,19 @@ def from_folder(
 def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
     """The state before the first step."""
     precision.prepare(model)
-    eager, scaler = _fused_loss(model, precision), precision.make_scaler()
+    scaler = precision.make_scaler()
+
+    def eager(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+        """factor * sum of token losses; its gradients come by `backward()` alone."""
+        return linear_cross_entropy(
+            model.hidden(x, looked_up=look_up(model.transformer.wte, x)),
+            model.transformer.wte.weight,
+            y,
+            precision,
+            vocab_size=model.config.vocab_size,
+            scale=factor,
+        )
+
     return TrainState(
         model=model,
         optimizer=build_optimizer(model, config, scaled=scaler.is_enabled()),
@@ -135,13 +142,19 @@ def train_step(
     if look:
         state.loss = mean.item()
         look(state)
-    most = _spike_limit(state, config.skip_spikes)
+    known = config.skip_spikes > 0 and len(state.norms) >= ENOUGH  # what is usual
+    most = config.skip_spikes * statistics.median(state.norms) if known else math.inf
     with Update(optimizer, config.grad_clip) as update:
         update.launch(allowed=mean.isfinite() & (update.norm <= most))
         if meanwhile:
             meanwhile()
         state.loss, norm = _read(mean, update.norm)
-        _check(state, state.loss, norm)
+        if not math.isfinite(state.loss):
+            raise NumericsError(f"step {state.step}: the loss is {state.loss}; no update was made")
+        if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler halves its scale
+            raise NumericsError(
+                f"step {state.step}: the gradient norm is {norm}; no update was made"
+            )
         made = math.isfinite(norm) and norm <= most
         update.finish(allowed=made)
     scale = scaler.get_scale()
@@ -189,33 +202,3 @@ def gradients(
                 each(loss.detach())
     scaler.unscale_(state.optimizer)
     return total / scaler.scale(torch.ones((), device=device))
-
-
-def _check(state: TrainState, loss: float, norm: float) -> None:
-    """Stop before the update; an inf gradient passes with a scaler alone, which then halves."""
-    if not math.isfinite(loss):
-        raise NumericsError(f"step {state.step}: the loss is {loss}; no update was made")
-    if not math.isfinite(norm) and not state.scaler.is_enabled():
-        raise NumericsError(f"step {state.step}: the gradient norm is {norm}; no update was made")
-
-
-def _spike_limit(state: TrainState, factor: float) -> float:
-    """The largest gradient norm that is no spike; infinity as long as nobody can say."""
-    enough = factor > 0 and len(state.norms) >= ENOUGH
-    return factor * statistics.median(state.norms) if enough else math.inf
-
-
-def _fused_loss(model: GPT, precision: Precision) -> LossFunction:
-    """(x, y, factor) -> factor * sum of token losses; its gradients come by `backward()` alone."""
-
-    def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
-        return linear_cross_entropy(
-            model.hidden(x, looked_up=look_up(model.transformer.wte, x)),
-            model.transformer.wte.weight,
-            y,
-            precision,
-            vocab_size=model.config.vocab_size,
-            scale=factor,
-        )
-
-    return loss

@@ -13,8 +13,7 @@ from pipeline.model.loss import mean_loss
 if TYPE_CHECKING:
     from pipeline.config import TrainConfig
     from pipeline.data.token_files import Tokens
-    from pipeline.training.prefetch import Batch
-    from pipeline.training.training_step import TrainState
+    from pipeline.training.training_step import Batch, TrainState
 
 
 class ValidationError(NumericsError):

@@ -479,5 +479,5 @@ def test_no_value_of_a_metric_stops_a_page_or_a_comparison(value: float | None) 
                 if value is None:
                     del event["values"][key]
         one = Experiment("odd", "x", found)
-        assert run_page.run_page(one, "odd", Path(), {}, draw=False).name == "odd"
+        assert run_page.RunPage(one, "odd", Path(), {}, draw=False).name == "odd"
         run_of(one)
