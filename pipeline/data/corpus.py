@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data import listing
 from pipeline.data.documents import Document, Source
-from pipeline.data.sources import jsonl, parquet, python_docs, text
+from pipeline.data.sources import jsonl, parquet, python_docs, shakespeare, text
 from pipeline.errors import InputError, collecting
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def _field(config: CorpusConfig) -> dict[str, str]:
 
 
 SOURCES = {
+    "shakespeare": Source(shakespeare.documents, about=shakespeare.about),
     "python-docs": Source(python_docs.documents, about=python_docs.about),
     "text": Source(text.documents, text.SUFFIXES, text.RULE),
     "jsonl": Source(jsonl.documents, jsonl.SUFFIXES, about=_field),
