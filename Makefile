@@ -57,7 +57,7 @@ git:
 	fi
 
 # Every file is held against its hash, but PyTorch's own: its builds come from more than one index.
-$(STAMP): requirements.txt requirements-dev.txt constraints.txt requirements.lock
+$(STAMP): requirements.txt requirements-dev.txt requirements-plays.txt constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) \
 	    else "Python %d.%d found, 3.11 to 3.13 needed: make repro PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,7 @@ ifeq ($(TORCH),cpu)
 endif
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-plays.txt
 	touch $(STAMP)
 
 # Gives the disk back: the environment, scratch, the MLflow store and DVC's cache. `dvc gc -w`

@@ -20,6 +20,8 @@ from pipeline.published import VOCAB_SIZE
 
 UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
 
+WITHOUT_FILES = ("shakespeare", "python-docs")  # sources that read no corpus.path
+
 # As in MLflow's paths; no part can be `..`, nor an escape that a URI turns into it.
 PLAIN_NAME = re.compile(r"/?\w[\w .,()@+=-]*(/\w[\w .,()@+=-]*)*")
 
@@ -49,9 +51,9 @@ def setting(
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
     source: str = setting(
-        "where text comes from", choices=("python-docs", "text", "jsonl", "parquet")
+        "where text comes from", choices=(*WITHOUT_FILES, "text", "jsonl", "parquet")
     )
-    path: str = setting("a file or folder, for every source but python-docs; DVC watches it")
+    path: str = setting("a file or folder, for text, jsonl and parquet; DVC watches it")
     pattern: str = setting("which files to take when `path` is a folder, as a glob")
     field: str = setting("the field or column that holds the text, for jsonl and parquet")
     val_fraction: float = setting("share of documents for validation", above=0, high=0.5)
@@ -385,7 +387,7 @@ def _inconsistencies(config: Config) -> list[str]:
             f"debug.interact_at_step={config.debug.interact_at_step}: expected less than "
             f"train.steps={train.steps}, or -1 for never"
         )
-    if corpus.source != "python-docs" and corpus.path == UNSET_PATH:
+    if corpus.source not in WITHOUT_FILES and corpus.path == UNSET_PATH:
         problems.append(
             f"corpus.path={corpus.path}: expected a file or folder, "
             f"since corpus.source={corpus.source}"

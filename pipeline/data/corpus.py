@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.data import listing
 from pipeline.data.documents import Document
-from pipeline.data.sources import jsonl, parquet, python_docs, text
+from pipeline.data.sources import jsonl, parquet, python_docs, shakespeare, text
 from pipeline.errors import InputError, Refuse, collecting
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def describe(config: CorpusConfig) -> dict[str, Any]:
 
 
 SOURCES = {
+    "shakespeare": Source(shakespeare.documents, about=shakespeare.about),
     "python-docs": Source(python_docs.documents, about=python_docs.about),
     "text": Source(text.documents, text.SUFFIXES, text.RULE),
     "jsonl": Source(jsonl.documents, jsonl.SUFFIXES, about=lambda c: {"field": c.field}),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from pipeline import paths
-from pipeline.config import UNSET_PATH, Config
+from pipeline.config import UNSET_PATH, WITHOUT_FILES, Config
 from pipeline.errors import InputError, UserError
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def warn() -> None:
 def local_inputs(config: Config) -> dict[str, str]:
     """{setting: path} of the files and folders that the stages read beside the repository."""
     given = {"evaluate.hellaswag": config.evaluate.hellaswag}
-    if config.corpus.source != "python-docs":
+    if config.corpus.source not in WITHOUT_FILES:
         given["corpus.path"] = config.corpus.path
     if config.init.source == "hf" and (paths.root() / config.init.hf_watch).exists():
         given["init.hf_watch"] = config.init.hf_watch
