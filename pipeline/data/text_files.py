@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,9 +83,12 @@ def lines(path: Path) -> Iterator[Line]:
 
 
 def json_object(line: Line) -> dict[str, Any]:
-    """The object in a line; raises InputError naming the line where there is none."""
+    """The object in a line; raises InputError naming the line where there is none, or two readings.
+
+    Of a name that stands twice in it, JSON's readers drop one value without a word.
+    """
     try:
-        parsed = json.loads(line.content.decode())
+        parsed = _DECODER.decode(line.content.decode())
     except UnicodeDecodeError as error:
         at = line.start + error.start
         raise InputError(f"{line.where}: invalid UTF-8 at byte {at} of the file") from None
@@ -93,4 +97,24 @@ def json_object(line: Line) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         kind = type(parsed).__name__
         raise InputError(f"{line.where}: an object is expected, got {kind}")
+    if isinstance(parsed, _Doubled):
+        raise InputError(f"{line.where}: {cut(parsed.name)} stands more than once in the object")
     return parsed
+
+
+class _Doubled(dict[str, Any]):
+    """An object in which a name stands more than once."""
+
+    name: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    plain = dict(pairs)
+    if len(plain) == len(pairs):
+        return plain
+    doubled = _Doubled(plain)
+    [(doubled.name, _)] = Counter(name for name, _ in pairs).most_common(1)
+    return doubled
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # `json.loads` would make one for each line

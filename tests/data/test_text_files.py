@@ -1,4 +1,4 @@
-"""Claims about text out of files: packed ones, JSON lines, columns of Parquet."""
+"""Claims about text out of files: packed ones, JSON lines in two readings, columns of Parquet."""
 
 from __future__ import annotations
 
@@ -182,6 +182,19 @@ def test_a_byte_order_mark_before_any_line_goes(tmp_path: Path) -> None:
     mark, line = text_files.BOM, b'{"text": "a"}\n'
     (tmp_path / "x.jsonl").write_bytes(mark + line + mark + line + mark + b"\n")
     assert texts(settings(tmp_path)) == ["a", "a"]
+
+
+@pytest.mark.fault(66)
+def test_a_name_that_stands_twice_in_an_object_is_refused(tmp_path: Path) -> None:
+    inside = '{"text": "a", "meta": {"a": 1, "a": 2}}\n'
+    (tmp_path / "x.jsonl").write_text(inside + '{"text": "a", "id": 1, "text": "b"}\n')
+    said = refused(settings(tmp_path))
+    assert said.endswith("x.jsonl: line 2: text stands more than once in the object")
+
+
+@pytest.mark.fault(66, control=True)
+def test_jsons_reader_drops_a_value_whose_name_stands_twice() -> None:
+    assert json.loads('{"text": "a", "text": "b"}') == {"text": "b"}
 
 
 # --- Parquet
