@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 HIDDEN = re.compile(
@@ -82,3 +84,14 @@ def guard() -> None:
         if stream is not None and not isinstance(stream, Guarded):
             setattr(sys, name, Guarded(stream))
     sys.excepthook = traceback.print_exception  # Python 3.13's own one writes colours
+
+
+@contextmanager
+def unguarded() -> Iterator[None]:
+    """The streams themselves meanwhile: for a prompt that draws with escape sequences."""
+    guarded = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (getattr(stream, "stream", stream) for stream in guarded)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = guarded

@@ -80,6 +80,8 @@ def debug(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """Open a moment of a training that was kept on disk, in an interpreter.
 
     python -m pipeline debug .runs/debug/FOLDER     as the run named it
+
+    IPython is used where it is installed, else Python's own `code.interact`.
     """
     from pipeline.diagnostics import debugger
 

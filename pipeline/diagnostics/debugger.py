@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import code
 import contextlib
+import importlib.util
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from pipeline import config as configuration
-from pipeline import paths
+from pipeline import paths, terminal
 from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
 from pipeline.config import Config
@@ -174,6 +175,12 @@ def odd_gradients(gradients: dict[str, torch.Tensor]) -> list[str]:
 
 
 def interact(names: dict[str, Any], banner: str) -> None:
-    """An interpreter with these names, which begins by printing the banner."""
+    """An interpreter with these names, which begins by printing the banner: IPython if there."""
+    if importlib.util.find_spec("IPython"):
+        import IPython
+
+        with terminal.unguarded():
+            IPython.embed(user_ns=names, banner1=f"{banner}\n", colors="neutral")
+        return
     with contextlib.suppress(SystemExit):  # exit() leaves the interpreter, not the training
         code.interact(banner=banner, local=names, exitmsg="")

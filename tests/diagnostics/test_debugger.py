@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import code
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -161,6 +163,22 @@ def test_a_bundle_of_a_step_with_dropout_does_not_depend_on_what_chance_did_sinc
     assert line.endswith("the same as then")
     for name, gradient in kept["gradients"].items():
         assert torch.equal(names["gradients"][name], gradient), name
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_ipython_is_taken_where_it_is_installed(monkeypatch, installed: bool) -> None:
+    opened = []
+    ipython = ModuleType("IPython")
+    ipython.embed = lambda **words: opened.append(("IPython", words["user_ns"], words["banner1"]))
+    plain = lambda banner, local, exitmsg: opened.append(("code", local, banner))  # noqa: E731
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(code, "interact", plain)
+    names = {"loss": 1.5}
+    debugger.interact(names, "step 3")
+    ((which, scope, banner),) = opened
+    assert which == ("IPython" if installed else "code")
+    assert scope is names and banner.startswith("step 3")
 
 
 def test_a_disk_that_is_full_is_a_warning_and_not_another_error(
