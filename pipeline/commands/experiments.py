@@ -30,7 +30,7 @@ def sweep(parser: argparse.ArgumentParser, words: list[str]) -> None:
     from pipeline.records import dvc_history
 
     asked = sweep_words(parser, words)
-    planned = sweep.plan(asked.words, asked.seeds, dvc_history.names())
+    planned = sweep.plan(asked.words, asked.seeds, asked.name, dvc_history.names())
     log.info("%s", planned.page())
     if not asked.dry_run:
         sweep.conclude(planned, sweep.run_all(planned))
@@ -42,6 +42,7 @@ def sweep_words(parser: argparse.ArgumentParser, words: list[str]) -> argparse.N
     parser.add_argument("words", nargs="+", metavar="SETTING=VALUE", help=help_)
     help_ = "more seeds of the baseline, for the noise"
     parser.add_argument("--seeds", type=_seeds, default=[], help=help_)
+    parser.add_argument("--name", type=_prefix, default="", help="what the names begin with")
     parser.add_argument("--dry-run", action="store_true", help="check and show, run nothing")
     return parser.parse_intermixed_args(words)
 
@@ -50,6 +51,14 @@ def _seeds(text: str) -> list[int]:
     if not re.fullmatch(r"\d+(,\d+)*", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text}: expected whole numbers, as 1,2")
     return [int(number) for number in text.split(",")]
+
+
+def _prefix(text: str) -> str:
+    from pipeline.experiments.sweep import dvc_name
+
+    if text != dvc_name(text):
+        raise argparse.ArgumentTypeError(f"{text}: expected letters, digits, _ and -")
+    return text
 
 
 def compare(parser: argparse.ArgumentParser, words: list[str]) -> None:

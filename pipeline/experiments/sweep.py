@@ -66,7 +66,9 @@ class Sweep:
         return "\n".join([head, *lines])
 
 
-def plan(asked: Iterable[str], seeds: Iterable[int] = (), taken: Iterable[str] = ()) -> Sweep:
+def plan(
+    asked: Iterable[str], seeds: Iterable[int] = (), prefix: str = "", taken: Iterable[str] = ()
+) -> Sweep:
     """The sweep that "SETTING=A,B" and "OTHER=VALUE" ask for; names in `taken` are not used.
 
     `seeds` are more seeds of the base, for the noise. Raises ConfigError naming every problem
@@ -89,7 +91,7 @@ def plan(asked: Iterable[str], seeds: Iterable[int] = (), taken: Iterable[str] =
     choices += seeded
     check_different(choices, configs)
     inputs = together(*(partial(git.to_take_along, config) for config in configs))
-    stem, used, members = setting.rpartition(".")[2], set(taken), []
+    stem, used, members = prefix or setting.rpartition(".")[2], set(taken), []
     for choice, config, needed in zip(choices, configs, inputs, strict=True):
         changes = {name: flatten(config)[name] for name in choice}
         seed = f"-seed-{config.train.seed}" if choice in seeded else ""

@@ -39,6 +39,9 @@ _TOKEN = re.compile(
     r"|sk-(?=[\w-]*\d)[\w-]{16,}|A[KS]IA[A-Z0-9]{16}\b|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)"
 )
 
+# Where MLflow's client looks for things, as a URI or as a file.
+_URIS = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+_FILES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "MLFLOW_TRACKING_CLIENT_CERT_PATH")
 _NO_PATHS = ("databricks", "databricks-uc", "uc")  # MLflow's names for servers
 
 # Where MLflow's client carries artifacts over the network. All else that it knows is a folder of
@@ -144,9 +147,12 @@ def _set_environment() -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+    for name in _URIS:
         if given := os.environ.get(name):
             os.environ[name] = at_root(given)
+    for name in _FILES:
+        if given := os.environ.get(name):
+            os.environ[name] = str(paths.root() / given)
     if sqlite_path(store_uri()):
         # A pooled connection would still read and write a file that somebody has deleted.
         os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
@@ -163,8 +169,8 @@ def store_errors() -> tuple[type[Exception], ...]:
 def hold_elsewhere(store: str, place: str) -> None:
     """Raise StorageError where a server says that artifacts lie on its client's own machine.
 
-    MLflow's client believes every server and would write into that folder. `store` is the store's
-    URI, `place` where an experiment, a run or a model is said to lie.
+    MLflow's client believes every server and would write into that folder.
+    `store` is the store's URI, `place` where an experiment, a run or a model is said to lie.
     """
     from mlflow.utils.uri import get_uri_scheme  # as the client reads it
 

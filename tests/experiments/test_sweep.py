@@ -64,6 +64,7 @@ def test_a_name_that_exists_is_not_used_again() -> None:
     taken = ["lr-0.001", "lr-0.001-2", "lr-0.004"]
     found = plan(["train.lr=0.001,0.002"], taken=taken)
     assert [m.name for m in found.members] == ["lr-0.001-3", "lr-0.002"]
+    assert plan(["train.lr=0.001,0.002"], prefix="warm").members[0].name == "warm-0.001"
 
 
 @pytest.mark.parametrize("text", ["3e-05", "a/b c", "x..y.lock", ".hidden", "-1", "data/ü[1]~^:?*"])
@@ -153,7 +154,7 @@ def test_every_sweep_that_the_documentation_shows_is_valid(monkeypatch) -> None:
     for line in shown:
         words = line.partition("#")[0].split()
         asked = commands.sweep_words(argparse.ArgumentParser(), words)
-        assert len(plan(asked.words, asked.seeds).members) > 1, line
+        assert len(plan(asked.words, asked.seeds, asked.name).members) > 1, line
 
 
 @pytest.fixture
