@@ -63,6 +63,16 @@ def make_config() -> Callable[..., Config]:
     return lambda **changes: configuration.from_dict(params(**changes))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _unbounded() -> Iterator[None]:
+    """A limit of memory would stay for every test after the one that asked a server."""
+    from pipeline.tracking import mlflow_store
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlflow_store, "_bound_memory", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty database, made once as `connect` makes it: the schema takes seconds."""

@@ -17,7 +17,7 @@ from pipeline.records.record_file import Event
 from pipeline.records.run_data import Experiment
 from pipeline.records.stage_graph import upstream
 from pipeline.storage import digests
-from pipeline.tracking.mlflow_run import Row, from_workspace, open_row, shipped, sweep
+from pipeline.tracking.mlflow_run import Row, from_workspace, open_row, rename, shipped, sweep
 from pipeline.tracking.mlflow_store import connect, said
 
 if TYPE_CHECKING:
@@ -36,10 +36,12 @@ def sync(problems: list[str] | None = None) -> list[str]:
     Every record in DVC's experiments, in the commits of every branch and tag and in the workspace
     is given to its row in the order in which the stages ran, as they did themselves. What no
     record holds does not come back: stages that failed or whose record is gone, comparisons
-    (their command attaches them again), and what a person wrote on the page.
+    (their command attaches them again), and what a person wrote on the page. A row follows the
+    name that DVC has for its experiment now.
     """
     problems = [] if problems is None else problems
-    everything = [*dvc_history.experiments(), *dvc_history.commits()]
+    experiments = list(dvc_history.experiments())
+    everything = [*experiments, *dvc_history.commits()]
     stages = stages_that_ran(everything)
     problems += dict.fromkeys(f"{one.name}: {why}" for one in everything for why in one.unreadable)
     known = {stage.head["id"] for stage in stages}
@@ -61,7 +63,7 @@ def sync(problems: list[str] | None = None) -> list[str]:
         with _left_out_if_refused(client, stage, problems):
             row.settle(stage.head, stage.record[-1], known)
             names[row.id] = client.get_run(row.id).info.run_name
-    return list(names.values())
+    return list((names | _renamed(client, experiments)).values())
 
 
 @dataclass(frozen=True)
@@ -129,3 +131,21 @@ def _left_out_if_refused(client: MlflowClient, ran: Ran, problems: list[str]) ->
         path = paths.record(ran.head["stage"]).as_posix()
         problems.append(f"{ran.where.name}: {path}: {said(error)}")
         log.warning("%s; left out", problems[-1])
+
+
+def _renamed(client: MlflowClient, experiments: list[Experiment]) -> dict[str, str]:
+    """Rows by id with their new names, where `dvc exp rename` has given one.
+
+    Where DVC took all of an experiment from its cache, two share every record: a row whose name
+    one of them still has keeps it.
+    """
+    sharing: dict[str, list[Experiment]] = {}
+    for experiment in experiments:
+        if experiment.rev and experiment.records:
+            sharing.setdefault(experiment.head["id"], []).append(experiment)
+    renamed = {}
+    for first, *others in sharing.values():
+        if not others and first.head["name"] != first.name:
+            known = {record[0]["id"] for record in first.records.values()}
+            renamed |= rename(client, first.head, known, first.name)
+    return renamed

@@ -237,6 +237,26 @@ def attach(training_records: Iterable[str], folder: Path, name: str) -> None:
         log.warning("MLflow did not take %s: %s", folder, mlflow_store.said(error))
 
 
+def rename(client: MlflowClient, record: Event, known: set[str], name: str) -> dict[str, str]:
+    """Give a DVC experiment's row the name that DVC has now; {row id: name} of those changed.
+
+    `record` is the start event of its last stage, `known` holds the ids of all of its records. A
+    name that a person has given to the row stays.
+    """
+    renamed = {}
+    for run in _runs(client, f"tags.`record.{record['stage']}` = '{record['id']}'"):
+        tags = run.data.tags
+        former = tags.get("dvc.exp_name", "")
+        own = {id_ for tag, id_ in tags.items() if tag.startswith("record.")} <= known
+        if former not in ("", name) and own:
+            row = Row(client, run.info.run_id, run.info.experiment_id)
+            row.tag({"dvc.exp_name": name})
+            if run.info.run_name == former:
+                row.tag({"mlflow.runName": name})
+            renamed[row.id] = name
+    return renamed
+
+
 def shipped(client: MlflowClient) -> list[set[str]]:
     """The ids of the records that arrived whole, for every row of every MLflow experiment.
 

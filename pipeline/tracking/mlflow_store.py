@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
 import sqlite3
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 LOCK_SECONDS = 30.0
 ANSWER_SECONDS = 5.0  # for a database that another process writes into
+LARGEST_ANSWER = 1 << 30  # bytes that the client's memory may grow by
 LONGEST = 300  # characters of an error's message
 
 _SECRET = r"token|secret|passw|pwd|credential|signature|key"
@@ -135,6 +137,9 @@ def connect() -> MlflowClient:
         with lock():
             _create_sqlite(path)
         _check_sqlite(path)
+    if _is_server(uri):
+        _hold_artifacts_elsewhere()
+        _bound_memory()
     try:
         return MlflowClient(tracking_uri=uri)
     except ImportError as error:  # SQLAlchemy looks for a database's driver at last
@@ -163,7 +168,11 @@ def store_errors() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return MlflowException, SQLAlchemyError, sqlite3.Error, OSError
+    return MlflowException, SQLAlchemyError, sqlite3.Error, OSError, MemoryError
+
+
+def _is_server(uri: str) -> bool:
+    return _scheme(uri).lower() in ("http", "https")
 
 
 def hold_elsewhere(store: str, place: str) -> None:
@@ -174,13 +183,40 @@ def hold_elsewhere(store: str, place: str) -> None:
     """
     from mlflow.utils.uri import get_uri_scheme  # as the client reads it
 
-    server = _scheme(store).lower() in ("http", "https")
-    if server and get_uri_scheme(place) not in _ELSEWHERE:
+    if _is_server(store) and get_uri_scheme(place) not in _ELSEWHERE:
         raise StorageError(
             f"the server at {without_secrets(store)} says that artifacts lie at {place[:80]!r}, on "
             "this machine: refused. Start it with --serve-artifacts (its default) and name a new "
             "tracking.experiment"
         )
+
+
+def _hold_artifacts_elsewhere() -> None:
+    """Check it again wherever MLflow's client opens a place: a server may change its answer."""
+    from mlflow.store.artifact.artifact_repository_registry import (
+        get_registered_artifact_repositories,
+    )
+
+    known = get_registered_artifact_repositories()
+    for scheme in known.keys() - _ELSEWHERE:
+        if not isinstance(known[scheme], functools.partial):
+            known[scheme] = functools.partial(_held_repository, known[scheme])
+
+
+def _bound_memory() -> None:
+    """Limit memory, so that an endless answer is a MemoryError and the machine keeps its memory."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = psutil.Process().memory_info().vms + LARGEST_ANSWER
+        if hard == resource.RLIM_INFINITY or most < hard:
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+
+def _held_repository(made: Any, place: str, tracking_uri: str | None = None, **options: Any) -> Any:
+    hold_elsewhere(tracking_uri or "", place)
+    return made(place, tracking_uri=tracking_uri, **options)
 
 
 def artifact_root() -> str:
@@ -341,7 +377,7 @@ def _origin(error: Exception) -> BaseException:
     seen = set()  # causes may go round in a circle
     while at and id(at) not in seen:
         seen.add(id(at))
-        if isinstance(at, (OSError, sqlite3.Error)):
+        if isinstance(at, (OSError, sqlite3.Error, MemoryError)):
             origin = at
         at = at.__cause__ or at.__context__
     return origin

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline import paths
+from pipeline.experiments import sync
+from pipeline.records.run_data import Experiment
 from pipeline.tracking import mlflow_run, mlflow_store
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -216,3 +218,49 @@ def test_the_artifacts_of_a_database_elsewhere_do_not_go_into_a_temporary_worksp
     assert mlflow_store.artifact_location("gpt2") == (paths.root() / "mlartifacts/gpt2").as_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")
     assert mlflow_store.artifact_location("gpt2") is None
+
+
+# --- a row's name
+
+
+def experiment(name: str, *ids: str) -> Experiment:
+    """A DVC experiment of that name whose records came from one that was called `first`."""
+    stages = ("tokenize", "train")
+    found = {
+        stage: [{"id": id_, "stage": stage, "time": number, "name": "first"}]
+        for number, (stage, id_) in enumerate(zip(stages, ids, strict=False))
+    }
+    return Experiment(name, "rev", found)
+
+
+def row(client: Any, name: str, **parts: str) -> str:
+    tags = {f"record.{stage}": id_ for stage, id_ in parts.items()} | {"dvc.exp_name": name}
+    return client.create_run(
+        mlflow_run._experiment(client, "gpt2"), run_name=name, tags=tags
+    ).info.run_id
+
+
+def names(client: Any, *ids: str) -> list[tuple[str, str]]:
+    found = [client.get_run(id_) for id_ in ids]
+    return [(run.info.run_name, run.data.tags["dvc.exp_name"]) for run in found]
+
+
+def test_a_row_follows_the_name_that_dvc_has_now(own_store: Path) -> None:
+    client = mlflow_store.connect()
+    own = row(client, "first", tokenize="a")
+    later = row(client, "later", tokenize="a", train="b")  # the same tokens, and more
+    found = [experiment("second", "a"), experiment("later", "a", "b")]
+    assert sync._renamed(client, found) == {own: "second"}
+    assert names(client, own, later) == [("second", "second"), ("later", "later")]
+    assert sync._renamed(client, found) == {}
+
+
+def test_a_name_that_a_person_gave_or_that_dvc_still_has_stays(own_store: Path) -> None:
+    client = mlflow_store.connect()
+    own = row(client, "first", tokenize="a")
+    client.set_tag(own, "mlflow.runName", "my best")
+    sync._renamed(client, [experiment("second", "a")])
+    assert names(client, own) == [("my best", "second")]
+    shared = row(client, "first", tokenize="c")
+    assert sync._renamed(client, [experiment("first", "c"), experiment("twin", "c")]) == {}
+    assert names(client, shared) == [("first", "first")]

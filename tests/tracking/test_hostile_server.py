@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +19,7 @@ from pipeline.__main__ import main as command
 from pipeline.errors import StorageError
 from pipeline.records import record_file
 from pipeline.tracking import mlflow_run, mlflow_store, recording
-from tests.conftest import record_is_complete
+from tests.conftest import ROOT, record_is_complete
 
 pytestmark = [
     pytest.mark.usefixtures("own_store"),
@@ -52,6 +56,8 @@ class _Hostile(BaseHTTPRequestHandler):
             "logged-models/m1": {"model": model},
         }
         found = [answer for end, answer in answers.items() if path.endswith(end)]
+        if path.endswith("runs/get") and places["later"]:  # another one to whoever asks again
+            places["run"] = places["later"]
         body = json.dumps(found[0] if found else {}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -67,7 +73,7 @@ class _Hostile(BaseHTTPRequestHandler):
 @pytest.fixture
 def places(monkeypatch) -> Iterator[dict[str, str]]:
     """What the server says; it is the store."""
-    said = dict.fromkeys(("experiment", "run", "model"), HARMLESS) | {"known": ""}
+    said = dict.fromkeys(("experiment", "run", "model"), HARMLESS) | {"known": "", "later": ""}
     with ThreadingHTTPServer(("127.0.0.1", 0), _Hostile) as server:
         server.places = said  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -108,7 +114,7 @@ def untouched(folder: Path) -> bool:
 
 
 @pytest.mark.fault(70)
-@pytest.mark.parametrize("liar", ["experiment", "run", "model"])
+@pytest.mark.parametrize("liar", ["experiment", "run", "model", "later"])
 def test_nothing_is_written_where_a_server_says_and_the_stage_goes_on_with_one_warning(
     make_config, places, victim: Path, caplog, liar: str
 ) -> None:
@@ -143,11 +149,31 @@ def test_sync_and_what_a_comparison_attaches_are_refused_likewise(
 @pytest.mark.fault(70, control=True)
 def test_a_client_of_its_own_overwrites_the_file(places, victim: Path) -> None:
     from mlflow import MlflowClient
+    from mlflow.store.artifact import artifact_repository_registry as registry
 
     places["run"] = victim.as_uri()
     Path("samples.md").write_text("ours")
-    MlflowClient(mlflow_store.store_uri()).log_artifact("r1", "samples.md")
+    guarded = dict(registry.get_registered_artifact_repositories())
+    plain = {scheme: getattr(made, "args", [made])[0] for scheme, made in guarded.items()}
+    registry.get_registered_artifact_repositories().update(plain)
+    try:
+        MlflowClient(mlflow_store.store_uri()).log_artifact("r1", "samples.md")
+    finally:
+        registry.get_registered_artifact_repositories().update(guarded)
     assert (victim / "samples.md").read_text() == "ours"
+
+
+@pytest.mark.fault(70)
+@pytest.mark.parametrize("place", ["file", "FILE", " file", "bare"])
+def test_mlflow_s_client_itself_refuses_such_a_place(places, victim: Path, place: str) -> None:
+    uri = victim.as_uri()
+    places["run"] = {"bare": str(victim), " file": f" {uri}", "FILE": f"FILE{uri[4:]}"}.get(
+        place, uri
+    )
+    Path("samples.md").write_text("ours")
+    with pytest.raises(StorageError):
+        mlflow_store.connect().log_artifact("r1", "samples.md")
+    assert untouched(victim)
 
 
 PLACES_HERE = ["file:///home/me", "FILE:/home/me", " file:///home/me", "fi\tle:///home/me", ""]
@@ -188,3 +214,33 @@ def test_a_real_server_gets_the_artifacts_over_the_network(
     assert not [r for r in caplog.records if r.levelname != "INFO"]
     found = [path.read_text() for path in Path("mlartifacts").rglob("samples.md")]
     assert set(found) == {"ours"}
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """Answers with a body that never ends, as long as somebody reads it."""
+
+    def answer(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b" " * (1 << 20))
+
+    do_GET = do_POST = answer
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of memory there")
+def test_an_answer_without_an_end_does_not_take_the_machines_memory(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        env = os.environ | {"MLFLOW_TRACKING_URI": address, "PYTHONPATH": str(ROOT)}
+        words = [sys.executable, "-m", "pipeline", "sync"]
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+        server.shutdown()
+    assert done.returncode == StorageError.exit_code
+    assert "MemoryError" in done.stderr and "Traceback" not in done.stderr
