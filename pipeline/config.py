@@ -148,6 +148,7 @@ class SampleConfig:
     top_p: float = setting(
         "keep the likeliest tokens of this total mass; 1 keeps all", above=0, high=1
     )
+    while_training: bool = setting("a text of the first prompt at each validation")
     kv_cache: bool = setting("keep keys and values between tokens")
     weights: str = setting(
         "int8 reads a quarter of the memory, and its cost in loss is measured",

@@ -157,6 +157,12 @@ def write_metrics(path: Path, values: dict[str, float]) -> None:
     write_json(path, {key: value for key, value in values.items() if not BESIDE.fullmatch(key)})
 
 
+def say(line: str) -> None:
+    """A line above the bar of `progress`, on standard output."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
 def progress(reports: Iterable[StepReport], steps: int, done: int) -> Iterator[StepReport]:
     """A bar with loss, tokens/s and time left; rarely redrawn where it goes to a file."""
     every = 0.5 if sys.stderr.isatty() else 20.0

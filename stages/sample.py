@@ -60,9 +60,11 @@ def main(config: Config) -> None:
             f"{config.sample.weights} weights, over the first {LOSS_TOKENS} tokens at most"
         )
     print(f"sample: the whole run on one page: {paths.REPORT}")
-    last = samples[-config.sample.samples * len(config.sample.prompts)]
-    print(f"sample: {len(samples)} texts in {paths.SAMPLES_MD}, the first one after training:")
-    print(f"  {last['prompt']}{last['text']}".replace("\n", "\n  "))
+    prompt = config.sample.prompts[0]
+    after = [s["text"] for s in samples if (s["when"], s["prompt"]) == ("after", prompt)]
+    most = max(after, key=lambda text: len(text.split()))
+    print(f"sample: {len(samples)} texts in {paths.SAMPLES_MD}, one of them after training:")
+    print(f"  {prompt}{most}".replace("\n", "\n  "))
 
 
 def load(folder: Path, config: Config) -> GPT:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from dataclasses import dataclass
 from functools import partial
-
-from tqdm import tqdm
 
 from pipeline import paths
 from pipeline.compute.machine import Machine, measure
 from pipeline.config import Config
-from pipeline.diagnostics import debugger, doctor, forecast
+from pipeline.diagnostics import debugger, doctor, forecast, glimpse
 from pipeline.resume import run_folder
 from pipeline.resume.checkpoints import Checkpoint, Checkpoints
 from pipeline.resume.interruption import Interruption, Stopped
@@ -95,6 +92,8 @@ def loop(job: Job, state: TrainState, history: History) -> None:
                 loss = validate(state, job.inputs.val, config.train, stop.unless_asked)
                 if history.validated(loss):
                     job.checkpoints.keep_best(state.model, state.step)
+                for line in (history.line(), *glimpse.lines(state.model, config)):
+                    common.say(f"train: {line}")
                 edited = common.new_edits("train", config, told)
                 for warning in (*rounds.look(state.step, record.so_far), *edited):
                     log.warning("%s", warning)
@@ -114,7 +113,7 @@ def loop(job: Job, state: TrainState, history: History) -> None:
             if state.step == forecast.MEASURED_AT:
                 seconds = [report.seconds for report in history.curve]
                 line = forecast.after_first_steps(seconds, config.train, record)
-                tqdm.write(f"train: {line}", file=sys.stdout)
+                common.say(f"train: {line}")
             validate_if_due()
             if stop.asked:
                 break
@@ -122,7 +121,7 @@ def loop(job: Job, state: TrainState, history: History) -> None:
                 save()
         if stop.asked:
             save()
-            tqdm.write(f"train: stopped; the same command resumes from step {state.step:,}")
+            common.say(f"train: stopped; the same command resumes from step {state.step:,}")
             stop.leave()
 
 

@@ -290,6 +290,7 @@ def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
         "pipeline.host": record_file.environment()["host"],
         "model": run_note.model_size(head["params"]),
         "init": run_note.initial_weights(head["params"]),
+        "changed": run_note.changes(head),
         "dvc.exp_name": head["name"],
         "mlflow.runColor": _next_color(client, experiment_id),
         "mlflow.source.type": "PROJECT",

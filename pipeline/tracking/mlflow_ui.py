@@ -7,13 +7,20 @@ import json
 import logging
 import os
 import socket
+import sys
+import threading
+import urllib.request
 import warnings
+import webbrowser
+from typing import Any
 
 from pipeline.config import load
 from pipeline.errors import InputError
 from pipeline.tracking.mlflow_store import artifact_root, connect, store_uri, without_secrets
 
 log = logging.getLogger(__name__)
+
+PORTS = 20  # that are tried
 
 # A shared view is an experiment tag whose format MLflow does not document; a test holds it.
 _KEY = "comparison"
@@ -26,26 +33,41 @@ COLORS = (
 # In this order, each as wide as its values need, in pixels: what runs are compared by comes first,
 # and all of it fits beside the page's menu on a screen of 1600.
 COLUMNS = {
+    "tags.`changed`": 190,
     "metrics.`val/loss`": 82,
     "metrics.`val/bits_per_byte`": 86,
-    "metrics.`val/choice_acc_norm`": 80,
+    "tags.`health.verdict`": 150,
+    "params.`corpus.source`": 96,
     "params.`precision`": 72,
-    "tags.`init`": 112,
     "tags.`model`": 98,
-    "tags.`health.grad_norm`": 100,
+    "metrics.`train/tokens`": 84,
     "metrics.`perf/tokens_per_second`": 86,
     "metrics.`perf/mfu`": 70,
-    "metrics.`perf/of_matrix_rate`": 84,
     "metrics.`perf/peak_memory_mib`": 84,
     "attributes.`Duration`": 68,
 }
 # The page's own columns, and what it calls the duration inside.
 FIRST = {"attributes.`Run Name`": 134, "runDateAndNestInfo": 104}
 INSIDE = {"attributes.`Duration`": "duration"}
+# The charts that the view opens with, in two sections: metric, whether its axis is logarithmic,
+# how much MLflow smooths the line (0 to 100).
+CURVES = (
+    ("train/loss", False, 20),
+    ("train/val_loss", False, 0),
+    ("train/grad_norm", True, 0),
+    ("train/learning_rate", False, 0),
+    ("train/update_ratio", True, 20),
+    ("perf/step_tokens_per_second", False, 30),
+)
+PARALLEL = {
+    "selectedParams": ["precision", "train.lr", "model.n_layer", "init.std"],
+    "selectedMetrics": ["val/loss", "perf/tokens_per_second"],
+    "showAllRuns": False,
+}
 
 
 def state() -> str:
-    """The tag's value: machine-learning columns, best validation loss first."""
+    """The tag's value: columns and charts for training, best validation loss first."""
     widths = FIRST | {INSIDE.get(name, name): width for name, width in COLUMNS.items()}
     shown = {
         "searchFilter": "",
@@ -64,40 +86,94 @@ def state() -> str:
         "runsHiddenMode": "FIRST_10_RUNS",
         "viewMaximized": True,
         "runListHidden": False,
-        "isAccordionReordered": False,
+        "isAccordionReordered": True,  # else sections are sorted by name
         "groupBy": None,
         "groupsExpanded": {},
-        "autoRefreshEnabled": False,
+        "autoRefreshEnabled": True,
         "useGroupedValuesInCharts": True,
         "hideEmptyCharts": True,
         "globalLineChartConfig": {},
+        "compareRunCharts": [*(_curve(*asked) for asked in CURVES), _chart("PARALLEL", PARALLEL)],
+        "compareRunSections": [_section("training"), _section("comparison")],
     }
     return json.dumps(shown)
+
+
+_OURS: dict[str, Any] = {"deleted": False, "isGenerated": False}
+
+
+def _section(name: str) -> dict[str, Any]:
+    return {"name": name, "uuid": name, "display": True, "isReordered": True, **_OURS}
+
+
+def _curve(metric: str, logarithmic: bool, smoothness: int) -> dict[str, Any]:
+    words = {"metricKey": metric, "selectedMetricKeys": [metric], "lineSmoothness": smoothness}
+    words |= {"scaleType": "log" if logarithmic else "linear", "yAxisKey": "metric"}
+    words |= {"xAxisKey": "step", "xAxisScaleType": "linear"}
+    words |= {"selectedXAxisMetricKey": "", "selectedYAxisMetricKey": ""}
+    return _chart("LINE", words)
+
+
+def _chart(kind: str, words: dict[str, Any]) -> dict[str, Any]:
+    section = "training" if kind == "LINE" else "comparison"
+    uuid = words.get("metricKey", kind)  # any text that no other chart has
+    place = {"uuid": uuid, "type": kind, "metricSectionId": section, "runsCountToCompare": 10}
+    return place | _OURS | words
 
 
 def link(server: str, experiment_id: str) -> str:
     """The page of an MLflow server that shows the view."""
     return (
         f"{server}/#/experiments/{experiment_id}/runs"
-        f"?workflowType=machine_learning&viewStateShareKey={_KEY}"
+        f"?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={_KEY}"
     )
 
 
 def show(port: int) -> int:
-    """Print the link to the prepared table; serve the store unless it is a server's already."""
+    """Serve the store and open the prepared view; of a server's own store only print the link.
+
+    The port is the first free one from `port` on.
+    """
     experiment = connect().get_experiment_by_name(load().tracking.experiment)
-    remote = store_uri().startswith("http")
-    with socket.socket() as knock:
-        if not remote and not knock.connect_ex(("127.0.0.1", port)):
-            raise InputError(f"port {port}: another server has it: `make ui PORT={port + 1}`")
-    server = without_secrets(store_uri()) if remote else f"http://127.0.0.1:{port}"
-    address = link(server.rstrip("/"), experiment.experiment_id if experiment else "0")
-    log.info("The prepared comparison:\n  %s", address)
-    if not remote:
-        log.info("MLflow takes some seconds to start; Ctrl-C ends it.")
+    id_ = experiment.experiment_id if experiment else "0"
+    if store_uri().startswith("http"):
+        log.info("%s", link(without_secrets(store_uri()).rstrip("/"), id_))
+        return 0
+    port = _free_port(port)
+    over = threading.Event()
+    opening = threading.Thread(target=_open, args=(port, id_, over), daemon=True)
+    opening.start()
+    try:
         with contextlib.suppress(KeyboardInterrupt):
             _serve(port)
+    finally:
+        over.set()
+        opening.join()
     return 0
+
+
+def _free_port(first: int) -> int:
+    """A port that no server of this machine has: macOS itself keeps 5000 for AirPlay."""
+    for port in range(first, min(first + PORTS, 1 << 16)):
+        with socket.socket() as knock:
+            if knock.connect_ex(("127.0.0.1", port)):
+                return port
+    raise InputError(f"ports {first} to {port}: other servers have them all: name a free one")
+
+
+def _open(port: int, experiment_id: str, over: threading.Event) -> None:
+    """Wait until the page answers; print its address, and open it where there is a screen."""
+    server = f"http://127.0.0.1:{port}"
+    while not over.wait(0.2):
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{server}/health", timeout=5):
+            break
+    if over.is_set():
+        return
+    address = link(server, experiment_id)
+    log.info("MLflow is at %s (Ctrl-C ends it)", address)
+    screens = {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if sys.stdout.isatty() and (screens or sys.platform in ("win32", "darwin")):
+        webbrowser.open(address)
 
 
 def _serve(port: int) -> None:

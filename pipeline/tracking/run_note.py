@@ -45,6 +45,19 @@ def initial_weights(params: Mapping[str, Any]) -> str:
     return f"std {params['init.std']:g}, {scaled}"
 
 
+def changes(head: Event) -> str:
+    """ "lr 0.002 -> 0.006, steps 400 -> 100": the settings that differ from the commit's.
+
+    Nothing where none does, or where the commit has no settings to read.
+    """
+    changed = head["parent"].get("changed", {}) if head.get("parent") else {}
+    return ", ".join(
+        f"{name.rpartition('.')[2]} {'-' if theirs is None else _value(theirs)} -> "
+        f"{'-' if ours is None else _value(ours)}"
+        for name, (theirs, ours) in changed.items()
+    )
+
+
 def note(head: Event, own: Facts, parent: Facts | None) -> str:
     """Markdown: the settings that differ from the commit's, and the results.
 

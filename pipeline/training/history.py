@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,22 @@ class History:
             self.best, self.best_step = loss, done
         return better
 
+    def line(self) -> str:
+        """The last validation for a person: losses, learning rate and speed since the one before.
+
+        The training loss is the mean of these steps, the speed their tokens by their time.
+        """
+        done, loss = self.validations[-1]
+        since = self.validations[-2][0] if len(self.validations) > 1 else 0
+        steps = self.curve[since:done]
+        train = statistics.fmean(report.loss for report in steps)
+        rate = sum(report.tokens for report in steps) / sum(report.seconds for report in steps)
+        return (
+            f"step {done:,}/{steps[-1].steps:,}  train {train:.3f}  val {loss:.3f}  "
+            f"lr {steps[-1].learning_rate:.1e}  {rate:,.0f} tokens/s"
+            + ("  best" if done == self.best_step else "")
+        )
+
     def summary(self, state: TrainState, matrix_rate: float) -> dict[str, float]:
         """What the whole training came to, in numbers; `matrix_rate` is in FLOP/s."""
         curve, model, precision = self.curve, state.model, state.precision
@@ -128,9 +145,12 @@ class History:
     def lines(self, summary: Mapping[str, float]) -> list[str]:
         """The summary for a person."""
         steps, budget = len(self.curve), self._config.time_budget
+        tokens = sum(report.tokens for report in self.curve)
+        rate = tokens / sum(report.seconds for report in self.curve)
         lines = [
             f"loss {self.curve[0].loss:.3f} -> {self.curve[-1].loss:.3f} nats/token, best "
-            f"validation loss {self.best:.3f}, {summary['perf/tokens_per_second']:,.0f} tokens/s, "
+            f"validation loss {self.best:.3f}, {rate:,.0f} tokens/s over all steps, "
+            f"{summary['perf/tokens_per_second']:,.0f} in the median step, "
             f"{summary['perf/peak_memory_mib']:,.0f} MiB; warm-up "
             f"{summary['perf/warm_up_seconds']:.1f} s"
         ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import socket
 import sqlite3
 import subprocess
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -361,17 +363,51 @@ def test_a_resumed_row_has_the_name_of_the_experiment_that_finished_it(
     assert row.info.status == "FINISHED"
 
 
-def test_a_port_that_another_server_has_is_refused_and_not_linked(
-    own_store: Path, monkeypatch
+def test_a_port_that_another_server_has_is_passed_over_and_not_linked(
+    own_store: Path, monkeypatch, caplog
 ) -> None:
     Path("params.yaml").write_bytes(NANO.read_bytes())
-    served: list[object] = []
-    monkeypatch.setattr(mlflow_ui, "_serve", served.append)
+    caplog.set_level(logging.INFO)
+    served: list[int] = []
+
+    def serve(port: int) -> None:
+        """Stands in for the page: answers for a second."""
+        served.append(port)
+        with HTTPServer(("127.0.0.1", port), Healthy) as server:
+            server.timeout = 1
+            server.handle_request()
+            deadline = time.monotonic() + 10
+            while not caplog.messages and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    monkeypatch.setattr(mlflow_ui, "_serve", serve)
     with socket.socket() as another:
         another.bind(("127.0.0.1", 0))
         another.listen()
         port = another.getsockname()[1]
-        with pytest.raises(InputError, match=f"port {port}: another server has it"):
+        assert mlflow_ui.show(port) == 0
+        monkeypatch.setattr(mlflow_ui, "PORTS", 1)
+        with pytest.raises(InputError, match=f"ports {port} to {port}: other servers have them"):
             mlflow_ui.show(port)
-        assert not served
-    assert mlflow_ui.show(port) == 0 and served == [port]
+    (chosen,) = served
+    assert port < chosen < port + 20
+    (said,) = caplog.messages
+    assert f"http://127.0.0.1:{chosen}/#/experiments/0/runs?" in said
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_no_address_is_said_where_the_page_never_answers(
+    own_store: Path, monkeypatch, caplog
+) -> None:
+    Path("params.yaml").write_bytes(NANO.read_bytes())
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(mlflow_ui, "_serve", lambda port: time.sleep(0.5))
+    assert mlflow_ui.show(40_000) == 0
+    assert not caplog.messages

@@ -28,6 +28,13 @@ def test_only_changed_settings_are_named() -> None:
     )
 
 
+def test_the_changes_of_a_row_fit_in_a_column() -> None:
+    changed = {"train.lr": [0.002, 0.006], "model.n_new": [None, 1], "precision": ["fp32", "bf16"]}
+    said = run_note.changes(head(changed))
+    assert said == "lr 0.002 -> 0.006, n_new - -> 1, precision fp32 -> bf16"
+    assert run_note.changes(head({})) == run_note.changes(head(None)) == ""
+
+
 def test_settings_that_came_and_went_are_said_so() -> None:
     said = run_note.note(head({"a.new": [None, 1], "a.old": ["x", None]}), Facts("r", {}, {}), None)
     assert "`a.new` = `1` (new); `a.old` removed (was `x`)." in said
