@@ -71,6 +71,7 @@ OTHER_FILES = {
     "tools/fault_table.py": "the table of faults, from the results of their tests",
     "tools/soak*.py": "random faults against a small real pipeline, and whether anything was lost",
     "constraints.txt": "every version, for every platform",
+    "requirements-plays.txt": "the package that carries the default corpus",
     "requirements.lock": "their hashes, made by tools/lock.py; PyTorch has its own",
     ".github/workflows/": "lint and the quick tests on three systems; weekly with new versions",
     "Makefile": "repro, test, faults, ui, report, lint, clean",
