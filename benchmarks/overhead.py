@@ -36,18 +36,19 @@ from omegaconf import OmegaConf
 from benchmarks.side_by_side import in_a_fresh_process
 from pipeline import config as configuration
 from pipeline import paths
+from pipeline.compute import machine
 from pipeline.compute.precision import choose_precision
 from pipeline.compute.runtime import choose_device
 from pipeline.config import Config
 from pipeline.data import token_files
-from pipeline.diagnostics import doctor, forecast
+from pipeline.diagnostics import doctor, forecast, glimpse
 from pipeline.records import stage_graph
 from pipeline.records.record_file import Record
 from pipeline.resume import run_folder
 from pipeline.resume.checkpoints import Checkpoints
 from pipeline.storage.folders import remove
 from pipeline.tracking import recording
-from pipeline.training import loop
+from pipeline.training import inputs, loop
 from pipeline.training.history import History
 from stages import common, train
 
@@ -79,8 +80,8 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "batches": ((loop, "micro_batches"), (train, "micro_batches")),
     CHECKPOINT: tuple((Checkpoints, name) for name in ("save", "keep_best", "check_room")),
     "verification": (
-        (train, "open_tokens"),
-        (train, "check_model"),
+        (inputs, "open_tokens"),
+        (inputs, "check_model"),
         (Checkpoints, "newest"),
     ),
     "record: metrics": ((Record, "metrics"),),
@@ -91,8 +92,9 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
         *((recording.Courier, name) for name in ("__init__", "close")),
     ),
     "forecast": ((forecast, "before_training"), (forecast, "after_first_steps")),
+    "a text at each validation": ((glimpse, "lines"),),
     "doctor": ((doctor.Rounds, "look"), (doctor, "judge")),
-    "matrix rate": ((train, "matrix_rate"),),
+    "matrix rate": ((machine, "matrix_rate"),),
     "loading the model": ((train, "from_folder"),),
     "results": (
         (Checkpoints, "write_models"),

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import config as configuration
 from pipeline.data import corpus, documents, text_files, tokenizer
-from pipeline.data.sources import python_docs
+from pipeline.data.sources import python_docs, shakespeare
 from pipeline.data.sources import text as text_source
 from pipeline.errors import InputError
 from tests.conftest import ROOT
@@ -473,6 +473,8 @@ def test_a_literal_end_of_text_is_plain_text_in_every_source(tmp_path, monkeypat
     literal(tmp_path, source)
     monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda _: str(tmp_path))
     monkeypatch.setattr(python_docs, "texts", python_docs.texts.__wrapped__)
+    scenes = dict.fromkeys("abc", "before <|endoftext|> after")
+    monkeypatch.setattr(shakespeare, "scenes", lambda: scenes)
     found = texts(settings(source, tmp_path)).values()
     assert [text.strip() for text in found] == ["before <|endoftext|> after"] * 3
     for text in found:

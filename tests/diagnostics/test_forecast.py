@@ -133,7 +133,7 @@ def test_low_precision_keeps_less_for_each_sequence() -> None:
 
 def foreseen(make_config, monkeypatch, free: int, **changes: Any) -> forecast.Forecast:
     monkeypatch.setattr(forecast, "free_memory", lambda device: free)
-    config = make_config(train__batch_size=16, **changes)
+    config = make_config(train__batch_size=16, train__steps=200, **changes)
     mode = precision.choose_precision("fp32", CPU)
     return forecast.forecast(config, mode, corpus_tokens=819_200)
 
@@ -211,7 +211,7 @@ def test_a_time_budget_bounds_what_is_foretold(make_config) -> None:
 
 
 def test_validations_are_part_of_the_time(make_config) -> None:
-    config = make_config(train__steps=100, train__val_every=10, train__val_tokens=3072).train
+    config = make_config(train__steps=100, train__val_every=10, train__val_tokens=1536).train
     # 10 validations of three steps' tokens, forward alone: as long as 10 steps.
     assert forecast.run_seconds([1.0] * 8, config) == pytest.approx(110)
 
@@ -230,23 +230,24 @@ def test_the_forecast_comes_before_the_first_step_and_stops_no_training(
     make_config, monkeypatch, caplog
 ) -> None:
     record, mode = Kept(), precision.choose_precision("fp32", CPU)
-    said = forecast.before_training(make_config(), mode, record, 671_837)
+    config = make_config(train__steps=200, train__batch_size=8)
+    said = forecast.before_training(config, mode, record, 671_837)
     assert said[0] == "7,248,640 parameters; 200 steps are 204,800 tokens, 0.30 epochs"
     assert 300 < record.values["perf/forecast_memory_mib"] < 420
     monkeypatch.setattr(forecast, "free_memory", lambda device: 300 << 20)
-    assert len(forecast.before_training(make_config(), mode, record, 671_837)) == 2
+    assert len(forecast.before_training(config, mode, record, 671_837)) == 2
     assert "train.batch_size=8 needs about" in caplog.messages[-1]
 
     def unknown(*_: object) -> None:
         raise NotImplementedError("aten::attention has no sizes on this device")
 
     monkeypatch.setattr(forecast, "needs", unknown)
-    assert forecast.before_training(make_config(), mode, record, 671_837) == []
+    assert forecast.before_training(config, mode, record, 671_837) == []
     assert caplog.messages[-1].startswith("no memory forecast on cpu: aten::attention")
 
 
 def test_the_time_is_foretold_once_some_steps_are_measured(make_config) -> None:
-    record, config = Kept(), make_config(train__val_tokens=1).train
+    record, config = Kept(), make_config(train__val_tokens=1, train__steps=200).train
     said = forecast.after_first_steps([9.0] * 3 + [6.0] * 5, config, record)
     assert record.values["time/forecast_seconds"] == pytest.approx(1200, rel=0.01)
     assert said == "200 steps need 20 min; in 10 min you reach step 99"

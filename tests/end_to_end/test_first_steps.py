@@ -28,7 +28,8 @@ needs_make = pytest.mark.skipif(not shutil.which("make"), reason="no make here")
 def folder(tmp_path: Path, monkeypatch) -> Path:
     """The project's Makefile with nothing to install, in no git repository."""
     shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
-    for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt", LOCK.name):
+    asked = ("requirements.txt", "requirements-dev.txt", "requirements-plays.txt")
+    for name in (*asked, "constraints.txt", LOCK.name):
         (tmp_path / name).touch()
     (tmp_path / ".dvc").mkdir()
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

@@ -166,7 +166,7 @@ def test_a_setting_in_another_order_or_with_other_comments_is_no_edit(workspace:
 
 @pytest.fixture
 def own_text(workspace: Path) -> Iterator[Path]:
-    edit("params.yaml", "source: python-docs", "source: text")
+    edit("params.yaml", "source: shakespeare", "source: text")
     edit("params.yaml", "  path: data/unset", "  path: texts")
     yield workspace / "texts"
 

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 
 from pipeline import config as configuration
 from pipeline import paths
+from pipeline.compute import machine
 from pipeline.compute.precision import choose_precision
 from pipeline.compute.runtime import generator
 from pipeline.data import token_writer
@@ -90,7 +91,7 @@ def workspace(prepared: Path, tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.setattr(forecast, "after_first_steps", lambda *_: "")
     monkeypatch.setattr(doctor, "judge", lambda *_: ({}, []))
     monkeypatch.setattr(doctor.Rounds, "look", lambda *_: [])
-    monkeypatch.setattr(train, "matrix_rate", lambda *_: 1e9)
+    monkeypatch.setattr(machine, "matrix_rate", lambda *_: 1e9)
     monkeypatch.setattr(record_file.git, "said", lambda *_: "")
     return tmp_path
 
