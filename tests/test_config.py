@@ -64,7 +64,7 @@ def test_the_default_recipe_is_complete_and_valid() -> None:
         ({"model__n_head": 3}, "model.n_embd=128: expected a multiple of model.n_head=3"),
         ({"train__sequence_length": 129}, "train.sequence_length=129: expected at most"),
         ({"train__min_lr": 1.0}, "train.min_lr=1.0: expected at most train.lr=0.002"),
-        ({"train__warmup_steps": 400}, "train.warmup_steps=400: expected less than"),
+        ({"train__warmup_steps": 500}, "train.warmup_steps=500: expected less than"),
         ({"train__sequence_length": 8}, "train.sequence_length=8: expected at least 16"),
         ({"corpus__pattern": "/a/*"}, "corpus.pattern=/a/*: expected a glob inside corpus.path"),
         ({"corpus__pattern": "a/**.txt"}, "corpus.pattern=a/**.txt: expected ** alone between"),
@@ -138,7 +138,7 @@ def test_a_params_file_that_is_none_is_refused_by_its_path(tmp_path: Path) -> No
 
 
 AMBIGUOUS = [
-    *(("steps: 400", f"steps: {value}") for value in ("010", "1:30", "0o17")),
+    *(("steps: 500", f"steps: {value}") for value in ("010", "1:30", "0o17")),
     *(("compile: false", f"compile: {value}") for value in ("off", "Yes", "NO", "on")),
     ("lr: 0.002\n", "lr: 1:30.5\n"),
     ("experiment: gpt2", "experiment: 010"),
@@ -175,7 +175,7 @@ def test_a_change_that_yaml_readers_take_in_two_ways_is_refused() -> None:
 
 
 def test_ambiguous_values_and_wrong_ones_stand_in_one_error(tmp_path: Path) -> None:
-    path = recipe(tmp_path, "steps: 400", "steps: 010\n  lrr: 1")
+    path = recipe(tmp_path, "steps: 500", "steps: 010\n  lrr: 1")
     assert "train.steps=010" in refused(path) and "train.lrr: unknown" in refused(path)
 
 
