@@ -218,7 +218,6 @@ class Kept:
     def __init__(self, repo: Repo, revs: Sequence[str]):
         self._in_cache = repo.cache.local.oid_to_path
         self._has_remotes = bool(repo.config.get("remote"))
-        self._from_remotes = tempfile.TemporaryDirectory()
         texts = git.contents("dvc.lock", revs)
         # DVC's MD5 by path of what each revision's dvc.lock lists.
         self.locked = {rev: stage_graph.locked(texts.get(rev, b"")) for rev in revs}
@@ -268,6 +267,11 @@ class Kept:
         if (cached := self._cached(md5)) or not self._has_remotes:
             return cached
         return copy_of(rev, path, self._from_remotes.name)
+
+    @functools.cached_property
+    def _from_remotes(self) -> tempfile.TemporaryDirectory[str]:
+        """For what came from a remote; gone with this process."""
+        return tempfile.TemporaryDirectory()
 
     def _listing(self, md5: str) -> dict[str, str]:
         """MD5 by name of the files in a folder, as far as the cache has a list that can be read."""
