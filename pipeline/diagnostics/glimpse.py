@@ -21,11 +21,12 @@ def lines(model: GPT, config: Config) -> list[str]:
 def text(model: GPT, config: Config) -> str:
     """The first prompt and what the model makes of it as it stands, on one line.
 
-    The draws are the same each time and take nothing from training's. Without a cache, since one
-    on a GPU would keep memory and graphs of its own beside the step's.
+    The draws are the same each time and take nothing from training's. Without a cache and with the
+    weights as they are, so that next to no memory is needed beside the training's.
     """
     device = next(model.parameters()).device
     sampling = replace(config.sample, max_new_tokens=TOKENS, kv_cache=False)
+    sampling = replace(sampling, weights="fp32", precision="fp32")
     prompt = config.sample.prompts[0]
     draws = runtime.generator(config.sample.seed, "glimpse", device)
     pieces = stream_text(model, tokenizer.gpt2(), prompt, sampling, draws)

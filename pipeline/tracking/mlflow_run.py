@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +70,8 @@ class Row:
         """Write a stage's whole record, unless all of it has arrived before."""
         arrived = {shipped_tag(record[0]): record[0]["id"]}
         if not arrived.items() <= self._known.items():
-            self.write(record, checkpoints, fetch)
-            self.tag(arrived)
+            last = {"kind": "tags", "values": arrived}  # in one request with the record's own
+            self.write(chain(record, [last]), checkpoints, fetch)
 
     def enter(self, head: Event, process: str) -> None:
         """Say that a stage's `process`, as `process.this_process` names it, works on the row."""

@@ -154,18 +154,22 @@ def show(port: int) -> int:
 
 def _free_port(first: int) -> int:
     """A port that no server of this machine has: macOS itself keeps 5000 for AirPlay."""
-    for port in range(first, min(first + PORTS, 1 << 16)):
+    ports = range(max(first, 1), min(first + PORTS, 1 << 16))
+    if first not in ports:
+        raise InputError(f"port {first}: expected a number from 1 to 65535")
+    for port in ports:
         with socket.socket() as knock:
             if knock.connect_ex(("127.0.0.1", port)):
                 return port
-    raise InputError(f"ports {first} to {port}: other servers have them all: name a free one")
+    raise InputError(f"ports {first} to {ports[-1]}: other servers have them all: name a free one")
 
 
 def _open(port: int, experiment_id: str, over: threading.Event) -> None:
     """Wait until the page answers; print its address, and open it where there is a screen."""
     server = f"http://127.0.0.1:{port}"
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # HTTP_PROXY is set?
     while not over.wait(0.2):
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{server}/health", timeout=5):
+        with contextlib.suppress(OSError), direct.open(f"{server}/health", timeout=5):
             break
     if over.is_set():
         return

@@ -10,6 +10,7 @@ from pipeline import terminal
 from pipeline.records.record_file import Event
 
 LONGEST = 60  # characters of a setting's value
+MOST = 500  # of all changes in a column: MLflow refuses a row for a tag that is too long
 
 # (metric, label, format of a value, format of a difference)
 RESULTS = (
@@ -48,14 +49,16 @@ def initial_weights(params: Mapping[str, Any]) -> str:
 def changes(head: Event) -> str:
     """ "lr 0.002 -> 0.006, steps 400 -> 100": the settings that differ from the commit's.
 
-    Nothing where none does, or where the commit has no settings to read.
+    Nothing where none does, or where the commit has no settings to read; of a whole recipe the
+    first ones.
     """
     changed = head["parent"].get("changed", {}) if head.get("parent") else {}
-    return ", ".join(
+    words = ", ".join(
         f"{name.rpartition('.')[2]} {'-' if theirs is None else _value(theirs)} -> "
         f"{'-' if ours is None else _value(ours)}"
         for name, (theirs, ours) in changed.items()
     )
+    return words if len(words) <= MOST else f"{words[: MOST - 3]}..."
 
 
 def note(head: Event, own: Facts, parent: Facts | None) -> str:

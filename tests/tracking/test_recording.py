@@ -381,6 +381,7 @@ def test_a_port_that_another_server_has_is_passed_over_and_not_linked(
                 time.sleep(0.01)
 
     monkeypatch.setattr(mlflow_ui, "_serve", serve)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # is not asked for this machine's page
     with socket.socket() as another:
         another.bind(("127.0.0.1", 0))
         another.listen()
@@ -401,6 +402,13 @@ class Healthy(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize("port", [-1, 0, 1 << 16])
+def test_a_port_that_there_is_none_of_is_refused(own_store: Path, port: int) -> None:
+    Path("params.yaml").write_bytes(NANO.read_bytes())
+    with pytest.raises(InputError, match=f"port {port}: expected a number from 1 to 65535"):
+        mlflow_ui.show(port)
 
 
 def test_no_address_is_said_where_the_page_never_answers(

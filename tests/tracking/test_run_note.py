@@ -32,6 +32,8 @@ def test_the_changes_of_a_row_fit_in_a_column() -> None:
     changed = {"train.lr": [0.002, 0.006], "model.n_new": [None, 1], "precision": ["fp32", "bf16"]}
     said = run_note.changes(head(changed))
     assert said == "lr 0.002 -> 0.006, n_new - -> 1, precision fp32 -> bf16"
+    recipe = {f"train.{name}": ["x" * 60, "y" * 60] for name in "abcdefghij"}
+    assert len(run_note.changes(head(recipe))) == run_note.MOST
     assert run_note.changes(head({})) == run_note.changes(head(None)) == ""
 
 
