@@ -13,7 +13,7 @@ from pipeline.process import is_alive, this_process
 from pipeline.records import record_file
 from pipeline.records.record_file import Event
 from pipeline.storage import digests
-from pipeline.tracking import mlflow_store, mlflow_ui, run_note
+from pipeline.tracking import mlflow_store, mlflow_view, run_note
 from pipeline.tracking.mlflow_models import LoggedModels
 
 if TYPE_CHECKING:
@@ -314,10 +314,10 @@ def _next_color(client: MlflowClient, experiment_id: str) -> str:
     newest = client.search_runs(
         [experiment_id],
         order_by=["attributes.start_time DESC"],
-        max_results=len(mlflow_ui.COLORS) - 1,
+        max_results=len(mlflow_view.COLORS) - 1,
     )
     used = {run.data.tags.get("mlflow.runColor") for run in newest}
-    return next(color for color in mlflow_ui.COLORS if color not in used)
+    return next(color for color in mlflow_view.COLORS if color not in used)
 
 
 def sweep(client: MlflowClient) -> None:
@@ -344,12 +344,12 @@ def _experiment(client: MlflowClient, name: str) -> str:
         found = None
     if found:
         mlflow_store.hold_elsewhere(client.tracking_uri, found.artifact_location)
-        if found.tags.get(mlflow_ui.TAG) != mlflow_ui.state():
-            client.set_experiment_tag(found.experiment_id, mlflow_ui.TAG, mlflow_ui.state())
+        if found.tags.get(mlflow_view.TAG) != mlflow_view.state():
+            client.set_experiment_tag(found.experiment_id, mlflow_view.TAG, mlflow_view.state())
         return found.experiment_id
     location = mlflow_store.artifact_location(name)
     experiment_id = client.create_experiment(name, artifact_location=location)
-    client.set_experiment_tag(experiment_id, mlflow_ui.TAG, mlflow_ui.state())
+    client.set_experiment_tag(experiment_id, mlflow_view.TAG, mlflow_view.state())
     return experiment_id
 
 

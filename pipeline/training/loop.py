@@ -1,4 +1,4 @@
-"""The training loop: a generator that makes one step and yields one report, and validation."""
+"""The training loop: a generator that makes one step and yields one report at a time."""
 
 from __future__ import annotations
 

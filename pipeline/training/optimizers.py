@@ -66,6 +66,7 @@ class Update:
     def __init__(self, optimizer: torch.optim.Optimizer, limit: float):
         device = optimizer.param_groups[0]["params"][0].device.type
         self._optimizer = optimizer
+        # Whether the optimizer's kernel reads on the device whether to make the step.
         self._alone = bool(optimizer.defaults.get("fused")) and device in SKIPPING
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self.norm = nn.utils.get_total_norm([p.grad for p in parameters])
@@ -86,6 +87,7 @@ class Update:
         if self._alone:
             self._optimizer.found_inf = (~(allowed & self.norm.isfinite())).float()
             self._optimizer.step()
+            del self._optimizer.found_inf  # a step by anyone else is not to read it
 
     def finish(self, allowed: bool) -> None:
         """Make the update, if `launch` could not."""

@@ -22,7 +22,7 @@ from pipeline import config as configuration
 from pipeline import paths
 from pipeline.records import record_file
 from pipeline.storage import digests
-from pipeline.tracking import mlflow_store, mlflow_ui, recording
+from pipeline.tracking import mlflow_store, mlflow_view, recording
 from tests.conftest import ROOT, params, tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -93,7 +93,7 @@ def shipped(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
             patch.setattr(record_file, "_parent", lambda params, parent=parent: parent)
             ship(loss)
         experiment = mlflow_store.connect().get_experiment_by_name("gpt2")
-        yield mlflow_ui.link(server, experiment.experiment_id)
+        yield mlflow_view.link(server, experiment.experiment_id)
 
 
 def ship(loss: float) -> None:
@@ -107,7 +107,7 @@ def ship(loss: float) -> None:
         record.tags({"health.verdict": "gradient spike"})
         for step in range(3):
             curves = {
-                name: loss + step for name, *_ in mlflow_ui.CURVES if name != "train/val_loss"
+                name: loss + step for name, *_ in mlflow_view.CURVES if name != "train/val_loss"
             }
             record.metrics(curves, step)
         record.metrics({"train/val_loss": loss}, 2)
@@ -163,7 +163,7 @@ def test_the_page_shows_the_columns_in_order_and_the_best_run_first(
     shipped: str, visit: Callable[..., str]
 ) -> None:
     page = visit(shipped.replace("compareRunsMode=CHART&", ""), "health.verdict")
-    shown = {name: cells(page, mlflow_ui.INSIDE.get(name, name)) for name in mlflow_ui.COLUMNS}
+    shown = {name: cells(page, mlflow_view.INSIDE.get(name, name)) for name in mlflow_view.COLUMNS}
     for name, texts in shown.items():
         heading = re.search("`(.*)`", name)[1]
         assert heading in texts[0], (name, texts)
@@ -171,7 +171,7 @@ def test_the_page_shows_the_columns_in_order_and_the_best_run_first(
     runs = [text.split() for text in cells(page, "attributes.`Run Name`")[1:]]
     colors, names = zip(*runs, strict=True)
     assert names == ("best", "middle", "worse")
-    assert set(colors) == set(mlflow_ui.COLORS[: len(LOSSES)])
+    assert set(colors) == set(mlflow_view.COLORS[: len(LOSSES)])
     values = {name: texts[1] for name, texts in shown.items()}
     assert values["metrics.`val/loss`"] == "5.9"
     assert values["metrics.`perf/tokens_per_second`"] == "2199"
@@ -180,7 +180,7 @@ def test_the_page_shows_the_columns_in_order_and_the_best_run_first(
     assert values["tags.`health.verdict`"] == "gradient spike"
     assert values["params.`corpus.source`"] == "shakespeare"
     assert values["tags.`model`"] == "7.2M: 4 x 128"
-    places = [place(page, mlflow_ui.INSIDE.get(name, name)) for name in mlflow_ui.COLUMNS]
+    places = [place(page, mlflow_view.INSIDE.get(name, name)) for name in mlflow_view.COLUMNS]
     assert places == sorted(places)
 
 
@@ -191,7 +191,7 @@ def test_the_page_opens_on_the_curves_of_training_in_order(
 ) -> None:
     page = visit(shipped, ">comparison</div>")
     titles = re.findall(r'<h4[^>]*title="([^"]+)"', page)
-    assert titles[: len(mlflow_ui.CURVES)] == [metric for metric, *_ in mlflow_ui.CURVES]
+    assert titles[: len(mlflow_view.CURVES)] == [metric for metric, *_ in mlflow_view.CURVES]
     assert not {"val/bits_per_byte", "perf/peak_memory_mib"} & set(titles)  # only the prepared ones
 
 
@@ -225,7 +225,7 @@ def test_a_stage_ships_to_a_remote_server(server: str, tmp_path: Path) -> None:
     said = repo.run(sys.executable, "-m", "pipeline", "ui", **env).stdout
     client = rows_client(server)
     experiment = client.get_experiment_by_name("gpt2")
-    assert mlflow_ui.link(server, experiment.experiment_id) in said
+    assert mlflow_view.link(server, experiment.experiment_id) in said
     (row,) = [
         run
         for run in client.search_runs([experiment.experiment_id])

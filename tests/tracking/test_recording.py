@@ -21,7 +21,7 @@ from pipeline.errors import InputError
 from pipeline.experiments import sync
 from pipeline.records import dvc_history, record_file
 from pipeline.storage import digests
-from pipeline.tracking import mlflow_run, mlflow_store, mlflow_ui, recording
+from pipeline.tracking import mlflow_run, mlflow_store, mlflow_ui, mlflow_view, recording
 from tests.conftest import NANO, recipe
 
 pytestmark = [
@@ -181,7 +181,7 @@ def test_replaying_checkpoints_doubles_neither_models_nor_points(make_config) ->
 
 
 def test_rows_that_stand_together_have_colours_of_their_own(make_config) -> None:
-    number = len(mlflow_ui.COLORS)
+    number = len(mlflow_view.COLORS)
     for seed in range(number + 1):
         head = record_file.start_event("tokenize", make_config(sample__seed=seed))
         mlflow_run.open_row(mlflow_store.connect(), head | {"time": head["time"] + seed}, [])
