@@ -87,7 +87,6 @@ class Update:
         if self._alone:
             self._optimizer.found_inf = (~(allowed & self.norm.isfinite())).float()
             self._optimizer.step()
-            del self._optimizer.found_inf  # a step by anyone else is not to read it
 
     def finish(self, allowed: bool) -> None:
         """Make the update, if `launch` could not."""
