@@ -366,9 +366,9 @@ def test_a_spike_of_another_run_names_it_where_its_text_is_to_be_read() -> None:
 
 
 def test_what_is_urgent_is_told_once() -> None:
-    calm, wild = [5.0] * 60, [5.0] * 40 + [9.0] + [5.0] * 19
+    calm, wild = [5.0] * 100, [5.0] * 80 + [9.0] + [5.0] * 19
     rounds = doctor.Rounds()
-    for steps, losses, told in [(60, calm, []), (70, wild, ["loss spike"]), (80, wild, [])]:
+    for steps, losses, told in [(100, calm, []), (110, wild, ["loss spike"]), (120, wild, [])]:
         events = run(train__loss=losses).records["train"]
         assert [f.rule for f in rounds.look(steps, lambda events=events: events)] == told
 

@@ -61,6 +61,7 @@ def settings(**changes: object) -> SampleConfig:
         temperature=1.0,
         top_k=0,
         top_p=1.0,
+        while_training=False,
         kv_cache=True,
         weights="fp32",
         precision="fp32",
