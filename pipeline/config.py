@@ -174,6 +174,11 @@ class TrackingConfig:
         "which weights go to MLflow: copies, or models that point at DVC's files",
         choices=("best", "all", "reference", "none"),
     )
+    notify: str = setting(
+        "whom a run's end, a failure and an urgent problem are told: the command or the webhook "
+        "in PIPELINE_NOTIFY",
+        choices=("none", "command", "webhook"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import json
 import logging
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from pipeline import config as configuration
-from pipeline import terminal
+from pipeline import paths, terminal
 from pipeline.config import Config
 from pipeline.drawing import dvc_plots
 from pipeline.errors import ChangedError, UserError, disk_full, exit_code, out_of_memory
 from pipeline.records import git, provenance
 from pipeline.resume import run_folder
 from pipeline.tables import write_json
+from pipeline.tracking import notify
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
@@ -34,6 +38,10 @@ if sys.stderr and not faulthandler.is_enabled():
     faulthandler.enable()
 # Here, too: a module that is edited while the libraries are imported has been read already.
 provenance.find_code()
+
+LINE_EVERY_SECONDS = 30.0  # of `progress` in a log
+# The stages whose end is told, and what is told of it: a file below metrics/ and a metric in it.
+ENDS = {"train": ("train.json", "train/best_val_loss"), "sample": ("evaluate.json", "val/loss")}
 
 # `dvc exp show` gives every metric a column: what the settings fix, what all experiments share,
 # and error bars are in the record and in MLflow alone.
@@ -61,7 +69,7 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
         config = configuration.load()
         git.warn()
         if stage:
-            held(main, stage, config)
+            notified(main, stage, config)
         else:
             main(config)
         dvc_plots.keep_script()
@@ -86,6 +94,22 @@ def to_user(error: BaseException) -> str:
             "double train.accumulate, or lower evaluate.batch_size"
         )
     return ""
+
+
+def notified(main: Callable[[Config], None], stage: str, config: Config) -> None:
+    """A stage's work, with a message where it fails, or ends a training or the pipeline."""
+    notify.check(config.tracking)
+    try:
+        held(main, stage, config)
+    except Exception as error:
+        why = to_user(error) or f"{type(error).__name__}: {error}"
+        notify.tell(config.tracking, f"{stage} failed: {why}")
+        raise
+    if stage in ENDS:
+        file, metric = ENDS[stage]
+        with contextlib.suppress(FileNotFoundError):  # sampling needs no evaluation
+            loss = json.loads((paths.METRICS / file).read_text("utf-8"))[metric]
+            notify.tell(config.tracking, f"{stage} has ended, {metric} {loss:.4f}")
 
 
 def held(main: Callable[[Config], None], stage: str, config: Config) -> None:
@@ -164,12 +188,28 @@ def say(line: str) -> None:
 
 
 def progress(reports: Iterable[StepReport], steps: int, done: int) -> Iterator[StepReport]:
-    """A bar with loss, tokens/s and time left; rarely redrawn where it goes to a file."""
-    every = 0.5 if sys.stderr.isatty() else 20.0
-    with tqdm(total=steps, initial=done, desc="train", unit="step", mininterval=every) as bar:
+    """A bar with loss, tokens/s and time left; in a log, where no bar can be, lines now and then.
+
+    Speed and time left are those since the last line, with validations and checkpoints.
+    """
+    said, since = time.monotonic(), done
+    with tqdm(total=steps, initial=done, desc="train", unit="step", disable=None) as bar:
         for report in reports:
             bar.total = report.steps
             rate = report.tokens / report.seconds
             bar.set_postfix_str(f"loss {report.loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()
             yield report
+            now, at = time.monotonic(), report.step + 1
+            if bar.disable and now >= said + LINE_EVERY_SECONDS:
+                pace = (now - said) / (at - since)
+                left = (
+                    ""
+                    if report.last
+                    else f", {tqdm.format_interval(pace * (report.steps - at))} left"
+                )
+                say(
+                    f"train: step {at:,}/{report.steps:,}, loss {report.loss:.3f}, "
+                    f"{report.tokens / pace:,.0f} tokens/s{left}"
+                )
+                said, since = now, at

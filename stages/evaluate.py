@@ -37,8 +37,9 @@ def main(config: Config) -> None:
         shape, longest = config.model, config.train.sequence_length
         context = tasks.Context(precision, config.evaluate.batch_size, longest)
         print(
-            f"evaluate: sequences of {longest} tokens (train.sequence_length); "
-            f"the model takes {shape.block_size}"
+            f"evaluate: all {len(val):,} validation tokens (train looked at the first "
+            f"{min(config.train.val_tokens, len(val)):,}), in sequences of {longest}; the model "
+            f"takes {shape.block_size}"
         )
         results = {"val/unigram_loss": tasks.unigram_loss(train, val)}
         for group, folder in MODELS.items():

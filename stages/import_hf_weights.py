@@ -27,6 +27,7 @@ from pipeline.tables import write_csv
 from pipeline.tracking import recording
 from stages.common import run
 
+PARAMETERS = paths.INIT / "parameters.json"
 PROBE_SHAPE = (2, 32)  # sequences and tokens, for the parity check
 
 
@@ -43,8 +44,7 @@ def main(config: Config) -> None:
         probe = torch.randint(model.config.vocab_size, shape, generator=chance)
         found = parity(model, paths.INIT, probe)
         print(f"import_hf_weights: {told(found)}")
-        for name, content in (("parameters", table), ("parity", found)):
-            report = paths.INIT / f"{name}.json"
+        for report, content in ((PARAMETERS, table), (paths.INIT / "parity.json", found)):
             report.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
             record.artifact(report, "init")
         record.metrics({"init/parity_difference": found["relative_logit_difference"]})
@@ -129,15 +129,20 @@ def build(config: Config) -> GPT:
 
 
 def show(table: list[dict[str, Any]], model: GPT) -> None:
-    """The parameter table for a person; the file beside the model has all its columns."""
+    """The parameter table for a person, one block of it; the file has all rows and columns."""
     print(f"{'name':<36}{'HF shape':>16}{'our shape':>16}  transposed      std")
     for row in table:
+        if ".h." in row["name"] and ".h.0." not in row["name"]:
+            continue
         shapes = ["x".join(map(str, row[key])) for key in ("hf_shape", "our_shape")]
         flipped = "yes" if row["transposed"] else "-"
         print(f"{row['name']:<36}{shapes[0]:>16}{shapes[1]:>16}{flipped:>12}{row['std']:>9.4f}")
     padding = (model.config.vocab_rows - model.config.vocab_size) * model.config.n_embd
     total = model.parameter_count()
-    print(f"{total:,} parameters, {total - padding:,} without the padded vocabulary rows")
+    print(
+        f"{total:,} parameters, {total - padding:,} without the padded vocabulary rows; each of "
+        f"the {model.config.n_layer} blocks has these shapes ({PARAMETERS} lists all)"
+    )
 
 
 if __name__ == "__main__":

@@ -92,8 +92,11 @@ def summary(measured: roofline.Roofline) -> dict[str, float]:
 
 def show(measured: roofline.Roofline, suffered: list[sensitivity.Sensitivity]) -> None:
     """The figures that people ask for; the pages have the rest."""
-    print(f"numerics: {measured.device}, {measured.bandwidth / 1e9:.1f} GB/s")
-    print(f"{'':<8}{'matrix rate':>16}{'speed of fp32':>15}{'error':>10}")
+    print(
+        f"numerics: {measured.device}, {measured.bandwidth / 1e9:.1f} GB/s; the rate of one large "
+        "product, and speed and error of the model's own"
+    )
+    print(f"{'':<8}{'large product':>16}{'own, of fp32':>15}{'error':>10}")
     for mode, (speed, error) in measured.speed_and_error().items():
         rate = f"{measured.rates[mode] / 1e9:,.0f} GFLOP/s"
         print(f"{mode:<8}{rate:>16}{speed:>15.2f}{error:>10.1e}")

@@ -14,7 +14,7 @@ from pipeline.diagnostics import debugger, doctor, forecast, glimpse
 from pipeline.resume import run_folder
 from pipeline.resume.checkpoints import Checkpoint, Checkpoints
 from pipeline.resume.interruption import Interruption, Stopped
-from pipeline.tracking import recording
+from pipeline.tracking import notify, recording
 from pipeline.training.history import History
 from pipeline.training.inputs import Inputs, open_inputs
 from pipeline.training.loop import fit, micro_batches
@@ -95,8 +95,9 @@ def loop(job: Job, state: TrainState, history: History) -> None:
                 for line in (history.line(), *glimpse.lines(state.model, config)):
                     common.say(f"train: {line}")
                 edited = common.new_edits("train", config, told)
-                for warning in (*rounds.look(state.step, record.so_far), *edited):
+                for warning in map(str, (*rounds.look(state.step, record.so_far), *edited)):
                     log.warning("%s", warning)
+                    notify.tell(config.tracking, warning)
 
     def save() -> None:
         record.persist()  # a checkpoint knows no more than the record

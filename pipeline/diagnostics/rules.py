@@ -34,6 +34,7 @@ SMALL_UPDATE = 3e-3
 STILL_FALLING = 0.1  # share of the whole fall that the second half of the run brought
 OF_MATRIX_RATE = 0.15
 DATA_SHARE = 0.2  # of a step's time
+UNEVEN = 2.0  # times the time of the quickest quarter of the steps, for the slowest
 LEAK = 0.1  # share of validation passages
 
 
@@ -327,6 +328,24 @@ def data_bound(run: RunData) -> Finding | None:
     )
 
 
+def uneven(run: RunData) -> Finding | None:
+    seconds = run.values("perf/step_seconds")[FEW:]  # the first ones pay for a warm-up
+    if len(seconds) < 2 * FEW:
+        return None
+    quick, _, slow = statistics.quantiles(seconds, n=4)
+    if not quick or slow < UNEVEN * quick:
+        return None
+    return Finding(
+        "uneven speed",
+        "The same step took much longer at some times than at others: something else takes the "
+        "machine's time, or heat slows it down.",
+        f"the quickest quarter of the steps took up to {quick:.3g} s each, the slowest "
+        f"{slow:.3g} s or more",
+        "a machine with nothing else at work, a look at its power supply and cooling; "
+        "train.time_budget fits the steps to the pace that there is",
+    )
+
+
 def leak(run: RunData) -> Finding | None:
     share = run.last("data/val_overlap")
     if share is None or share < LEAK:
@@ -356,5 +375,6 @@ RULES: tuple[Rule, ...] = (
     rate_too_low,
     slow,
     data_bound,
+    uneven,
     leak,
 )

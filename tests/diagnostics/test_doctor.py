@@ -164,6 +164,13 @@ CASES: dict[rules.Rule, list[tuple[Callable[[], RunData], bool]]] = {
         (lambda: run(perf__data_seconds=[0.3] * 20, perf__step_seconds=[0.0] * 20), False),
         (lambda: run(perf__data_seconds=[9.0] + [0.1] * 19, perf__step_seconds=[10.0] * 20), False),
     ],
+    rules.uneven: [
+        (lambda: run(perf__step_seconds=[1.0] * 100 + [2.1] * 100), True),
+        (lambda: run(perf__step_seconds=[1.0] * 100 + [1.9] * 100), False),
+        (lambda: run(perf__step_seconds=[1.0] * 180 + [9.0] * 20), False),  # of few steps
+        (lambda: run(perf__step_seconds=[9.0] * 10 + [1.0] * 20), False),  # a warm-up
+        (lambda: run(perf__step_seconds=[0.0] * 100 + [2.0] * 100), False),  # a coarse clock
+    ],
     rules.worse_than_frequencies: [
         (lambda: run({"val/loss": 9.05, "val/unigram_loss": 6.64}), True),
         (lambda: run({"val/loss": 6.64, "val/unigram_loss": 6.64}), True),
@@ -455,7 +462,7 @@ def test_the_command_judges_the_runs_that_are_named_and_names_those_there_are(
     monkeypatch.setattr(doctor, "of_workspace", lambda _: well)
     caplog.set_level("INFO")
     command(["doctor"])
-    assert caplog.messages == ["workspace\n  no problems found (13 checks)"]
+    assert caplog.messages == ["workspace\n  no problems found (14 checks)"]
     command(["doctor", "sick", "workspace"])
     assert caplog.messages[1].startswith("sick\n  gradient norm grows: ")
     for name, words in (
