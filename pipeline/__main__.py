@@ -1,85 +1,108 @@
-"""`python -m pipeline VERB`: commands are to people what stages are to DVC."""
+"""`python -m pipeline VERB`, or `gpt2 VERB`: commands are to people what stages are to DVC."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
+import functools
+import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from pipeline import terminal
-from pipeline.commands import experiments, inspect, manage
+import typer
+from typer.main import get_command
+
+from pipeline import paths, terminal
+from pipeline.commands import experiments, manage, runs
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Verb = Callable[[argparse.ArgumentParser, list[str]], int | None]
-
 # The first line of a verb's docstring is its help, the rest the examples below it.
-VERBS: dict[str, Verb] = {
+VERBS: dict[str, Callable[..., int | None]] = {
     "sweep": experiments.sweep,
     "compare": experiments.compare,
     "report": experiments.report,
     "sync": experiments.sync,
     "ui": experiments.ui,
-    "doctor": inspect.doctor,
-    "forecast": inspect.forecast,
-    "text": inspect.text,
-    "debug": inspect.debug,
+    "doctor": runs.doctor,
+    "forecast": runs.forecast,
+    "text": runs.text,
+    "debug": runs.debug,
     "runs": manage.runs,
     "verify": manage.verify,
-    "ship": manage.ship,
 }
-INTERNAL = {"ship"}  # which stages start, and nobody else
+WIDTH = 100  # columns of a help page at most
 
 
-def main(words: list[str]) -> None:
+def main(words: list[str] | None = None) -> None:
     """Do what the words say; leave with an exit code other than 0 where that fails."""
     terminal.guard()
     _speak()
-    if not words or words[0] in ("-h", "--help"):
-        log.info("%s", usage())
-        return
-    name, *rest = words
-    if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS.keys() - INTERNAL, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        log.error("error: %s: no such command%s\n%s", name, meant, usage())
-        sys.exit(2)
+    words = sys.argv[1:] if words is None else words
     try:
-        code = VERBS[name](_parser(name), rest)
+        if words[:1] == ["ship"]:  # which stages start, and nobody else
+            manage.ship(words[1:])
+        name = "gpt2" if Path(sys.argv[0]).stem == "gpt2" else "python -m pipeline"
+        code = _table(name)(words or ["--help"], prog_name=name, standalone_mode=False)
     except UserError as error:
         log.error("error: %s", error)
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    except typer.TyperException as error:  # a word that no verb or option takes
+        log.error("error: %s", error.format_message())
+        if context := getattr(error, "ctx", None):
+            log.error("`%s --help` says more", context.command_path)
+        code = error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     if code:
         sys.exit(code)
 
 
-def usage() -> str:
-    """The verbs and what each does, a line each."""
-    lines = [f"  {name:<10}{_doc(name)[0]}" for name in VERBS if name not in INTERNAL]
-    return "\n".join(
-        ["usage: python -m pipeline VERB ...", "", *lines, "", "VERB --help says more"]
+def _table(name: str) -> Callable[..., int | None]:
+    """The verbs with their options; completion is by a shell, which knows `gpt2` alone."""
+    app = typer.Typer(
+        help=f"Experiments with GPT-2. `{name} VERB --help` says more.",
+        add_completion=name == "gpt2",
+        rich_markup_mode=None,
+        subcommand_metavar="VERB ...",
+        context_settings={
+            "help_option_names": ["-h", "--help"],
+            "max_content_width": WIDTH,
+            "color": False,
+        },
     )
+    app.callback()(lambda: None)  # a table of verbs, however few there are
+    for verb, function in VERBS.items():
+        text = inspect.getdoc(function) or ""
+        app.command(
+            verb,
+            help=text.replace("\n\n", "\n\n\b\n"),  # examples stay in their lines
+            short_help=text.partition("\n")[0].rstrip("."),
+        )(_from_the_root(function))
+    return get_command(app)
 
 
-def _doc(name: str) -> tuple[str, str]:
-    """The first line of a verb's docstring without its full stop, and the rest."""
-    first, _, rest = (VERBS[name].__doc__ or "").partition("\n")
-    return first.rstrip("."), "\n".join(line.removeprefix("    ") for line in rest.splitlines())
+def _from_the_root(verb: Callable[..., int | None]) -> Callable[..., int | None]:
+    """The verb as from the folder of params.yaml, where it is said in a folder below."""
+
+    @functools.wraps(verb)
+    def run(**asked: Any) -> int | None:
+        root = paths.root()
+        if not paths.PARAMS.exists() and (root / paths.PARAMS).exists():
+            asked = {name: _absolute(value) for name, value in asked.items()}
+            os.chdir(root)
+        return verb(**asked)
+
+    return run
 
 
-def _parser(name: str) -> argparse.ArgumentParser:
-    first, rest = _doc(name)
-    return argparse.ArgumentParser(
-        prog=f"python -m pipeline {name}",
-        description=first,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _absolute(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(one) for one in value]
+    return Path(os.path.abspath(value)) if isinstance(value, Path) else value
 
 
 def _speak() -> None:
@@ -91,4 +114,4 @@ def _speak() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, BadParameter, Option
 
 from pipeline.errors import InputError, StorageError
 
@@ -15,8 +17,15 @@ from pipeline.errors import InputError, StorageError
 log = logging.getLogger(__name__)
 
 
-def sweep(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    """Run an experiment for each value of one setting, and compare them.
+def sweep(
+    words: Annotated[
+        list[str], Argument(metavar="SETTING=VALUE", help="One of several: train.lr=A,B,C")
+    ],
+    seeds: Annotated[str, Option(help="More seeds of the baseline, for the noise: 1,2")] = "",
+    name: Annotated[str, Option(help="What the experiments' names begin with")] = "",
+    dry_run: Annotated[bool, Option("--dry-run", help="Check and show, run nothing")] = False,
+) -> None:
+    """Run an experiment for each value of a setting, and compare.
 
     python -m pipeline sweep precision=fp32,tf32,bf16,fp16
     python -m pipeline sweep train.lr=0.0005,0.002,0.008 train.steps=100 --seeds 1,2
@@ -29,71 +38,57 @@ def sweep(parser: argparse.ArgumentParser, words: list[str]) -> None:
     from pipeline.experiments import sweep
     from pipeline.records import dvc_history
 
-    asked = sweep_words(parser, words)
-    planned = sweep.plan(asked.words, asked.seeds, asked.name, dvc_history.names())
+    if name != sweep.dvc_name(name):
+        raise BadParameter(f"{name}: expected letters, digits, _ and -", param_hint="--name")
+    planned = sweep.plan(words, _seeds(seeds), name, dvc_history.names())
     log.info("%s", planned.page())
-    if not asked.dry_run:
+    if not dry_run:
         sweep.conclude(planned, sweep.run_all(planned))
 
 
-def sweep_words(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-    """What `sweep` is asked for."""
-    help_ = "one with several: train.lr=A,B,C"
-    parser.add_argument("words", nargs="+", metavar="SETTING=VALUE", help=help_)
-    help_ = "more seeds of the baseline, for the noise"
-    parser.add_argument("--seeds", type=_seeds, default=[], help=help_)
-    parser.add_argument("--name", type=_prefix, default="", help="what the names begin with")
-    parser.add_argument("--dry-run", action="store_true", help="check and show, run nothing")
-    return parser.parse_intermixed_args(words)
-
-
 def _seeds(text: str) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text}: expected whole numbers, as 1,2")
-    return [int(number) for number in text.split(",")]
+    if text and not re.fullmatch(r"\d+(,\d+)*", text, re.ASCII):
+        raise BadParameter(f"{text}: expected whole numbers, as 1,2", param_hint="--seeds")
+    return [int(number) for number in text.split(",") if number]
 
 
-def _prefix(text: str) -> str:
-    from pipeline.experiments.sweep import dvc_name
+def compare(
+    setting: Annotated[str, Argument(metavar="SETTING", help="Such as precision or init.std")],
+    steps: Annotated[int, Option(min=0, help="The first steps only; 0 for all")] = 0,
+) -> None:
+    """Compare the experiments that differ in one setting.
 
-    if text != dvc_name(text):
-        raise argparse.ArgumentTypeError(f"{text}: expected letters, digits, _ and -")
-    return text
-
-
-def compare(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    """Compare the experiments that differ in one setting: curves, differences, noise of seeds.
+    Outcomes, where the curves part, and how far seeds alone lie apart.
 
     python -m pipeline compare precision
     python -m pipeline compare init.std --steps 100
     """
     from pipeline.experiments import comparison
 
-    parser.add_argument("setting", help="such as precision or init.std")
-    parser.add_argument("--steps", type=int, default=0, help="the first steps only")
-    asked = parser.parse_args(words)
-    comparison.check_setting(asked.setting)
-    comparison.conclude(asked.setting, max(0, asked.steps))
+    comparison.check_setting(setting)
+    comparison.conclude(setting, steps)
 
 
-def report(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    """Write one self-contained HTML page for a run, or for several side by side.
+def report(
+    names: Annotated[
+        list[str] | None, Argument(metavar="NAME", help="DVC experiments, or `workspace`")
+    ] = None,
+    every: Annotated[bool, Option("--all", help="The workspace and every experiment")] = False,
+    out: Annotated[Path | None, Option(help="A file; report.html if not said")] = None,
+) -> None:
+    """Write one HTML page for a run, or for several side by side.
 
     python -m pipeline report                the run of this workspace
-    python -m pipeline report NAME ...       DVC experiments, or `workspace`; the first is the base
+    python -m pipeline report NAME ...       DVC experiments; the first is the base
     python -m pipeline report --all          the workspace and every experiment
     """
     from pipeline import paths
     from pipeline.reports import report
 
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a DVC experiment, or workspace")
-    parser.add_argument("--all", action="store_true", help="the workspace and every experiment")
-    parser.add_argument("--out", type=Path, help="a file; default: report.html")
-    asked = parser.parse_args(words)
-    if asked.all and asked.names:
-        parser.error("expected names or --all, not both")
-    out = asked.out or paths.root() / "report.html"
-    text = report.report(asked.names, asked.all)
+    if every and names:
+        raise BadParameter("expected names or --all, not both")
+    out = out or paths.root() / "report.html"
+    text = report.report(names or [], every)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)  # DVC may have linked it to its cache
@@ -103,28 +98,25 @@ def report(parser: argparse.ArgumentParser, words: list[str]) -> None:
     log.info("report: %s (%.0f KiB)", out, out.stat().st_size / 1024)
 
 
-def sync(parser: argparse.ArgumentParser, words: list[str]) -> int:
+def sync() -> int:
     """Fill MLflow's store from the records of every experiment.
 
     python -m pipeline sync
     """
-    parser.parse_args(words)
     return _of_the_store(_bring_up_to_date)
 
 
-def ui(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    """Do what `sync` does, then serve MLflow's page for this machine.
+def ui(port: Annotated[int, Argument(metavar="PORT", help="Of the page")] = 5000) -> int:
+    """Do what `sync` does, then serve MLflow's page on this machine.
 
     python -m pipeline ui [PORT]
     """
     from pipeline.tracking import mlflow_ui
 
-    parser.add_argument("port", type=int, nargs="?", default=5000)
-    asked = parser.parse_args(words)
     code = _of_the_store(_bring_up_to_date)
     if code == StorageError.exit_code:
         return code
-    return _of_the_store(lambda: mlflow_ui.show(asked.port))  # what was left out, too
+    return _of_the_store(lambda: mlflow_ui.show(port))  # what was left out, too
 
 
 def _bring_up_to_date() -> int:

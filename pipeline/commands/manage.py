@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, BadParameter, Option
 
 from pipeline.errors import InputError
 
@@ -15,7 +17,11 @@ from pipeline.errors import InputError
 log = logging.getLogger(__name__)
 
 
-def runs(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def runs(
+    remove: Annotated[
+        list[str] | None, Argument(metavar="[remove ID]", help="Give its disk space back")
+    ] = None,
+) -> None:
     """List the trainings that are at work or interrupted, or remove one.
 
     python -m pipeline runs            lists them: state, step, time, size
@@ -23,34 +29,35 @@ def runs(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """
     from pipeline.resume import run_folder
 
-    commands = parser.add_subparsers(dest="command")
-    commands.add_parser("remove", help="give its disk space back").add_argument("id")
-    asked = parser.parse_args(words)
-    if asked.command == "remove":
-        run_folder.remove(asked.id)
+    if remove:
+        if len(remove) != 2 or remove[0] != "remove":
+            raise BadParameter("expected remove ID, or nothing")
+        run_folder.remove(remove[1])
     for line in run_folder.lines():
         log.info("%s", line)
 
 
-def verify(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    """Check that token files, models, training checkpoints or DVC's cache are as written.
+def verify(
+    kind: Annotated[Literal["tokens", "models", "cache"], Argument(metavar="KIND")],
+    folders: Annotated[list[Path] | None, Argument(metavar="FOLDER")] = None,
+    delete: Annotated[
+        bool, Option("--delete", help="Delete what has changed in the cache")
+    ] = False,
+) -> int:
+    """Check that tokens, models or DVC's cache are as written.
 
     python -m pipeline verify tokens data/tokens
-    python -m pipeline verify models artifacts .runs
+    python -m pipeline verify models artifacts .runs    training checkpoints, too
     python -m pipeline verify cache --delete
     """
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    kinds.add_parser("tokens", help="token files").add_argument("folder", type=Path)
-    models = kinds.add_parser("models", help="models and training checkpoints below folders")
-    models.add_argument("folder", type=Path, nargs="+")
-    whole = kinds.add_parser("cache", help="every file of DVC's cache")
-    whole.add_argument("--delete", action="store_true", help="delete what has changed")
-    asked = parser.parse_args(words)
-    if asked.kind == "tokens":
-        return _tokens(asked.folder)
-    if asked.kind == "models":
-        return _models(asked.folder)
-    return _cache(asked.delete)
+    if (kind == "cache") == bool(folders):
+        raise BadParameter("expected folders of tokens or models, and none of the cache")
+    if delete and kind != "cache":
+        raise BadParameter("--delete is for the cache, whose files DVC can make again")
+    if kind == "cache":
+        return _cache(delete)
+    check = _tokens if kind == "tokens" else _models
+    return max(check(folder) for folder in folders or [])
 
 
 def _tokens(folder: Path) -> int:
@@ -62,12 +69,11 @@ def _tokens(folder: Path) -> int:
     return 0 if all(told.values()) else InputError.exit_code
 
 
-def _models(folders: list[Path]) -> int:
+def _models(folder: Path) -> int:
     from pipeline.model import model_dir
 
-    for folder in folders:
-        for line in model_dir.verify(folder):
-            log.info("%s", line)
+    for line in model_dir.verify(folder):
+        log.info("%s", line)
     return 0
 
 
@@ -95,7 +101,7 @@ def _cache(delete: bool) -> int:
     return 0
 
 
-def ship(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def ship(words: list[str]) -> None:
     """Ship one stage's record to MLflow; a stage starts this beside itself."""
     from pipeline.tracking import recording
 

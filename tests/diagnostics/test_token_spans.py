@@ -205,7 +205,7 @@ def test_a_temporary_workspace_names_its_tokens(settings, tokens, tmp_path, monk
         (["0-999"], 3, "tokens 0-999: expected FIRST-LAST from 0 to"),
         (["five"], 3, "five: expected FIRST-LAST, as 20480-20544"),
         ([], 2, "expected either FIRST-LAST or --step"),
-        (["--step", "-1"], 2, "--step -1: expected 0 or more"),
+        (["--step", "-1"], 2, "--step: -1: expected 0 or more"),
     ],
 )
 def test_the_command_says_what_it_takes(said, caplog, capsys, words, code: int, what: str) -> None:

@@ -30,6 +30,7 @@ OWNERS = {
     "yaml": {"config", "stage_graph", "yaml_text"},
     "transformers": {"hf_import"},
     "tiktoken": {"tokenizer"},
+    "typer": {"__main__", "experiments", "manage", "runs"},  # the table and the verbs
     "matplotlib": {"figures"},
     "dvc": {"dvc_history"},
     "jinja2": {"report"},

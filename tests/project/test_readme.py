@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import config as configuration
 from pipeline import errors
-from pipeline.__main__ import INTERNAL, VERBS
+from pipeline.__main__ import VERBS
 from pipeline.diagnostics import doctor
 from pipeline.records import stage_graph
 from tests.conftest import NANO, ROOT
@@ -106,7 +106,7 @@ def test_stages_that_quoted_output_names_are_dvc_yamls() -> None:
 
 def test_commands_of_the_pages_exist() -> None:
     verbs = set(re.findall(r"python -m\s+pipeline (\w+)", ALL)) - STAND_INS
-    assert verbs == VERBS.keys() - INTERNAL
+    assert verbs == VERBS.keys()
     for module in set(re.findall(r"python -m stages\.(\w+)", ALL)):
         assert (ROOT / "stages" / f"{module}.py").is_file(), module
     for script in set(re.findall(r"python ((?:tools|benchmarks)/\w+\.py)", ALL)):

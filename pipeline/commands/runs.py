@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import textwrap
 from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, BadParameter, Option
 
 # Each verb imports what it needs itself: torch and MLflow take seconds.
 
 log = logging.getLogger(__name__)
 
 
-def doctor(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    """Examine a run: rules over its record, a verdict, the setting to change.
+def doctor(
+    names: Annotated[list[str] | None, Argument(metavar="NAME", help="DVC experiments")] = None,
+) -> None:
+    """Examine a run: a verdict, and the setting to change.
 
     python -m pipeline doctor             the run of this workspace
     python -m pipeline doctor NAME ...    finished DVC experiments
@@ -21,14 +25,13 @@ def doctor(parser: argparse.ArgumentParser, words: list[str]) -> None:
     from pipeline.diagnostics import doctor
     from pipeline.records.dvc_history import WORKSPACE
 
-    parser.add_argument("names", nargs="*", metavar="NAME", default=[WORKSPACE])
-    for found in doctor.asked(parser.parse_args(words).names):
+    for found in doctor.asked(names or [WORKSPACE]):
         said = textwrap.indent("\n".join(doctor.lines(doctor.examine(found))), "  ")
         log.info("%s\n%s", found.name, said)
 
 
-def forecast(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    """Forecast memory, tokens and time of params.yaml's training, without training.
+def forecast() -> None:
+    """Forecast memory, tokens and time of params.yaml's training.
 
     python -m pipeline forecast
     """
@@ -37,7 +40,6 @@ def forecast(parser: argparse.ArgumentParser, words: list[str]) -> None:
     from pipeline.compute.runtime import choose_device, device_name
     from pipeline.diagnostics import forecast
 
-    parser.parse_args(words)
     config = configuration.load()
     device = choose_device(config.device)
     found = forecast.forecast(config, choose_precision(config.precision, device))
@@ -48,36 +50,42 @@ def forecast(parser: argparse.ArgumentParser, words: list[str]) -> None:
         log.warning("%s", problem)
 
 
-def text(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def text(
+    spans: Annotated[
+        list[str] | None, Argument(metavar="FIRST-LAST", help="Tokens, counted from 0")
+    ] = None,
+    step: Annotated[int | None, Option(help="List every sequence of a training step")] = None,
+    of: Annotated[str | None, Option(metavar="NAME", help="Whose step: a DVC experiment")] = None,
+    split: Annotated[Literal["train", "val"], Option(help="For FIRST-LAST")] = "train",
+    tokens: Annotated[str, Option(metavar="SHA256", help="Refuse any other tokens")] = "",
+) -> None:
     """Print the text of tokens, or every sequence of a training step.
 
     python -m pipeline text 20480-20544             the text of these tokens
     python -m pipeline text --step 437              a step of this workspace's run
     python -m pipeline text --step 437 --of NAME    the same of a DVC experiment
     """
-    from pipeline.data import token_files
     from pipeline.diagnostics import token_spans
 
-    parser.add_argument("spans", nargs="*", metavar="FIRST-LAST", help="tokens, counted from 0")
-    parser.add_argument("--step", type=int, help="list every sequence of a training step")
-    parser.add_argument("--of", metavar="NAME", help="the DVC experiment whose step it is")
-    parser.add_argument("--split", default="train", choices=token_files.SPLITS)
-    parser.add_argument("--tokens", metavar="SHA256", default="", help="refuse any other tokens")
-    asked = parser.parse_args(words)
-    if bool(asked.spans) == (asked.step is not None):
-        parser.error("expected either FIRST-LAST or --step")
-    if asked.of and asked.step is None:
-        parser.error("--of is for --step; FIRST-LAST counts in data/tokens")
-    if asked.step is not None and asked.step < 0:
-        parser.error(f"--step {asked.step}: expected 0 or more")
-    if asked.step is None:
-        log.info("%s", token_spans.of_spans(asked.spans, asked.split, asked.tokens))
+    if bool(spans) == (step is not None):
+        raise BadParameter("expected either FIRST-LAST or --step")
+    if of and step is None:
+        raise BadParameter("--of is for --step; FIRST-LAST counts in data/tokens")
+    if step is not None and step < 0:
+        raise BadParameter(f"{step}: expected 0 or more", param_hint="--step")
+    if step is None:
+        log.info("%s", token_spans.of_spans(spans or [], split, tokens))
     else:
-        log.info("%s", token_spans.of_run(asked.step, asked.of))
+        log.info("%s", token_spans.of_run(step, of))
 
 
-def debug(parser: argparse.ArgumentParser, words: list[str]) -> None:
-    """Open a moment of a training that was kept on disk, in an interpreter.
+def debug(
+    folder: Annotated[
+        Path, Argument(metavar="FOLDER", help="As the run named it, below .runs/debug")
+    ],
+    device: Annotated[Literal["", "cpu", "cuda", "mps"], Option(help="Where its tensors go")] = "",
+) -> None:
+    """Open a moment of a training, kept on disk, in an interpreter.
 
     python -m pipeline debug .runs/debug/FOLDER     as the run named it
 
@@ -85,10 +93,7 @@ def debug(parser: argparse.ArgumentParser, words: list[str]) -> None:
     """
     from pipeline.diagnostics import debugger
 
-    parser.add_argument("folder", type=Path, help="as the run named it, below .runs/debug")
-    parser.add_argument("--device", default="", choices=("cpu", "cuda", "mps"))
-    asked = parser.parse_args(words)
-    names, line = debugger.open_bundle(asked.folder, asked.device)
+    names, line = debugger.open_bundle(folder, device)
     odd = debugger.odd_gradients(names["gradients"])
     line += f"\nnot finite: the gradient of {', '.join(odd[:4])}" if odd else ""
     line += f" and {len(odd) - 4} more" if len(odd) > 4 else ""
