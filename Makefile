@@ -60,6 +60,7 @@ git:
 $(STAMP): requirements.txt requirements-dev.txt requirements-plays.txt constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) \
 	    else "Python %d.%d found, 3.11 to 3.13 needed: make repro PYTHON=python3.12" % v)'
+	@echo "installing PyTorch, MLflow, DVC and the rest into $(VENV): some minutes, once"
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),cpu)
 	$(BIN)/python -m pip install --no-deps torch==2.13.0 \

@@ -145,8 +145,8 @@ def read_file(found: Experiment, path: Path, workspace: Path) -> bytes | None:
 def commits() -> Iterator[Experiment]:
     """The records in every commit of every branch and tag, named after the commit.
 
-    Those that are in no cache any more are left out, with one warning for all of them; so are
-    those that are not to be read.
+    Those that are in no cache any more are left out, with one line for all of them; so are those
+    that are not to be read.
     """
     with _repository() as repo:
         if not repo:
@@ -161,7 +161,7 @@ def commits() -> Iterator[Experiment]:
         if found or unreadable:
             yield Experiment(rev[:7], rev, found, unreadable)
     if gone:
-        log.warning("%d records of earlier commits are in no cache here; left out", len(gone))
+        log.info("%d records of earlier commits were made elsewhere or cleared: no rows", len(gone))
 
 
 def copy_of(rev: str, path: str, folder: str | Path) -> Path | None:
