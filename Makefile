@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest
 # Neighbours in a file stay together: they share what takes long to make.
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: repro test test-slow test-gpu faults ui report lint clean git
+.PHONY: repro test test-slow test-gpu faults ui report lint clean git help
 repro: git $(STAMP)
 	$(BIN)/dvc repro
 
@@ -28,6 +28,16 @@ test-slow: $(STAMP)
 # What needs a CUDA device: some minutes on one card, skipped where there is none.
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+help:
+	@echo 'make repro       the environment and the pipeline; PYTHON=python3.12, TORCH=cpu (Linux)'
+	@echo 'make ui          MLflow, on the curves of all runs; PORT=5001'
+	@echo 'make report      one HTML page; RUNS="lr-0.002 lr-0.008" or RUNS=--all'
+	@echo 'make test        the tests; test-slow, test-gpu: the others; WORKERS=2'
+	@echo 'make lint        ruff and mypy'
+	@echo 'make faults      inject faults, and write docs/faults.md'
+	@echo 'make clean       the disk space back: environment, runs, caches'
+	@echo 'all else: $(VENV)/bin/python -m pipeline'
 
 # The tests that inject faults, and the table of what came of them in docs/faults.md.
 faults: $(STAMP)
