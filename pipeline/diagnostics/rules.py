@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ SMALL_UPDATE = 3e-3
 STILL_FALLING = 0.1  # share of the whole fall that the second half of the run brought
 OF_MATRIX_RATE = 0.15
 DATA_SHARE = 0.2  # of a step's time
+IDLE = 50.0  # percent of the time in which the card computes
+THROTTLED = 0.2  # share of the looks at a card
 UNEVEN = 2.0  # times the time of the quickest quarter of the steps, for the slowest
 LEAK = 0.1  # share of validation passages
 
@@ -346,6 +349,40 @@ def uneven(run: RunData) -> Finding | None:
     )
 
 
+def idle(run: RunData) -> Finding | None:
+    for name, busy in _of_cards(run, "utilization_percentage").items():
+        if (usual := statistics.median(busy)) < IDLE:
+            return Finding(
+                "idle GPU",
+                "The card waits for the rest of the machine more than it computes.",
+                f"{name} was at work {usual:.0f}% of the time, at the median of {len(busy)} looks",
+                "a larger train.batch_size with a smaller train.accumulate, train.compile=true; "
+                "nothing else on the CPU",
+            )
+    return None
+
+
+def throttled(run: RunData) -> Finding | None:
+    for name, slowed in _of_cards(run, "throttled").items():
+        if (share := statistics.mean(slowed)) >= THROTTLED:
+            heat = run.values(f"system/{name}_temperature_celsius")
+            at = f"; it had up to {max(heat):.0f} degrees Celsius" if heat else ""
+            return Finding(
+                "throttled GPU",
+                "The card slowed itself down, because of heat or its power supply.",
+                f"{name} was slowed in {share:.0%} of {len(slowed)} looks{at}",
+                "a look at its cooling and power supply; train.time_budget fits the steps to its pace",
+            )
+    return None
+
+
+def _of_cards(run: RunData, what: str) -> dict[str, list[float]]:
+    """ "gpu_0" -> what was seen of it, every ten seconds; only where there was time for FEW."""
+    names = [re.fullmatch(rf"system/(gpu_\d+)_{what}", name) for name in run.curves]
+    seen = {found[1]: run.values(found[0]) for found in names if found}
+    return {name: values for name, values in seen.items() if len(values) >= FEW}
+
+
 def leak(run: RunData) -> Finding | None:
     share = run.last("data/val_overlap")
     if share is None or share < LEAK:
@@ -376,5 +413,7 @@ RULES: tuple[Rule, ...] = (
     slow,
     data_bound,
     uneven,
+    idle,
+    throttled,
     leak,
 )

@@ -171,6 +171,16 @@ CASES: dict[rules.Rule, list[tuple[Callable[[], RunData], bool]]] = {
         (lambda: run(perf__step_seconds=[9.0] * 10 + [1.0] * 20), False),  # a warm-up
         (lambda: run(perf__step_seconds=[0.0] * 100 + [2.0] * 100), False),  # a coarse clock
     ],
+    rules.idle: [
+        (lambda: run(system__gpu_1_utilization_percentage=[99.0] + [49.0] * 10), True),
+        (lambda: run(system__gpu_1_utilization_percentage=[0.0] * 3 + [51.0] * 10), False),
+        (lambda: run(system__gpu_0_utilization_percentage=[0.0] * 9), False),  # a short run
+        (lambda: run(system__cpu_utilization_percentage=[1.0] * 20), False),
+    ],
+    rules.throttled: [
+        (lambda: run(system__gpu_0_throttled=[0.0] * 7 + [1.0] * 3), True),
+        (lambda: run(system__gpu_0_throttled=[0.0] * 9 + [1.0]), False),
+    ],
     rules.worse_than_frequencies: [
         (lambda: run({"val/loss": 9.05, "val/unigram_loss": 6.64}), True),
         (lambda: run({"val/loss": 6.64, "val/unigram_loss": 6.64}), True),
@@ -462,7 +472,7 @@ def test_the_command_judges_the_runs_that_are_named_and_names_those_there_are(
     monkeypatch.setattr(doctor, "of_workspace", lambda _: well)
     caplog.set_level("INFO")
     command(["doctor"])
-    assert caplog.messages == ["workspace\n  no problems found (14 checks)"]
+    assert caplog.messages == ["workspace\n  no problems found (16 checks)"]
     command(["doctor", "sick", "workspace"])
     assert caplog.messages[1].startswith("sick\n  gradient norm grows: ")
     for name, words in (
