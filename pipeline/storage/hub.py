@@ -26,9 +26,10 @@ from pipeline.storage import folders
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 20.0  # for the list of a repository's files
-PAUSES = {"list": (2, 10), "file": (2, 10, 30, 60, 120)}  # seconds between tries in vain
+LIST_PAUSES = (2, 10)  # seconds between tries in vain
+FILE_PAUSES = (2, 10, 30, 60, 120)  # and once more whenever bytes came
 TRIES = 2  # of a file that comes with another hash
-CHUNK_BYTES = 1 << 20  # what a broken connection loses; of the client's own 10 MiB some bring none
+CHUNK_BYTES = 1 << 20  # lost with a connection; of the client's own 10 MiB some bring none at all
 PASSING = (408, 429, 500, 502, 503, 504)  # answers that will be others later
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ def listed(repository: str, kind: str, folder: Path) -> list[File]:
         raise InputError(f"{folder}: has files of {', '.join(other)}; expected {repository}")
     asked: Any = {"revision": begun[0]["commit"]} if begun else {}
     asked |= {"repo_type": kind, "files_metadata": True, "timeout": ANSWER_SECONDS}
-    info = _tried(lambda: HfApi().repo_info(repository, **asked), repository, PAUSES["list"])
+    info = _tried(lambda: HfApi().repo_info(repository, **asked), repository, LIST_PAUSES)
     files = []
     for found in info.siblings or ():
         lfs, path = found.lfs, found.rfilename
@@ -79,13 +80,13 @@ def listed(repository: str, kind: str, folder: Path) -> list[File]:
 def lacking(files: Sequence[File], folder: Path) -> list[File]:
     """Those that are not there or damaged; an interrupted download has only checked ones."""
     place = _place(folder)
-    return [
-        file
-        for file in files
-        if not (path := place / file.name).is_file()
-        or _size(path) != file.bytes
-        or (place == folder and _digest(path, file) != file.digest)
-    ]
+
+    def whole(file: File) -> bool:
+        path = place / file.name
+        right = path.is_file() and path.stat().st_size == file.bytes
+        return right and (place != folder or _digest(path, file) == file.digest)
+
+    return [file for file in files if not whole(file)]
 
 
 def to_come(files: Sequence[File], folder: Path) -> int:
@@ -107,11 +108,13 @@ def fetch(files: Sequence[File], folder: Path, progress: Any) -> None:
     """
     partial = _partial(folder)
     try:
-        if folder.exists() and files:
+        if folder.exists():
+            if not files:
+                return
+            for file in files:
+                (folder / file.name).unlink(missing_ok=True)
             folders.remove(partial)
             os.replace(folder, partial)
-        if folder.exists():
-            return
         partial.mkdir(parents=True, exist_ok=True)
         with FileLock(partial / "lock", timeout=0):
             for number, file in enumerate(files, 1):
@@ -123,10 +126,9 @@ def fetch(files: Sequence[File], folder: Path, progress: Any) -> None:
     except Timeout:
         raise BusyError(f"{folder}: another process is fetching it") from None
     except OSError as error:
-        bytes_left = to_come(lacking(files, folder), folder)
         raise StorageError(
-            f"{folder}: could not be written: {error}; {bytes_left:,} bytes are to come, "
-            f"{free(folder):,} are free; the same command goes on from here"
+            f"{folder}: could not be written: {error}; {free(folder):,} bytes are free; the same "
+            "command goes on from here"
         ) from error
 
 
@@ -141,12 +143,10 @@ def cached(name: str, patterns: list[str]) -> Path:
 
 
 def endpoint() -> str:
+    """The hub's address, or its mirror's."""
     from huggingface_hub import constants
 
     return _plain(constants.ENDPOINT)
-
-
-# --- what is there
 
 
 def _partial(folder: Path) -> Path:
@@ -158,7 +158,7 @@ def _place(folder: Path) -> Path:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    return path.stat().st_size if path.exists() else 0
 
 
 def _noted(place: Path) -> dict[str, Any]:
@@ -172,16 +172,11 @@ def _digest(path: Path, file: File) -> str:
         return hashlib.sha1(b"blob %d\0" % _size(path) + content.read()).hexdigest()
 
 
-# --- requests
-
-
 def _get(file: File, partial: Path, progress: Any) -> None:
     """Fetch a file from where an earlier try stopped, check it, and note it in `folders.SUMS`."""
     part, what = partial / f"{file.name}.part", f"{file.repository}/{file.path}"
     for _ in range(TRIES):
-        _tried(
-            lambda: _stream(file, part, progress), what, PAUSES["file"], reached=lambda: _size(part)
-        )
+        _tried(lambda: _stream(file, part, progress), what, FILE_PAUSES, lambda: _size(part))
         if (found := _digest(part, file)) == file.digest:
             break
         part.unlink()
@@ -191,8 +186,7 @@ def _get(file: File, partial: Path, progress: Any) -> None:
             f"{endpoint()}: {what} came {TRIES} times with another hash than the hub names; a "
             "mirror or a proxy on the way changes it"
         )
-    with open(part, "rb") as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    sha256 = _digest(part, file._replace(digest=" " * 64))
     noted = _noted(partial) | {file.name: file._asdict() | {"sha256": sha256}}
     with open(partial / f"{folders.SUMS}.part", "w", encoding="utf-8", newline="\n") as sums:
         json.dump(noted, sums, indent=1)
@@ -203,7 +197,7 @@ def _get(file: File, partial: Path, progress: Any) -> None:
 
 
 def _stream(file: File, part: Path, progress: Any) -> None:
-    """What `part` lacks, by one request of the client; a restart of its own would begin anew."""
+    """What `part` lacks, in one request of the client, which itself keeps no part for a restart."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
@@ -212,8 +206,8 @@ def _stream(file: File, part: Path, progress: Any) -> None:
     url = hf_hub_url(file.repository, file.path, repo_type=file.kind, revision=file.commit)
     with open(part, "ab") as stream:
         if stream.tell() > file.bytes:
-            stream.truncate(0)
             stream.seek(0)
+            stream.truncate()
         http_get(
             url,
             stream,
@@ -230,8 +224,11 @@ def _tried(
     call: Callable[[], T], what: str, pauses: Sequence[float], reached: Callable[[], int] = int
 ) -> T:
     """What `call` gives; where the connection breaks, again, and anew whenever bytes came."""
+    import httpx2
+
     theirs = logging.getLogger("huggingface_hub")
     theirs.handlers, theirs.propagate = [_Voice()], False
+    broken = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
     left, so_far = list(pauses), reached()
     while True:
         try:
@@ -241,23 +238,15 @@ def _tried(
                 raise
             if reached() > so_far:
                 left, so_far = list(pauses), reached()
-            if not left or not _passes(error):
+            answer = getattr(error, "response", None)
+            passing = answer is not None and answer.status_code in PASSING
+            too_few = type(error) is OSError  # bytes, at an end without an error
+            if not left or not (passing or too_few or isinstance(error, broken)):
                 raise _refusal(error, what) from None
-            headers = getattr(getattr(error, "response", None), "headers", {})
-            wish = headers.get("Retry-After", "")
+            wish = answer.headers.get("Retry-After", "") if answer is not None else ""
             pause = max(left.pop(0), int(wish) if wish.isdecimal() else 0)
             log.warning("%s: %s; next try in %g s", what, _said(error), pause)
             time.sleep(pause)
-
-
-def _passes(error: Exception) -> bool:
-    import httpx2
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in PASSING
-    broken = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
-    return isinstance(error, broken) or type(error) is OSError  # the last: too few bytes
 
 
 def _refusal(error: BaseException, what: str) -> HubError:
@@ -268,8 +257,8 @@ def _refusal(error: BaseException, what: str) -> HubError:
         return HubError("HF_HUB_OFFLINE is set, so that the hub is not asked; unset it")
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is None:
-        said = f"not reached, or no hub ({_said(error)}); behind a mirror set HF_ENDPOINT"
-        return HubError(f"{endpoint()}: {said}")
+        why = f"not reached, or no hub ({_said(error)}); behind a mirror set HF_ENDPOINT"
+        return HubError(f"{endpoint()}: {why}")
     if isinstance(error, errors.GatedRepoError):
         why = "is gated: accept its terms on its page, then `hf auth login` or set HF_TOKEN"
     elif status == 404 or isinstance(error, errors.RepositoryNotFoundError):
