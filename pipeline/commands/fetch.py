@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import re
+import shlex
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Option
 
@@ -23,16 +24,6 @@ SAMPLES = {"10BT": 10**10, "100BT": 10**11, "350BT": 35 * 10**10}  # of FineWeb-
 HELLASWAG, ITEMS = "hellaswag_val.jsonl", 10_042
 SPARE_BYTES = 10**9  # of the disk, which stay free
 EVERY_SECONDS = 10.0  # a line while it comes, and fewer as hours go by
-
-
-class Wanted(NamedTuple):
-    """The files of a repository whose paths fit `pattern`, and how to get them by hand."""
-
-    repository: str
-    kind: Literal["model", "dataset"]
-    pattern: str
-    folder: Path
-    by_hand: str
 
 
 def fetch(
@@ -57,16 +48,22 @@ def fetch(
     if tokens and what != "fineweb-edu":
         raise BadParameter(f"{what} comes as a whole", param_hint="--tokens")
     count = _count(tokens or "10B")
-    wanted = _wanted(what, count)
-    folder = to or wanted.folder
+    repository, pattern, folder, by_hand = _wanted(what, count)
+    folder = to or folder
     try:
-        files = _chosen(hub.listed(wanted.repository, wanted.kind, folder), wanted, count)
+        kind = "model" if what.startswith("gpt2") else "dataset"
+        listed = hub.listed(repository, kind, folder)
+        files = sorted(file for file in listed if re.fullmatch(pattern, file.path, re.A))
+        if not any(file.name.endswith((".parquet", ".safetensors")) for file in files):
+            raise hub.HubError(f"{hub.endpoint()}: {repository} has no {pattern}")
+        if what == "fineweb-edu":
+            files = _first(files, count)
         lacking = hub.lacking(files, folder)
         size = _announce(files, lacking, folder)
         if not dry_run:
             hub.fetch(lacking, folder, Progress(size))
     except hub.HubError as error:
-        raise hub.HubError(f"{error}\n  by hand: {wanted.by_hand}") from None
+        raise hub.HubError(f"{error}\n  by hand: {by_hand}") from None
     if not dry_run:
         log.info("%s", _next(what, folder))
 
@@ -92,10 +89,7 @@ class Progress:
 
 def amount(count: float) -> str:
     """Bytes as the makers of disks count them."""
-    scale, unit = next(
-        ((s, u) for s, u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if count >= s), (1e3, "kB")
-    )
-    return f"{count / scale:,.1f} {unit}"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _count(text: str) -> int:
@@ -108,37 +102,35 @@ def _count(text: str) -> int:
     return count
 
 
-def _wanted(what: What, count: int) -> Wanted:
+def _wanted(what: What, count: int) -> tuple[str, str, Path, str]:
+    """Repository, pattern of the files' paths, folder here, and the way by hand."""
     page = "https://huggingface.co"
     if what == "fineweb-edu":
-        sample = next(name for name, size in SAMPLES.items() if count <= size)
-        folder = Path("data/corpus", f"{what}-{sample}")
+        sample = _sample(count)
         name, pattern = f"HuggingFaceFW/{what}", rf"sample/{sample}/[\w-]+\.parquet"
-        by_hand = f"put files of {page}/datasets/{name}/tree/main/sample/{sample} into {folder}"
-        return Wanted(name, "dataset", pattern, folder, by_hand)
+        folder = Path("data/corpus", f"{what}-{sample}")
+        source = f"{page}/datasets/{name}/tree/main/sample/{sample}"
+        return name, pattern, folder, f"put files of {source} into {folder}"
     if what == "hellaswag":
+        pattern, folder = r"data/validation-\d+-of-\d+\.parquet", Path("data/hellaswag")
         by_hand = f"name a copy of the published {HELLASWAG} in evaluate.hellaswag"
-        pattern = r"data/validation-\d+-of-\d+\.parquet"
-        return Wanted("Rowan/hellaswag", "dataset", pattern, Path("data/hellaswag"), by_hand)
+        return "Rowan/hellaswag", pattern, folder, by_hand
     name, folder = f"openai-community/{what}", Path("data/hf", what)
+    pattern = r"((generation_|tokenizer_)?config|tokenizer|vocab)\.json|merges\.txt"
+    pattern += r"|model[\w-]*\.safetensors(\.index\.json)?"  # no pickle
     by_hand = f"put config.json and model.safetensors of {page}/{name}/tree/main into {folder}"
-    pattern = (  # no pickle, nothing for other frameworks
-        r"((generation_|tokenizer_)?config|tokenizer|vocab)\.json|merges\.txt"
-        r"|model[\w-]*\.safetensors(\.index\.json)?"
-    )
-    return Wanted(name, "model", pattern, folder, by_hand)
+    return name, pattern, folder, by_hand
 
 
-def _chosen(files: list[hub.File], wanted: Wanted, count: int) -> list[hub.File]:
-    """The files to have: of a sample as many, in the order of their names, as the tokens need."""
-    files = sorted(file for file in files if re.fullmatch(wanted.pattern, file.path, re.A))
-    if not any(file.name.endswith((".parquet", ".safetensors")) for file in files):
-        raise hub.HubError(f"{hub.endpoint()}: {wanted.repository} has no {wanted.pattern}")
-    whole = SAMPLES.get(wanted.folder.name.rpartition("-")[2])
-    share = count / whole if whole else 1  # of the bytes; its files are alike
-    total = sum(file.bytes for file in files)
+def _sample(count: int) -> str:
+    return next(name for name, size in SAMPLES.items() if count <= size)
+
+
+def _first(files: list[hub.File], count: int) -> list[hub.File]:
+    """As many of a sample's files as so many tokens need; its files are alike."""
+    needed = sum(file.bytes for file in files) * count / SAMPLES[_sample(count)]
     before = itertools.accumulate((file.bytes for file in files), initial=0)
-    return [file for file, reached in zip(files, before, strict=False) if reached < share * total]
+    return [file for file, reached in zip(files, before, strict=False) if reached < needed]
 
 
 def _announce(files: list[hub.File], lacking: list[hub.File], folder: Path) -> int:
@@ -147,8 +139,8 @@ def _announce(files: list[hub.File], lacking: list[hub.File], folder: Path) -> i
     total, first = sum(file.bytes for file in files), files[0]
     what = f"{len(files)} files, {amount(total)}: {first.repository} at {first.commit[:12]}"
     log.info("%s: %s", hub.endpoint(), what)
-    if lacking:
-        log.info("to come: %s into %s; free there: %s", amount(size), folder, amount(free))
+    come = f"to come: {amount(size)} into {folder}; free there: {amount(free)}"
+    log.info("%s", come if lacking else f"all of them are whole in {folder}")
     if lacking and size + SPARE_BYTES > free:
         raise StorageError(
             f"{folder}: {amount(size)} are to come and {amount(SPARE_BYTES)} should stay free, "
@@ -163,14 +155,16 @@ def _next(what: What, folder: Path) -> str:
     import pyarrow.parquet as pq
 
     tables = sorted(folder.glob("*.parquet"))
-    place = folder.as_posix()
+    place = shlex.quote(folder.as_posix())
     if what == "hellaswag":
         write_hellaswag([row for path in tables for row in pq.read_table(path).to_pylist()], folder)
         settings = f"-S evaluate.hellaswag={place}/{HELLASWAG}"
         return f"{place}/{HELLASWAG}: {ITEMS:,} items\nnext: dvc exp run {settings}"
     if what == "fineweb-edu":
         counts = (pq.read_table(path, columns=["token_count"])["token_count"] for path in tables)
-        found = f"{len(tables)} files, {sum(pc.sum(count).as_py() for count in counts):,} tokens"
+        found = (
+            f"{len(tables)} files, {sum(pc.sum(count).as_py() for count in counts):,} GPT-2 tokens"
+        )
         settings = f"-S corpus.source=parquet -S corpus.path={place}"
         recipe = "gpt2-124m"
     else:

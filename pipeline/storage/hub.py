@@ -177,10 +177,9 @@ def _get(file: File, partial: Path, progress: Any) -> None:
     part, what = partial / f"{file.name}.part", f"{file.repository}/{file.path}"
     for _ in range(TRIES):
         _tried(lambda: _stream(file, part, progress), what, FILE_PAUSES, lambda: _size(part))
-        if (found := _digest(part, file)) == file.digest:
+        if _digest(part, file) == file.digest:
             break
         part.unlink()
-        log.warning("%s: came damaged: hash %s, expected %s", what, found, file.digest)
     else:
         raise HubError(
             f"{endpoint()}: {what} came {TRIES} times with another hash than the hub names; a "
@@ -238,40 +237,21 @@ def _tried(
                 raise
             if reached() > so_far:
                 left, so_far = list(pauses), reached()
-            answer = getattr(error, "response", None)
-            passing = answer is not None and answer.status_code in PASSING
+            passing = getattr(getattr(error, "response", None), "status_code", 0) in PASSING
             too_few = type(error) is OSError  # bytes, at an end without an error
             if not left or not (passing or too_few or isinstance(error, broken)):
                 raise _refusal(error, what) from None
-            wish = answer.headers.get("Retry-After", "") if answer is not None else ""
-            pause = max(left.pop(0), int(wish) if wish.isdecimal() else 0)
-            log.warning("%s: %s; next try in %g s", what, _said(error), pause)
-            time.sleep(pause)
+            log.warning("%s: %s; next try in %d s", what, _said(error), left[0])
+            time.sleep(left.pop(0))
 
 
 def _refusal(error: BaseException, what: str) -> HubError:
-    """What became of a request, for a person."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return HubError("HF_HUB_OFFLINE is set, so that the hub is not asked; unset it")
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is None:
-        why = f"not reached, or no hub ({_said(error)}); behind a mirror set HF_ENDPOINT"
-        return HubError(f"{endpoint()}: {why}")
-    if isinstance(error, errors.GatedRepoError):
-        why = "is gated: accept its terms on its page, then `hf auth login` or set HF_TOKEN"
-    elif status == 404 or isinstance(error, errors.RepositoryNotFoundError):
-        why = "is not there, or is not shown without a token (`hf auth login` or HF_TOKEN)"
-    elif status == 401:
-        why = "is not given for this token: mend or unset HF_TOKEN, or `hf auth login` again"
-    else:
-        why = f"is not given ({_said(error)})"
-    return HubError(f"{endpoint()}: {what} {why}; HTTP {status}")
+    """The client says well what an answer means; without a secret, and with the way to a mirror."""
+    return HubError(f"{endpoint()}: {what}: {_said(error)} (HF_ENDPOINT names a mirror)")
 
 
 def _said(error: BaseException) -> str:
-    return cut(f"{type(error).__name__}: {_plain(str(error).strip().partition(chr(10))[0])}")
+    return cut(f"{type(error).__name__}: {_plain(' '.join(str(error).split()))}", 600)
 
 
 def _plain(text: str) -> str:
