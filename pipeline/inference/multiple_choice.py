@@ -212,8 +212,6 @@ def hellaswag_items(path: str | Path) -> list[Choice]:
     InputError naming path, line and field of all that cannot be used (see `collecting`).
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file; `python -m pipeline fetch hellaswag` gets it")
     items = []
     with collecting() as refuse, refusing(refuse, path):
         for line in text_files.lines(path):

@@ -227,6 +227,7 @@ def _tried(
 
     theirs = logging.getLogger("huggingface_hub")
     theirs.handlers, theirs.propagate = [_Voice()], False
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs each address, signed ones too
     broken = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
     left, so_far = list(pauses), reached()
     while True:

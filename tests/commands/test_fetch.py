@@ -69,7 +69,7 @@ def test_what_comes_is_safetensors_and_text_and_every_byte_is_checked(site, capl
 
 
 def test_a_line_that_breaks_goes_on_from_the_byte_it_reached(site) -> None:
-    drops = [("drop", 3_000_000), ("drop", 10), ("short", 1_500_000)]
+    drops = [("drop", 3_000_000), ("reset", 10), ("short", 1_500_000)]
     site.faults["model.safetensors"] = [*drops, *[("drop", 0)] * 3]
     verb.fetch("gpt2")
     assert Path("data/hf/gpt2/model.safetensors").read_bytes() == WEIGHTS
@@ -163,6 +163,7 @@ def test_what_a_hub_refuses_is_said_as_what_it_is(site, case: str, monkeypatch) 
 
 
 def test_a_token_goes_to_the_hub_and_into_no_file(site, monkeypatch, caplog) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setenv("HF_TOKEN", stand_in.TOKEN)
     site.gated.add(GPT2)
     site.faults["model.safetensors"] = [("drop", 1)] * 3

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import struct
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ class Hub:
     """`repositories` are {id: {path: content}}; a data set's id begins with `datasets/`.
 
     `faults` are {path or "api": [(what, number), ...]}, of which each request takes the next:
-    "drop" the connection after so many bytes, end a "short" answer of no stated length,
+    "drop" or "reset" the connection after so many bytes, end a "short" answer of no stated length,
     "wrong" byte there, "stall" until `going_on` is set, or a status, with Retry-After.
     """
 
@@ -163,11 +165,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(rest)))
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
-        if what in ("drop", "short", "stall"):
+        if what in ("drop", "reset", "short", "stall"):
             self.send_header("Connection", "close")
             self.end_headers()
             self.wfile.write(rest[:at])
             self.wfile.flush()
+            if what == "reset":  # the end is RST, not FIN
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.connection.shutdown(socket.SHUT_RD)
+                self.connection.close()
             if what == "stall":
                 self.hub.going_on.wait()
             self.close_connection = True

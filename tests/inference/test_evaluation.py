@@ -579,7 +579,7 @@ def test_a_file_that_cannot_be_read_is_reported(tmp_path):
     (tmp_path / "empty.jsonl").write_bytes(b"\n")
     for path, message in (
         (tmp_path, "cannot be read: expected a regular file"),
-        (tmp_path / "none.jsonl", "none.jsonl: no such file; .* fetch hellaswag"),
+        (tmp_path / "none.jsonl", "none.jsonl: cannot be read: No such file"),
         (tmp_path / "latin.jsonl", "latin.jsonl: line 1: invalid UTF-8 at byte 0 of the file"),
     ):
         with pytest.raises(InputError, match=message):
