@@ -119,7 +119,7 @@ def _wanted(what: What, count: int) -> tuple[str, str, Path, str]:
     pattern = r"((generation_|tokenizer_)?config|tokenizer|vocab)\.json|merges\.txt"
     pattern += r"|model[\w-]*\.safetensors(\.index\.json)?"  # no pickle
     by_hand = f"put config.json and model.safetensors of {page}/{name}/tree/main into {folder}"
-    return name, pattern, folder, by_hand
+    return name, pattern, folder, f"{by_hand}, for init.hf_model and init.hf_watch"
 
 
 def _sample(count: int) -> str:
@@ -137,7 +137,7 @@ def _announce(files: list[hub.File], lacking: list[hub.File], folder: Path) -> i
     """Say what will come; the bytes of it. Raises StorageError where the disk is too small."""
     size, free = hub.to_come(lacking, folder), hub.free(folder)
     total, first = sum(file.bytes for file in files), files[0]
-    what = f"{len(files)} files, {amount(total)}: {first.repository} at {first.commit[:12]}"
+    what = f"{first.repository} at {first.commit[:12]}: {len(files)} of its files, {amount(total)}"
     log.info("%s: %s", hub.endpoint(), what)
     come = f"to come: {amount(size)} into {folder}; free there: {amount(free)}"
     log.info("%s", come if lacking else f"all of them are whole in {folder}")
@@ -150,7 +150,7 @@ def _announce(files: list[hub.File], lacking: list[hub.File], folder: Path) -> i
 
 
 def _next(what: What, folder: Path) -> str:
-    """What lies where now, and what to say next."""
+    """What lies where now, and what to say next; of HellaSwag the file is made first."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

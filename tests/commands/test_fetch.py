@@ -178,7 +178,7 @@ def test_a_disk_too_small_is_refused_before_and_a_dry_run_writes_nothing(
 ) -> None:
     caplog.set_level("INFO")
     verb.fetch("gpt2", dry_run=True)
-    assert "3 files, 5.1 MB" in caplog.text and not Path("data").exists()
+    assert "3 of its files, 5.1 MB" in caplog.text and not Path("data").exists()
     usage = shutil.disk_usage(".")._replace(free=10**9)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(StorageError, match=r"5.1 MB are to come and 1.00 GB .* 1.00 GB are free"):
