@@ -18,16 +18,9 @@ from tqdm import tqdm
 
 from pipeline import config as configuration
 from pipeline import paths, terminal
-from pipeline.config import UNSET_PATH, Config
+from pipeline.config import Config
 from pipeline.drawing import dvc_plots
-from pipeline.errors import (
-    ChangedError,
-    InputError,
-    UserError,
-    disk_full,
-    exit_code,
-    out_of_memory,
-)
+from pipeline.errors import ChangedError, UserError, disk_full, exit_code, out_of_memory
 from pipeline.records import git, provenance
 from pipeline.resume import run_folder
 from pipeline.tables import write_json
@@ -75,7 +68,7 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
     try:
         config = configuration.load()
         git.warn()
-        check_hellaswag(Path(config.evaluate.hellaswag))
+        git.check_hellaswag(Path(config.evaluate.hellaswag))
         if stage:
             notified(main, stage, config)
         else:
@@ -86,16 +79,6 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
             raise
         print(said, file=sys.stderr)
         sys.exit(exit_code(error))
-
-
-def check_hellaswag(path: Path) -> None:
-    """Before any stage: DVC looks for it when it comes to `evaluate`, after the training."""
-    tracked = (Path(f"{place}.dvc") for place in (path, *path.parents))  # brought by DVC itself
-    if path != Path(UNSET_PATH) and not path.exists() and not any(map(Path.exists, tracked)):
-        raise InputError(
-            f"evaluate.hellaswag={path}: no such file; `python -m pipeline fetch hellaswag` brings "
-            "it, and in a temporary workspace an absolute path finds it"
-        )
 
 
 def to_user(error: BaseException) -> str:

@@ -56,8 +56,11 @@ def fetch(
         files = sorted(file for file in listed if re.fullmatch(pattern, file.path, re.A))
         if not any(file.name.endswith((".parquet", ".safetensors")) for file in files):
             raise hub.HubError(f"{hub.endpoint()}: {repository} has no {pattern}")
-        if what == "fineweb-edu":
-            files = _first(files, count)
+        if what == "fineweb-edu":  # the share of the sample: its files are alike
+            share = count / SAMPLES[files[0].path.split("/")[1]]
+            needed = share * sum(file.bytes for file in files)
+            before = itertools.accumulate((file.bytes for file in files), initial=0)
+            files = [f for f, reached in zip(files, before, strict=False) if reached < needed]
         lacking = hub.lacking(files, folder)
         size = _announce(files, lacking, folder)
         if not dry_run:
@@ -106,7 +109,7 @@ def _wanted(what: What, count: int) -> tuple[str, str, Path, str]:
     """Repository, pattern of the files' paths, folder here, and the way by hand."""
     page = "https://huggingface.co"
     if what == "fineweb-edu":
-        sample = _sample(count)
+        sample = next(name for name, size in SAMPLES.items() if count <= size)
         name, pattern = f"HuggingFaceFW/{what}", rf"sample/{sample}/[\w-]+\.parquet"
         folder = Path("data/corpus", f"{what}-{sample}")
         source = f"{page}/datasets/{name}/tree/main/sample/{sample}"
@@ -122,20 +125,9 @@ def _wanted(what: What, count: int) -> tuple[str, str, Path, str]:
     return name, pattern, folder, f"{by_hand}, for init.hf_model and init.hf_watch"
 
 
-def _sample(count: int) -> str:
-    return next(name for name, size in SAMPLES.items() if count <= size)
-
-
-def _first(files: list[hub.File], count: int) -> list[hub.File]:
-    """As many of a sample's files as so many tokens need; its files are alike."""
-    needed = sum(file.bytes for file in files) * count / SAMPLES[_sample(count)]
-    before = itertools.accumulate((file.bytes for file in files), initial=0)
-    return [file for file, reached in zip(files, before, strict=False) if reached < needed]
-
-
 def _announce(files: list[hub.File], lacking: list[hub.File], folder: Path) -> int:
     """Say what will come; the bytes of it. Raises StorageError where the disk is too small."""
-    size, free = hub.to_come(lacking, folder), hub.free(folder)
+    size, free = hub.room(lacking, folder)
     total, first = sum(file.bytes for file in files), files[0]
     what = f"{first.repository} at {first.commit[:12]}: {len(files)} of its files, {amount(total)}"
     log.info("%s: %s", hub.endpoint(), what)

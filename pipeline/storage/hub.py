@@ -80,24 +80,21 @@ def listed(repository: str, kind: str, folder: Path) -> list[File]:
 def lacking(files: Sequence[File], folder: Path) -> list[File]:
     """Those that are not there or damaged; an interrupted download has only checked ones."""
     place = _place(folder)
+    return [
+        file
+        for file in files
+        if not (path := place / file.name).is_file()
+        or _size(path) != file.bytes
+        or (place == folder and _digest(path, file) != file.digest)
+    ]
 
-    def whole(file: File) -> bool:
-        path = place / file.name
-        right = path.is_file() and path.stat().st_size == file.bytes
-        return right and (place != folder or _digest(path, file) == file.digest)
 
-    return [file for file in files if not whole(file)]
-
-
-def to_come(files: Sequence[File], folder: Path) -> int:
-    """Bytes of `lacking` files, without those that an interrupted download left of them."""
+def room(files: Sequence[File], folder: Path) -> tuple[int, int]:
+    """Bytes of `lacking` files that are still to come, and bytes free where `folder` will be."""
     parts = (_place(folder) / f"{file.name}.part" for file in files)
-    return sum(file.bytes for file in files) - sum(map(_size, parts))
-
-
-def free(folder: Path) -> int:
-    """Bytes free where `folder` is or will be."""
-    return shutil.disk_usage(next(p for p in folder.absolute().parents if p.exists())).free
+    there = next(place for place in folder.absolute().parents if place.exists())
+    to_come = sum(file.bytes for file in files) - sum(map(_size, parts))
+    return to_come, shutil.disk_usage(there).free
 
 
 def fetch(files: Sequence[File], folder: Path, progress: Any) -> None:
@@ -127,8 +124,8 @@ def fetch(files: Sequence[File], folder: Path, progress: Any) -> None:
         raise BusyError(f"{folder}: another process is fetching it") from None
     except OSError as error:
         raise StorageError(
-            f"{folder}: could not be written: {error}; {free(folder):,} bytes are free; the same "
-            "command goes on from here"
+            f"{folder}: could not be written: {error}; {room(files, folder)[1]:,} bytes are free; "
+            "the same command goes on from here"
         ) from error
 
 
