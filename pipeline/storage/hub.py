@@ -25,7 +25,7 @@ from pipeline.storage import folders
 
 log = logging.getLogger(__name__)
 
-ANSWER_SECONDS = 20.0  # for the list of a repository's files
+ANSWER_SECONDS = 30.0  # for the list of a repository's files
 LIST_PAUSES = (2, 10)  # seconds between tries in vain
 FILE_PAUSES = (2, 10, 30, 60, 120)  # and once more whenever bytes came
 TRIES = 2  # of a file that comes with another hash
@@ -166,7 +166,8 @@ def _digest(path: Path, file: File) -> str:
     with open(path, "rb") as content:
         if len(file.digest) == 64:
             return hashlib.file_digest(content, "sha256").hexdigest()
-        return hashlib.sha1(b"blob %d\0" % _size(path) + content.read()).hexdigest()
+        blob = b"blob %d\0" % _size(path) + content.read()
+        return hashlib.sha1(blob, usedforsecurity=False).hexdigest()
 
 
 def _get(file: File, partial: Path, progress: Any) -> None:
