@@ -122,11 +122,24 @@ def test_a_damaged_file_is_fetched_again_and_a_mirror_that_lies_is_refused(site)
     assert path.read_bytes() == WEIGHTS
     path.write_bytes(WEIGHTS[:-1] + b"!")  # on the disk, later: the same command finds it
     site.faults["model.safetensors"] = [("wrong", 0)] * 2
-    with pytest.raises(hub.HubError, match=r"model.safetensors came 2 times with another hash"):
+    with pytest.raises(hub.HubError, match=r"model.safetensors came damaged 2 times"):
         verb.fetch("gpt2")
     assert not Path("data/hf/gpt2").exists()
     verb.fetch("gpt2")
     assert path.read_bytes() == WEIGHTS
+
+
+def test_weights_that_somebody_put_there_are_not_replaced(site) -> None:
+    folder = Path("data/hf/gpt2")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes(b"{}")  # as on the hub
+    (folder / "model.safetensors").write_bytes(b"my own")
+    with pytest.raises(InputError, match=r"model.safetensors: another file, not of the hub"):
+        verb.fetch("gpt2")
+    assert (folder / "model.safetensors").read_bytes() == b"my own"
+    (folder / "model.safetensors").unlink()
+    verb.fetch("gpt2")
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_a_hub_that_wants_to_be_left_alone_is(site) -> None:
