@@ -15,13 +15,14 @@ import typer
 from typer.main import get_command
 
 from pipeline import paths, terminal
-from pipeline.commands import experiments, manage, runs
+from pipeline.commands import experiments, fetch, manage, runs
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 
 # The first line of a verb's docstring is its help, the rest the examples below it.
 VERBS: dict[str, Callable[..., int | None]] = {
+    "fetch": fetch.fetch,
     "sweep": experiments.sweep,
     "compare": experiments.compare,
     "report": experiments.report,

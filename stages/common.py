@@ -68,6 +68,7 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
     try:
         config = configuration.load()
         git.warn()
+        git.check_hellaswag(Path(config.evaluate.hellaswag))
         if stage:
             notified(main, stage, config)
         else:

@@ -19,7 +19,8 @@ PACKED = (".gz", ".zst")
 MOST_NAMES = 3  # of each kind that is passed over
 MOST_KINDS = 6
 BARE = "without a suffix"
-GITS_OWN = (".gitkeep", ".gitignore")  # of which nobody has to be told; data/corpus holds one
+# Of which nobody has to be told; data/corpus holds one, and a fetched folder its sums.
+OTHERS = (".gitkeep", ".gitignore", "sha256.json")
 LINKED = "linked folder"  # a kind that is refused
 
 Parts = Sequence[str]  # of a path or a pattern
@@ -58,7 +59,7 @@ def files(config: CorpusConfig, suffixes: Sequence[str]) -> dict[str, Path]:
     if not taken:
         asked = f"corpus.path={config.path}, corpus.pattern={config.pattern}"
         why = left_out(config, suffixes) or _takes(config, suffixes)
-        raise InputError(f"{asked}: no file found; {why}")
+        raise InputError(f"{asked}: no file found; {why}{_way(config)}")
     return dict(sorted(taken.items()))
 
 
@@ -84,6 +85,11 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join([*map(terminal.line, shown), *["..."] * (len(names) > MOST_NAMES)])
 
 
+def _way(config: CorpusConfig) -> str:
+    way = "; `python -m pipeline fetch fineweb-edu` gets a corpus"
+    return way if config.source == "parquet" else ""
+
+
 def _takes(config: CorpusConfig, suffixes: Sequence[str]) -> str:
     plain = [suffix for suffix in suffixes if not suffix.endswith(PACKED)]
     also = f", also as {' or '.join(PACKED)}" if len(plain) < len(suffixes) else ""
@@ -96,7 +102,7 @@ def _listed(
     """What lies under corpus.path: {name: path} of the files to read, {kind: names} of the rest."""
     root = Path(config.path)
     if not root.is_dir():
-        raise InputError(f"corpus.path={config.path}: no such file or folder")
+        raise InputError(f"corpus.path={config.path}: no such file or folder{_way(config)}")
     pattern = PurePosixPath(config.pattern).parts
     taken: dict[str, Path] = {}
     passed: defaultdict[str, list[str]] = defaultdict(list)
@@ -112,7 +118,7 @@ def _listed(
             if kind := _shut_as(path, parts, pattern):
                 folders.remove(name)
                 passed[kind].append("/".join(parts) + "/" * (kind != LINKED))
-        for name in (name for name in names if name not in GITS_OWN):
+        for name in (name for name in names if name not in OTHERS):
             path = Path(folder, name)
             parts = path.relative_to(root).parts
             if kind := _passed_as(path, parts, pattern, suffixes):

@@ -18,6 +18,7 @@ from pipeline.model.gpt import GPT, GPTConfig, KVCache
 from pipeline.model.hf_layout import CONV1D, to_hf
 from pipeline.model.model_dir import read_config, read_state
 from pipeline.published import MODELS
+from pipeline.storage import hub
 
 # Heads leave no trace in any shape, so for the published sizes (n_layer, n_embd) they are known.
 HEADS = {(layers, width): heads for layers, heads, width, _ in MODELS.values()}
@@ -54,17 +55,14 @@ def _download(name: str) -> Path:
     """Snapshot of a hub model: its config and safetensors, nothing else."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
         raise InputError(f"init.hf_model={name}: no such folder, and not a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-
     wanted = ["config.json", "model.safetensors", "model-*.safetensors", "*.safetensors.index.json"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # the hub client's errors share no base, nor its HTTP library's
-        reason = re.sub(r"//[^/@\s]*@", "//", str(error).strip().split("\n")[0])
+        return hub.cached(name, wanted)
+    except hub.HubError as error:
         raise InputError(
-            f"init.hf_model={name}: no such folder, and the hub did not give it "
-            f"({type(error).__name__}: {reason}). Behind a mirror set HF_ENDPOINT; without a "
-            "network copy config.json and model.safetensors here and name their folder"
+            f"init.hf_model={name}: no such folder, and {error}. `python -m pipeline fetch gpt2` "
+            "brings weights over a bad line; without any copy config.json and model.safetensors "
+            "here and name their folder"
         ) from None
 
 

@@ -132,6 +132,16 @@ def to_take_along(config: Config) -> list[str]:
     return list(found)
 
 
+def check_hellaswag(path: Path) -> None:
+    """Before any stage: DVC looks for it when it comes to `evaluate`, after the training."""
+    tracked = (Path(f"{place}.dvc") for place in (path, *path.parents))  # brought by DVC itself
+    if path != Path(UNSET_PATH) and not path.exists() and not any(map(Path.exists, tracked)):
+        raise InputError(
+            f"evaluate.hellaswag={path}: no such file; `python -m pipeline fetch hellaswag` brings "
+            "it, and in a temporary workspace an absolute path finds it"
+        )
+
+
 def check_whole(setting: str, path: str, names: Callable[[str], Iterable[str]]) -> None:
     """Raise InputError where a temporary workspace lacks some of what lies at `path`.
 

@@ -150,7 +150,7 @@ def test_what_is_passed_over_is_counted_and_named_by_kind(folder: Path) -> None:
 
 
 def test_nothing_is_said_where_nothing_is_passed_over(folder: Path) -> None:
-    for name in (".gitkeep", "sub/.gitignore"):  # as in data/corpus, and where DVC keeps a file
+    for name in (".gitkeep", "sub/.gitignore", "sub/sha256.json"):  # data/corpus, DVC, `fetch`
         (folder / name).touch()
     assert corpus.left_out(settings(folder)) == ""
     assert corpus.left_out(settings(folder / "a.txt", "jsonl")) == ""
@@ -208,7 +208,7 @@ def test_where_no_file_is_found_the_error_says_what_there_is(folder: Path) -> No
         "sub/deeper/c.txt), 1 .md (sub/b.md); corpus.source=jsonl takes .jsonl, also as .gz or .zst"
     )
     (folder / "empty").mkdir()
-    with pytest.raises(InputError, match="no file found; corpus.source=parquet takes .parquet$"):
+    with pytest.raises(InputError, match="no file found; .* takes .parquet; .* fetch fineweb-edu"):
         taken(settings(folder / "empty", "parquet"))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from pipeline.tables import write_json
 from pipeline.training import history, loop
 from stages import evaluate, import_hf_weights, sample
 from stages.common import announce, run
-from tests.conftest import ROOT, NoCourier
+from tests.conftest import ROOT, NoCourier, recipe
 
 SMALL = {
     "model__n_layer": 1,
@@ -320,6 +322,21 @@ def test_evaluate_names_all_that_is_wrong_with_its_inputs_before_it_computes(
     starts += [paths.INIT, paths.MODEL]
     for line, start in zip(lines, starts, strict=True):
         assert line.startswith(f"{start}: ")
+
+
+def test_a_hellaswag_file_that_is_not_there_ends_the_first_stage_not_the_last(
+    workspace: Path, capsys
+) -> None:
+    text = recipe().replace("hellaswag: data/unset ", "hellaswag: data/hs/val.jsonl ")
+    Path("params.yaml").write_text(text, "utf-8")
+    for tracked in (False, True):
+        begun: list[Any] = []
+        with contextlib.suppress(SystemExit):
+            run(begun.append)
+        assert bool(begun) == tracked
+        Path("data").mkdir(exist_ok=True)
+        Path("data/hs.dvc").touch()  # DVC brings it when it comes to it
+    assert "fetch hellaswag" in capsys.readouterr().err
 
 
 def test_sample_looks_at_both_models_before_it_writes_a_text(make_config, workspace: Path) -> None:

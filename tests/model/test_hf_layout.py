@@ -809,7 +809,8 @@ def test_an_unreachable_hub_names_the_mirror_and_the_local_way(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match="(?s)init.hf_model=no-one/gpt2.*HF_ENDPOINT.*folder"):
+    said = "(?s)init.hf_model=no-one/gpt2.*HF_ENDPOINT.*pipeline fetch gpt2.*folder"
+    with pytest.raises(InputError, match=said):
         import_pretrained("no-one/gpt2")
 
 

@@ -29,8 +29,10 @@ OWNERS = {
     "omegaconf": {"config"},
     "yaml": {"config", "stage_graph", "yaml_text"},
     "transformers": {"hf_import"},
+    "huggingface_hub": {"hub"},
+    "httpx2": {"hub"},
     "tiktoken": {"tokenizer"},
-    "typer": {"__main__", "experiments", "manage", "runs"},  # the table and the verbs
+    "typer": {"__main__", "experiments", "fetch", "manage", "runs"},  # the table and the verbs
     "matplotlib": {"figures"},
     "dvc": {"dvc_history"},
     "jinja2": {"report"},
