@@ -15,7 +15,7 @@ import typer
 from typer.main import get_command
 
 from pipeline import paths, terminal
-from pipeline.commands import experiments, fetch, manage, runs
+from pipeline.commands import experiments, fetch, manage, models, runs
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "fetch": fetch.fetch,
     "sweep": experiments.sweep,
     "compare": experiments.compare,
+    "show": experiments.show,
     "report": experiments.report,
     "sync": experiments.sync,
     "ui": experiments.ui,
@@ -32,7 +33,10 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "forecast": runs.forecast,
     "text": runs.text,
     "debug": runs.debug,
-    "runs": manage.runs,
+    "sample": models.sample,
+    "ls": manage.ls,
+    "watch": manage.watch,
+    "rm": manage.rm,
     "verify": manage.verify,
 }
 WIDTH = 100  # columns of a help page at most

@@ -24,7 +24,7 @@ PARAMS = Path("params.yaml")
 # What to do about a model directory that is not there.
 MISSING = {
     INIT: "no initial model yet: `dvc repro import_hf_weights` makes it",
-    MODEL: "no trained model yet: `make repro` makes it (about 3 min with the default settings)",
+    MODEL: "no trained model yet: `make repro` makes it (about 6 min with the default settings)",
 }
 
 

@@ -20,7 +20,14 @@ from pipeline import config as configuration
 from pipeline import paths, terminal
 from pipeline.config import Config
 from pipeline.drawing import dvc_plots
-from pipeline.errors import ChangedError, UserError, disk_full, exit_code, out_of_memory
+from pipeline.errors import (
+    ChangedError,
+    ConfigError,
+    UserError,
+    disk_full,
+    exit_code,
+    out_of_memory,
+)
 from pipeline.records import git, provenance
 from pipeline.resume import run_folder
 from pipeline.tables import write_json
@@ -66,6 +73,11 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
         stream.reconfigure(errors="replace")  # a sample may hold what a pipe's encoding does not
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that records and rows are closed
     try:
+        if words := " ".join(sys.argv[1:] if Path(sys.argv[0]).parent.name == "stages" else []):
+            raise ConfigError(
+                f"{words}: a stage takes no options; its settings stand in {paths.PARAMS}, and "
+                "`python -m pipeline --help` lists what else there is"
+            )
         config = configuration.load()
         git.warn()
         git.check_hellaswag(Path(config.evaluate.hellaswag))

@@ -1,12 +1,9 @@
-"""sample: texts of the initial and the trained model, the report; `--prompt`: one text alone."""
+"""sample: texts of the initial and the trained model, and the report."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from pipeline.config import Config
 from pipeline.data import batches, token_files, tokenizer
 from pipeline.errors import together
 from pipeline.inference.decoding import Decoder, mean_loss
-from pipeline.inference.generation import generate, pad, stream_text, until_eot
+from pipeline.inference.generation import generate, pad, until_eot
 from pipeline.model.gpt import GPT
 from pipeline.model.model_dir import check_model, load_model
 from pipeline.records import record_file
@@ -129,29 +126,5 @@ def write(path: Path, text: str) -> None:
     path.write_text(text, "utf-8")
 
 
-def to_terminal(words: list[str], config: Config) -> None:
-    """Stream one text of a finished model; no record, no row."""
-    parser = argparse.ArgumentParser(prog="python -m stages.sample", description=__doc__)
-    parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--model", type=Path, default=paths.MODEL, help="a model directory")
-    parser.add_argument("--tokens", type=int, default=config.sample.max_new_tokens)
-    parser.add_argument("--temperature", type=float, default=config.sample.temperature)
-    parser.add_argument("--seed", type=int, default=config.sample.seed)
-    asked = parser.parse_args(words)
-    if asked.tokens < 1 or not 0 <= asked.temperature <= 100 or asked.seed < 0:
-        parser.error("expected --tokens at least 1, --temperature 0 to 100, --seed at least 0")
-    sampling = replace(config.sample, max_new_tokens=asked.tokens, temperature=asked.temperature)
-    model = load(asked.model, config)
-    device = next(model.parameters()).device
-    generator = runtime.generator(asked.seed, "sample 0", device)
-    print(asked.prompt, end="", flush=True)
-    for piece in stream_text(model, tokenizer.gpt2(), asked.prompt, sampling, generator):
-        print(terminal.shown(piece), end="", flush=True)  # a piece may begin with "\r"
-    print()
-
-
 if __name__ == "__main__":
-    if words := sys.argv[1:]:
-        run(lambda config: to_terminal(words, config))
-    else:
-        run(main, "sample")
+    run(main, "sample")

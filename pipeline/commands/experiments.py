@@ -69,6 +69,19 @@ def compare(
     comparison.conclude(setting, steps)
 
 
+def show(
+    md: Annotated[bool, Option("--md", help="As Markdown, of any width")] = False,
+) -> None:
+    """Show every experiment: what changed, loss, verdict, speed.
+
+    python -m pipeline show            a table for each corpus, the best first
+    """
+    from pipeline.experiments import overview
+    from pipeline.records import dvc_history
+
+    log.info("%s", overview.page(dvc_history.experiments(("train", "evaluate"), True), md))
+
+
 def report(
     names: Annotated[
         list[str] | None, Argument(metavar="NAME", help="DVC experiments, or `workspace`")

@@ -1,4 +1,4 @@
-"""Commands over what lies on the disk: interrupted trainings, token files, models, DVC's cache."""
+"""Commands over what lies on the disk: trainings, token files, models, DVC's cache."""
 
 from __future__ import annotations
 
@@ -17,24 +17,37 @@ from pipeline.errors import InputError
 log = logging.getLogger(__name__)
 
 
-def runs(
-    remove: Annotated[
-        list[str] | None, Argument(metavar="[remove ID]", help="Give its disk space back")
-    ] = None,
-) -> None:
-    """List the trainings that are at work or interrupted, or remove one.
+def ls() -> None:
+    """List every training: at work, interrupted, finished.
 
-    python -m pipeline runs            lists them: state, step, time, size
-    python -m pipeline runs remove ID  gives the disk space of one back
+    python -m pipeline ls
+    """
+    from pipeline.experiments import trainings
+
+    log.info("%s", trainings.page(trainings.every()))
+
+
+def watch() -> None:
+    """Follow the trainings that are at work, until all have ended.
+
+    python -m pipeline watch     every 2 s in a terminal, else a table every 30 s
+    """
+    from pipeline.experiments import trainings
+
+    trainings.watch()
+
+
+def rm(
+    id: Annotated[str, Argument(metavar="ID", help="As `ls` lists it, or its beginning")],
+) -> None:
+    """Give back the disk space of a training that was stopped.
+
+    python -m pipeline rm ID
     """
     from pipeline.resume import run_folder
 
-    if remove:
-        if len(remove) != 2 or remove[0] != "remove":
-            raise BadParameter("expected remove ID, or nothing")
-        run_folder.remove(remove[1])
-    for line in run_folder.lines():
-        log.info("%s", line)
+    run_folder.remove(id)
+    log.info("%s: removed", id)
 
 
 def verify(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,18 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import paths
+from pipeline import paths, screen
 from pipeline.config import Config, flatten, load
 from pipeline.errors import ConfigError, InputError, together
-from pipeline.experiments import comparison
+from pipeline.experiments import comparison, trainings
 from pipeline.experiments.comparison import SEED
 from pipeline.records import git, stage_graph
 
 log = logging.getLogger(__name__)
-
-TABLE = (
-    r"dvc exp show --only-changed --drop 'Created|State|Executor|^(data|artifacts|records)|\.py$'"
-)
 
 
 @dataclass(frozen=True)
@@ -193,30 +191,47 @@ def _quoted(value: Any) -> str:
 
 
 def run(member: Member) -> int:
-    """The exit code of `dvc exp run` for a member, in a temporary workspace; its output is shown.
+    """The exit code of `dvc exp run` for a member, in a temporary workspace.
 
-    Ctrl-C reaches DVC and the training, too, as they share the terminal. The training then saves
-    a checkpoint, which takes its time: KeyboardInterrupt is raised once they have ended.
+    Its output is shown, on a terminal above a line that says how far its training is. Ctrl-C
+    reaches DVC and the training, too, as they share the terminal. The training then saves a
+    checkpoint, which takes its time: KeyboardInterrupt is raised once they have ended.
     """
     words = ["exp", "run", "--temp", "--name", member.name]
     words += [word for change in member.words() for word in ("-S", change)]
     words += [word for path in member.inputs for word in ("--copy-paths", path)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", *words],
-        cwd=paths.root(),
-        env=os.environ | {"PATH": path},  # where the stages find their python
-        stdin=subprocess.DEVNULL,
-    )
-    interrupted = False
-    while process.returncode is None:
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            interrupted = True
+    above = screen.has_terminal()
+    interrupted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dvc", *words],
+            cwd=paths.root(),
+            env=os.environ | {"PATH": path},  # where the stages find their python
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if above else None,
+            stderr=subprocess.STDOUT if above else None,
+            encoding="utf-8",
+            errors="replace",
+        )
+
+        def more(seconds: float) -> bool:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+            return process.returncode is None
+
+        screen.show(partial(_how_far, member.name), more, process.stdout)
+    finally:
+        signal.signal(signal.SIGINT, before)
     if interrupted:
         raise KeyboardInterrupt
     return process.returncode
+
+
+def _how_far(name: str) -> str:
+    found = [one for one in trainings.kept() if one.at_work and one.name == name]
+    return found[0].line() if found else f"{name}: not training now"
 
 
 def run_all(sweep: Sweep) -> dict[str, str]:
@@ -259,7 +274,7 @@ def conclude(sweep: Sweep, outcomes: dict[str, str]) -> None:
     except InputError as error:
         problems.append(str(error))
     if done := " ".join(name for name, problem in outcomes.items() if not problem):
-        log.info("curves:  dvc plots diff %s\ntable:   %s", done, TABLE)
+        log.info("curves:  dvc plots diff %s\ntable:   python -m pipeline show", done)
     if problems:
         raise InputError("\n".join(problems))
 

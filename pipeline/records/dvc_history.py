@@ -32,24 +32,25 @@ NO_GIT = (
 )
 
 
-def experiments(stages: Iterable[str] | None = None) -> Iterator[Experiment]:
+def experiments(stages: Iterable[str] | None = None, brief: bool = False) -> Iterator[Experiment]:
     """Every DVC experiment of this repository, on whatever commit, and then the workspace.
 
     Only the records of `stages`, by default all, are read, and each experiment's when they are
-    first looked at. A record that is in no cache any more, or is not to be read, is left out with
-    a warning that names experiment, file and reason. Without git the workspace is all there is.
+    first looked at; with `brief`, the `ends` of long ones. A record that is in no cache any more,
+    or is not to be read, is left out with a warning that names experiment, file and reason.
+    Without git the workspace is all there is.
     Raises InputError where git refuses the folder, since another user owns it.
     """
     with _repository() as repo:
         found = _listed(repo) if repo else []
-        kept = Kept(repo, [rev for _, rev in found]) if repo else None
+        kept = Kept(repo, [rev for _, rev in found], brief) if repo else None
     if kept:
         for name, rev in found:
             unreadable: list[str] = []
             read = functools.partial(_of_experiment, kept, name, rev, stages, unreadable)
             place = functools.partial(kept.place, rev)
             yield Experiment(name, rev, Unread(read), unreadable, place)
-    yield of_workspace(paths.root(), stages)
+    yield of_workspace(paths.root(), stages, brief)
 
 
 def _of_experiment(
@@ -63,7 +64,9 @@ def _of_experiment(
     return _of_one_chain(name, found)
 
 
-def of_workspace(root: Path, stages: Iterable[str] | None = None) -> Experiment:
+def of_workspace(
+    root: Path, stages: Iterable[str] | None = None, brief: bool = False
+) -> Experiment:
     """What the records under `root` say; of the stage that failed or is at work, as far as it came.
 
     An unfinished record counts only where it is the newest: an older one is of another run. One
@@ -73,7 +76,11 @@ def of_workspace(root: Path, stages: Iterable[str] | None = None) -> Experiment:
 
     def read(stage: str, path: Path, whole: bool) -> Log | None:
         try:
-            return record_reader.read(path, stage, whole) if path.exists() else None
+            if not path.exists():
+                return None
+            return (
+                record_reader.ends(path, stage) if brief else record_reader.read(path, stage, whole)
+            )
         except (InputError, OSError) as error:
             unreadable.append(f"{path}: {error}")
             log.warning("%s; left out", unreadable[-1])
@@ -215,7 +222,8 @@ class Kept:
     and params.yaml in pure Python. It is asked where a remote may have what the cache has not.
     """
 
-    def __init__(self, repo: Repo, revs: Sequence[str]):
+    def __init__(self, repo: Repo, revs: Sequence[str], brief: bool = False):
+        self._reader = record_reader.ends if brief else record_reader.read
         self._in_cache = repo.cache.local.oid_to_path
         self._has_remotes = bool(repo.config.get("remote"))
         texts = git.contents("dvc.lock", revs)
@@ -251,7 +259,7 @@ class Kept:
     def _read(self, rev: str, path: str, stage: str) -> Log | str | None:
         try:
             file = self.place(rev, path)
-            return record_reader.read(file, stage) if file else None
+            return self._reader(file, stage) if file else None
         except (InputError, OSError) as error:
             return f"{path}: {error}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,7 @@ SCHEMA = 1  # of the records that this version writes; older ones do not say
 # Outputs of earlier versions of a stage, which the records of that time name.
 EARLIER_OUTS = {"train": ("artifacts/train_study",)}
 
+ENDS = 256 << 10  # bytes of a record's beginning, and of its end, where these are enough
 LONGEST_LINE = 8 << 20  # bytes; the settings of a run may hold long prompts
 MOST_EVENTS = 10_000  # that are no points
 MOST_VALUES = 1_000  # in one event
@@ -52,6 +54,23 @@ def read(path: Path, stage: str = "", whole: bool = True) -> Log:
     """
     with regular.opened(path) as file:
         return parse(iter(functools.partial(file.readline, LONGEST_LINE + 1), b""), stage, whole)
+
+
+def ends(path: Path, stage: str = "") -> Log:
+    """The first and the last events of a record of any length, with points between them left out.
+
+    Enough for its settings, its tags and what its metrics came to. It may still be at work. Raises
+    as `read` does.
+    """
+    with regular.opened(path) as file:
+        lines = []
+        while file.tell() < ENDS and (line := file.readline(LONGEST_LINE + 1)):
+            lines.append(line)
+        if os.fstat(file.fileno()).st_size - file.tell() > ENDS:
+            file.seek(-ENDS, os.SEEK_END)
+            file.readline()  # a line that began before
+        lines += file.readlines()
+    return parse(lines, stage, whole=False)
 
 
 def parse(lines: Iterable[bytes], stage: str = "", whole: bool = True) -> Log:

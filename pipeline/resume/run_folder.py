@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Run:
         known = _json(self.folder / STATUS)
         kept = {"step": known["step"]} if "step" in known else {}
         me = {"pid": os.getpid(), "process": this_process(), "time": int(time.time())}
+        facts["name"] = os.environ.get("DVC_EXP_NAME", "")
         with contextlib.suppress(OSError):  # a full disk, or a reader on Windows: no reason to end
             _write(self.folder / STATUS, kept | {"state": state} | me | facts)
 
@@ -267,25 +269,38 @@ def _write(path: Path, values: dict[str, Any]) -> None:
     os.replace(part, path)
 
 
-def lines() -> list[str]:
-    """A line for each training that is at work, was interrupted, or is not yet in DVC's cache."""
-    found = []
-    for folder in _folders():
-        said, about = _json(folder / STATUS), _json(folder / IDENTITY)
-        params = about.get("params", {})
-        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(said.get("time", 0)))
-        step = f"{said.get('step', 0):,} of {params.get('train.steps', 0):,}"
-        where = f" at step {step}" if "train.steps" in params else f" {about.get('stage')}"
-        found.append(f"{folder.name}  {_state(folder)}{where}, {when}, {size / 2**20:,.0f} MiB")
-    return found or ["no training is at work or interrupted"]
+@dataclass(frozen=True)
+class Left:
+    """What a training, or another stage's kept work, has on the disk, and what it says of it."""
+
+    folder: Path
+    state: str  # running, finished, preempted, failed, killed or unknown
+    status: dict[str, Any]  # as `say` writes it
+    identity: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
+
+
+def every() -> list[Left]:
+    """All that is at work, was interrupted, or is not yet in DVC's cache."""
+    return [
+        Left(folder, _state(folder), _json(folder / STATUS), _json(folder / IDENTITY))
+        for folder in _folders()
+    ]
 
 
 def remove(name: str) -> None:
-    """Raises InputError for a run that is not there, BusyError for one at work."""
-    folder = paths.runs() / name
-    if folder not in _folders():
+    """Remove the run whose folder's name is, or begins with, `name`.
+
+    Raises InputError where that is not one run, BusyError for one at work.
+    """
+    found = [folder for folder in _folders() if name and folder.name.startswith(name)]
+    if len(found) != 1:
         known = ", ".join(path.name for path in _folders()) or "none"
-        raise InputError(f"{name}: no training of that name; there are: {known}")
-    if not _drop(folder):
+        problem = "more than one training begins so" if found else "no training of that name"
+        raise InputError(f"{name}: {problem}; there are: {known}")
+    if not _drop(found[0]):
         raise BusyError(f"{name}: a process is at work on it")

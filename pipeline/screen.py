@@ -1,0 +1,104 @@
+"""What a person looks at in a terminal: tables that fit its width, and text that is redrawn."""
+
+from __future__ import annotations
+
+import io
+import logging
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import IO
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pipeline import terminal
+
+log = logging.getLogger(__name__)
+
+WIDTH = 100  # columns where no terminal says how many it has
+REDRAWN, REPEATED = 2.0, 30.0  # seconds between two texts: on a terminal, and elsewhere
+
+
+def has_terminal() -> bool:
+    return bool(sys.stdout and sys.stdout.isatty())
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Aligned lines of at most the terminal's width; the first `left` columns are text, and wrap.
+
+    Other columns are numbers, to the right. Names and settings are shown as `terminal.line` does.
+    """
+    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, name in enumerate(columns):
+        text = number < left
+        drawn.add_column(Text(name), justify="left" if text else "right", no_wrap=not text)
+    for row in rows:
+        drawn.add_row(*(Text(terminal.line(cell)) for cell in row))
+    width = shutil.get_terminal_size((WIDTH, 24)).columns
+    page = io.StringIO()
+    Console(file=page, width=min(width, 160), color_system=None).print(drawn)
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+
+
+def show(
+    draw: Callable[[], str], more: Callable[[float], bool], beside: IO[str] | None = None
+) -> None:
+    """Show what `draw` says, again and again while `more` says so, which waits the seconds given.
+
+    On a terminal each text takes the place of the one before, and the lines of `beside` appear
+    above it as they come.
+    """
+    if not has_terminal():
+        log.info("%s", draw())
+        while more(REPEATED):
+            log.info("%s", draw())
+        return
+    with terminal.unguarded():
+        console = Console(file=sys.stdout, color_system=None)
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+
+            def pass_on(lines: IO[str]) -> None:
+                for line in lines:
+                    console.print(Text(terminal.shown(line.rstrip("\n"))), soft_wrap=True)
+
+            if beside:
+                reader = threading.Thread(target=pass_on, args=(beside,), daemon=True)
+                reader.start()
+            live.update(Text(draw()), refresh=True)
+            while more(REDRAWN):
+                live.update(Text(draw()), refresh=True)
+            if beside:
+                reader.join(1)  # processes that go on, as MLflow's courier, hold the pipe
+
+
+def count(number: float | None) -> str:
+    """ "1,234", "51.2k", "1.5M"; a dash for what is not known."""
+    if number is None:
+        return "-"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= size:
+            return f"{number / (1e3 if letter == 'k' else size):.3g}{letter}"
+    return f"{number:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """ "0:41", "1:02:03", "3 d 04:05"; a dash for what is not known."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24:02}:{minutes:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def moment(seconds: float) -> str:
+    """ "11-28 19:05", of this machine's clock, or the day where the year is another one."""
+    then = time.localtime(seconds)
+    this_year = then.tm_year == time.localtime().tm_year
+    return time.strftime("%m-%d %H:%M" if this_year else "%Y-%m-%d", then)
