@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO
+from typing import IO, Literal
 
 from rich.console import Console
 from rich.live import Live
@@ -36,7 +36,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for number, name in enumerate(columns):
         text = number < left
-        drawn.add_column(Text(name), justify="left" if text else "right", no_wrap=not text)
+        justify: Literal["left", "right"] = "left" if text else "right"
+        drawn.add_column(Text(name), justify=justify, no_wrap=not text, overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(terminal.line(cell)) for cell in row))
     width = shutil.get_terminal_size((WIDTH, 24)).columns
@@ -54,26 +55,29 @@ def show(
     above it as they come.
     """
     if not has_terminal():
-        log.info("%s", draw())
-        while more(REPEATED):
-            log.info("%s", draw())
-        return
+        while True:
+            if text := draw():
+                log.info("%s", text)
+            if not more(REPEATED):
+                return
     with terminal.unguarded():
-        console = Console(file=sys.stdout, color_system=None)
+        console, one_at_a_time = Console(file=sys.stdout, color_system=None), threading.Lock()
         with Live(console=console, auto_refresh=False, transient=True) as live:
 
             def pass_on(lines: IO[str]) -> None:
                 for line in lines:
-                    console.print(Text(terminal.shown(line.rstrip("\n"))), soft_wrap=True)
+                    with one_at_a_time:
+                        console.print(Text(terminal.shown(line.rstrip("\n"))), soft_wrap=True)
 
-            if beside:
-                reader = threading.Thread(target=pass_on, args=(beside,), daemon=True)
-                reader.start()
-            live.update(Text(draw()), refresh=True)
-            while more(REDRAWN):
-                live.update(Text(draw()), refresh=True)
-            if beside:
-                reader.join(1)  # processes that go on, as MLflow's courier, hold the pipe
+            reader = threading.Thread(target=pass_on, args=(beside or io.StringIO(),), daemon=True)
+            reader.start()
+            while True:
+                text = Text(draw())
+                with one_at_a_time:
+                    live.update(text, refresh=True)
+                if not more(REDRAWN):
+                    break
+            reader.join(1)  # processes that go on, as MLflow's courier, hold the pipe
 
 
 def count(number: float | None) -> str:

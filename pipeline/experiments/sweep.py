@@ -231,7 +231,7 @@ def run(member: Member) -> int:
 
 def _how_far(name: str) -> str:
     found = [one for one in trainings.kept() if one.at_work and one.name == name]
-    return found[0].line() if found else f"{name}: not training now"
+    return found[0].line() if found else ""  # before its training, or after it
 
 
 def run_all(sweep: Sweep) -> dict[str, str]:

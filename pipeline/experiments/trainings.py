@@ -99,7 +99,7 @@ def watch() -> None:
         seen.update({id: replace(one, state="finished") for id, one in seen.items()} | now)
         if any(one.at_work for one in seen.values()):
             busy = time.monotonic()
-        return page(_in_order(seen.values()))
+        return page(_in_order(seen.values())) if seen else "no training is at work"
 
     def more(seconds: float) -> bool:
         if not busy or time.monotonic() - busy > IDLE:
@@ -167,10 +167,10 @@ def _finished(name: str, record: Log) -> Training:
 
 def _pace(record: Log) -> tuple[int, float | None]:
     """Steps done, and the seconds from one to the next of late, validations included."""
-    steps: list[tuple[int, int]] = []  # (step, time) of the process that came last
+    steps: list[tuple[int, int]] = []  # (step, time), those of the last process from `resumed` on
+    resumed = 0
     for event in record:
         if event["kind"] in ("start", "resume"):
-            steps = steps[-1:] if event["kind"] == "resume" else []
             resumed = len(steps)
         elif event["kind"] == "metrics" and "train/loss" in event["values"]:
             steps.append((event["step"], event["time"]))

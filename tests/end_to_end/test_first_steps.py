@@ -147,13 +147,20 @@ def test_the_texts_of_a_step_say_that_nothing_is_tokenized(folder: Path, caplog)
         assert "tokenize first: `dvc repro tokenize`" in caplog.messages[-1]
 
 
-def test_one_text_before_training_says_what_makes_a_model(folder: Path) -> None:
+def test_one_text_before_training_says_what_makes_a_model(folder: Path, caplog) -> None:
     shutil.copyfile(ROOT / "recipes" / "nano.yaml", "params.yaml")
+    with pytest.raises(SystemExit) as ended:
+        command(["sample", "--prompt", "hi"])
+    assert ended.value.code == InputError.exit_code
+    assert caplog.messages == [f"error: {paths.MODEL}: {paths.MISSING[paths.MODEL]}"]
+
+
+def test_a_stage_that_is_given_words_says_so_and_does_no_work(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "stages.sample", "--prompt", "hi"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == InputError.exit_code
-    assert done.stderr == f"error: {paths.MODEL}: {paths.MISSING[paths.MODEL]}\n"
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: --prompt hi: a stage takes no options; ")

@@ -32,7 +32,9 @@ OWNERS = {
     "huggingface_hub": {"hub"},
     "httpx2": {"hub"},
     "tiktoken": {"tokenizer"},
-    "typer": {"__main__", "experiments", "fetch", "manage", "runs"},  # the table and the verbs
+    "rich": {"screen"},
+    # The table and the verbs.
+    "typer": {"__main__", "experiments", "fetch", "manage", "models", "runs"},
     "matplotlib": {"figures"},
     "dvc": {"dvc_history"},
     "jinja2": {"report"},

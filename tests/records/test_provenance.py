@@ -12,6 +12,7 @@ from pipeline import config as configuration
 from pipeline import paths
 from pipeline.config import Config
 from pipeline.errors import ChangedError
+from pipeline.experiments import trainings
 from pipeline.records import provenance, stage_graph
 from pipeline.resume import run_folder
 from stages import common
@@ -207,9 +208,9 @@ def test_kept_work_that_was_damaged_is_done_again(workspace: Path) -> None:
 def test_kept_work_is_listed_and_given_back(workspace: Path) -> None:
     with pytest.raises(ChangedError):
         worked("evaluate", "x", lambda: edit("params.yaml", "choice_items: 200", "choice_items: 9"))
-    (line,) = run_folder.lines()
-    assert "finished evaluate" in line
-    run_folder.remove(line.split()[0])
+    (left,) = trainings.kept()
+    assert left.row()[:3] == ("workspace: evaluate", "finished", "-")
+    run_folder.remove(left.id)
     assert run_folder._folders() == []
 
 
