@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 from pipeline import terminal
 
@@ -80,29 +81,20 @@ def show(
             reader.join(1)  # processes that go on, as MLflow's courier, hold the pipe
 
 
-def count(number: float | None) -> str:
-    """ "1,234", "51.2k", "1.5M"; a dash for what is not known."""
-    if number is None:
-        return "-"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if number >= size:
-            return f"{number / (1e3 if letter == 'k' else size):.3g}{letter}"
-    return f"{number:,.0f}"
+def number(value: float | None, shape: str = ",.0f") -> str:
+    return "-" if value is None else format(value, shape)
+
+
+def count(value: float | None) -> str:
+    """ "51.2k", "1.50M"."""
+    return "-" if value is None else tqdm.format_sizeof(value)
 
 
 def duration(seconds: float | None) -> str:
-    """ "0:41", "1:02:03", "3 d 04:05"; a dash for what is not known."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24} d {hours % 24:02}:{minutes:02}"
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    """ "00:41", "1:02:03"."""
+    return "-" if seconds is None else tqdm.format_interval(seconds)
 
 
 def moment(seconds: float) -> str:
-    """ "11-28 19:05", of this machine's clock, or the day where the year is another one."""
-    then = time.localtime(seconds)
-    this_year = then.tm_year == time.localtime().tm_year
-    return time.strftime("%m-%d %H:%M" if this_year else "%Y-%m-%d", then)
+    """ "2026-11-28 19:05", of this machine's clock."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

@@ -6,8 +6,9 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pipeline import paths, screen
 from pipeline.errors import InputError
@@ -16,11 +17,12 @@ from pipeline.records.run_data import Log, RunData
 from pipeline.resume import run_folder
 
 COLUMNS = ("name", "state", "step", "loss", "val loss", "tokens/s", "left or ended", "MiB", "id")
-STATES = {"running": "at work", "preempted": "interrupted"}
+AT_WORK = "at work"
+STATES = {"running": AT_WORK, "preempted": "interrupted"}
 RECENT = 200  # steps whose time tells how long the rest will take
+LAST = 20  # steps whose mean is the loss: that of one has noise
 IDLE = 60.0  # seconds without one at work after which nobody waits for the next of a sweep
 STEP = ("batch_size", "sequence_length", "accumulate")  # whose product are a step's tokens
-LAST = 20  # steps whose mean is the loss: that of one has noise
 
 
 @dataclass(frozen=True)
@@ -29,46 +31,88 @@ class Training:
 
     name: str
     state: str
-    step: int | None  # steps done; of one that was stopped those that are kept
-    steps: int | None
-    loss: float | None  # nats/token
-    val_loss: float | None
-    tokens_per_second: float | None
-    left: float | None  # seconds, of one at work
+    record: Log  # its ends suffice
+    params: Mapping[str, Any]
     time: float  # when it was last heard of, in seconds since 1970
-    record: str = ""  # its id
+    saved: int | None = None  # steps that one which was stopped will go on from
     id: str = ""  # its folder's name
     size: int = 0  # bytes in that folder
 
     @property
+    def done(self) -> int:
+        """Steps done; of one that was stopped those that are kept."""
+        steps = self._data.curves["train/loss"].steps[-1:] if self._loss else ()
+        return self.saved if self.saved is not None else sum(steps) + len(steps)
+
+    @property
+    def pace(self) -> float | None:
+        """Seconds from one step to the next of late, validations included, of one at work."""
+        points: list[tuple[int, int]] = []  # of the process that came last
+        for event in self.record.of_kind("resume", "metrics"):
+            if event["kind"] == "resume":
+                points = []
+            elif "train/loss" in event["values"]:
+                points.append((event["time"], event["step"]))
+        (began, first), (now, last) = [*points[-RECENT:], (0, 0)][0], [(0, 0), *points][-1]
+        return (now - began) / 1000 / (last - first) if self.at_work and last > first else None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until one at work has made its last step."""
+        if self.pace is None:
+            return None
+        seconds = self.pace * (self.params["train.steps"] - self.done)
+        if minutes := self.params["train.time_budget"]:
+            began = max(event["time"] for event in self.record.of_kind("start", "resume")) / 1000
+            seconds = max(0.0, min(seconds, 60 * minutes - (time.time() - began)))
+        return seconds
+
+    @property
     def at_work(self) -> bool:
-        return self.state == STATES["running"]
+        return self.state == AT_WORK
 
     def row(self) -> tuple[str, ...]:
         """One tuple of COLUMNS."""
-        when = screen.duration(self.left) if self.at_work else screen.moment(self.time)
-        step = "-" if self.step is None else f"{self.step:,}/{self.steps or 0:,}"
-        losses = ("-" if v is None else f"{v:.3f}" for v in (self.loss, self.val_loss))
-        size = f"{self.size / 2**20:,.0f}" if self.id else ""
-        rate = screen.count(self.tokens_per_second)
-        return (self.name, self.state, step, *losses, rate, when, size, self.id[:7])
+        pace, loss = self.pace, statistics.fmean(self._loss[-LAST:]) if self._loss else None
+        rate = self._data.last("perf/tokens_per_second")
+        if pace:
+            rate = math.prod(self.params[f"train.{name}"] for name in STEP) / pace
+        steps = self.params.get("train.steps")
+        return (
+            *(self.name, self.state, f"{self.done:,}/{steps:,}" if steps else "-"),
+            *(screen.number(one, ".3f") for one in (loss, self._data.last("train/val_loss"))),
+            screen.number(rate),
+            screen.duration(self.left) if self.at_work else screen.moment(self.time),
+            *(screen.number(self.size / 2**20) if self.id else "", self.id[:7]),
+        )
 
     def line(self) -> str:
         """How far it is, in one line."""
         name, state, step, loss, _, rate, left, *_ = self.row()
         return f"{name}: {state}, step {step}, loss {loss}, {rate} tokens/s, {left} left"
 
+    @property
+    def _data(self) -> RunData:
+        return RunData({"train": self.record})
+
+    @property
+    def _loss(self) -> list[float]:
+        return self._data.values("train/loss")
+
 
 def every() -> list[Training]:
-    """Those at work, then the others, the newest first; each once, however many share it."""
+    """Those with a folder, then those that DVC keeps; each once, however many names share it."""
     found = kept()
-    known = {one.record for one in found if one.record}
+    known = {one.record[0]["id"] for one in found if len(one.record)}
     for experiment in dvc_history.experiments(("train",), brief=True):
-        record = experiment.records.get("train")
-        if record and record[0]["id"] not in known and record[-1].get("status") == "FINISHED":
-            known.add(record[0]["id"])
-            found.append(_finished(experiment.name, record))
-    return _in_order(found)
+        if not (record := Log.of(experiment.records.get("train", ()))):
+            continue
+        (head, end), known_before = (record[0], record[-1]), len(known)
+        known |= {head["id"]} if end.get("status") == "FINISHED" else set()
+        if len(known) > known_before:
+            ended = end["time"] / 1000
+            found.append(Training(experiment.name, "finished", record, head["params"], ended))
+    return found
 
 
 def kept() -> list[Training]:
@@ -76,12 +120,30 @@ def kept() -> list[Training]:
     return [_of_folder(left) for left in run_folder.every()]
 
 
-def page(found: Sequence[Training]) -> str:
-    """A table of them, and what can be done about those that were stopped."""
-    if not found:
-        return "no training yet: `make repro` makes the first one"
-    said = screen.table(COLUMNS, [one.row() for one in found], left=2)
-    if any(one.state in ("interrupted", "killed", "failed") for one in found):
+def _of_folder(left: run_folder.Left) -> Training:
+    stage, record = str(left.identity.get("stage")), Log()
+    for path in (run_folder.JOURNAL, paths.record(stage)):
+        with contextlib.suppress(InputError, OSError):  # none yet, or one of anything
+            record = record or record_reader.ends(left.folder / path, stage)
+    name = left.status.get("name") or dvc_history.WORKSPACE
+    stopped = left.state not in ("running", "finished")
+    return Training(
+        name if stage == "train" else f"{name}: {stage}",
+        STATES.get(left.state, left.state),
+        record,
+        left.identity.get("params", {}),
+        left.status.get("time", 0),
+        left.status.get("step", 0) if stopped else None,
+        left.folder.name,
+        left.size,
+    )
+
+
+def page(found: Iterable[Training], none: str = "no training yet: `make repro` is one") -> str:
+    """A table of them, at work first, then the newest, and what to do about those stopped."""
+    ordered = sorted(found, key=lambda one: (not one.at_work, -one.time))
+    said = screen.table(COLUMNS, [one.row() for one in ordered], left=2) if ordered else none
+    if any(one.saved is not None for one in ordered):
         said += "\n\nThe same command as before resumes one that was stopped; "
         said += "`python -m pipeline rm ID` gives its disk space back."
     return said
@@ -90,108 +152,20 @@ def page(found: Sequence[Training]) -> str:
 def watch() -> None:
     """Show those that have a folder until none has been at work for a while; see `screen.show`."""
     seen: dict[str, Training] = {}
-    busy = 0.0
+    busy = -math.inf
 
     def draw() -> str:
         nonlocal busy
-        now = {one.id: one for one in kept()}
         # One whose folder is gone has ended: its result is in DVC's cache.
-        seen.update({id: replace(one, state="finished") for id, one in seen.items()} | now)
+        ended = {id: replace(one, state="finished") for id, one in seen.items()}
+        seen.update(ended | {one.id: one for one in kept()})
         if any(one.at_work for one in seen.values()):
             busy = time.monotonic()
-        return page(_in_order(seen.values())) if seen else "no training is at work"
+        return page(seen.values(), "no training is at work")
 
     def more(seconds: float) -> bool:
-        if not busy or time.monotonic() - busy > IDLE:
-            return False
-        time.sleep(seconds)
-        return True
+        if waits := time.monotonic() - busy < IDLE:
+            time.sleep(seconds)
+        return waits
 
     screen.show(draw, more)
-
-
-def _in_order(found: Iterable[Training]) -> list[Training]:
-    return sorted(found, key=lambda one: (not one.at_work, -one.time))
-
-
-def _of_folder(left: run_folder.Left) -> Training:
-    params = left.identity.get("params", {})
-    stage = str(left.identity.get("stage"))
-    journal, result = left.folder / run_folder.JOURNAL, left.folder / paths.record(stage)
-    record = Log()
-    for path in (journal, result):
-        with contextlib.suppress(InputError, OSError):  # none yet, or one of anything
-            record = record if len(record) else record_reader.ends(path, stage)
-    name = left.status.get("name") or (record[0]["name"] if len(record) else "")
-    state = STATES.get(left.state, left.state)
-    done, pace = _pace(record)
-    if state != STATES["running"]:
-        done = done if state == "finished" else left.status.get("step", 0)
-        pace = None
-    steps = params.get("train.steps")
-    seconds = None if pace is None or not steps else pace * (steps - done)
-    if seconds is not None and (minutes := params.get("train.time_budget")):
-        seconds = max(0.0, min(seconds, 60 * minutes - (time.time() - _began(record))))
-    tokens = math.prod(params.get(f"train.{name}", 0) for name in STEP)
-    return Training(
-        name=(name or dvc_history.WORKSPACE) + ("" if steps else f": {stage}"),
-        state=state,
-        step=done if steps else None,
-        steps=steps,
-        loss=_loss(record),
-        val_loss=_last(record, "train/val_loss"),
-        tokens_per_second=tokens / pace if pace else _last(record, "perf/tokens_per_second"),
-        left=seconds,
-        time=left.status.get("time", 0),
-        record=record[0]["id"] if len(record) else "",
-        id=left.folder.name,
-        size=left.size,
-    )
-
-
-def _finished(name: str, record: Log) -> Training:
-    done = _last(record, "train/steps")
-    return Training(
-        name=name,
-        state="finished",
-        step=None if done is None else int(done),
-        steps=record[0]["params"].get("train.steps"),
-        loss=_loss(record),
-        val_loss=_last(record, "train/val_loss"),
-        tokens_per_second=_last(record, "perf/tokens_per_second"),
-        left=None,
-        time=record[-1]["time"] / 1000,
-        record=record[0]["id"],
-    )
-
-
-def _pace(record: Log) -> tuple[int, float | None]:
-    """Steps done, and the seconds from one to the next of late, validations included."""
-    steps: list[tuple[int, int]] = []  # (step, time), those of the last process from `resumed` on
-    resumed = 0
-    for event in record:
-        if event["kind"] in ("start", "resume"):
-            resumed = len(steps)
-        elif event["kind"] == "metrics" and "train/loss" in event["values"]:
-            steps.append((event["step"], event["time"]))
-    if not steps:
-        return 0, None
-    own = steps[resumed:][-RECENT:]
-    if len(own) < 2 or own[-1][0] <= own[0][0]:
-        return steps[-1][0] + 1, None
-    (first, began), *_, (last, now) = own
-    return last + 1, (now - began) / 1000 / (last - first) or None
-
-
-def _began(record: Log) -> float:
-    """When its last process did, as far as the record's ends know."""
-    return max(event["time"] for event in record.of_kind("start", "resume")) / 1000
-
-
-def _loss(record: Log) -> float | None:
-    recent = RunData({"train": record}).values("train/loss")[-LAST:]
-    return statistics.fmean(recent) if recent else None
-
-
-def _last(record: Log, metric: str) -> float | None:
-    return RunData({"train": record}).last(metric)
