@@ -69,9 +69,7 @@ def compare(
     comparison.conclude(setting, steps)
 
 
-def show(
-    md: Annotated[bool, Option("--md", help="As Markdown, of any width")] = False,
-) -> None:
+def show() -> None:
     """Show every experiment: what changed, loss, verdict, speed.
 
     python -m pipeline show            a table for each corpus, the best first
@@ -79,7 +77,7 @@ def show(
     from pipeline.experiments import overview
     from pipeline.records import dvc_history
 
-    log.info("%s", overview.page(dvc_history.experiments(("train", "evaluate"), True), md))
+    log.info("%s", overview.page(dvc_history.experiments(("train", "evaluate"), brief=True)))
 
 
 def report(

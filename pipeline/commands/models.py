@@ -6,7 +6,6 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,11 +24,11 @@ def sample(
         str | None, Option(metavar="NAME", help="Whose model: a DVC experiment; this workspace's")
     ] = None,
     model: Annotated[Path | None, Option(help="Any other folder with a GPT-2")] = None,
-    tokens: Annotated[int | None, Option(min=1, help="Of a text, at most")] = None,
-    temperature: Annotated[float | None, Option(min=0, max=100, help="0 is greedy")] = None,
-    top_k: Annotated[int | None, Option(min=0, help="Of the likeliest tokens; 0 for all")] = None,
-    top_p: Annotated[float | None, Option(min=0, max=1, help="Of their total mass")] = None,
-    seed: Annotated[int | None, Option(min=0, help="Another one gives another text")] = None,
+    tokens: Annotated[int | None, Option(help="Of a text, at most")] = None,
+    temperature: Annotated[float | None, Option(help="0 is greedy")] = None,
+    top_k: Annotated[int | None, Option(help="Of the likeliest tokens; 0 for all")] = None,
+    top_p: Annotated[float | None, Option(help="Of their total mass")] = None,
+    seed: Annotated[int | None, Option(help="Another one gives another text")] = None,
 ) -> None:
     """Continue a prompt with a trained model, or many in a session.
 
@@ -44,9 +43,10 @@ def sample(
     if prompt is None and not (sys.stdin and sys.stdin.isatty()):
         raise BadParameter("expected a text: no terminal asks for one here", param_hint="--prompt")
     told = {"max_new_tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    told |= {"seed": seed}
+    told["seed"] = seed
+    changes = [f"sample.{name}={value}" for name, value in told.items() if value is not None]
     with _folder(of, model) as folder:
-        write = _writer(folder, {name: value for name, value in told.items() if value is not None})
+        write = _writer(folder, changes)
     for text in _prompts() if prompt is None else [prompt]:
         for number in range(n):
             sys.stdout.write("\n" if number else "")
@@ -77,7 +77,7 @@ def _folder(of: str | None, model: Path | None) -> Iterator[Path]:
         yield copy
 
 
-def _writer(folder: Path, told: dict[str, float]) -> Callable[[str], None]:
+def _writer(folder: Path, changes: list[str]) -> Callable[[str], None]:
     """A function that streams a prompt's continuation; each call draws anew."""
     from pipeline import config as configuration
     from pipeline.compute import runtime
@@ -85,16 +85,15 @@ def _writer(folder: Path, told: dict[str, float]) -> Callable[[str], None]:
     from pipeline.inference.generation import stream_text
     from pipeline.model.model_dir import load_model
 
-    config = configuration.load()
-    sampling = replace(config.sample, **told)
+    config = configuration.load(paths.PARAMS, changes)
     device = runtime.choose_device(config.device)
     rows, attention = config.model.vocab_rows, config.model.attention
     model = load_model(folder, vocab_rows=rows, attention=attention, device=device)
-    generator = runtime.generator(sampling.seed, "sample 0", device)
+    generator = runtime.generator(config.sample.seed, "sample 0", device)
 
     def write(prompt: str) -> None:
         sys.stdout.write(prompt)
-        for piece in stream_text(model, tokenizer.gpt2(), prompt, sampling, generator):
+        for piece in stream_text(model, tokenizer.gpt2(), prompt, config.sample, generator):
             sys.stdout.write(terminal.shown(piece))  # a piece may begin with "\r"
             sys.stdout.flush()
 

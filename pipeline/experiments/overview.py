@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pipeline import screen
 from pipeline.errors import InputError
 from pipeline.records.run_data import Experiment
-from pipeline.tables import markdown
 from pipeline.tracking.run_note import changes
 
 COLUMNS = (
@@ -18,23 +17,22 @@ COLUMNS = (
 NONE = "no experiment yet: `make repro` makes the first one"
 
 
-def page(found: Iterable[Experiment], as_markdown: bool = False) -> str:
+def page(found: Iterable[Experiment]) -> str:
     """A table for each corpus. Raises InputError where none was trained.
 
     A run that several names share, as an experiment and the workspace, is in it once.
     """
     corpora: dict[str, dict[str, Experiment]] = {}
     for one in found:
-        if "train" in one.records and one.last("train/tokens") is not None:
+        train = one.records.get("train")
+        if train and train[-1].get("status") == "FINISHED":
             corpora.setdefault(one.tags.get("digest.train", ""), {}).setdefault(one.head["id"], one)
     if not corpora:
         raise InputError("no experiment yet: `make repro` makes the first one")
     tables = []
     for runs in corpora.values():
         best = sorted(runs.values(), key=_loss)
-        rows = [row(one) for one in best]
-        made = markdown(COLUMNS, rows) if as_markdown else screen.table(COLUMNS, rows, left=3)
-        params = best[0].params
+        params, made = best[0].params, screen.table(COLUMNS, map(row, best), left=3)
         corpus = f"{params['corpus.source']}, {params['corpus.path']}"
         tables.append(f"on {corpus}, the best first:\n\n{made}")
     return "\n\n".join(tables)
@@ -50,7 +48,7 @@ def row(one: Experiment) -> tuple[str, ...]:
         screen.number(one.last("perf/tokens_per_second")),
         screen.number(one.last("perf/peak_memory_mib")),
         screen.duration(one.last("time/train_seconds")),
-        screen.moment(train[-1].get("time", train[0]["time"]) / 1000)[5:],
+        screen.moment(train[-1]["time"] / 1000)[5:],
     )
 
 

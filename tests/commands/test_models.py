@@ -93,3 +93,9 @@ def test_without_a_prompt_and_a_terminal_it_says_what_is_missing(say, monkeypatc
         assert ended.value.code == 2
     assert "--prompt: expected a text: no terminal asks for one here" in caplog.messages[0]
     assert "expected --of or --model, not both" in caplog.text
+
+
+def test_what_sampling_does_not_take_is_refused_by_its_setting(say, caplog) -> None:
+    with pytest.raises(SystemExit) as ended:
+        say("--prompt", "x", "--top-p", "0")
+    assert ended.value.code == 2 and "sample.top_p=0.0: expected" in caplog.text

@@ -58,11 +58,6 @@ def test_long_names_and_changes_leave_every_number_whole(columns: int, monkeypat
         assert number in page.split()
 
 
-def test_as_markdown_it_is_a_table_of_any_width() -> None:
-    page = overview.page([trained("a", 5.0)], as_markdown=True)
-    assert "| name | changed" in page and "lr 0.002 -> 0.006, steps 400 -> 100" in page
-
-
 def test_where_nothing_is_trained_it_says_so() -> None:
     with pytest.raises(InputError, match="no experiment yet: `make repro`"):
         overview.page([Experiment("untrained", "x", {})])
