@@ -101,17 +101,17 @@ class Training:
 
 
 def every() -> list[Training]:
-    """Those with a folder, then those that DVC keeps; each once, however many names share it."""
+    """Those with a folder, then all that have ended; each once, however many names share it."""
     found = kept()
     known = {one.record[0]["id"] for one in found if len(one.record)}
-    for experiment in dvc_history.experiments(("train",), brief=True):
-        if not (record := Log.of(experiment.records.get("train", ()))):
-            continue
-        (head, end), known_before = (record[0], record[-1]), len(known)
-        known |= {head["id"]} if end.get("status") == "FINISHED" else set()
-        if len(known) > known_before:
-            ended = end["time"] / 1000
-            found.append(Training(experiment.name, "finished", record, head["params"], ended))
+    aside = paths.root().glob(".dvc/tmp/exps/*/*/records")  # where later stages may be at work
+    workspaces = [dvc_history.of_workspace(path.parent, ("train",), brief=True) for path in aside]
+    for experiment in [*dvc_history.experiments(("train",), brief=True), *workspaces]:
+        record = Log.of(experiment.records.get("train", ()))
+        if record and record[-1].get("status") == "FINISHED" and record[0]["id"] not in known:
+            known.add(record[0]["id"])
+            name, ended = experiment.dvc_name or experiment.name, record[-1]["time"] / 1000
+            found.append(Training(name, "finished", record, record[0]["params"], ended))
     return found
 
 

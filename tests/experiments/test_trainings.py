@@ -212,3 +212,19 @@ def test_a_table_fits_and_shows_what_a_terminal_would_obey(monkeypatch) -> None:
     text = screen.table(("name", "what", "n"), [("a" * 90, "b \x1b[1m c " * 9, "1,234")], left=2)
     assert max(map(len, text.splitlines())) <= 60 and "\x1b" not in text
     assert "1,234" in text and text.replace("\n", "").count("a") >= 90
+
+
+def test_a_training_whose_later_stages_are_at_work_aside_is_listed_by_its_name(
+    clock: Clock, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no folder any more, and is no experiment of DVC's yet."""
+    monkeypatch.setattr(trainings.dvc_history, "experiments", lambda *_, **__: [])
+    aside = Path(".dvc/tmp/exps/standalone/tmpx")
+    aside.mkdir(parents=True)
+    monkeypatch.setenv("DVC_EXP_NAME", "hot")
+    with contextlib.chdir(aside):
+        record = record_file.Record("train", config)
+        steps(record, clock, 0, 3, 2.0)
+        record.close("FINISHED")
+    (one,) = trainings.every()
+    assert one.row()[:3] == ("hot", "finished", "3/1,000")
