@@ -171,6 +171,7 @@ def test_watching_ends_when_nothing_has_been_at_work_for_a_while(
 
         def end_it(seconds: float) -> None:
             sleep(seconds)
+            assert clock.now - began < 1000, "it watches for ever"
             if clock.now - began > 90:
                 held.close()
 
