@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from pipeline import screen
 from pipeline.errors import InputError
+from pipeline.experiments import screen
 from pipeline.records.run_data import Experiment
 from pipeline.tracking.run_note import changes
 

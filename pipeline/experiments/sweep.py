@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import paths, screen
+from pipeline import paths
 from pipeline.config import Config, flatten, load
 from pipeline.errors import ConfigError, InputError, together
-from pipeline.experiments import comparison, trainings
+from pipeline.experiments import comparison, screen, trainings
 from pipeline.experiments.comparison import SEED
 from pipeline.records import git, stage_graph
 

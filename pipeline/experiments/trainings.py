@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline import paths, screen
+from pipeline import paths
 from pipeline.errors import InputError
+from pipeline.experiments import screen
 from pipeline.records import dvc_history, record_reader
 from pipeline.records.run_data import Log, RunData
 from pipeline.resume import run_folder

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import screen
 from pipeline.errors import InputError
-from pipeline.experiments import overview
+from pipeline.experiments import overview, screen
 from pipeline.records.run_data import Experiment
 
 LR = {"settings": "s", "changed": {"train.lr": [0.002, 0.006], "train.steps": [400, 100]}}

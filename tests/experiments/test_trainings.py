@@ -12,9 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import config as configuration
-from pipeline import screen
 from pipeline.config import Config
-from pipeline.experiments import trainings
+from pipeline.experiments import screen, trainings
 from pipeline.records import record_file, record_reader
 from pipeline.records.run_data import Experiment
 from pipeline.resume import run_folder
