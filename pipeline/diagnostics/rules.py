@@ -371,7 +371,7 @@ def throttled(run: RunData) -> Finding | None:
                 "throttled GPU",
                 "The card slowed itself down, because of heat or its power supply.",
                 f"{name} was slowed in {share:.0%} of {len(slowed)} looks{at}",
-                "a look at its cooling and power supply; train.time_budget fits the steps to its pace",
+                "a look at its cooling and power; train.time_budget fits the steps to its pace",
             )
     return None
 
