@@ -14,7 +14,6 @@ COLUMNS = (
     *("name", "changed", "verdict", "val loss", "bits/byte", "tokens", "tokens/s", "MiB"),
     *("time", "ended"),
 )
-NONE = "no experiment yet: `make repro` makes the first one"
 
 
 def page(found: Iterable[Experiment]) -> str:
