@@ -34,6 +34,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "debug": runs.debug,
     "runs": manage.runs,
     "verify": manage.verify,
+    "export": manage.export,
 }
 WIDTH = 100  # columns of a help page at most
 
