@@ -23,21 +23,22 @@ log = logging.getLogger(__name__)
 # The first line of a verb's docstring is its help, the rest the examples below it.
 VERBS: dict[str, Callable[..., int | None]] = {
     "fetch": fetch.fetch,
-    "sweep": experiments.sweep,
-    "compare": experiments.compare,
-    "show": experiments.show,
-    "report": experiments.report,
-    "sync": experiments.sync,
-    "ui": experiments.ui,
-    "doctor": runs.doctor,
     "forecast": runs.forecast,
-    "text": runs.text,
-    "debug": runs.debug,
-    "sample": models.sample,
+    "sweep": experiments.sweep,
     "ls": manage.ls,
     "watch": manage.watch,
-    "rm": manage.rm,
+    "show": experiments.show,
+    "compare": experiments.compare,
+    "doctor": runs.doctor,
+    "report": experiments.report,
+    "ui": experiments.ui,
+    "sample": models.sample,
+    "export": manage.export,
+    "text": runs.text,
+    "debug": runs.debug,
+    "sync": experiments.sync,
     "verify": manage.verify,
+    "rm": manage.rm,
 }
 WIDTH = 100  # columns of a help page at most
 

@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from pipeline.published import sizes_of
+from pipeline.published import differing, sizes_of
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -94,7 +94,7 @@ def misread(value: Any, hint: Any, accepted: Mapping[str, Any]) -> str:
 def of_files(config: Config) -> list[str]:
     """One line for each setting that names what DVC cannot find or would not watch.
 
-    And one for each size that differs from the weights to import, where it is known offline.
+    And one for sizes that differ from those of the weights to import, where they are known offline.
     """
     init = config.init
     names = {
@@ -119,10 +119,8 @@ def of_files(config: Config) -> list[str]:
             f"init.hf_watch={init.hf_watch}: expected {init.hf_model}, as in init.hf_model, "
             "so that DVC notices an edit in that folder"
         )
-    for key, size in sizes_of(init.hf_model).items():
-        if (got := getattr(config.model, key)) != size:
-            lines.append(f"model.{key}={got}: expected {size}, as {init.hf_model} has")
-    return lines
+    said = differing(config.model, init.hf_model, sizes_of(init.hf_model))
+    return [*lines, said] if said else lines
 
 
 def _unfindable(name: str, value: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,14 @@ def sizes_of(name: str) -> dict[str, int]:
     except (InputError, OSError, LookupError, TypeError):
         return {}
     return sizes if all(type(size) is int for size in sizes.values()) else {}
+
+
+def differing(given: object, name: str, sizes: Mapping[str, int]) -> str:
+    """What to say where `model`'s settings are not the sizes of the weights `name`, or nothing."""
+    wrong = [
+        f"model.{key}={getattr(given, key)}" for key in sizes if getattr(given, key) != sizes[key]
+    ]
+    if not wrong:
+        return ""
+    ways = " ".join(f"-S model.{key}={size}" for key, size in sizes.items())
+    return f"init.hf_model={name} has other sizes than {', '.join(wrong)}; say {ways}"

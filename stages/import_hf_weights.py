@@ -18,7 +18,7 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.hf_import import PARITY_BOUND, import_pretrained, parameter_table, parity
 from pipeline.model.init import initialize
 from pipeline.model.model_dir import build_model, save_model
-from pipeline.published import SIZES
+from pipeline.published import SIZES, differing
 from pipeline.records import git
 from pipeline.records.record_file import Record
 from pipeline.storage.folders import recover, remove
@@ -118,13 +118,8 @@ def build(config: Config) -> GPT:
     found, state = import_pretrained(
         init.hf_model, vocab_rows=c.vocab_rows, dropout=c.dropout, attention=c.attention
     )
-    wrong = [
-        f"model.{name}={getattr(c, name)}: expected {getattr(found, name)}, as {init.hf_model} has"
-        for name in SIZES
-        if getattr(c, name) != getattr(found, name)
-    ]
-    if wrong:
-        raise ConfigError("\n".join(wrong))
+    if said := differing(c, init.hf_model, {name: getattr(found, name) for name in SIZES}):
+        raise ConfigError(said)
     return build_model(found, state)
 
 

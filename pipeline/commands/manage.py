@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Option
 
@@ -71,6 +72,38 @@ def verify(
         return _cache(delete)
     check = _tokens if kind == "tokens" else _models
     return max(check(folder) for folder in folders or [])
+
+
+def export(
+    name: Annotated[str, Argument(metavar="NAME", help="A DVC experiment")] = "workspace",
+    to: Annotated[Any, Option(parser=_target, metavar="DIR|hub:OWNER/NAME", help="Where")] = ...,
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], Option(help="Of the weights")] = "fp32",
+) -> None:
+    """Write a model with tokenizer and card, for other programs.
+
+    A token for the hub stands in HF_TOKEN, another hub in HF_ENDPOINT. A new repository is private.
+
+    python -m pipeline export --to plays                      the model of this workspace
+    python -m pipeline export NAME --to plays --dtype bf16    that of a DVC experiment
+    python -m pipeline export --to hub:OWNER/NAME             one commit on the hub
+    """
+    from pipeline.diagnostics import doctor
+    from pipeline.export import folder, hub
+
+    (run,) = doctor.asked([name])
+    if isinstance(to, Path):
+        told = folder.export(run, to, dtype, to.name)
+    else:
+        upload = hub.opened(to)
+        with tempfile.TemporaryDirectory() as scratch:
+            told = folder.export(run, Path(scratch, "model"), dtype, to)
+            to = upload(Path(scratch, "model"))
+    log.info("%s: the model of %s in %s; %s", to, run.name, dtype, told)
+
+
+def _target(text: str) -> str | Path:
+    """The name of a repository, or a folder."""
+    return text.removeprefix("hub:") if text.startswith("hub:") else Path(text)
 
 
 def _tokens(folder: Path) -> int:

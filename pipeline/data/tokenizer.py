@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -124,10 +125,35 @@ def encode_documents(texts: Sequence[str]) -> np.ndarray:
 def write_files(folder: Path) -> None:
     """Write vocab.json and merges.txt, byte for byte those of Hugging Face's GPT-2 tokenizer.
 
-    Raises InputError as `gpt2` does.
+    And tokenizer.json, which holds both for the `tokenizers` library and for programs that read
+    no other file. Raises InputError as `gpt2` does.
     """
     for source, content in _file_contents().items():
         (folder / source.hf_name).write_bytes(content)
+    (folder / "tokenizer.json").write_bytes(_fast_tokenizer())
+
+
+@functools.lru_cache(maxsize=1)  # a training writes it with every best model
+def _fast_tokenizer() -> bytes:
+    """The same encoding as the `tokenizers` library keeps it, in the published file's layout.
+
+    Merges are texts of two parts, which every version of that library reads; pairs are newer.
+    """
+    merges, vocab = (content.decode("utf-8") for content in _file_contents().values())
+    special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    joined = {"continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False}
+    content = {
+        "version": "1.0",
+        **dict.fromkeys(("truncation", "padding", "normalizer")),
+        "added_tokens": [{"id": EOT, "content": EOT_TEXT, **special, "special": True}],
+        "pre_tokenizer": split,
+        "post_processor": split | {"add_prefix_space": True, "trim_offsets": False},
+        "decoder": split | {"add_prefix_space": True},
+        "model": {"type": "BPE", **dict.fromkeys(("dropout", "unk_token")), **joined}
+        | {"vocab": json.loads(vocab), "merges": merges.splitlines()[1:]},  # behind a version
+    }
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def token_byte_lengths() -> np.ndarray:

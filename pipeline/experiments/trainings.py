@@ -140,7 +140,7 @@ def _of_folder(left: run_folder.Left) -> Training:
     )
 
 
-def page(found: Iterable[Training], none: str = "no training yet: `make repro` makes the first one") -> str:
+def page(found: Iterable[Training], none: str = "no training yet: `make repro` makes one") -> str:
     """A table of them, at work first, then the newest, and what to do about those stopped."""
     ordered = sorted(found, key=lambda one: (not one.at_work, -one.time))
     said = screen.table(COLUMNS, [one.row() for one in ordered], left=2) if ordered else none

@@ -75,16 +75,18 @@ def hf_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def to_hf(state: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+def to_hf(
+    state: dict[str, Tensor], config: GPTConfig, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Our state dict -> HF's: `transformer.` names, Conv1D weights (in, out), no padded rows.
 
-    fp32 on the CPU and contiguous; tensors that need no change share memory with `state`.
+    On the CPU and contiguous; tensors that need no change share memory with `state`.
     """
     names = [PREFIX + name for name in hf_shapes(config)]
     assert sorted(state) == sorted(names), "not a GPT's state dict (compiled or wrapped?)"
     out = {}
     for name in names:
-        tensor = state[name].detach().to("cpu", torch.float32)
+        tensor = state[name].detach().to("cpu", dtype)
         if name.endswith(CONV1D):
             tensor = tensor.T
         elif name.endswith("wte.weight"):
@@ -145,8 +147,8 @@ def _problems(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) ->
 # config.json
 
 
-def hf_config(config: GPTConfig) -> dict[str, Any]:
-    """The contents of config.json for a model of this shape.
+def hf_config(config: GPTConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The contents of config.json for a model of this shape with weights of this type.
 
     n_ctx is n_positions once more: transformers reads it no longer, but llama.cpp's converter and
     others that go by the published file do.
@@ -167,7 +169,7 @@ def hf_config(config: GPTConfig) -> dict[str, Any]:
         "bos_token_id": EOT,
         "eos_token_id": EOT,
         "use_cache": True,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
     }
 
 

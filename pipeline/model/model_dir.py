@@ -29,16 +29,22 @@ def save_model(model: GPT, folder: Path) -> None:
     A folder of that name is always whole (see `folders.writing`, also for what is raised). The
     same weights give the same bytes.
     """
+    with writing(folder, 4 * model.parameter_count()) as partial:
+        write_files(model, partial)
+
+
+def write_files(model: GPT, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the files of a HF GPT-2 directory into a folder that is there; see `save_model`."""
     config = model.config
     ends = {"bos_token_id": EOT, "eos_token_id": EOT}
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.EOT_TEXT)
     encoding = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size}
-    with writing(folder, 4 * model.parameter_count()) as partial:
-        _write_json(partial / "config.json", hf_layout.hf_config(config))
-        _write_json(partial / "generation_config.json", ends)
-        _write_json(partial / "tokenizer_config.json", encoding)
-        tokenizer.write_files(partial)
-        weights = hf_layout.to_hf(model.state_dict(), config)
-        write_tensors(weights, partial / "model.safetensors", format="pt")
+    write_json(folder / "config.json", hf_layout.hf_config(config, dtype))
+    write_json(folder / "generation_config.json", ends)
+    write_json(folder / "tokenizer_config.json", encoding | names | {"add_prefix_space": False})
+    tokenizer.write_files(folder)
+    weights = hf_layout.to_hf(model.state_dict(), config, dtype)
+    write_tensors(weights, folder / "model.safetensors", format="pt")
 
 
 def load_model(folder: Path, *, device: torch.device | str = "cpu", **settings: Any) -> GPT:
@@ -82,7 +88,8 @@ def build_model(config: GPTConfig, state: dict[str, torch.Tensor]) -> GPT:
     return model
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Sorted keys and the same bytes on every system."""
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     path.write_text(text, encoding="utf-8", newline="\n")
 

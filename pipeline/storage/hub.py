@@ -141,7 +141,7 @@ def cached(name: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the client's errors share no base, nor its HTTP library's
-        raise _refusal(error.__cause__ or error, name) from None
+        raise refusal(error.__cause__ or error, name) from None
 
 
 def endpoint() -> str:
@@ -247,12 +247,12 @@ def _tried(
             passing = getattr(getattr(error, "response", None), "status_code", 0) in PASSING
             too_few = type(error) is OSError  # bytes, at an end without an error
             if not left or not (passing or too_few or isinstance(error, broken)):
-                raise _refusal(error, what) from None
+                raise refusal(error, what) from None
             log.warning("%s: %s; next try in %d s", what, _said(error), left[0])
             time.sleep(left.pop(0))
 
 
-def _refusal(error: BaseException, what: str) -> HubError:
+def refusal(error: BaseException, what: str) -> HubError:
     """The client says well what an answer means; without a secret, and with the way to a mirror."""
     return HubError(f"{endpoint()}: {what}: {_said(error)} (HF_ENDPOINT names a mirror)")
 

@@ -132,11 +132,27 @@ def test_urls_and_hashes_are_the_ones_tiktoken_uses(monkeypatch):
 def test_files_written_are_byte_for_byte_those_of_the_published_tokenizer(tmp_path):
     tokenizer.write_files(tmp_path)
     expected = {"merges.txt": tokenizer._SOURCES[0], "vocab.json": tokenizer._SOURCES[1]}
-    assert {path.name for path in tmp_path.iterdir()} == set(expected)
+    assert {path.name for path in tmp_path.iterdir()} == {*expected, "tokenizer.json"}
     for name, source in expected.items():
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == source.sha256
     vocabulary = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
     assert vocabulary["<|endoftext|>"] == tokenizer.EOT
+
+
+def test_the_one_file_tokenizer_gives_tiktokens_tokens_and_its_special_one(tmp_path):
+    from tokenizers import Tokenizer
+
+    tokenizer.write_files(tmp_path)
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    every = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    draws = random.Random(0)
+    drawn = ["".join(draws.choices(KINDS + every[:0x3000], k=50)) for _ in range(2000)]
+    for text in (*KNOWN, *drawn, every, " ".join(every[:0x3000]), "a" + " " * 5000 + "\nb"):
+        if tokenizer.EOT_TEXT not in text:
+            assert theirs.encode(text).ids == tokenizer.encode(text).tolist(), repr(text[:50])
+            assert theirs.decode(theirs.encode(text).ids) == text
+    assert theirs.encode("one<|endoftext|>two").ids == [505, tokenizer.EOT, 11545]
+    assert theirs.get_vocab_size() == tokenizer.VOCAB_SIZE
 
 
 def test_the_wheel_serves_without_a_network_or_a_cache(fresh):

@@ -101,7 +101,9 @@ def test_sizes_that_differ_from_the_imported_ones_are_named(
     wrong = SMALL | {"model__n_layer": 2, "init__source": "hf", "init__hf_model": "someone/tiny"}
     with pytest.warns(UserWarning), pytest.raises(ConfigError) as caught:
         import_hf_weights.build(make_config(**wrong))
-    assert str(caught.value) == "model.n_layer=2: expected 1, as someone/tiny has"
+    assert str(caught.value).startswith(
+        "init.hf_model=someone/tiny has other sizes than model.n_layer=2; say -S model.n_layer=1 "
+    )
 
 
 @pytest.mark.parametrize(

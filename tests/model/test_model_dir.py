@@ -30,6 +30,7 @@ FILES = {
     "merges.txt",
     "model.safetensors",
     "sha256.json",
+    "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
 }
@@ -99,6 +100,7 @@ def test_the_saved_tokenizer_is_gpt2s(
     hf_logging.set_verbosity_warning()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     theirs = AutoTokenizer.from_pretrained(saved)
+    assert theirs.is_fast and theirs.all_special_tokens == ["<|endoftext|>"]
     text = "Hello, I'm a language model,\n  naïve 🤖\tx = 1"
     assert theirs(text)["input_ids"] == ours.gpt2().encode_ordinary(text)
     assert theirs.decode(theirs(text)["input_ids"]) == text
@@ -215,7 +217,7 @@ def test_build_model_takes_the_tensors_themselves() -> None:
 # Files and replacement
 
 
-def test_a_directory_holds_the_seven_files_with_everyday_permissions(saved: Path) -> None:
+def test_a_directory_holds_the_eight_files_with_everyday_permissions(saved: Path) -> None:
     assert {path.name for path in saved.iterdir()} == FILES
     modes = {stat.S_IMODE(path.stat().st_mode) for path in saved.iterdir()}
     probe = saved.parent / "probe"
@@ -293,7 +295,7 @@ def test_a_save_killed_at_any_file_operation_leaves_a_whole_directory(
         return wrapped
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_dir, "_write_json", die_at(model_dir._write_json))
+        patch.setattr(model_dir, "write_json", die_at(model_dir.write_json))
         patch.setattr(model_dir, "write_tensors", die_at(model_dir.write_tensors))
         for name in ("replace", "fsync", "open"):
             patch.setattr(folders.os, name, die_at(getattr(os, name)))

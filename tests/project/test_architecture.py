@@ -29,7 +29,7 @@ OWNERS = {
     "omegaconf": {"config"},
     "yaml": {"config", "stage_graph", "yaml_text"},
     "transformers": {"hf_import"},
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"card", "hub"},  # of storage and of export
     "httpx2": {"hub"},
     "tiktoken": {"tokenizer"},
     "rich": {"screen"},
