@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
+import json
 import math
 import operator
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from markupsafe import Markup
 
 from pipeline.drawing import figures
 from pipeline.drawing.figures import COLOURS, OTHERS, Points
@@ -17,8 +20,6 @@ from pipeline.experiments.comparison import Pair
 from pipeline.records.run_data import Experiment
 
 MOST = 400  # points a curve: more could not be told apart, and would make the page heavy
-MOST_TOGETHER = 8000  # of all curves in one figure
-LEAST = 40
 BLACK, BLUE, GREEN, ORANGE = "#000000", COLOURS["tf32"], COLOURS["bf16"], COLOURS["fp16"]
 DASHES = ("-", "--", ":", "-.")
 
@@ -29,7 +30,8 @@ class Picture:
 
     title: str
     alt: str  # what it shows, for those who cannot see it
-    uri: str  # a data URI
+    image: Markup
+    plot: str = ""  # JSON of what the page's script needs to read values off the curves
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,6 @@ def styles(count: int) -> list[Style]:
     others = itertools.cycle((colour, dashes) for dashes in DASHES for colour in OTHERS)
     looks = enumerate(itertools.islice(itertools.chain([(BLACK, DASHES[0])], others), count))
     return [Style(*look, 3.0 - 2.0 * n / max(1, count - 1)) for n, look in looks]
-
-
-def data_uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def thin(points: Points, most: int = MOST) -> Points:
@@ -89,6 +87,21 @@ def _thinned(points: Sequence[Any], most: int = MOST) -> str:
     return f", lowest and highest of each {size} steps" if size > 1 else ""
 
 
+def smooth(points: Points) -> Points:
+    """A moving mean over a twentieth of the steps, at 200 of them; nothing for a short curve.
+
+    At the beginning, where a loss falls fast, over fewer. What is not finite is left out.
+    """
+    found: list[tuple[float, float]] = []
+    if not (most_wing := len(points) // 40):
+        return found
+    for at in range(0, len(points), -(-len(points) // 200)):
+        wing = min(most_wing, at)
+        finite = [y for _, y in points[at - wing : at + wing + 1] if math.isfinite(y)]
+        found.append((points[at][0], sum(finite) / len(finite) if finite else math.nan))
+    return found
+
+
 def _axis() -> Any:
     _, (axis,) = figures.sheet(1, width=4.8, height=3.0)
     return axis
@@ -98,10 +111,17 @@ def _picture(axis: Any, title: str, alt: str, unit: str, base: int = 0) -> Pictu
     """`base` is that of a logarithmic axis, 0 for a linear one."""
     axis.set(xlabel="step", ylabel=unit)
     if base:
-        axis.set_yscale("log", base=base)
+        figures.logarithmic(axis, base)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8)
-    return Picture(title, alt, data_uri(figures.svg(axis.figure), "svg+xml"))
+    text = figures.svg(axis.figure).decode()
+    # An id may stand in a page once: curves keep theirs as a class, others have no use.
+    text = re.sub(r' id="((?:curve|raw)\d+)"', r' class="\1"', text[text.index("<svg") :])
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    names = {line.get_gid(): line.get_label().removeprefix("_") for line in axis.lines}
+    names = {curve: name for curve, name in names.items() if curve and name}
+    limits = *axis.get_position().extents, *axis.get_xlim(), *axis.get_ylim(), bool(base)
+    return Picture(title, alt, Markup(text), json.dumps({"limits": limits, "names": names}))
 
 
 def _line(axis: Any, points: Points, most: int = MOST, **style: Any) -> None:
@@ -109,6 +129,19 @@ def _line(axis: Any, points: Points, most: int = MOST, **style: Any) -> None:
     shown = thin(points, most)
     marks = {"marker": "o", "ms": 3} if len(shown) < 20 else {}
     axis.plot([x for x, _ in shown], [y for _, y in shown], **marks | style)
+
+
+def _noisy(axis: Any, points: Points, number: int, label: str, pale: str, **style: Any) -> None:
+    """A smoothed curve, by `label`, over the points themselves, by `pale` if that is not empty.
+
+    A label that begins with "_" is in no legend.
+    """
+    smoothed = smooth(points)
+    if smoothed and pale:
+        below = {"linestyle": "-", "lw": 0.8, "alpha": 0.35, "label": pale}
+        _line(axis, points, gid=f"raw{number}", **style | below)
+    own = label if smoothed or pale in ("", "_") else pale
+    _line(axis, smoothed or points, gid=f"curve{number}", label=own, **style)
 
 
 def _range(points: Points) -> str:
@@ -130,9 +163,10 @@ def curves_of(run: Experiment) -> list[Picture]:
 def _loss(run: Experiment, losses: Points) -> Picture:
     held_out, unigram = run.curves.get("train/val_loss"), run.last("val/unigram_loss")
     axis, alt = _axis(), f"Training loss: {_range(losses)}."
-    _line(axis, losses, color=BLUE, lw=1.2, label=f"training{_thinned(losses)}")
+    _noisy(axis, losses, 0, "smoothed", f"training{_thinned(losses)}", color=BLUE)
     if held_out:
-        _line(axis, held_out, marker="o", ms=4, color=ORANGE, lw=1.2, label="validation")
+        style = {"marker": "o", "ms": 4, "color": ORANGE, "lw": 1.2}
+        _line(axis, held_out, gid="curve1", label="validation", **style)
         alt += f" Validation loss: {_range(held_out)}."
     if unigram is not None:
         axis.axhline(unigram, color=BLACK, ls=":", lw=1, label="unigram baseline")
@@ -141,7 +175,7 @@ def _loss(run: Experiment, losses: Points) -> Picture:
 
 def _gradient(run: Experiment, norms: Points) -> Picture:
     clip, axis = run.params.get("train.grad_clip", 0), _axis()
-    _line(axis, norms, color=BLUE, lw=1.2)
+    _noisy(axis, norms, 0, "smoothed", f"norm{_thinned(norms)}", color=BLUE)
     if clip:
         axis.axhline(clip, color=ORANGE, ls="--", lw=1, label=f"clipped above {clip:g}")
     above = sum(y > clip for _, y in norms) if clip else 0
@@ -151,21 +185,22 @@ def _gradient(run: Experiment, norms: Points) -> Picture:
 
 def _rate(_: Experiment, rates: Points) -> Picture:
     axis = _axis()
-    _line(axis, rates, color=GREEN, lw=1.5)
+    _line(axis, rates, color=GREEN, lw=1.5, gid="curve0", label="_learning rate")
     alt = f"Learning rate: {_range(rates)}, at most {max(y for _, y in rates):.4g}."
     return _picture(axis, "Learning rate", alt, "learning rate")
 
 
 def _speed(_: Experiment, speeds: Points) -> Picture:
     axis, middle = _axis(), statistics.median(y for _, y in speeds)
-    _line(axis, speeds, color=GREEN, lw=1)
+    _noisy(axis, speeds, 0, "smoothed", f"tokens/s{_thinned(speeds)}", color=GREEN)
     axis.set_ylim(bottom=0)
     return _picture(axis, "Speed", f"Speed by step, median {middle:,.0f} tokens/s.", "tokens/s")
 
 
 def _scale(run: Experiment, scales: Points) -> Picture:
     axis, skipped = _axis(), {step for step, v in run.curves.get("train/skipped", []) if v}
-    _line(axis, scales, len(scales), drawstyle="steps-post", color=BLUE)
+    style = {"drawstyle": "steps-post", "color": BLUE, "gid": "curve0", "label": "_loss scale"}
+    _line(axis, scales, len(scales), **style)
     if marks := [(step, scale) for step, scale in scales if step in skipped]:
         style = {"marker": "x", "ms": 6, "ls": "", "color": ORANGE, "label": "step skipped"}
         _line(axis, marks, len(marks), **style)
@@ -185,47 +220,44 @@ OF_A_RUN: dict[str, Callable[[Experiment, Points], Picture]] = {
 # --- several runs
 
 
-# (title, metric, unit, base of a logarithmic axis or 0, most points: fewer of noisy curves)
+# (title, metric, unit, base of a logarithmic axis or 0, see `_noisy`)
 OF_SEVERAL = (
-    ("Training loss", "train/loss", "nats/token", 0, MOST),
-    ("Validation loss while training", "train/val_loss", "nats/token", 0, MOST),
-    ("Gradient norm", "train/grad_norm", "norm", 10, 100),
-    ("Speed", "perf/step_tokens_per_second", "tokens/s", 0, 50),
+    ("Validation loss while training", "train/val_loss", "nats/token", 0, ""),
+    ("Training loss", "train/loss", "nats/token", 0, "_"),
+    ("Gradient norm", "train/grad_norm", "norm", 10, ""),
+    ("Speed", "perf/step_tokens_per_second", "tokens/s", 0, ""),
 )
 
 
 def overlaid(
     runs: Sequence[tuple[Experiment, Style]], pairs: Sequence[tuple[Pair, Style]]
 ) -> list[Picture]:
-    """Curves of several runs over one another, and their distances from the base."""
-    pictures = [_distances(pairs)] if len(pairs) > 1 else []
-    for title, key, unit, base, most in OF_SEVERAL:
-        lines = [(run.curves[key], style) for run, style in runs if key in run.curves]
+    """Curves of several runs over one another, and their distances from the base, the first."""
+    pictures = []
+    for title, key, unit, base, pale in OF_SEVERAL:
+        lines = [(n, *run) for n, run in enumerate(runs) if key in run[0].curves]
         if not lines:
             continue
-        axis, most = _axis(), min(most, _together(len(lines)))
-        for points, style in lines:
-            _line(axis, points, most, **style.line)
-        each = _thinned(max((points for points, _ in lines), key=len), most)
-        pictures.append(_picture(axis, title + each, f"{title} of {len(lines)} runs.", unit, base))
-    return pictures
-
-
-def _together(count: int) -> int:
-    """Points of each of so many curves in one figure."""
-    return min(MOST, max(LEAST, MOST_TOGETHER // count))
+        axis = _axis()
+        for n, run, style in lines:
+            shown = pale if len(lines) <= len(OTHERS) else ""  # more are a fog
+            _noisy(axis, run.curves[key], n, f"_{run.name}", shown, **style.line)
+        how = ", smoothed" if any(smooth(run.curves[key]) for _, run, _ in lines) else ""
+        pictures.append(_picture(axis, title + how, f"{title} of {len(lines)} runs.", unit, base))
+    return pictures + ([_distances(pairs)] if len(pairs) > 1 else [])
 
 
 def _distances(pairs: Sequence[tuple[Pair, Style]]) -> Picture:
     base, seeds = pairs[0][0].base, pairs[0][0].seeds
-    axis, most = _axis(), _together(len(pairs))
-    lines = [
-        (thin(figures.distance(pair.run.losses, base.losses), most), style.line | {"lw": 1.2})
-        for pair, style in pairs[1:]
-    ]
+    axis, lines = _axis(), []
+    for n, (pair, style) in enumerate(pairs[1:], 1):
+        points = figures.distance(pair.run.losses, base.losses)
+        named = {"lw": 1.2, "gid": f"curve{n}", "label": f"_{pair.run.name}"}
+        lines.append((smooth(points) or points, style.line | named))
     curves = [run.losses for run in seeds.runs] if seeds else []
     label = f"two std over {len(curves)} seeds"
-    figures.draw_distances(axis, lines, thin(figures.two_std(curves)), label)
+    noise = figures.two_std(curves)
+    figures.draw_distances(axis, lines, smooth(noise) or noise, label)
     title = f"Distance of training losses from {base.name}"
     alt = f"{title}, by step" + (f", beside {label}." if seeds else ".")
     return _picture(axis, title, alt, "|difference|, nats/token", base=10)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from pipeline import config as configuration
 from pipeline import paths, tables, terminal
@@ -15,13 +19,14 @@ from pipeline.errors import InputError
 from pipeline.experiments.comparison import Pair, Run, pairs, run_of, runs_of
 from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
 from pipeline.records.record_file import Event
-from pipeline.records.run_data import Experiment
+from pipeline.records.run_data import Experiment, row_name
 from pipeline.reports.curves import Style, overlaid, styles
-from pipeline.reports.run_page import RunPage, Study, setting_text
+from pipeline.reports.run_page import RunPage, Study, compact, setting_text
 
 log = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+SCRIPT = Path(__file__).with_name("report.js")
 RECIPE = Path("recipes/nano.yaml")  # the default, against which settings are marked
 MOST_DRAWN = 16  # runs on one page, each with curves of its own: a figure takes 0.2 s and 30 KB
 OUTCOMES = (
@@ -43,7 +48,7 @@ def report(names: Sequence[str], everyone: bool) -> str:
 
 def of_one(run: Experiment, workspace: Path, at_work: str = "") -> str:
     """The page of one run, whose files lie in `workspace` unless DVC keeps them."""
-    name = run.name if run.rev else run.head["name"] or run.name
+    name = run.name if run.rev else row_name(run.head)
     (style,) = styles(1)
     return page([RunPage(run, name, workspace, recipe(workspace), at_work)], {name: style})
 
@@ -56,6 +61,7 @@ def of_chain(chain: Iterable[Sequence[Event]]) -> str:
 
 def of_several(runs: Sequence[Experiment], known: Sequence[Experiment], workspace: Path) -> str:
     """The page of two runs or more; the noise of seeds is looked for among all that are `known`."""
+    runs, known = ([titled(run) for run in some] for some in (runs, known))
     usual, draw = recipe(workspace), len(runs) <= MOST_DRAWN
     pages: dict[str, RunPage] = {}
     for run in runs:
@@ -72,6 +78,13 @@ def of_several(runs: Sequence[Experiment], known: Sequence[Experiment], workspac
     return page(list(pages.values()), looks, side)
 
 
+def titled(run: Experiment) -> Experiment:
+    """The workspace's run under its row's name, any other as it is."""
+    if run.rev or not run.records:
+        return run
+    return replace(run, name=f"{row_name(run.head)} ({run.name})")
+
+
 def page(
     runs: Sequence[RunPage], looks: dict[str, Style], side: dict[str, Any] | None = None
 ) -> str:
@@ -80,8 +93,18 @@ def page(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     jinja.filters["shown"] = lambda value: value if isinstance(value, str) else tables.cell(value)
+    jinja.filters["compact"] = compact
     template = jinja.from_string(TEMPLATE.read_text("utf-8"))
-    html = template.render(runs=runs, looks=looks, side=side, columns=OUTCOMES).strip()
+    script = SCRIPT.read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    html = template.render(
+        runs=runs,
+        looks=looks,
+        side=side,
+        columns=OUTCOMES,
+        script=Markup(script),
+        allowed=f"sha256-{digest}",  # no other script may run
+    ).strip()
     return terminal.shown(html) + "\n"
 
 
@@ -109,6 +132,8 @@ def side_by_side(
     ranked = sorted(compared, key=lambda pair: pair.run.outcome())
     return {
         "base": compared[0].base.name if compared else "",
+        "drawn": list(trained),
+        "samples": beside(pages),
         "settings": list(settings),
         "rows": [  # (run, its value of each)
             [run.name, *(setting_text(values[n]) for values in settings.values())]
@@ -126,6 +151,15 @@ def side_by_side(
     }
 
 
+def beside(pages: dict[str, RunPage]) -> dict[str, list[tuple[str, str]]]:
+    """By prompt each run's name and its first text after training."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, run in pages.items():
+        for prompt, pairs_of_texts in run.samples:
+            found.setdefault(prompt, []).append((name, pairs_of_texts[0][1]))
+    return found
+
+
 def differing(runs: Sequence[Experiment]) -> dict[str, list[Any]]:
     """The settings in which runs differ, with each one's value; None where it has none."""
     names = dict.fromkeys(name for run in runs for name in run.params)
@@ -139,7 +173,7 @@ def outcome(pair: Pair, experiment: Experiment, verdict: str) -> tuple[Any, ...]
     beside = (None, None, None) if run is pair.base else (pair.difference, pair.apart, pair.gap)
     return (
         *(run.name, verdict, run.outcome(), *beside, run.train_loss()),
-        *(experiment.last("val/bits_per_byte"), experiment.last("val/choice_acc")),
+        *(experiment.last("val/bits_per_byte"), experiment.last("val/choice_acc_norm")),
         *(run.tokens_per_second, run.peak_memory_mib, run.skipped),
     )
 
@@ -183,12 +217,22 @@ def choose(known: Sequence[Experiment], names: Sequence[str]) -> list[Experiment
 
 
 def all_of(known: Sequence[Experiment]) -> list[str]:
-    """Every name, the workspace first; an experiment that the workspace holds stands for it."""
+    """Every name, that of the newest run with its commit's settings first, then the workspace's.
+
+    An experiment that the workspace holds stands for it.
+    """
     ids = {run.name: {record[0]["id"] for record in run.records.values()} for run in known}
     here = ids.pop(WORKSPACE, set())
     twins = [name for name, theirs in ids.items() if theirs == here]
     first = (twins[:1] or [WORKSPACE]) if here else []
-    return list(dict.fromkeys([*first, *(run.name for run in _by_age(known) if run.name in ids)]))
+    names = [*first, *(run.name for run in _by_age(known) if run.name in ids)]
+    usual = [run.name for run in _by_age(known) if _is_usual(run) and run.name in names]
+    return list(dict.fromkeys([*usual[-1:], *names]))
+
+
+def _is_usual(run: Experiment) -> bool:
+    """Whether it ran with the settings of the commit that it started from."""
+    return (run.head.get("parent") or {}).get("changed") == {}
 
 
 def _by_age(known: Sequence[Experiment]) -> list[Experiment]:

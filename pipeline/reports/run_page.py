@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from pipeline import paths
 from pipeline.diagnostics.doctor import Finding, examine, headline
 from pipeline.records import stage_graph
 from pipeline.records.dvc_history import read_file
 from pipeline.records.run_data import Experiment
-from pipeline.reports.curves import Picture, curves_of, data_uri
+from pipeline.reports.curves import Picture, curves_of
 from pipeline.tables import cell
 from pipeline.tracking.mlflow_run import from_workspace
 
@@ -26,6 +29,9 @@ Read = Callable[[Path], bytes | None]  # a file that the run's own record vouche
 
 # Of the stage that writes the page with its last work: still true when somebody reads it.
 WRITING = "wrote this page"
+CHANCE = 0.25  # of choosing one of four endings blindly
+# Longer blanks of a sample are shown as their length.
+BLANKS = re.compile(r"\n(?:[^\S\n]*\n){2,}|[^\S\n]{9,}")
 ENDED = {"FAILED": "failed", "KILLED": "was stopped"}
 STUDIES = (
     (
@@ -79,15 +85,11 @@ class RunPage:
             for stage, record in run.records.items()
         }
         statuses |= {at_work: WRITING} if at_work else {}
-        self.name = name
+        self.name, self.lead = name, lead(run)
         self.findings = examine(run) if trained else []
         self.verdict, self.mood = verdict(self.findings, statuses, trained)
         self.numbers = key_numbers(run)
         self.curves = curves_of(run) if draw else []
-        keys = [key for key in run.curves if key.startswith("val/")]
-        self.evaluation = [
-            (key.removeprefix("val/"), run.last(f"init_{key}"), run.last(key)) for key in keys
-        ]
         self.samples = samples_of(read)
         self.notes = list(missing(run, statuses, bool(self.samples)))
         self.studies = list(studies(run, read))
@@ -116,6 +118,40 @@ def reader(run: Experiment, workspace: Path) -> Read:
         return read_file(run, path, workspace)
 
     return read
+
+
+def lead(run: Experiment) -> str:
+    """What came out and what it took, in one sentence."""
+    losses = run.values("train/loss")
+    if not losses:
+        return "Nothing trained yet: `make repro` trains."
+    known = (
+        ("Validation loss", run.last("val/loss")),
+        ("Validation loss so far", run.last("train/val_loss")),
+        ("Training loss so far", losses[-1]),
+    )
+    what, loss = next((what, loss) for what, loss in known if loss is not None)
+    unigram, tokens = run.last("val/unigram_loss"), run.last("train/tokens")
+    seconds, device = run.last("time/train_seconds"), run.tags.get("device.name", "")
+    parts = [
+        f"{what} {loss:.2f}" + (f" (guessing by word frequency: {unigram:.2f})" if unigram else ""),
+        f"{len(losses):,} steps",
+        f"{tokens:,.0f} tokens" if tokens else "",
+        " on ".join(filter(None, (clock(seconds) if seconds else "", device))),
+    ]
+    return ", ".join(filter(None, parts)) + "."
+
+
+def clock(seconds: float) -> str:
+    """As in 3:14 min or 1:03:14 h."""
+    if not math.isfinite(seconds):
+        return f"{seconds} s"
+    hours, rest = divmod(round(seconds), 3600)
+    return (
+        f"{hours:,}:{rest // 60:02}:{rest % 60:02} h"
+        if hours
+        else f"{rest // 60}:{rest % 60:02} min"
+    )
 
 
 def verdict(findings: list[Finding], statuses: dict[str, str], trained: bool) -> tuple[str, str]:
@@ -152,24 +188,23 @@ def key_numbers(run: Experiment) -> list[tuple[str, str, str]]:
         both = run.last(f"init_val/{key}"), run.last(f"val/{key}")
         return " → ".join(shown(value) for value in both if value is not None)
 
-    losses, error = run.values("train/loss"), last("val/choice_acc_stderr", ".1%")
+    losses = run.values("train/loss")
     seconds = [run.last(f"time/{stage}_seconds") or 0.0 for stage in run.records]
-    steps, items = last("train/steps", ",.0f"), last("val/choice_count", ".0f")
     ends = f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else ""
-    of_items = f"± {error} over {items} items" if error and items else ""
-    unigram = last("val/unigram_loss", ".3f")
-    took = f"{sum(seconds):,.0f} s" if any(seconds) else ""
-    rows = (
+    rows = [
         ("Training loss", ends, "nats/token, first and last step"),
         ("Validation loss", change("loss", "{:.3f}".format), "nats/token"),
-        ("Unigram baseline", unigram, "nats/token by token frequencies alone"),
         ("Bits per byte", change("bits_per_byte", "{:.3f}".format), "of the validation text"),
         ("Perplexity", change("perplexity", cell), ""),
-        ("Choice accuracy", change("choice_acc", "{:.1%}".format), of_items),
         ("Speed", last("perf/tokens_per_second", ",.0f"), "tokens/s"),
         ("Peak memory", last("perf/peak_memory_mib", ",.0f"), "MiB"),
-        ("Duration", took, f"{steps} steps" if steps else ""),
-    )
+        ("Duration", clock(sum(seconds)) if any(seconds) else "", "of all stages"),
+    ]
+    for task in ("choice", "hellaswag"):
+        error, items = last(f"val/{task}_acc_norm_stderr", ".2f"), last(f"val/{task}_count", ",.0f")
+        beside = f"± {error} over {items} items (chance {CHANCE})" if error else ""
+        share = change(f"{task}_acc_norm", "{:.2f}".format)
+        rows.insert(4, (f"{task.capitalize()} accuracy", share, beside))
     return [row for row in rows if row[1]]
 
 
@@ -186,6 +221,16 @@ def samples_of(read: Read) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(p, list(zip(t["before"], t["after"], strict=True))) for p, t in texts.items()]
 
 
+def compact(text: str) -> Markup:
+    """A sample as HTML, in which a long blank says how long it is."""
+
+    def length(found: re.Match[str]) -> str:
+        lines = found[0].count("\n") - 1
+        return f"<i>{lines} blank lines</i>" if lines > 0 else f" <em>{len(found[0])} spaces</em> "
+
+    return Markup(BLANKS.sub(length, str(escape(text))))
+
+
 def studies(run: Experiment, read: Read) -> Iterator[Study]:
     """Tables and figures that the stages wrote, of this run and no other."""
     written = {e["path"] for e in run.events("artifact")}
@@ -198,7 +243,7 @@ def studies(run: Experiment, read: Read) -> Iterator[Study]:
         yield Study(
             title,
             f"Not all of {folder.as_posix()} is kept as this run wrote it." if gone else "",
-            [Picture("", alt, data_uri(image, "png")) for alt, image in images if image],
+            [Picture("", alt, image_tag(image, alt)) for alt, image in images if image],
             [render(text.decode("utf-8")) for text in texts if text],
         )
 
@@ -215,6 +260,11 @@ def render(text: str) -> Markup:
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{min(6, int(token.tag[1]) + 3)}"  # below the section's own heading
     return Markup(reader.renderer.render(tokens, reader.options, {}))
+
+
+def image_tag(content: bytes, alt: str) -> Markup:
+    uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    return Markup('<img src="{}" alt="{}">').format(uri, alt)
 
 
 def settings(params: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
