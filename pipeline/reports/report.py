@@ -20,13 +20,12 @@ from pipeline.experiments.comparison import Pair, Run, pairs, run_of, runs_of
 from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
 from pipeline.records.record_file import Event
 from pipeline.records.run_data import Experiment, row_name
-from pipeline.reports.curves import Style, overlaid, styles
+from pipeline.reports.curves import Style, charts, distances, styles
 from pipeline.reports.run_page import RunPage, Study, compact, setting_text
 
 log = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-SCRIPT = Path(__file__).with_name("report.js")
 RECIPE = Path("recipes/nano.yaml")  # the default, against which settings are marked
 MOST_DRAWN = 16  # runs on one page, each with curves of its own: a figure takes 0.2 s and 30 KB
 OUTCOMES = (
@@ -48,9 +47,7 @@ def report(names: Sequence[str], everyone: bool) -> str:
 
 def of_one(run: Experiment, workspace: Path, at_work: str = "") -> str:
     """The page of one run, whose files lie in `workspace` unless DVC keeps them."""
-    name = run.name if run.rev else row_name(run.head)
-    (style,) = styles(1)
-    return page([RunPage(run, name, workspace, recipe(workspace), at_work)], {name: style})
+    return page([RunPage(titled(run), workspace, recipe(workspace), at_work)], {})
 
 
 def of_chain(chain: Iterable[Sequence[Event]]) -> str:
@@ -59,14 +56,19 @@ def of_chain(chain: Iterable[Sequence[Event]]) -> str:
     return of_one(run, Path(), at_work=list(run.records)[-1])
 
 
+def titled(run: Experiment, beside: str = "") -> Experiment:
+    """The workspace's run under its row's name, any other as it is."""
+    return run if run.rev or not run.records else replace(run, name=row_name(run.head) + beside)
+
+
 def of_several(runs: Sequence[Experiment], known: Sequence[Experiment], workspace: Path) -> str:
     """The page of two runs or more; the noise of seeds is looked for among all that are `known`."""
-    runs, known = ([titled(run) for run in some] for some in (runs, known))
+    runs, known = ([titled(run, " (workspace)") for run in some] for some in (runs, known))
     usual, draw = recipe(workspace), len(runs) <= MOST_DRAWN
     pages: dict[str, RunPage] = {}
     for run in runs:
         try:
-            pages[run.name] = RunPage(run, run.name, workspace, usual, draw=draw)
+            pages[run.name] = RunPage(run, workspace, usual, draw=draw)
         except InputError as error:  # of another version of this project
             log.warning("%s: %s; left out", run.name, error)
     if not pages:
@@ -76,13 +78,6 @@ def of_several(runs: Sequence[Experiment], known: Sequence[Experiment], workspac
     side = side_by_side(shown, pages, known, looks)
     show_once(pages.values())
     return page(list(pages.values()), looks, side)
-
-
-def titled(run: Experiment) -> Experiment:
-    """The workspace's run under its row's name, any other as it is."""
-    if run.rev or not run.records:
-        return run
-    return replace(run, name=f"{row_name(run.head)} ({run.name})")
 
 
 def page(
@@ -95,15 +90,10 @@ def page(
     jinja.filters["shown"] = lambda value: value if isinstance(value, str) else tables.cell(value)
     jinja.filters["compact"] = compact
     template = jinja.from_string(TEMPLATE.read_text("utf-8"))
-    script = SCRIPT.read_text("utf-8")
+    script = TEMPLATE.with_name("report.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     html = template.render(
-        runs=runs,
-        looks=looks,
-        side=side,
-        columns=OUTCOMES,
-        script=Markup(script),
-        allowed=f"sha256-{digest}",  # no other script may run
+        runs=runs, looks=looks, side=side, columns=OUTCOMES, script=Markup(script), digest=digest
     ).strip()
     return terminal.shown(html) + "\n"
 
@@ -133,7 +123,10 @@ def side_by_side(
     return {
         "base": compared[0].base.name if compared else "",
         "drawn": list(trained),
-        "samples": beside(pages),
+        "samples": {  # (run, its first text after training) by prompt
+            prompt: [(n, p.samples[prompt][0][1]) for n, p in pages.items() if prompt in p.samples]
+            for prompt in dict.fromkeys(prompt for p in pages.values() for prompt in p.samples)
+        },
         "settings": list(settings),
         "rows": [  # (run, its value of each)
             [run.name, *(setting_text(values[n]) for values in settings.values())]
@@ -144,20 +137,9 @@ def side_by_side(
         "words": [(pair.run.name, pair.words()) for pair in ranked if pair.run is not pair.base],
         "noise": list(dict.fromkeys(pair.seeds.words() for pair in compared if pair.seeds)),
         "notes": list(cautions(runs, trained)),
-        "curves": overlaid(
-            [(by_name[name], looks[name]) for name in trained],
-            [(pair, looks[pair.run.name]) for pair in compared],
-        ),
+        "curves": charts([(by_name[name], looks[name]) for name in trained])
+        + ([distances([(p, looks[p.run.name]) for p in compared])] if len(compared) > 1 else []),
     }
-
-
-def beside(pages: dict[str, RunPage]) -> dict[str, list[tuple[str, str]]]:
-    """By prompt each run's name and its first text after training."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    for name, run in pages.items():
-        for prompt, pairs_of_texts in run.samples:
-            found.setdefault(prompt, []).append((name, pairs_of_texts[0][1]))
-    return found
 
 
 def differing(runs: Sequence[Experiment]) -> dict[str, list[Any]]:
@@ -226,13 +208,9 @@ def all_of(known: Sequence[Experiment]) -> list[str]:
     twins = [name for name, theirs in ids.items() if theirs == here]
     first = (twins[:1] or [WORKSPACE]) if here else []
     names = [*first, *(run.name for run in _by_age(known) if run.name in ids)]
-    usual = [run.name for run in _by_age(known) if _is_usual(run) and run.name in names]
+    parents = [(run.name, run.head.get("parent") or {}) for run in _by_age(known)]
+    usual = [name for name, parent in parents if parent.get("changed") == {} and name in names]
     return list(dict.fromkeys([*usual[-1:], *names]))
-
-
-def _is_usual(run: Experiment) -> bool:
-    """Whether it ran with the settings of the commit that it started from."""
-    return (run.head.get("parent") or {}).get("changed") == {}
 
 
 def _by_age(known: Sequence[Experiment]) -> list[Experiment]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import functools
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from pipeline.diagnostics.doctor import Finding, examine, headline
 from pipeline.records import stage_graph
 from pipeline.records.dvc_history import read_file
 from pipeline.records.run_data import Experiment
-from pipeline.reports.curves import Picture, curves_of
+from pipeline.reports.curves import ALONE, charts
 from pipeline.tables import cell
 from pipeline.tracking.mlflow_run import from_workspace
 
@@ -29,9 +28,6 @@ Read = Callable[[Path], bytes | None]  # a file that the run's own record vouche
 
 # Of the stage that writes the page with its last work: still true when somebody reads it.
 WRITING = "wrote this page"
-CHANCE = 0.25  # of choosing one of four endings blindly
-# Longer blanks of a sample are shown as their length.
-BLANKS = re.compile(r"\n(?:[^\S\n]*\n){2,}|[^\S\n]{9,}")
 ENDED = {"FAILED": "failed", "KILLED": "was stopped"}
 STUDIES = (
     (
@@ -58,7 +54,7 @@ STUDIES = (
 class Study:
     title: str
     note: str  # why there is nothing to show, if so
-    pictures: list[Picture]
+    pictures: list[tuple[str, str]]  # (what it shows, a PNG in base 64)
     pages: list[Markup]
 
 
@@ -68,7 +64,6 @@ class RunPage:
     def __init__(
         self,
         run: Experiment,
-        name: str,
         workspace: Path,
         recipe: dict[str, Any],
         at_work: str = "",
@@ -85,11 +80,11 @@ class RunPage:
             for stage, record in run.records.items()
         }
         statuses |= {at_work: WRITING} if at_work else {}
-        self.name, self.lead = name, lead(run)
+        self.name, self.lead = run.name, lead(run)
         self.findings = examine(run) if trained else []
         self.verdict, self.mood = verdict(self.findings, statuses, trained)
         self.numbers = key_numbers(run)
-        self.curves = curves_of(run) if draw else []
+        self.curves = charts([(run, ALONE)]) if draw else []
         self.samples = samples_of(read)
         self.notes = list(missing(run, statuses, bool(self.samples)))
         self.studies = list(studies(run, read))
@@ -125,33 +120,22 @@ def lead(run: Experiment) -> str:
     losses = run.values("train/loss")
     if not losses:
         return "Nothing trained yet: `make repro` trains."
-    known = (
-        ("Validation loss", run.last("val/loss")),
-        ("Validation loss so far", run.last("train/val_loss")),
-        ("Training loss so far", losses[-1]),
+    facts = (
+        ("val/loss", "Validation loss {:.2f}"),
+        ("val/unigram_loss", " (guessing by word frequency: {:.2f})"),
+        ("train/steps", ", {:,.0f} steps"),
+        ("train/tokens", ", {:,.0f} tokens"),
     )
-    what, loss = next((what, loss) for what, loss in known if loss is not None)
-    unigram, tokens = run.last("val/unigram_loss"), run.last("train/tokens")
-    seconds, device = run.last("time/train_seconds"), run.tags.get("device.name", "")
-    parts = [
-        f"{what} {loss:.2f}" + (f" (guessing by word frequency: {unigram:.2f})" if unigram else ""),
-        f"{len(losses):,} steps",
-        f"{tokens:,.0f} tokens" if tokens else "",
-        " on ".join(filter(None, (clock(seconds) if seconds else "", device))),
-    ]
-    return ", ".join(filter(None, parts)) + "."
+    said = "" if "val/loss" in run.curves else f"Training loss {losses[-1]:.2f}"
+    said += "".join(words.format(run.last(key)) for key, words in facts if key in run.curves)
+    seconds, device = run.last("time/train_seconds"), run.tags.get("device.name")
+    took = "" if seconds is None else f", {clock(seconds)}"
+    return f"{said}{took} on {device}." if device else f"{said}{took}."
 
 
 def clock(seconds: float) -> str:
-    """As in 3:14 min or 1:03:14 h."""
-    if not math.isfinite(seconds):
-        return f"{seconds} s"
-    hours, rest = divmod(round(seconds), 3600)
-    return (
-        f"{hours:,}:{rest // 60:02}:{rest % 60:02} h"
-        if hours
-        else f"{rest // 60}:{rest % 60:02} min"
-    )
+    """Hours, minutes and seconds, as in 0:03:14."""
+    return str(timedelta(seconds=round(seconds))) if abs(seconds) < 1e9 else f"{seconds} s"
 
 
 def verdict(findings: list[Finding], statuses: dict[str, str], trained: bool) -> tuple[str, str]:
@@ -202,33 +186,30 @@ def key_numbers(run: Experiment) -> list[tuple[str, str, str]]:
     ]
     for task in ("choice", "hellaswag"):
         error, items = last(f"val/{task}_acc_norm_stderr", ".2f"), last(f"val/{task}_count", ",.0f")
-        beside = f"± {error} over {items} items (chance {CHANCE})" if error else ""
+        beside = f"± {error} over {items} items (chance 0.25)" if error else ""
         share = change(f"{task}_acc_norm", "{:.2f}".format)
         rows.insert(4, (f"{task.capitalize()} accuracy", share, beside))
     return [row for row in rows if row[1]]
 
 
-def samples_of(read: Read) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(prompt, pairs of texts before and after training), in the order of the file."""
+def samples_of(read: Read) -> dict[str, list[tuple[str, str]]]:
+    """By prompt the pairs of texts before and after training, in the order of the file."""
     content = read(paths.SAMPLES_JSONL)
     if content is None:
-        return []
+        return {}
     texts: dict[str, dict[str, list[str]]] = {}
     for line in content.decode("utf-8").split("\n")[:-1]:
         sample = json.loads(line)
         by_time = texts.setdefault(sample["prompt"], {"before": [], "after": []})
         by_time[sample["when"]].append(sample["text"])
-    return [(p, list(zip(t["before"], t["after"], strict=True))) for p, t in texts.items()]
+    return {p: list(zip(t["before"], t["after"], strict=True)) for p, t in texts.items()}
 
 
 def compact(text: str) -> Markup:
     """A sample as HTML, in which a long blank says how long it is."""
-
-    def length(found: re.Match[str]) -> str:
-        lines = found[0].count("\n") - 1
-        return f"<i>{lines} blank lines</i>" if lines > 0 else f" <em>{len(found[0])} spaces</em> "
-
-    return Markup(BLANKS.sub(length, str(escape(text))))
+    blank = r"\n(?:[^\S\n]*\n){3,}"
+    said = re.sub(blank, lambda m: f"<i>{m[0].count(chr(10)) - 1} blank lines</i>", escape(text))
+    return Markup(re.sub(r"[^\S\n]{9,}", lambda m: f" <em>{len(m[0])} spaces</em> ", said))
 
 
 def studies(run: Experiment, read: Read) -> Iterator[Study]:
@@ -243,7 +224,7 @@ def studies(run: Experiment, read: Read) -> Iterator[Study]:
         yield Study(
             title,
             f"Not all of {folder.as_posix()} is kept as this run wrote it." if gone else "",
-            [Picture("", alt, image_tag(image, alt)) for alt, image in images if image],
+            [(alt, base64.b64encode(image).decode()) for alt, image in images if image],
             [render(text.decode("utf-8")) for text in texts if text],
         )
 
@@ -260,11 +241,6 @@ def render(text: str) -> Markup:
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{min(6, int(token.tag[1]) + 3)}"  # below the section's own heading
     return Markup(reader.renderer.render(tokens, reader.options, {}))
-
-
-def image_tag(content: bytes, alt: str) -> Markup:
-    uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    return Markup('<img src="{}" alt="{}">').format(uri, alt)
 
 
 def settings(params: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
