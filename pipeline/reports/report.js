@@ -3,9 +3,9 @@ for (const plot of document.querySelectorAll("[data-plot]")) {
   const {limits: [left, bottom, right, top, first, last, low, high, isLog], names} = JSON.parse(plot.dataset.plot);
   const svg = plot.querySelector("svg"), {width, height} = svg.viewBox.baseVal;
   const curves = Object.entries(names).filter(([, name]) => name).map(([key, name]) => {
-    const line = svg.querySelector("." + key), path = line.querySelector("path").getAttribute("d");
+    const line = svg.querySelector("." + key), path = line.querySelector("path").getAttribute("d") ?? "";  // none of NaNs
     return {name, line, points: [...path.matchAll(/([-\d.]+) ([-\d.]+)/g)].map(([, x, y]) => [x / width, 1 - y / height])};
-  });
+  }).filter(({points}) => points.length);
   const hair = svg.appendChild(document.createElementNS(svg.namespaceURI, "path"));
   const output = plot.appendChild(document.createElement("output"));
   plot.onpointerleave = () => { output.textContent = ""; hair.setAttribute("d", ""); };

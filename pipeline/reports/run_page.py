@@ -123,7 +123,7 @@ def lead(run: Experiment) -> str:
     facts = (
         ("val/loss", "Validation loss {:.2f}"),
         ("val/unigram_loss", " (guessing by word frequency: {:.2f})"),
-        ("train/steps", ", {:,.0f} steps"),
+        ("train/loss", f", {len(losses):,} steps"),
         ("train/tokens", ", {:,.0f} tokens"),
     )
     said = "" if "val/loss" in run.curves else f"Training loss {losses[-1]:.2f}"
