@@ -149,6 +149,11 @@ def _merged(parts: list[tuple[Points, array[float]]]) -> Curve:
     return Curve(array("q", [step for _, step, _ in rows]), array("d", [v for *_, v in rows]))
 
 
+def row_name(head: Event) -> str:
+    """What MLflow calls the run of a start event: DVC's name for it, or one made of its key."""
+    return head["name"] or f"repro-{head['key'][:6]}"
+
+
 class RunData:
     """The records of one run by stage, as far as they are there, and what they say."""
 

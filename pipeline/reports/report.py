@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from pipeline import config as configuration
 from pipeline import paths, tables, terminal
@@ -15,9 +19,9 @@ from pipeline.errors import InputError
 from pipeline.experiments.comparison import Pair, Run, pairs, run_of, runs_of
 from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
 from pipeline.records.record_file import Event
-from pipeline.records.run_data import Experiment
-from pipeline.reports.curves import Style, overlaid, styles
-from pipeline.reports.run_page import RunPage, Study, setting_text
+from pipeline.records.run_data import Experiment, row_name
+from pipeline.reports.curves import Style, charts, distances, styles
+from pipeline.reports.run_page import RunPage, Study, compact, setting_text
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +47,7 @@ def report(names: Sequence[str], everyone: bool) -> str:
 
 def of_one(run: Experiment, workspace: Path, at_work: str = "") -> str:
     """The page of one run, whose files lie in `workspace` unless DVC keeps them."""
-    name = run.name if run.rev else run.head["name"] or run.name
-    (style,) = styles(1)
-    return page([RunPage(run, name, workspace, recipe(workspace), at_work)], {name: style})
+    return page([RunPage(titled(run), workspace, recipe(workspace), at_work)], {})
 
 
 def of_chain(chain: Iterable[Sequence[Event]]) -> str:
@@ -54,13 +56,19 @@ def of_chain(chain: Iterable[Sequence[Event]]) -> str:
     return of_one(run, Path(), at_work=list(run.records)[-1])
 
 
+def titled(run: Experiment, beside: str = "") -> Experiment:
+    """The workspace's run under its row's name, any other as it is."""
+    return run if run.rev or not run.records else replace(run, name=row_name(run.head) + beside)
+
+
 def of_several(runs: Sequence[Experiment], known: Sequence[Experiment], workspace: Path) -> str:
     """The page of two runs or more; the noise of seeds is looked for among all that are `known`."""
+    runs, known = ([titled(run, " (workspace)") for run in some] for some in (runs, known))
     usual, draw = recipe(workspace), len(runs) <= MOST_DRAWN
     pages: dict[str, RunPage] = {}
     for run in runs:
         try:
-            pages[run.name] = RunPage(run, run.name, workspace, usual, draw=draw)
+            pages[run.name] = RunPage(run, workspace, usual, draw=draw)
         except InputError as error:  # of another version of this project
             log.warning("%s: %s; left out", run.name, error)
     if not pages:
@@ -80,8 +88,13 @@ def page(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     jinja.filters["shown"] = lambda value: value if isinstance(value, str) else tables.cell(value)
+    jinja.filters["compact"] = compact
     template = jinja.from_string(TEMPLATE.read_text("utf-8"))
-    html = template.render(runs=runs, looks=looks, side=side, columns=OUTCOMES).strip()
+    script = TEMPLATE.with_name("report.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    html = template.render(
+        runs=runs, looks=looks, side=side, columns=OUTCOMES, script=Markup(script), digest=digest
+    ).strip()
     return terminal.shown(html) + "\n"
 
 
@@ -109,6 +122,11 @@ def side_by_side(
     ranked = sorted(compared, key=lambda pair: pair.run.outcome())
     return {
         "base": compared[0].base.name if compared else "",
+        "drawn": list(trained),
+        "samples": {  # (run, its first text after training) by prompt
+            prompt: [(n, p.samples[prompt][0][1]) for n, p in pages.items() if prompt in p.samples]
+            for prompt in dict.fromkeys(prompt for p in pages.values() for prompt in p.samples)
+        },
         "settings": list(settings),
         "rows": [  # (run, its value of each)
             [run.name, *(setting_text(values[n]) for values in settings.values())]
@@ -119,10 +137,8 @@ def side_by_side(
         "words": [(pair.run.name, pair.words()) for pair in ranked if pair.run is not pair.base],
         "noise": list(dict.fromkeys(pair.seeds.words() for pair in compared if pair.seeds)),
         "notes": list(cautions(runs, trained)),
-        "curves": overlaid(
-            [(by_name[name], looks[name]) for name in trained],
-            [(pair, looks[pair.run.name]) for pair in compared],
-        ),
+        "curves": charts([(by_name[name], looks[name]) for name in trained])
+        + ([distances([(p, looks[p.run.name]) for p in compared])] if len(compared) > 1 else []),
     }
 
 
@@ -139,7 +155,7 @@ def outcome(pair: Pair, experiment: Experiment, verdict: str) -> tuple[Any, ...]
     beside = (None, None, None) if run is pair.base else (pair.difference, pair.apart, pair.gap)
     return (
         *(run.name, verdict, run.outcome(), *beside, run.train_loss()),
-        *(experiment.last("val/bits_per_byte"), experiment.last("val/choice_acc")),
+        *(experiment.last("val/bits_per_byte"), experiment.last("val/choice_acc_norm")),
         *(run.tokens_per_second, run.peak_memory_mib, run.skipped),
     )
 
@@ -183,12 +199,18 @@ def choose(known: Sequence[Experiment], names: Sequence[str]) -> list[Experiment
 
 
 def all_of(known: Sequence[Experiment]) -> list[str]:
-    """Every name, the workspace first; an experiment that the workspace holds stands for it."""
+    """Every name, that of the newest run with its commit's settings first, then the workspace's.
+
+    An experiment that the workspace holds stands for it.
+    """
     ids = {run.name: {record[0]["id"] for record in run.records.values()} for run in known}
     here = ids.pop(WORKSPACE, set())
     twins = [name for name, theirs in ids.items() if theirs == here]
     first = (twins[:1] or [WORKSPACE]) if here else []
-    return list(dict.fromkeys([*first, *(run.name for run in _by_age(known) if run.name in ids)]))
+    names = [*first, *(run.name for run in _by_age(known) if run.name in ids)]
+    parents = [(run.name, run.head.get("parent") or {}) for run in _by_age(known)]
+    usual = [name for name, parent in parents if parent.get("changed") == {} and name in names]
+    return list(dict.fromkeys([*usual[-1:], *names]))
 
 
 def _by_age(known: Sequence[Experiment]) -> list[Experiment]:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from pipeline import paths
 from pipeline.diagnostics.doctor import Finding, examine, headline
 from pipeline.records import stage_graph
 from pipeline.records.dvc_history import read_file
 from pipeline.records.run_data import Experiment
-from pipeline.reports.curves import Picture, curves_of, data_uri
+from pipeline.reports.curves import ALONE, charts
 from pipeline.tables import cell
 from pipeline.tracking.mlflow_run import from_workspace
 
@@ -52,7 +54,7 @@ STUDIES = (
 class Study:
     title: str
     note: str  # why there is nothing to show, if so
-    pictures: list[Picture]
+    pictures: list[tuple[str, str]]  # (what it shows, a PNG in base 64)
     pages: list[Markup]
 
 
@@ -62,7 +64,6 @@ class RunPage:
     def __init__(
         self,
         run: Experiment,
-        name: str,
         workspace: Path,
         recipe: dict[str, Any],
         at_work: str = "",
@@ -79,15 +80,11 @@ class RunPage:
             for stage, record in run.records.items()
         }
         statuses |= {at_work: WRITING} if at_work else {}
-        self.name = name
+        self.name, self.lead = run.name, lead(run)
         self.findings = examine(run) if trained else []
         self.verdict, self.mood = verdict(self.findings, statuses, trained)
         self.numbers = key_numbers(run)
-        self.curves = curves_of(run) if draw else []
-        keys = [key for key in run.curves if key.startswith("val/")]
-        self.evaluation = [
-            (key.removeprefix("val/"), run.last(f"init_{key}"), run.last(key)) for key in keys
-        ]
+        self.curves = charts([(run, ALONE)]) if draw else []
         self.samples = samples_of(read)
         self.notes = list(missing(run, statuses, bool(self.samples)))
         self.studies = list(studies(run, read))
@@ -116,6 +113,29 @@ def reader(run: Experiment, workspace: Path) -> Read:
         return read_file(run, path, workspace)
 
     return read
+
+
+def lead(run: Experiment) -> str:
+    """What came out and what it took, in one sentence."""
+    losses = run.values("train/loss")
+    if not losses:
+        return "Nothing trained yet: `make repro` trains."
+    facts = (
+        ("val/loss", "Validation loss {:.2f}"),
+        ("val/unigram_loss", " (guessing by word frequency: {:.2f})"),
+        ("train/loss", f", {len(losses):,} steps"),
+        ("train/tokens", ", {:,.0f} tokens"),
+    )
+    said = "" if "val/loss" in run.curves else f"Training loss {losses[-1]:.2f}"
+    said += "".join(words.format(run.last(key)) for key, words in facts if key in run.curves)
+    seconds, device = run.last("time/train_seconds"), run.tags.get("device.name")
+    took = "" if seconds is None else f", {clock(seconds)}"
+    return f"{said}{took} on {device}." if device else f"{said}{took}."
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, as in 0:03:14."""
+    return str(timedelta(seconds=round(seconds))) if abs(seconds) < 1e9 else f"{seconds} s"
 
 
 def verdict(findings: list[Finding], statuses: dict[str, str], trained: bool) -> tuple[str, str]:
@@ -152,38 +172,44 @@ def key_numbers(run: Experiment) -> list[tuple[str, str, str]]:
         both = run.last(f"init_val/{key}"), run.last(f"val/{key}")
         return " → ".join(shown(value) for value in both if value is not None)
 
-    losses, error = run.values("train/loss"), last("val/choice_acc_stderr", ".1%")
+    losses = run.values("train/loss")
     seconds = [run.last(f"time/{stage}_seconds") or 0.0 for stage in run.records]
-    steps, items = last("train/steps", ",.0f"), last("val/choice_count", ".0f")
     ends = f"{losses[0]:.3f} → {losses[-1]:.3f}" if losses else ""
-    of_items = f"± {error} over {items} items" if error and items else ""
-    unigram = last("val/unigram_loss", ".3f")
-    took = f"{sum(seconds):,.0f} s" if any(seconds) else ""
-    rows = (
+    rows = [
         ("Training loss", ends, "nats/token, first and last step"),
         ("Validation loss", change("loss", "{:.3f}".format), "nats/token"),
-        ("Unigram baseline", unigram, "nats/token by token frequencies alone"),
         ("Bits per byte", change("bits_per_byte", "{:.3f}".format), "of the validation text"),
         ("Perplexity", change("perplexity", cell), ""),
-        ("Choice accuracy", change("choice_acc", "{:.1%}".format), of_items),
         ("Speed", last("perf/tokens_per_second", ",.0f"), "tokens/s"),
         ("Peak memory", last("perf/peak_memory_mib", ",.0f"), "MiB"),
-        ("Duration", took, f"{steps} steps" if steps else ""),
-    )
+        ("Duration", clock(sum(seconds)) if any(seconds) else "", "of all stages"),
+    ]
+    for task in ("choice", "hellaswag"):
+        error, items = last(f"val/{task}_acc_norm_stderr", ".2f"), last(f"val/{task}_count", ",.0f")
+        beside = f"± {error} over {items} items (chance 0.25)" if error else ""
+        share = change(f"{task}_acc_norm", "{:.2f}".format)
+        rows.insert(4, (f"{task.capitalize()} accuracy", share, beside))
     return [row for row in rows if row[1]]
 
 
-def samples_of(read: Read) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(prompt, pairs of texts before and after training), in the order of the file."""
+def samples_of(read: Read) -> dict[str, list[tuple[str, str]]]:
+    """By prompt the pairs of texts before and after training, in the order of the file."""
     content = read(paths.SAMPLES_JSONL)
     if content is None:
-        return []
+        return {}
     texts: dict[str, dict[str, list[str]]] = {}
     for line in content.decode("utf-8").split("\n")[:-1]:
         sample = json.loads(line)
         by_time = texts.setdefault(sample["prompt"], {"before": [], "after": []})
         by_time[sample["when"]].append(sample["text"])
-    return [(p, list(zip(t["before"], t["after"], strict=True))) for p, t in texts.items()]
+    return {p: list(zip(t["before"], t["after"], strict=True)) for p, t in texts.items()}
+
+
+def compact(text: str) -> Markup:
+    """A sample as HTML, in which a long blank says how long it is."""
+    blank = r"\n(?:[^\S\n]*\n){3,}"
+    said = re.sub(blank, lambda m: f"<i>{m[0].count(chr(10)) - 1} blank lines</i>", escape(text))
+    return Markup(re.sub(r"[^\S\n]{9,}", lambda m: f" <em>{len(m[0])} spaces</em> ", said))
 
 
 def studies(run: Experiment, read: Read) -> Iterator[Study]:
@@ -198,7 +224,7 @@ def studies(run: Experiment, read: Read) -> Iterator[Study]:
         yield Study(
             title,
             f"Not all of {folder.as_posix()} is kept as this run wrote it." if gone else "",
-            [Picture("", alt, data_uri(image, "png")) for alt, image in images if image],
+            [(alt, base64.b64encode(image).decode()) for alt, image in images if image],
             [render(text.decode("utf-8")) for text in texts if text],
         )
 

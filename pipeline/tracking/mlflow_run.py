@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.process import is_alive, this_process
 from pipeline.records import record_file
 from pipeline.records.record_file import Event
+from pipeline.records.run_data import row_name
 from pipeline.storage import digests
 from pipeline.tracking import mlflow_store, mlflow_view, run_note
 from pipeline.tracking.mlflow_models import LoggedModels
@@ -300,9 +301,10 @@ def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
         "mlflow.source.git.branch": head["git"]["branch"],
         "git.dirty": head["git"]["dirty"],
     }
-    name = head["name"] or f"repro-{head['key'][:6]}"
     tags = {key: value for key, value in tags.items() if value != ""}
-    run = client.create_run(experiment_id, start_time=head["time"], run_name=name, tags=tags)
+    run = client.create_run(
+        experiment_id, start_time=head["time"], run_name=row_name(head), tags=tags
+    )
     mlflow_store.hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
     params = [Param(key, str(value)[:6000]) for key, value in head["params"].items()]
     client.log_batch(run.info.run_id, params=params[:100])
