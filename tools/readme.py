@@ -52,7 +52,6 @@ BLOCK = re.compile(
 )
 LONGEST = 100  # lines of output shown; the middle of a longer one is left out
 BAR = re.compile(r"\w+: [^]\n]*\[\d+:\d\d[^]\n]*\]")  # one redrawing of a progress bar
-TENSOR = re.compile(r"transformer\.h\.[1-9]")  # the parameter table after its first block
 # In a brief block: what a stage says, evaluate's first figures, a sample, a comparison's table.
 BRIEF = re.compile(r"[a-z_]+: |(unigram_)?loss|perplexity|bits_per_byte| {20,}initial|  [^\s\d]|\|")
 # In that of a sweep: its members and their comparison, without what each member's stages say.
@@ -190,13 +189,8 @@ def run(command: str, clone: Path) -> str:
 
 
 def shown(command: str, lines: list[str]) -> str:
-    """A command and its output: one empty line at a time, long tables and long outputs cut."""
+    """A command and its output: one empty line at a time, long outputs cut."""
     lines = [line for line, last in zip(lines, ["", *lines], strict=False) if line or last]
-    tensors = [line for line in lines if TENSOR.match(line)]
-    if tensors:
-        at = lines.index(tensors[0])
-        lines = [line for line in lines if line not in tensors]
-        lines.insert(at, f"[... {len(tensors)} more tensors ...]")
     if len(lines) > LONGEST:
         left_out = len(lines) - LONGEST
         half = LONGEST // 2
