@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,30 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return StorageError.exit_code if out_of_memory(error) or disk_full(error) else 1
+
+
+def to_user(error: BaseException) -> str:
+    """The message of an error that is no bug; "" for a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if disk_full(error):
+        return f"error: {error}; make room, and say the same again"
+    if out_of_memory(error):
+        return (
+            f"error: out of memory ({str(error).partition('. ')[0]}); halve train.batch_size and "
+            "double train.accumulate, or lower evaluate.batch_size"
+        )
+    return ""
+
+
+def reason(error: BaseException) -> str:
+    """Why work ended with this error: what the user is told, or the last line of a traceback."""
+    code = exit_code(error) - 128 if isinstance(error, SystemExit) else 0
+    if code in set(signal.Signals):
+        return f"stopped by {signal.Signals(code).name}"
+    return to_user(error) or cut(f"{type(error).__name__}: {error}", MESSAGE)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from pipeline import config, regular
-from pipeline.errors import InputError, cut, quoted
+from pipeline.errors import MESSAGE, InputError, cut, quoted
 from pipeline.records import stage_graph
 from pipeline.records.run_data import Event, Log
 
@@ -308,5 +308,6 @@ _FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "end": {
         "status": (lambda v: v in ("FINISHED", "FAILED", "KILLED"), "FINISHED, FAILED or KILLED"),
         "time": _TIME,
+        "why": (_text(2 * MESSAGE), "text", ""),  # it may be longer without its secrets
     },
 }

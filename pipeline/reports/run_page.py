@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from pipeline import paths
 from pipeline.diagnostics.doctor import Finding, examine, headline
 from pipeline.records import stage_graph
 from pipeline.records.dvc_history import read_file
-from pipeline.records.run_data import Experiment
+from pipeline.records.run_data import Experiment, samples
 from pipeline.reports.curves import Picture, curves_of, data_uri
 from pipeline.tables import cell
 from pipeline.tracking.mlflow_run import from_workspace
@@ -176,14 +175,7 @@ def key_numbers(run: Experiment) -> list[tuple[str, str, str]]:
 def samples_of(read: Read) -> list[tuple[str, list[tuple[str, str]]]]:
     """(prompt, pairs of texts before and after training), in the order of the file."""
     content = read(paths.SAMPLES_JSONL)
-    if content is None:
-        return []
-    texts: dict[str, dict[str, list[str]]] = {}
-    for line in content.decode("utf-8").split("\n")[:-1]:
-        sample = json.loads(line)
-        by_time = texts.setdefault(sample["prompt"], {"before": [], "after": []})
-        by_time[sample["when"]].append(sample["text"])
-    return [(p, list(zip(t["before"], t["after"], strict=True))) for p, t in texts.items()]
+    return [] if content is None else samples(content)
 
 
 def studies(run: Experiment, read: Read) -> Iterator[Study]:
