@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,14 +111,6 @@ def to_user(error: BaseException) -> str:
             "double train.accumulate, or lower evaluate.batch_size"
         )
     return ""
-
-
-def reason(error: BaseException) -> str:
-    """Why work ended with this error: what the user is told, or the last line of a traceback."""
-    code = exit_code(error) - 128 if isinstance(error, SystemExit) else 0
-    if code in set(signal.Signals):
-        return f"stopped by {signal.Signals(code).name}"
-    return to_user(error) or cut(f"{type(error).__name__}: {error}", MESSAGE)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import getpass
 import json
 import logging
 import math
@@ -245,16 +244,8 @@ def environment() -> dict[str, str]:
         "host": socket.gethostname(),
         "cores": str(os.cpu_count()),
         "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
-        "user": _user(),
+        "user": git.said("config", "user.name") or psutil.Process().username(),
     }
-
-
-def _user() -> str:
-    """Who runs this: the name that git signs with, or the login; "" where there is neither."""
-    name = git.said("config", "user.name")
-    with contextlib.suppress(KeyError, OSError, ImportError):  # a container may know no user
-        name = name or getpass.getuser()
-    return name
 
 
 def versions() -> dict[str, str]:

@@ -31,6 +31,7 @@ PROCESS = "pipeline.process"
 NOTE = "mlflow.note.content"
 OWN_NOTE = "pipeline.note"  # a mark of what we wrote there last
 TABLE = "samples.json"
+TABLES = json.dumps([{"path": TABLE, "type": "table"}])
 
 MOST_POINTS, MOST_TAGS = 900, 100  # per request: MLflow takes 100 tags, and 1000 of both together
 
@@ -154,7 +155,9 @@ class Row:
                 if path := fetch(event["path"], event["sha256"]):
                     self._copy(path, event["folder"])
                     if event["path"] == paths.SAMPLES_JSONL.as_posix():
-                        return self._table(path)
+                        # As `mlflow.log_table` does it, but that doing it again adds no line.
+                        self.client.log_dict(self.id, row_facts.samples_table(path), TABLE)
+                        return {"mlflow.loggedArtifacts": TABLES}
             case "checkpoint":
                 self._checkpoint(event, checkpoints, fetch)
             case "end":
@@ -162,16 +165,12 @@ class Row:
                 self.client.log_dict(self.id, facts, f"facts/{facts['stage']}.json")
         return {}
 
-    def _table(self, path: Path) -> dict[str, str]:
-        """As `mlflow.log_table` does it, but that doing it again adds no line."""
-        self.client.log_dict(self.id, row_facts.samples_table(path), TABLE)
-        return {"mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}])}
-
     def _dataset(self, event: Event) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         source = json.dumps({"uri": event["source"]})
-        name = row_facts.dataset(self._log[0]["params"], event)
+        corpus = self._log[0]["params"]["corpus.source"]
+        name = f"{corpus if event['name'] == 'tokens' else event['name']} {event['context']}"
         dataset = Dataset(name, event["digest"][:36], "local", source)
         context = InputTag("mlflow.data.context", event["context"])
         self.client.log_inputs(self.id, [DatasetInput(dataset, [context])])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from pipeline import regular, terminal
-from pipeline.config import WITHOUT_FILES
-from pipeline.records.run_data import Curve, Event, Log, samples
+from pipeline import terminal
+from pipeline.records.run_data import Curve, Log, samples
 
 # A run's page lists every metric and tag by name alone. These nobody compares runs by: they are
 # the same for all of them, follow from others, or are the noise of a step's parts.
@@ -26,7 +25,6 @@ TAGS_ASIDE = re.compile(
 )
 # Curves that say something only where they leave this value.
 AT_REST = {"train/loss_scale": 1.0, "train/skipped": 0.0}
-LARGEST = 1 << 24  # bytes of the samples that a table is made of
 
 
 def shown(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -45,51 +43,28 @@ def shown_tags(tags: Mapping[str, str]) -> dict[str, str]:
 def facts(record: Log) -> dict[str, Any]:
     """All that a record says but for its settings and the single points of its curves."""
     head, kept = record[0], ("id", "stage", "code", "git", "environment")
-    tags = {name: v for event in record.of_kind("tags") for name, v in event["values"].items()}
-    checkpoints = {
-        event["name"]: {key: value for key, value in event.items() if key not in ("kind", "name")}
-        for event in record.of_kind("checkpoint")
-    }
     return {
-        **{key: head[key] for key in kept if key in head},
-        "tags": dict(sorted(tags.items())),
-        **({"checkpoints": checkpoints} if checkpoints else {}),
+        **{key: head[key] for key in kept},
+        "files": list(record.of_kind("dataset", "checkpoint", "artifact")),
+        "tags": {k: v for event in record.of_kind("tags") for k, v in event["values"].items()},
         "metrics": {name: _summary(curve) for name, curve in sorted(record.curves.items())},
     }
 
 
 def _summary(curve: Curve) -> Any:
-    """The value of a single point, or what the points of a curve come to."""
-    values = [value for value in curve.values if math.isfinite(value)]
-    if len(curve) == 1 or not values:
-        return _number(curve.values[-1])
-    ends = {"first": _number(curve.values[0]), "last": _number(curve.values[-1])}
-    bounds = {"least": min(values), "most": max(values)}
-    return {"points": len(curve), **ends, **bounds, "not_finite": len(curve) - len(values)}
-
-
-def _number(value: float) -> float | str:
-    """JSON knows neither infinity nor NaN."""
-    return value if math.isfinite(value) else str(value)
-
-
-def corpus(params: Mapping[str, Any]) -> str:
-    """A corpus by its name, or by that of the folder or file that holds it."""
-    source = params.get("corpus.source", "")
-    return source if source in WITHOUT_FILES else PurePosixPath(params["corpus.path"]).name
-
-
-def dataset(params: Mapping[str, Any], event: Event) -> str:
-    """ "shakespeare train": what a row's data is called; its digest stands beside it."""
-    name = corpus(params) if event["name"] == "tokens" else event["name"]
-    return f"{terminal.line(name)} {event['context']}"
+    """The value of a single point, or what the points of a curve come to; JSON knows no NaN."""
+    last = curve.values[-1]
+    if not (values := list(filter(math.isfinite, curve.values))) or len(curve) == 1:
+        return last if values else str(last)
+    ends = {"last": last if math.isfinite(last) else str(last), "finite": len(values)}
+    return {"points": len(curve), **ends, "least": min(values), "most": max(values)}
 
 
 def samples_table(path: Path) -> dict[str, list[Any]]:
     """samples.jsonl as MLflow's page lays it out beside other runs', a line a draw."""
     rows = [
         [f"{terminal.shown(prompt)} [{number}]", terminal.shown(after), terminal.shown(before)]
-        for prompt, pairs in samples(regular.read(path, LARGEST))
+        for prompt, pairs in samples(path.read_bytes())
         for number, (before, after) in enumerate(pairs, 1)
     ]
     return {"columns": ["prompt", "after", "before"], "data": rows}

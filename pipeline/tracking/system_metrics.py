@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -35,20 +35,16 @@ def watched(record: Record, device: torch.device) -> Iterator[None]:
 
 def _watch(record: Record, gpus: dict[int, Any], over: threading.Event) -> None:
     process = psutil.Process()
-    for measured in (psutil, process):
-        measured.cpu_percent()  # the next call tells the share of the time since this one
-    for number in itertools.count(record.next_step(CPU)):
-        if over.wait(EVERY_SECONDS):
-            return
-        values = _host(process)
-        for index, handle in gpus.items():
-            values |= {f"system/gpu_{index}_{name}": v for name, v in _card(handle).items()}
-        if over.is_set():
-            return
-        try:
+    _host(process)  # a share of CPU time is one of the time since it was last asked for
+    with contextlib.suppress(OSError):  # a full disk: the training's own points meet it, too
+        for number in itertools.count(record.next_step(CPU)):
+            over.wait(EVERY_SECONDS)
+            values = _host(process)
+            for index, card in gpus.items():
+                values |= {f"system/gpu_{index}_{name}": v for name, v in _card(card).items()}
+            if over.is_set():  # perhaps while a driver hung
+                return
             record.metrics(values, number)
-        except OSError:  # a full disk: the training meets it at its next step, and says so
-            return
 
 
 def _host(process: psutil.Process) -> dict[str, float]:
@@ -63,13 +59,13 @@ def _host(process: psutil.Process) -> dict[str, float]:
 
 
 def _gpus(device: torch.device) -> dict[int, Any]:
-    """NVML's handle of the card in use by CUDA's index, which counts other cards than NVML does."""
-    if device.type != "cuda":
-        return {}
+    """NVML's handle of the card in use by CUDA's index: NVML counts in another order."""
     try:
         import pynvml
         import torch
 
+        if device.type != "cuda":
+            return {}
         pynvml.nvmlInit()
         index = torch.cuda.current_device() if device.index is None else device.index
         uuid = torch.cuda.get_device_properties(index).uuid
@@ -80,27 +76,27 @@ def _gpus(device: torch.device) -> dict[int, Any]:
         return {}
 
 
-def _card(handle: Any) -> dict[str, float]:
-    """What a card tells: each is asked by itself, since not every card answers everything."""
+def _card(card: Any) -> dict[str, float]:
+    """What a card tells: not every card answers everything."""
     import pynvml as nvml
 
-    def told(question: Callable[..., Any], *words: int) -> Any:
-        with contextlib.suppress(nvml.NVMLError):
-            return question(handle, *words)
-
+    slowed = nvml.nvmlClocksEventReasonHwSlowdown | nvml.nvmlClocksEventReasonSwThermalSlowdown
     values: dict[str, float] = {}
-    if busy := told(nvml.nvmlDeviceGetUtilizationRates):
-        values["utilization_percentage"] = busy.gpu
-    if memory := told(nvml.nvmlDeviceGetMemoryInfo):
+    with contextlib.suppress(nvml.NVMLError):
+        values["utilization_percentage"] = nvml.nvmlDeviceGetUtilizationRates(card).gpu
+    with contextlib.suppress(nvml.NVMLError):
+        memory = nvml.nvmlDeviceGetMemoryInfo(card)
         values["memory_usage_megabytes"] = memory.used / 1e6
         values["memory_usage_percentage"] = 100 * memory.used / memory.total
-    if power := told(nvml.nvmlDeviceGetPowerUsage):  # milliwatts
+    with contextlib.suppress(nvml.NVMLError):
+        power = nvml.nvmlDeviceGetPowerUsage(card)  # milliwatts
         values["power_usage_watts"] = power / 1000
-        if limit := told(nvml.nvmlDeviceGetEnforcedPowerLimit):
-            values["power_usage_percentage"] = 100 * power / limit
-    if heat := told(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU):
+        limit = nvml.nvmlDeviceGetEnforcedPowerLimit(card)
+        values["power_usage_percentage"] = 100 * power / limit
+    with contextlib.suppress(nvml.NVMLError):
+        heat = nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU)
         values["temperature_celsius"] = heat
-    if (reasons := told(nvml.nvmlDeviceGetCurrentClocksEventReasons)) is not None:
-        slowed = nvml.nvmlClocksEventReasonHwSlowdown | nvml.nvmlClocksEventReasonSwThermalSlowdown
+    with contextlib.suppress(nvml.NVMLError):
+        reasons = nvml.nvmlDeviceGetCurrentClocksEventReasons(card)
         values["throttled"] = float(bool(reasons & slowed))
     return values
