@@ -113,6 +113,11 @@ def to_user(error: BaseException) -> str:
     return ""
 
 
+def reason(error: BaseException) -> str:
+    """Why work ended: what the user is told, or the last line of a bug's traceback."""
+    return to_user(error) or cut(f"{type(error).__name__}: {error}", MESSAGE)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on the host or on a GPU (told without importing torch)."""
     words = str(error).lower()

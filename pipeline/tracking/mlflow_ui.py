@@ -14,7 +14,6 @@ import webbrowser
 
 from pipeline.config import load
 from pipeline.errors import InputError
-from pipeline.tracking.mlflow_run import sweep
 from pipeline.tracking.mlflow_store import artifact_root, connect, store_uri, without_secrets
 from pipeline.tracking.mlflow_view import link
 
@@ -28,9 +27,7 @@ def show(port: int) -> int:
 
     The port is the first free one from `port` on.
     """
-    client = connect()
-    sweep(client)
-    experiment = client.get_experiment_by_name(load().tracking.experiment)
+    experiment = connect().get_experiment_by_name(load().tracking.experiment)
     id_ = experiment.experiment_id if experiment else "0"
     if store_uri().startswith("http"):
         log.info("%s", link(without_secrets(store_uri()).rstrip("/"), id_))

@@ -183,7 +183,7 @@ def test_a_command_that_ends_between_two_stages_leaves_what_its_last_stage_did(
 
 def test_what_nobody_compares_runs_by_lies_in_one_file_for_each_stage(make_config) -> None:
     with recording.record("train", make_config()) as record:
-        record.tags({"digest.val": "e" * 64, "health.verdict": "fine", "precision.reason": "why"})
+        record.tags({"digest.val": "e" * 64, "health.verdict": "fine", "precision.asked": "bf16"})
         record.metrics({"perf/forecast_memory_mib": 9.0, "perf/mfu": 0.5})
         for step in range(3):
             scale = 1.0 if step < 2 else 0.5
@@ -194,7 +194,7 @@ def test_what_nobody_compares_runs_by_lies_in_one_file_for_each_stage(make_confi
     assert not [tag for tag in row.data.tags if re.match("env|digest|record|shipped|prec", tag)]
     assert row.data.tags["health.verdict"] == "fine"
     facts = facts_of(row, "train")
-    assert facts["tags"].keys() >= {"digest.val", "precision.reason", "env.torch"}
+    assert facts["tags"].keys() >= {"digest.val", "precision.asked", "env.torch"}
     assert facts["metrics"]["perf/forecast_memory_mib"] == 9.0
     bounds = {"last": 1.0, "least": 1.0, "most": 1.0}
     assert facts["metrics"]["train/loss"] == {"points": 3, "finite": 2, **bounds}
