@@ -118,6 +118,10 @@ def ship(loss: float) -> None:
     with recording.record("evaluate", config) as record:
         results = {"loss": loss, "bits_per_byte": 2.44, "choice_acc_norm": 0.25}
         record.metrics({f"val/{key}": value for key, value in results.items()}, 3)
+    texts = [{"when": w, "prompt": "Ho", "text": f"{w} at {loss}"} for w in ("before", "after")]
+    paths.SAMPLES_JSONL.write_text("".join(f"{json.dumps(text)}\n" for text in texts), "utf-8")
+    with recording.record("sample", config) as record:
+        record.artifact(paths.SAMPLES_JSONL, "samples")
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +197,13 @@ def test_the_page_opens_on_the_curves_of_training_in_order(
     titles = re.findall(r'<h4[^>]*title="([^"]+)"', page)
     assert titles[: len(mlflow_view.CURVES)] == [metric for metric, *_ in mlflow_view.CURVES]
     assert not {"val/bits_per_byte", "perf/peak_memory_mib"} & set(titles)  # only the prepared ones
+
+
+@needs_browser
+def test_every_run_s_texts_stand_side_by_side(shipped: str, visit: Callable[..., str]) -> None:
+    page = visit(shipped.replace("compareRunsMode=CHART", "compareRunsMode=ARTIFACT"), "Ho [1]")
+    assert "samples.json" in page
+    assert all(f"after at {loss}" in page for loss in LOSSES.values())
 
 
 @needs_browser
