@@ -115,7 +115,7 @@ def to_user(error: BaseException) -> str:
 
 def reason(error: BaseException) -> str:
     """Why work ended: what the user is told, or the last line of a bug's traceback."""
-    return to_user(error) or cut(f"{type(error).__name__}: {error}", MESSAGE)
+    return to_user(error) or f"{type(error).__name__}: {error}"
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -373,7 +373,7 @@ def sweep(client: MlflowClient) -> None:
 def _is_left(run: Run) -> bool:
     """Whether a row of ours says RUNNING and its process, on this machine, is gone."""
     here = record_file.environment()["host"]
-    process, host, *_ = [*run.data.tags.get(PROCESS, "").split(" "), here]
+    process, host = (run.data.tags.get(PROCESS, "").split(" ") + [here])[:2]
     ours = run.info.status == "RUNNING" and "pipeline.key" in run.data.tags
     return ours and host == here and not is_alive(process)
 

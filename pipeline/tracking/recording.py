@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from pipeline import terminal
 from pipeline.config import Config
-from pipeline.errors import reason
+from pipeline.errors import MESSAGE, cut, reason
 from pipeline.process import this_process
 from pipeline.records import record_file
 from pipeline.records.record_file import Event, Record
@@ -51,7 +51,7 @@ def record(stage: str, config: Config, journal: Path | None = None) -> Iterator[
         yield entry
     except BaseException as error:
         status = "KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED"
-        why = terminal.shown(without_secrets(reason(error)))
+        why = cut(terminal.shown(without_secrets(reason(error))), MESSAGE)
         raise
     finally:
         try:  # a full disk may be what ended the stage

@@ -96,7 +96,7 @@ DIED = "**Its process is gone** without a word"
 def died(note: str, metrics: Mapping[str, float]) -> str:
     """The note of a row whose stage was killed, or whose machine went down."""
     before = note.partition(DIED)[0].strip()
-    told = f"{DIED}{_losses(metrics)}: the same command resumes."
+    told = f"{DIED}{_losses(metrics)}: the same command goes on."
     return f"{before}\n\n{told}".strip() + "\n"
 
 

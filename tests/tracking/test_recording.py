@@ -123,7 +123,7 @@ def test_a_row_whose_process_is_gone_does_not_run_for_ever_and_says_so(
         (row,) = all_rows()
         assert row.info.status == "KILLED"
         client.update_run(row.info.run_id, status="RUNNING")
-    told = "**Its process is gone** without a word (training loss 5.5000): the same command resumes"
+    told = "**Its process is gone** without a word (training loss 5.5000): the same command goes on"
     assert note_of(row).count(told) == (not edited)
     assert ("What changed" in note_of(row)) == (not edited)
 
