@@ -30,8 +30,7 @@ RECORDS, SHIPPED = "pipeline.records", "pipeline.shipped"
 PROCESS = "pipeline.process"
 NOTE = "mlflow.note.content"
 OWN_NOTE = "pipeline.note"  # a mark of what we wrote there last
-TABLE = "samples.json"
-TABLES = json.dumps([{"path": TABLE, "type": "table"}])
+TABLES = '[{"path": "samples.json", "type": "table"}]'
 
 MOST_POINTS, MOST_TAGS = 900, 100  # per request: MLflow takes 100 tags, and 1000 of both together
 
@@ -81,7 +80,7 @@ class Row:
         """Write a stage's whole record, unless all of it has arrived before."""
         if ids(self._known, SHIPPED).get(record[0]["stage"]) != record[0]["id"]:
             # In one request with the record's own.
-            last = {"kind": "tags", "values": self._arrived(record[0])}
+            last = {"kind": "tags", "values": self.with_record(SHIPPED, record[0])}
             self.write(chain(record, [last]), checkpoints, fetch)
 
     def enter(self, head: Event, process: str) -> None:
@@ -95,19 +94,20 @@ class Row:
         It stays open where the stage finished and the same `dvc` command has another for it.
         """
         if end["status"] == "FINISHED":  # an interrupted stage may resume under the same id
-            self.tag(self._arrived(head))
+            self.tag(self.with_record(SHIPPED, head))
         run = run or self.client.get_run(self.id)
         self._describe(head, run, run_note.ended(self._log))
-        started = list(self._log.of_kind("start", "resume")) or [head]
-        dvc = started[-1]["invocation"]
+        dvc = [head, *self._log.of_kind("start", "resume")][-1]["invocation"]
         if end["status"] == "FINISHED" and record_file.goes_on(head["stage"], dvc):
             self.tag({PROCESS: f"{dvc} {head['environment']['host']} {end['time']}"})
             return
         began = run.info.start_time or 0  # by a clock that was set back since?
         self.client.set_terminated(self.id, end["status"], end_time=max(began, end["time"]))
 
-    def _arrived(self, head: Event) -> dict[str, str]:
-        return {SHIPPED: _text(ids(self._known, SHIPPED) | {head["stage"]: head["id"]})}
+    def with_record(self, tag: str, head: Event) -> dict[str, str]:
+        """The tag with one more record in it."""
+        held = ids(self._known, tag) | {head["stage"]: head["id"]}
+        return {tag: json.dumps(held, sort_keys=True)}
 
     def settle(self, head: Event, end: Event, known: set[str]) -> None:
         """End a row that got a finished stage's record late, unless another stage is open in it.
@@ -156,7 +156,7 @@ class Row:
                     self._copy(path, event["folder"])
                     if event["path"] == paths.SAMPLES_JSONL.as_posix():
                         # As `mlflow.log_table` does it, but that doing it again adds no line.
-                        self.client.log_dict(self.id, row_facts.samples_table(path), TABLE)
+                        self.client.log_dict(self.id, row_facts.samples_table(path), "samples.json")
                         return {"mlflow.loggedArtifacts": TABLES}
             case "checkpoint":
                 self._checkpoint(event, checkpoints, fetch)
@@ -206,10 +206,6 @@ def ids(tags: Mapping[str, str], tag: str = RECORDS) -> dict[str, str]:
     return (former if tag == RECORDS else {}) | json.loads(tags.get(tag, "{}"))
 
 
-def _text(ids: Mapping[str, str]) -> str:
-    return json.dumps(ids, sort_keys=True)
-
-
 def from_workspace(path: str, sha256: str) -> Path | None:
     """The file or folder in this workspace, if it still holds what the record saw."""
     here = Path(path)
@@ -249,7 +245,7 @@ def open_row(
             row = _new_row(client, experiment_id, head)
             if rows:
                 client.set_tag(rows[0].info.run_id, "superseded", row.id)
-        row.tag({RECORDS: _text(held.get(row.id, {}) | own)})
+        row.tag(row.with_record(RECORDS, head))
     return row
 
 
@@ -365,8 +361,8 @@ def sweep(client: MlflowClient) -> None:
             continue
         if not kept or _mark(kept) == run.data.tags.get(OWN_NOTE):
             text = run_note.died(kept, run.data.metrics)
-            row = Row(client, run.info.run_id, run.info.experiment_id)
-            row.tag({OWN_NOTE: _mark(text), NOTE: text})
+            tags = {OWN_NOTE: _mark(text), NOTE: text}
+            Row(client, run.info.run_id, run.info.experiment_id).tag(tags)
         client.set_terminated(run.info.run_id, "KILLED")
 
 
