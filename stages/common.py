@@ -97,7 +97,8 @@ def notified(main: Callable[[Config], None], stage: str, config: Config) -> None
     if stage in ENDS:
         file, metric = ENDS[stage]
         with contextlib.suppress(FileNotFoundError):  # sampling needs no evaluation
-            loss = json.loads((paths.METRICS / file).read_text("utf-8"))[metric]
+            group, name = metric.split("/")
+            loss = json.loads((paths.METRICS / file).read_text("utf-8"))[group][name]
             notify.tell(config.tracking, f"{stage} has ended, {metric} {loss:.4f}")
 
 
