@@ -97,6 +97,27 @@ def exit_code(error: BaseException) -> int:
     return StorageError.exit_code if out_of_memory(error) or disk_full(error) else 1
 
 
+def to_user(error: BaseException) -> str:
+    """The message of an error that is no bug; "" for a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if disk_full(error):
+        return f"error: {error}; make room, and say the same again"
+    if out_of_memory(error):
+        return (
+            f"error: out of memory ({str(error).partition('. ')[0]}); halve train.batch_size and "
+            "double train.accumulate, or lower evaluate.batch_size"
+        )
+    return ""
+
+
+def reason(error: BaseException) -> str:
+    """Why work ended: what the user is told, or the last line of a bug's traceback."""
+    return to_user(error) or f"{type(error).__name__}: {error}"
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on the host or on a GPU (told without importing torch)."""
     words = str(error).lower()

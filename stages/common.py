@@ -20,14 +20,7 @@ from pipeline import config as configuration
 from pipeline import paths, terminal
 from pipeline.config import Config
 from pipeline.drawing import dvc_plots
-from pipeline.errors import (
-    ChangedError,
-    ConfigError,
-    UserError,
-    disk_full,
-    exit_code,
-    out_of_memory,
-)
+from pipeline.errors import ChangedError, ConfigError, exit_code, reason, to_user
 from pipeline.records import git, provenance
 from pipeline.resume import run_folder
 from pipeline.tables import write_json
@@ -93,35 +86,19 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
         sys.exit(exit_code(error))
 
 
-def to_user(error: BaseException) -> str:
-    """The message of an error that is no bug; "" for a bug."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, UserError):
-        return f"error: {error}"
-    if disk_full(error):
-        return f"error: {error}; make room, and say the same again"
-    if out_of_memory(error):
-        return (
-            f"error: out of memory ({str(error).partition('. ')[0]}); halve train.batch_size and "
-            "double train.accumulate, or lower evaluate.batch_size"
-        )
-    return ""
-
-
 def notified(main: Callable[[Config], None], stage: str, config: Config) -> None:
     """A stage's work, with a message where it fails, or ends a training or the pipeline."""
     notify.check(config.tracking)
     try:
         held(main, stage, config)
     except Exception as error:
-        why = to_user(error) or f"{type(error).__name__}: {error}"
-        notify.tell(config.tracking, f"{stage} failed: {why}")
+        notify.tell(config.tracking, f"{stage} failed: {reason(error)}")
         raise
     if stage in ENDS:
         file, metric = ENDS[stage]
         with contextlib.suppress(FileNotFoundError):  # sampling needs no evaluation
-            loss = json.loads((paths.METRICS / file).read_text("utf-8"))[metric]
+            group, name = metric.split("/")
+            loss = json.loads((paths.METRICS / file).read_text("utf-8"))[group][name]
             notify.tell(config.tracking, f"{stage} has ended, {metric} {loss:.4f}")
 
 

@@ -14,7 +14,7 @@ from pipeline.diagnostics import debugger, doctor, forecast, glimpse
 from pipeline.resume import run_folder
 from pipeline.resume.checkpoints import Checkpoint, Checkpoints
 from pipeline.resume.interruption import Interruption, Stopped
-from pipeline.tracking import notify, recording
+from pipeline.tracking import notify, recording, system_metrics
 from pipeline.training.history import History
 from pipeline.training.inputs import Inputs, open_inputs
 from pipeline.training.loop import fit, micro_batches
@@ -67,7 +67,8 @@ def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
     if newest:
         newest.restore(state)
         history.restore(newest.path, newest.facts, state.step)
-    loop(job, state, history)
+    with system_metrics.watched(record, precision.device):
+        loop(job, state, history)
     job.checkpoints.write_models(paths.LAST, paths.MODEL, state, history.best_step)
     record.checkpoint("best", paths.MODEL, history.best_step)
     record.checkpoint("last", paths.LAST, state.step)

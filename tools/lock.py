@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
-TORCH = re.compile(r"torch|triton|nvidia-|cuda-")
+TORCH = re.compile(r"torch|triton|nvidia-(?!ml-py)|cuda-")
 HEAD = "# Every file of every pinned version but PyTorch's. Made by tools/lock.py, for `make`.\n"
 
 

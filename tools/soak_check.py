@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.records.record_file import read
 from pipeline.storage.digests import tree_digest
 from pipeline.storage.folders import SUMS, problems
+from pipeline.tracking.row_facts import shown
 
 Point = tuple[str, int, float]  # key, step, value
 
@@ -89,8 +90,9 @@ def differences(found: Outcome, reference: Outcome) -> list[str]:
     if [status for status, _ in found.rows] != ["FINISHED"]:
         statuses = ", ".join(status for status, _ in found.rows) or "none"
         lost.append(f"MLflow: one row that is FINISHED expected, got {statuses}")
+    in_rows = [point for point in found.points if shown({point[0]: point[2]})]
     for _, points in found.rows:
-        lost += compared("MLflow's row", points, found.points)
+        lost += compared("MLflow's row", points, in_rows)
     return lost + [f"{name}: is still there, or not whole" for name in found.unfit]
 
 

@@ -11,6 +11,7 @@ import os
 import platform
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ import psutil
 from pipeline import paths
 from pipeline.config import Config, flatten, settings_of
 from pipeline.errors import ChangedError, ConfigError, InputError
+from pipeline.process import is_alive
 from pipeline.records import git, stage_graph
 from pipeline.records.provenance import code_digest, differing, listed
 from pipeline.records.record_reader import SCHEMA, read
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 
 # Significant digits of a value: the page shows what it is given. No timing repeats to five.
 DIGITS = 6
-DIGITS_OF = {"perf": 4, "time": 4}
+DIGITS_OF = {"perf": 4, "time": 4, "system": 4}
 EDITED = (
     f"{paths.PARAMS} was edited after this run's {{stage}} stage had begun:{{changed}}\n"
     "The stages that are finished are kept. The same command again goes on with what stands there "
@@ -54,6 +56,7 @@ class Record:
         self.stage = stage
         self.path = paths.record(stage)
         self.bytes = 0  # of the artifacts and checkpoints that it names
+        self._writing = threading.Lock()
         self._part = part(self.path)
         earlier = reopen(journal) if journal else Log()
         # A clock may be set back meanwhile, also between the sessions of a journal.
@@ -80,6 +83,10 @@ class Record:
             rounded = {key: _round(key, value) for key, value in new.items()}
             self._write({"kind": "metrics", "time": _now(), "step": step, "values": rounded})
 
+    def next_step(self, key: str) -> int:
+        """The step after the last one that the journal has of a metric."""
+        return self._held.get(key, -1) + 1
+
     def tags(self, values: dict[str, Any]) -> None:
         self._write({"kind": "tags", "values": {k: str(v) for k, v in values.items()}})
 
@@ -105,11 +112,12 @@ class Record:
         for file in self._files:
             os.fsync(file.fileno())
 
-    def close(self, status: str) -> None:
+    def close(self, status: str, why: str = "") -> None:
         if status == "FINISHED":  # an interrupted stage may go on, and has one time in the end
             seconds = self._spent + time.monotonic() - self._started
             self.metrics({f"time/{self.stage}_seconds": seconds})
-        self._write({"kind": "end", "status": status, "time": _now()})
+        said = {"why": why} if why else {}
+        self._write({"kind": "end", "status": status, "time": _now(), **said})
         for file in self._files:
             file.close()
         if status == "FINISHED":
@@ -117,9 +125,10 @@ class Record:
 
     def _write(self, event: Event) -> None:
         self.bytes += event.get("bytes", 0)
-        for file in self._files:
-            file.write(json.dumps(event, ensure_ascii=False) + "\n")
-            file.flush()
+        with self._writing:  # the machine's load comes from another thread
+            for file in self._files:
+                file.write(json.dumps(event, ensure_ascii=False) + "\n")
+                file.flush()
 
 
 def part(path: Path) -> Path:
@@ -235,6 +244,7 @@ def environment() -> dict[str, str]:
         "host": socket.gethostname(),
         "cores": str(os.cpu_count()),
         "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
+        "user": git.said("config", "user.name") or psutil.Process().username(),
     }
 
 
@@ -248,9 +258,26 @@ def _invocation() -> str:
     """One string for all stages of one `dvc` command: the process that started this one."""
     for parent in psutil.Process().parents()[:3]:
         with contextlib.suppress(psutil.Error):
-            if any("dvc" in Path(word).name for word in parent.cmdline()[:3]):
+            if _is_dvc(parent.cmdline()):
                 return f"{parent.pid}-{parent.create_time():.2f}"
     return f"{os.getpid()}-{time.time():.2f}"
+
+
+def _is_dvc(words: list[str]) -> bool:
+    return any("dvc" in Path(word).name for word in words[:3])
+
+
+def goes_on(stage: str, invocation: str) -> bool:
+    """Whether the `dvc` command that ran a stage lives and has another to run that builds on it.
+
+    A queue's process does not say which stages it was asked for: then it is taken for all.
+    """
+    words: list[str] = []
+    if is_alive(invocation):
+        with contextlib.suppress(psutil.Error):
+            words = psutil.Process(int(invocation.partition("-")[0])).cmdline()
+    targets = [word for word in words if word in stage_graph.stages()] or stage_graph.stages()
+    return _is_dvc(words) and any(stage in stage_graph.upstream(target) for target in targets)
 
 
 def _parent(params: dict[str, Any]) -> dict[str, Any]:

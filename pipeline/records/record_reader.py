@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from pipeline import config, regular
-from pipeline.errors import InputError, cut, quoted
+from pipeline.errors import MESSAGE, InputError, cut, quoted
 from pipeline.records import stage_graph
 from pipeline.records.run_data import Event, Log
 
@@ -178,7 +178,7 @@ _NAME = re.compile(r"[\w-][\w. -]{0,99}(/[\w-][\w. -]{0,99}){0,5}", re.ASCII)
 _SETTING = re.compile(r"\w+(\.\w+){0,5}", re.ASCII)
 # Tags that MLflow or this project gives to a row: a record must not set them.
 _OURS = re.compile(
-    r"(mlflow|pipeline|record|shipped|dvc|checkpoint|git)\..*|superseded|code|model|init"
+    r"(mlflow|pipeline|record|shipped|dvc|checkpoint|git)\..*|superseded|code|model|init|changed"
 )
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _NAMES = f"at most {MOST_VALUES:,} plain names"
@@ -308,5 +308,6 @@ _FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "end": {
         "status": (lambda v: v in ("FINISHED", "FAILED", "KILLED"), "FINISHED, FAILED or KILLED"),
         "time": _TIME,
+        "why": (_text(2 * MESSAGE), "text", ""),  # `cut` says by how much it was longer
     },
 }

@@ -6,6 +6,7 @@ Points lie in arrays, since a long training has millions.
 from __future__ import annotations
 
 import functools
+import json
 import math
 from array import array
 from collections import UserDict, defaultdict
@@ -203,6 +204,16 @@ class RunData:
 
     def _in_order(self) -> Iterator[Log]:
         return (Log.of(self.records[s]) for s in stage_graph.stages() if s in self.records)
+
+
+def samples(content: bytes) -> dict[str, list[tuple[str, str]]]:
+    """samples.jsonl: by prompt the pairs of texts before and after training, in its order."""
+    texts: dict[str, dict[str, list[str]]] = {}
+    for line in content.decode("utf-8").split("\n")[:-1]:
+        sample = json.loads(line)
+        by_time = texts.setdefault(sample["prompt"], {"before": [], "after": []})
+        by_time[sample["when"]].append(sample["text"])
+    return {p: list(zip(t["before"], t["after"], strict=True)) for p, t in texts.items()}
 
 
 @dataclass(frozen=True)

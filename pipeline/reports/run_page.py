@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pipeline import paths
 from pipeline.diagnostics.doctor import Finding, examine, headline
 from pipeline.records import stage_graph
 from pipeline.records.dvc_history import read_file
-from pipeline.records.run_data import Experiment
+from pipeline.records.run_data import Experiment, samples
 from pipeline.reports.curves import ALONE, charts
 from pipeline.tables import cell
 from pipeline.tracking.mlflow_run import from_workspace
@@ -195,14 +194,7 @@ def key_numbers(run: Experiment) -> list[tuple[str, str, str]]:
 def samples_of(read: Read) -> dict[str, list[tuple[str, str]]]:
     """By prompt the pairs of texts before and after training, in the order of the file."""
     content = read(paths.SAMPLES_JSONL)
-    if content is None:
-        return {}
-    texts: dict[str, dict[str, list[str]]] = {}
-    for line in content.decode("utf-8").split("\n")[:-1]:
-        sample = json.loads(line)
-        by_time = texts.setdefault(sample["prompt"], {"before": [], "after": []})
-        by_time[sample["when"]].append(sample["text"])
-    return {p: list(zip(t["before"], t["after"], strict=True)) for p, t in texts.items()}
+    return {} if content is None else samples(content)
 
 
 def compact(text: str) -> Markup:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
-from pipeline.records.record_file import Event
+from pipeline.records.run_data import Event
+from pipeline.tracking import row_facts
 from pipeline.tracking.mlflow_store import hold_elsewhere
 
 if TYPE_CHECKING:
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 LOSSES = {"train/loss": "train", "train/val_loss": "val"}  # {metric: split}
 EVALUATED = "val/"  # begins the metrics that `evaluate` measures of the best checkpoint
-DATASET = "tokens"
+REFUSED = re.compile("[/:.%\"']")  # what MLflow takes in no model's name
 EXTERNAL = "mlflow.model.isExternal"  # MLflow's tag of a model whose files it does not hold
 
 
@@ -24,15 +26,16 @@ class LoggedModels:
         self._client, self._run_id, self._experiment_id = client, run_id, experiment_id
         self._latest: dict[str, Metric] = {}
         self._validated: dict[int, list[Metric]] = {}  # step -> the two losses there
-        self._digests: dict[str, str] = {}  # split -> digest of its tokens, cut for MLflow
+        self._datasets: dict[str, dict[str, str]] = {}  # by split: its data, as a point names it
         self._known: dict[str, str] | None = None  # checkpoint name -> model id
 
     def points(self, event: Event) -> list[Metric]:
-        """MLflow's points for a metrics event; those of the best checkpoint carry its id."""
+        """MLflow's points for what the row shows; those of the best checkpoint carry its id."""
         from mlflow.entities import Metric
 
         step, time = event["step"], event["time"]
-        points = [Metric(key, value, time, step) for key, value in event["values"].items()]
+        shown = row_facts.shown(event["values"]).items()
+        points = [Metric(key, value, time, step) for key, value in shown]
         self._latest |= {point.key: point for point in points if point.key in LOSSES}
         if "train/val_loss" in event["values"]:
             self._validated[step] = list(self._latest.values())
@@ -62,9 +65,10 @@ class LoggedModels:
             self._client.log_batch(self._run_id, metrics=linked)
 
     def _create(self, name: str, place: dict[str, str]) -> str:
+        run = self._client.get_run(self._run_id).info.run_name
         model = self._client.create_logged_model(
             self._experiment_id,
-            name=f"{name} at step {place['step']}",
+            name=f"{REFUSED.sub('-', run)} {name}, step {place['step']}",
             source_run_id=self._run_id,
             params={key: place[key] for key in ("step", "path", "md5") if key in place},
             tags={EXTERNAL: "true", "checkpoint": name} | place,
@@ -88,10 +92,12 @@ class LoggedModels:
         """A point linked to a model and to the tokens that it was measured on."""
         from mlflow.entities import Metric
 
-        if split not in self._digests:
-            tags = self._client.get_run(self._run_id).data.tags
-            self._digests[split] = tags.get(f"digest.{split}", "")[:36]
-        digest = self._digests[split]
-        dataset = {"dataset_name": DATASET, "dataset_digest": digest} if digest else {}
+        if split not in self._datasets:
+            inputs = self._client.get_run(self._run_id).inputs.dataset_inputs
+            self._datasets |= {
+                tag.value: {"dataset_name": d.dataset.name, "dataset_digest": d.dataset.digest}
+                for d in inputs
+                for tag in d.tags
+            }
         place = (point.key, point.value, point.timestamp, point.step)
-        return Metric(*place, model_id=model_id, **dataset)
+        return Metric(*place, model_id=model_id, **self._datasets.get(split, {}))

@@ -9,12 +9,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import paths
 from pipeline.process import is_alive, this_process
 from pipeline.records import record_file
-from pipeline.records.record_file import Event
-from pipeline.records.run_data import row_name
+from pipeline.records.run_data import Event, Log, row_name
 from pipeline.storage import digests
-from pipeline.tracking import mlflow_store, mlflow_view, run_note
+from pipeline.tracking import mlflow_store, mlflow_view, row_facts, run_note
 from pipeline.tracking.mlflow_models import LoggedModels
 
 if TYPE_CHECKING:
@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHIPPED = "shipped."
+# Ids by stage, as JSON: the records that a row holds, and those that have arrived whole.
+RECORDS, SHIPPED = "pipeline.records", "pipeline.shipped"
+# Who works on the row, and on which host. A third word, the time in milliseconds at which its last
+# stage finished, says that the process is a `dvc` command with more of them to come.
+PROCESS = "pipeline.process"
 NOTE = "mlflow.note.content"
 OWN_NOTE = "pipeline.note"  # a mark of what we wrote there last
+TABLES = '[{"path": "samples.json", "type": "table"}]'
 
 MOST_POINTS, MOST_TAGS = 900, 100  # per request: MLflow takes 100 tags, and 1000 of both together
 
@@ -39,12 +44,16 @@ class Row:
         self.client, self.id, self.experiment_id = client, run_id, experiment_id
         self._known: dict[str, str] = dict(tags or {})  # tags that it is known to have
         self._models = LoggedModels(client, run_id, experiment_id)
+        self._log = Log()  # what has come of the record that is being written
 
     def write(self, events: Iterable[Event], checkpoints: str, fetch: Fetch) -> None:
         """Ship events; writing the same ones again changes nothing."""
         points: list[Metric] = []
         tags: dict[str, str] = {}
         for event in events:
+            if event["kind"] == "start":
+                self._log = Log()
+            self._log.append(event)
             if event["kind"] == "metrics":
                 points += self._models.points(event)
             else:
@@ -69,24 +78,36 @@ class Row:
 
     def replay(self, record: Sequence[Event], checkpoints: str, fetch: Fetch) -> None:
         """Write a stage's whole record, unless all of it has arrived before."""
-        arrived = {shipped_tag(record[0]): record[0]["id"]}
-        if not arrived.items() <= self._known.items():
-            last = {"kind": "tags", "values": arrived}  # in one request with the record's own
+        if ids(self._known, SHIPPED).get(record[0]["stage"]) != record[0]["id"]:
+            # In one request with the record's own.
+            last = {"kind": "tags", "values": self.with_record(SHIPPED, record[0])}
             self.write(chain(record, [last]), checkpoints, fetch)
 
     def enter(self, head: Event, process: str) -> None:
         """Say that a stage's `process`, as `process.this_process` names it, works on the row."""
-        self.tag({"pipeline.process": process, "pipeline.host": head["environment"]["host"]})
+        self.tag({PROCESS: f"{process} {head['environment']['host']}"})
         self.client.update_run(self.id, status="RUNNING")
 
     def leave(self, head: Event, end: Event, run: Run | None = None) -> None:
-        """End the row as its stage did; all of the stage's record has arrived."""
+        """End the row as its stage did; all of the stage's record has arrived.
+
+        It stays open where the stage finished and the same `dvc` command has another for it.
+        """
         if end["status"] == "FINISHED":  # an interrupted stage may resume under the same id
-            self.tag({shipped_tag(head): head["id"]})
+            self.tag(self.with_record(SHIPPED, head))
         run = run or self.client.get_run(self.id)
-        self._describe(head, run)
+        self._describe(head, run, run_note.ended(self._log))
+        dvc = [head, *self._log.of_kind("start", "resume")][-1]["invocation"]
+        if end["status"] == "FINISHED" and record_file.goes_on(head["stage"], dvc):
+            self.tag({PROCESS: f"{dvc} {head['environment']['host']} {end['time']}"})
+            return
         began = run.info.start_time or 0  # by a clock that was set back since?
         self.client.set_terminated(self.id, end["status"], end_time=max(began, end["time"]))
+
+    def with_record(self, tag: str, head: Event) -> dict[str, str]:
+        """The tag with one more record in it."""
+        held = ids(self._known, tag) | {head["stage"]: head["id"]}
+        return {tag: json.dumps(held, sort_keys=True)}
 
     def settle(self, head: Event, end: Event, known: set[str]) -> None:
         """End a row that got a finished stage's record late, unless another stage is open in it.
@@ -94,16 +115,15 @@ class Row:
         A stage whose record is not among the `known` finished ones failed, or is running.
         """
         run = self.client.get_run(self.id)
-        held = {id_ for tag, id_ in run.data.tags.items() if tag.startswith("record.")}
-        if held <= known:
+        if set(ids(run.data.tags).values()) <= known:
             self.leave(head, end, run)
 
-    def _describe(self, head: Event, run: Run) -> None:
+    def _describe(self, head: Event, run: Run, ended: str) -> None:
         """Write the note, unless a person has edited it."""
         if (kept := run.data.tags.get(NOTE)) and _mark(kept) != run.data.tags.get(OWN_NOTE):
             return
         own, parent = _facts(run), self._parent(head, run)
-        text = run_note.note(head, own, _facts(parent) if parent else None)[:5000]
+        text = run_note.note(head, own, _facts(parent) if parent else None, ended)[:5000]
         self.tag({OWN_NOTE: _mark(text), NOTE: text})
 
     def _parent(self, head: Event, run: Run) -> Run | None:
@@ -125,42 +145,45 @@ class Row:
     def _ship(self, event: Event, checkpoints: str, fetch: Fetch) -> dict[str, str]:
         """Ship an event that is no point; the tags that the row gets for it."""
         match event["kind"]:
-            case "start":
-                tags = {f"record.{event['stage']}": event["id"], "code": event["code"][:12]}
-                return tags | {f"env.{key}": value for key, value in event["environment"].items()}
             case "resume" if name := event["name"]:  # the name that DVC will keep
                 return {"dvc.exp_name": name, "mlflow.runName": name}
             case "tags":
-                return event["values"]
+                return row_facts.shown_tags(event["values"])
             case "dataset":
                 self._dataset(event)
-                return {f"digest.{event['name']}.{event['context']}": event["digest"]}
             case "artifact":
                 if path := fetch(event["path"], event["sha256"]):
                     self._copy(path, event["folder"])
+                    if event["path"] == paths.SAMPLES_JSONL.as_posix():
+                        # As `mlflow.log_table` does it, but that doing it again adds no line.
+                        self.client.log_dict(self.id, row_facts.samples_table(path), "samples.json")
+                        return {"mlflow.loggedArtifacts": TABLES}
             case "checkpoint":
-                return self._checkpoint(event, checkpoints, fetch)
+                self._checkpoint(event, checkpoints, fetch)
+            case "end":
+                facts = row_facts.facts(self._log)
+                self.client.log_dict(self.id, facts, f"facts/{facts['stage']}.json")
         return {}
 
     def _dataset(self, event: Event) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         source = json.dumps({"uri": event["source"]})
-        dataset = Dataset(event["name"], event["digest"][:36], "local", source)
+        corpus = self._log[0]["params"]["corpus.source"]
+        name = f"{corpus if event['name'] == 'tokens' else event['name']} {event['context']}"
+        dataset = Dataset(name, event["digest"][:36], "local", source)
         context = InputTag("mlflow.data.context", event["context"])
         self.client.log_inputs(self.id, [DatasetInput(dataset, [context])])
 
-    def _checkpoint(self, event: Event, checkpoints: str, fetch: Fetch) -> dict[str, str]:
+    def _checkpoint(self, event: Event, checkpoints: str, fetch: Fetch) -> None:
         name = event["name"]
         kept = ("path", "md5", "sha256", "step")
         place = {key: str(event[key]) for key in kept if key in event}
-        tags = {f"checkpoint.{name}.{key}": value for key, value in place.items()}
         if checkpoints in ("all", name) and (path := fetch(event["path"], event["sha256"])):
             self._copy(path, f"checkpoints/{name}")
             place["copy"] = f"runs:/{self.id}/checkpoints/{name}"
         if checkpoints != "none":
             self._models.put(name, place)
-        return tags
 
     def _copy(self, path: Path, folder: str) -> None:
         if path.is_dir():
@@ -177,9 +200,10 @@ def _facts(run: Run) -> run_note.Facts:
     return run_note.Facts(run.info.run_name, run.data.metrics, run.data.tags)
 
 
-def shipped_tag(head: Event) -> str:
-    """The tag that says that the whole record has arrived."""
-    return f"{SHIPPED}{head['stage']}"
+def ids(tags: Mapping[str, str], tag: str = RECORDS) -> dict[str, str]:
+    """Records by stage that a row holds, also one of an earlier version: a tag for each then."""
+    former = {t[len("record.") :]: id_ for t, id_ in tags.items() if t.startswith("record.")}
+    return (former if tag == RECORDS else {}) | json.loads(tags.get(tag, "{}"))
 
 
 def from_workspace(path: str, sha256: str) -> Path | None:
@@ -199,8 +223,8 @@ def open_row(
     same params, or two equal experiments at a time never double points. If `tidy`, rows of dead
     processes are closed first.
     """
-    own = f"record.{head['stage']}"
-    parts = {f"record.{r[0]['stage']}": r[0]["id"] for r in others} | {own: head["id"]}
+    own = {head["stage"]: head["id"]}
+    parts = {r[0]["stage"]: r[0]["id"] for r in others} | own
     with mlflow_store.lock():
         if tidy:
             sweep(client)
@@ -210,9 +234,10 @@ def open_row(
             f"tags.`pipeline.key` = '{head['key']}'",
             order_by=["attributes.start_time DESC"],
         )
-        fitting = [r for r in rows if parts.items() <= (parts | r.data.tags).items()]
+        held = {run.info.run_id: ids(run.data.tags) for run in rows}
+        fitting = [r for r in rows if parts.items() <= (parts | held[r.info.run_id]).items()]
         # A replayed stage mostly has its row already.
-        fitting.sort(key=lambda run: run.data.tags.get(own) != head["id"])
+        fitting.sort(key=lambda run: not own.items() <= held[run.info.run_id].items())
         if fitting:
             mlflow_store.hold_elsewhere(client.tracking_uri, fitting[0].info.artifact_uri)
             row = Row(client, fitting[0].info.run_id, experiment_id, fitting[0].data.tags)
@@ -220,7 +245,7 @@ def open_row(
             row = _new_row(client, experiment_id, head)
             if rows:
                 client.set_tag(rows[0].info.run_id, "superseded", row.id)
-        row.tag({own: head["id"]})
+        row.tag(row.with_record(RECORDS, head))
     return row
 
 
@@ -232,7 +257,7 @@ def attach(training_records: Iterable[str], folder: Path, name: str) -> None:
     try:
         client = mlflow_store.connect()
         for record in training_records:
-            for run in _runs(client, f"tags.`record.train` = '{record}'"):
+            for run in _holding(client, "train", record):
                 mlflow_store.hold_elsewhere(client.tracking_uri, run.info.artifact_uri)
                 client.log_artifacts(run.info.run_id, str(folder), name)
     except Exception as error:  # a store's errors are of every kind
@@ -246,10 +271,9 @@ def rename(client: MlflowClient, record: Event, known: set[str], name: str) -> d
     name that a person has given to the row stays.
     """
     renamed = {}
-    for run in _runs(client, f"tags.`record.{record['stage']}` = '{record['id']}'"):
-        tags = run.data.tags
-        former = tags.get("dvc.exp_name", "")
-        own = {id_ for tag, id_ in tags.items() if tag.startswith("record.")} <= known
+    for run in _holding(client, record["stage"], record["id"]):
+        former = run.data.tags.get("dvc.exp_name", "")
+        own = set(ids(run.data.tags).values()) <= known
         if former not in ("", name) and own:
             row = Row(client, run.info.run_id, run.info.experiment_id)
             row.tag({"dvc.exp_name": name})
@@ -264,11 +288,14 @@ def shipped(client: MlflowClient) -> list[set[str]]:
 
     Rows that a stopped process has left open are left out: somebody has to close them.
     """
-    return [
-        {id_ for tag, id_ in run.data.tags.items() if tag.startswith(SHIPPED)}
-        for run in _runs(client)
-        if not _is_left(run)
-    ]
+    runs = [run for run in _runs(client) if not _is_left(run)]
+    return [set(ids(run.data.tags, SHIPPED).values()) for run in runs]
+
+
+def _holding(client: MlflowClient, stage: str, id_: str) -> Iterator[Run]:
+    """The rows that hold a stage's record."""
+    found = _runs(client, f"tags.`{RECORDS}` LIKE '%{id_}%'")  # an underscore is any character
+    return (run for run in found if ids(run.data.tags).get(stage) == id_)
 
 
 def _runs(client: MlflowClient, condition: str = "") -> Iterator[Run]:
@@ -288,18 +315,18 @@ def _new_row(client: MlflowClient, experiment_id: str, head: Event) -> Row:
     tags = {
         "pipeline.key": head["key"],
         "pipeline.settings": head["settings"],
-        "pipeline.process": this_process(),  # until a stage says that it works on the row
-        "pipeline.host": record_file.environment()["host"],
+        # Until a stage says that it works on the row.
+        PROCESS: f"{this_process()} {record_file.environment()['host']}",
         "model": run_note.model_size(head["params"]),
         "init": run_note.initial_weights(head["params"]),
         "changed": run_note.changes(head),
         "dvc.exp_name": head["name"],
+        "mlflow.user": head["environment"].get("user", ""),
         "mlflow.runColor": _next_color(client, experiment_id),
         "mlflow.source.type": "PROJECT",
         "mlflow.source.name": "gpt2-pipeline",
         "mlflow.source.git.commit": head["git"]["commit"],
         "mlflow.source.git.branch": head["git"]["branch"],
-        "git.dirty": head["git"]["dirty"],
     }
     tags = {key: value for key, value in tags.items() if value != ""}
     run = client.create_run(
@@ -323,20 +350,29 @@ def _next_color(client: MlflowClient, experiment_id: str) -> str:
 
 
 def sweep(client: MlflowClient) -> None:
-    """Close the rows whose process died without a word: they would say RUNNING for ever."""
+    """Close the rows whose process is gone: they would say RUNNING for ever.
+
+    Between two stages a `dvc` command may end as it likes; a stage has died without a word.
+    """
     for run in [r for r in _runs(client, "attributes.status = 'RUNNING'") if _is_left(r)]:
+        kept, words = run.data.tags.get(NOTE, ""), run.data.tags.get(PROCESS, "").split(" ")
+        if len(words) == 3:
+            end = max(run.info.start_time or 0, int(words[2]))
+            client.set_terminated(run.info.run_id, "FINISHED", end_time=end)
+            continue
+        if not kept or _mark(kept) == run.data.tags.get(OWN_NOTE):
+            text = run_note.died(kept, run.data.metrics)
+            tags = {OWN_NOTE: _mark(text), NOTE: text}
+            Row(client, run.info.run_id, run.info.experiment_id).tag(tags)
         client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _is_left(run: Run) -> bool:
     """Whether a row of ours says RUNNING and its process, on this machine, is gone."""
-    tags, here = run.data.tags, record_file.environment()["host"]
-    ours = run.info.status == "RUNNING" and "pipeline.key" in tags
-    return (
-        ours
-        and tags.get("pipeline.host", here) == here
-        and not is_alive(tags.get("pipeline.process", ""))
-    )
+    here = record_file.environment()["host"]
+    process, host = (run.data.tags.get(PROCESS, "").split(" ") + [here])[:2]
+    ours = run.info.status == "RUNNING" and "pipeline.key" in run.data.tags
+    return ours and host == here and not is_alive(process)
 
 
 def _experiment(client: MlflowClient, name: str) -> str:

@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline import terminal
 from pipeline.config import Config
+from pipeline.errors import MESSAGE, cut, reason
 from pipeline.process import this_process
 from pipeline.records import record_file
 from pipeline.records.record_file import Event, Record
@@ -44,17 +46,17 @@ def record(stage: str, config: Config, journal: Path | None = None) -> Iterator[
     """A stage's record, shipped while it is written; its row ends as the stage does."""
     entry = Record(stage, config, journal)
     courier = Courier(entry, config.tracking.checkpoints)
-    status = "FAILED"
+    status, why = "FINISHED", ""
     try:
         yield entry
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED"
+        why = cut(terminal.shown(without_secrets(reason(error))), MESSAGE)
         raise
     finally:
         try:  # a full disk may be what ended the stage
             entry.tags({f"env.{name}": version for name, version in record_file.versions().items()})
-            entry.close(status)
+            entry.close(status, why)
         finally:
             courier.close(hurried=status == "KILLED")
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import terminal
-from pipeline.records.record_file import Event
+from pipeline.errors import cut
+from pipeline.records.run_data import Event, Log
 
 LONGEST = 60  # characters of a setting's value
 MOST = 500  # of all changes in a column: MLflow refuses a row for a tag that is too long
 
+LONGEST_REASON = 2000  # characters of an error: MLflow takes 5000 for the whole note
+LOSSES = {"train/loss": "training loss", "train/val_loss": "validation loss"}
 # (metric, label, format of a value, format of a difference)
 RESULTS = (
     ("val/loss", "Validation loss", "{:.4f}", "{:+.4f}"),
@@ -61,12 +64,45 @@ def changes(head: Event) -> str:
     return words if len(words) <= MOST else f"{words[: MOST - 3]}..."
 
 
-def note(head: Event, own: Facts, parent: Facts | None) -> str:
-    """Markdown: the settings that differ from the commit's, and the results.
+def note(head: Event, own: Facts, parent: Facts | None, ended: str = "") -> str:
+    """Markdown: the settings that differ from the commit's, how it `ended`, and the results.
 
     `parent` is a row with exactly the commit's settings, if there is one.
     """
-    return f"{_change(head)}\n\n{_outcome(own, parent)}\n"
+    said = [_change(head), ended, _outcome(own, parent, "" if ended else "**No results** yet.")]
+    return "\n\n".join(filter(None, said)) + "\n"
+
+
+def ended(record: Log) -> str:
+    """Why a stage did not finish, as a person was told, and how far it had come; else nothing."""
+    end = record[-1] if len(record) else {}
+    if end.get("status", "FINISHED") == "FINISHED":
+        return ""
+    head, curves = record[0], record.curves
+    where, again = "", "begins it again"
+    if curve := curves.get("train/loss"):
+        where = f" after {curve[-1][0] + 1:,} of {head['params']['train.steps']:,} steps"
+        where += _losses({name: curves[name][-1][1] for name in LOSSES if name in curves})
+        again = "resumes"
+    if end["status"] == "KILLED":
+        return f"**Interrupted** in `{head['stage']}`{where}: the same command {again}."
+    why = f":\n\n{terminal.as_code(cut(end['why'], LONGEST_REASON))}" if end.get("why") else "."
+    return f"**Failed** in `{head['stage']}`{where}{why}".rstrip()
+
+
+DIED = "**Its process is gone** without a word"
+
+
+def died(note: str, metrics: Mapping[str, float]) -> str:
+    """The note of a row whose stage was killed, or whose machine went down."""
+    before = note.partition(DIED)[0].strip()
+    told = f"{DIED}{_losses(metrics)}: the same command goes on."
+    return f"{before}\n\n{told}".strip() + "\n"
+
+
+def _losses(values: Mapping[str, float]) -> str:
+    found = [f"{words} {values[name]:.4f}" for name, words in LOSSES.items() if name in values]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _change(head: Event) -> str:
@@ -95,16 +131,16 @@ def _value(value: Any) -> str:
     return shown if len(shown) <= LONGEST else shown[: LONGEST - 3] + "..."
 
 
-def _outcome(own: Facts, parent: Facts | None) -> str:
+def _outcome(own: Facts, parent: Facts | None, without: str) -> str:
     parts = []
     for key, words, shown, difference in RESULTS:
         if (value := own.metrics.get(key)) is not None:
             parts.append(f"{words} {shown.format(value)}")
             if parent and key in parent.metrics:
                 parts[-1] += f" ({difference.format(value - parent.metrics[key])})"
-    results = f"**Results:** {'; '.join(parts)}." if parts else "**No results** yet."
+    results = f"**Results:** {'; '.join(parts)}." if parts else without
     if parts and parent:
         name = terminal.in_markdown(parent.name)
         results += f" In brackets: the difference from {name}, which has that commit's settings."
-    verdict = own.tags.get("health.verdict") or own.tags.get("health.grad_norm")
+    verdict = own.tags.get("health.verdict")
     return f"{results}\n\n**Health:** {terminal.in_markdown(verdict)}" if verdict else results

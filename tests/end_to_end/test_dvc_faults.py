@@ -16,6 +16,7 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
+from pipeline.tracking import mlflow_run
 from tests.conftest import Checkout, tiny_pipeline, wait_for
 
 pytestmark = [
@@ -163,7 +164,7 @@ def test_an_orphaned_training_is_named_and_its_result_reused_once_it_has_ended(
     assert "train: identical training already finished; reusing its verified result" in said
     client = MlflowClient(f"sqlite:///{(repo.folder / 'mlflow.db').as_posix()}")
     found = client.search_runs([client.get_experiment_by_name("gpt2").experiment_id])
-    trained = [run for run in found if "record.train" in run.data.tags]
+    trained = [run for run in found if "train" in mlflow_run.ids(run.data.tags)]
     (row,) = trained
     history = client.get_metric_history(row.info.run_id, "train/loss")
     assert sorted(point.step for point in history) == list(range(150))
@@ -255,9 +256,9 @@ def test_an_edit_before_a_later_stage_leaves_one_row(long_training: Checkout) ->
     repo.dvc("repro", "evaluate")
     client = MlflowClient(f"sqlite:///{(repo.folder / 'mlflow.db').as_posix()}")
     rows = client.search_runs([client.get_experiment_by_name("gpt2").experiment_id])
-    trained = [row for row in rows if "record.train" in row.data.tags]
+    trained = [row for row in rows if "train" in mlflow_run.ids(row.data.tags)]
     (row,) = trained
-    assert "record.evaluate" in row.data.tags
+    assert "evaluate" in mlflow_run.ids(row.data.tags)
 
 
 @pytest.mark.fault(44)

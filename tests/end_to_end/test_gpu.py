@@ -33,7 +33,7 @@ from pipeline.records import record_file
 from pipeline.resume import snapshot
 from pipeline.storage import folders
 from pipeline.studies import loss_scaling
-from pipeline.tracking import recording
+from pipeline.tracking import recording, system_metrics
 from pipeline.training import loop, training_step
 from pipeline.training.prefetch import Prefetch
 from stages import evaluate, import_hf_weights, sample, tokenize_corpus, train
@@ -131,6 +131,16 @@ def test_losses_on_the_device_are_the_hosts_as_far_as_the_format_goes(device, na
 def test_compiled_losses_are_the_eager_ones(compiling) -> None:
     name = "bf16" if compiling.type == "cuda" else "fp32"
     assert losses(compiling, name, compile=True) == pytest.approx(losses(CPU), abs=NEAR[name])
+
+
+@here
+def test_the_card_in_use_tells_its_load() -> None:
+    pytest.importorskip("pynvml")
+    (card,) = system_metrics._gpus(torch.device("cuda")).values()
+    free, total = torch.cuda.mem_get_info()
+    told = system_metrics._card(card)
+    assert told["memory_usage_percentage"] == pytest.approx(100 * (1 - free / total), abs=5)
+    assert {"utilization_percentage", "power_usage_watts", "temperature_celsius"} <= told.keys()
 
 
 def test_batches_are_pinned_and_equal_the_hosts(device) -> None:

@@ -40,6 +40,7 @@ OWNERS = {
     "jinja2": {"report"},
     "markdown_it": {"run_page"},
     "vl_convert": {"dvc_plots"},
+    "pynvml": {"system_metrics"},
 }
 
 

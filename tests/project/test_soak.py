@@ -12,7 +12,7 @@ from tools import soak, soak_check
 from tools.soak_check import Outcome, differences
 
 LOSSES = [("train/loss", step, 3.0 - step / 10) for step in range(4)]
-TIMES = [("perf/step_seconds", step, 0.5) for step in range(4)]
+TIMES = [("perf/step_tokens_per_second", step, 0.5) for step in range(4)]
 REFERENCE = Outcome(
     models={"last": "a1", "model": "b2"},
     points=LOSSES + TIMES,
@@ -26,7 +26,7 @@ def with_points(points: list[soak_check.Point]) -> Outcome:
 
 
 def test_a_training_that_only_took_other_times_has_lost_nothing() -> None:
-    slower = [("perf/step_seconds", step, 0.9) for step in range(4)]
+    slower = [("perf/step_tokens_per_second", step, 0.9) for step in range(4)]
     assert differences(with_points(LOSSES + slower), REFERENCE) == []
 
 
@@ -54,7 +54,7 @@ def test_a_changed_weight_is_noticed() -> None:
 def test_rows_that_lack_double_or_split_the_record_are_noticed() -> None:
     full = REFERENCE.points
     for rows, said in [
-        ([("FINISHED", full[:-1])], ["MLflow's row: perf/step_seconds missing at 3"]),
+        ([("FINISHED", full[:-1])], ["MLflow's row: perf/step_tokens_per_second missing at 3"]),
         ([("FINISHED", full + full[:1])], ["MLflow's row: train/loss too often at 0"]),
         ([], ["MLflow: one row that is FINISHED expected, got none"]),
         ([("RUNNING", full)], ["MLflow: one row that is FINISHED expected, got RUNNING"]),

@@ -23,7 +23,7 @@ from pipeline.records.record_reader import RecordError
 from pipeline.records.run_data import Experiment, Log
 from pipeline.reports import report, run_page
 from pipeline.storage.digests import tree_digest
-from pipeline.tracking import mlflow_store, mlflow_ui
+from pipeline.tracking import mlflow_run, mlflow_store, mlflow_ui
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -346,7 +346,7 @@ def test_the_good_one_is_whole_and_nothing_leaves_the_repository(
     found = client.search_runs([client.get_experiment_by_name("gpt2").experiment_id])
     rows = {run.info.run_name: run for run in found}
     good = rows.pop("good")
-    assert sum(tag.startswith("shipped.") for tag in good.data.tags) == len(STAGES)
+    assert mlflow_run.ids(good.data.tags, mlflow_run.SHIPPED).keys() == {*STAGES}
     assert [p.step for p in client.get_metric_history(good.info.run_id, "train/loss")] == [0, 1, 2]
     assert not rows.keys() & set(hostile) and len(rows) == len(READ) - 2  # one lacks n_layer
     assert {run.info.status for run in found} == {"FINISHED"}

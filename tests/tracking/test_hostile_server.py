@@ -41,7 +41,8 @@ class _Hostile(BaseHTTPRequestHandler):
         experiment |= {"artifact_location": places["experiment"], "tags": []}
         info = {"run_id": "r1", "run_name": "r", "experiment_id": "1", "status": "RUNNING"}
         info |= {"start_time": 1, "lifecycle_stage": "active", "artifact_uri": places["run"]}
-        run = {"info": info, "data": {}, "inputs": {}, "outputs": {}}
+        held = {"key": "pipeline.records", "value": json.dumps({"train": places["known"]})}
+        run = {"info": info, "data": {"tags": [held]}, "inputs": {}, "outputs": {}}
         model = {"model_id": "m1", "experiment_id": "1", "name": "x", "status": 2} | times
         model = {"info": model | {"artifact_uri": places["model"]}, "data": {}}
         answers = {
@@ -135,7 +136,7 @@ def test_sync_and_what_a_comparison_attaches_are_refused_likewise(
         patch.setattr(recording, "Courier", lambda *_: None)
         entry = record_file.Record("train", make_config())
         entry.close("FINISHED")
-    places |= {"run": victim.as_uri(), "known": "yes"}
+    places |= {"run": victim.as_uri(), "known": entry.head["id"]}
     with pytest.raises(SystemExit) as ended:
         command(["sync"])
     assert ended.value.code == StorageError.exit_code

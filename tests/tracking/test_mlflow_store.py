@@ -382,7 +382,7 @@ def test_what_is_lost_or_stuck_in_mid_run_is_whole_when_the_stage_ends(
     make_config, own_store: Path, caplog, fault
 ) -> None:
     with recording.record("tokenize", make_config()) as upstream:
-        upstream.metrics({"data/value": 1.0})
+        upstream.metrics({"tokenize/value": 1.0})
     with recording.record("train", make_config()) as record:
         before = write_until_shipped(record, range(3))
         heal = fault(own_store, before)
@@ -397,7 +397,7 @@ def test_what_is_lost_or_stuck_in_mid_run_is_whole_when_the_stage_ends(
     assert record_is_complete(9)
     (row,) = rows_of_all_steps(9)
     assert (row.info.run_id, row.info.status) == (after, "FINISHED")
-    assert row.data.metrics["data/value"] == 1.0
+    assert row.data.metrics["tokenize/value"] == 1.0
     assert (before == after) == (fault in (lock_database, fill_disk))
     assert sync.sync() == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import json
 import os
 import re
 import shutil
@@ -103,7 +104,6 @@ def ship(loss: float) -> None:
     (paths.MODEL / "config.json").write_text(str(loss))
     with recording.record("train", config) as record:
         record.dataset("tokens", "d" * 64, "data/tokens/train.bin", "train")
-        record.tags({"digest.train": "d" * 64, "digest.val": "e" * 64})
         record.tags({"health.verdict": "gradient spike"})
         for step in range(3):
             curves = {
@@ -118,6 +118,10 @@ def ship(loss: float) -> None:
     with recording.record("evaluate", config) as record:
         results = {"loss": loss, "bits_per_byte": 2.44, "choice_acc_norm": 0.25}
         record.metrics({f"val/{key}": value for key, value in results.items()}, 3)
+    texts = [{"when": w, "prompt": "Ho", "text": f"{w} at {loss}"} for w in ("before", "after")]
+    paths.SAMPLES_JSONL.write_text("".join(f"{json.dumps(text)}\n" for text in texts), "utf-8")
+    with recording.record("sample", config) as record:
+        record.artifact(paths.SAMPLES_JSONL, "samples")
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +200,18 @@ def test_the_page_opens_on_the_curves_of_training_in_order(
 
 
 @needs_browser
+def test_every_run_s_texts_stand_side_by_side(shipped: str, visit: Callable[..., str]) -> None:
+    page = visit(shipped.replace("compareRunsMode=CHART", "compareRunsMode=ARTIFACT"), "Ho [1]")
+    assert "samples.json" in page
+    assert all(f"after at {loss}" in page for loss in LOSSES.values())
+
+
+@needs_browser
 def test_the_models_tab_shows_checkpoints_with_step_metrics_path_and_md5(
     shipped: str, visit: Callable[..., str]
 ) -> None:
-    page = visit(shipped.replace("/runs?", "/models?"), "best at step 3", width=6000)
-    assert page.count("best at step 3") >= len(LOSSES)
+    page = visit(shipped.replace("/runs?", "/models?"), "middle best, step 3", width=6000)
+    assert all(f"{name} best, step 3" in page for name in LOSSES)
     model = digests.dvc_md5(paths.MODEL)  # of the one that was shipped last
     for text in ("train/val_loss", "val/bits_per_byte", "artifacts/model", model):
         assert text in page, text
@@ -232,7 +243,8 @@ def test_a_stage_ships_to_a_remote_server(server: str, tmp_path: Path) -> None:
         if run.info.run_name == "remote"
     ]
     assert row.info.status == "FINISHED"
-    assert row.data.metrics["data/train_documents"] > 0
+    path = client.download_artifacts(row.info.run_id, "facts/tokenize.json")
+    assert json.loads(Path(path).read_text("utf-8"))["metrics"]["data/train_documents"] > 0
 
 
 def rows_client(server: str):

@@ -129,8 +129,7 @@ def test_an_end_and_a_failure_of_a_stage_are_told(
     hook: Received, monkeypatch, tmp_path: Path, make_config: Callable[..., Config]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    paths.METRICS.mkdir()
-    (paths.METRICS / "train.json").write_text('{"train/best_val_loss": 5.4381}')
+    common.write_metrics(paths.METRICS / "train.json", {"train/best_val_loss": 5.4381})
 
     def work(main, *_: object) -> None:
         main()

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import re
 import shutil
 import socket
 import sqlite3
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline import paths
 from pipeline.__main__ import main as command
 from pipeline.errors import InputError
 from pipeline.experiments import sync
-from pipeline.records import dvc_history, record_file
+from pipeline.records import dvc_history, record_file, stage_graph
 from pipeline.storage import digests
 from pipeline.tracking import mlflow_run, mlflow_store, mlflow_ui, mlflow_view, recording
 from tests.conftest import NANO, recipe
@@ -77,32 +81,171 @@ def test_shipping_a_record_twice_changes_nothing(make_config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
-    [(RuntimeError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED")],
+    ("error", "status", "said"),
+    [
+        (RuntimeError("no"), "FAILED", "**Failed** in `train`{}:\n\n```text\nRuntimeError: no\n"),
+        (InputError("a: odd\udc80 \0"), "FAILED", "error: a: odd\\udc80 \\x00"),
+        (InputError("at http://me:word@host/"), "FAILED", "error: at http://host/"),
+        (KeyboardInterrupt(), "KILLED", "**Interrupted** in `train`{}: the same command resumes."),
+        (SystemExit(143), "KILLED", "**Interrupted** in `train`{}: the same command resumes."),
+    ],
 )
-def test_the_row_ends_as_the_stage_does(make_config, error: BaseException, status: str) -> None:
-    with pytest.raises(type(error)), recording.record("tokenize", make_config()):
+def test_the_row_ends_as_the_stage_does_and_says_why(
+    make_config, error: BaseException, status: str, said: str
+) -> None:
+    with pytest.raises(type(error)), recording.record("train", make_config()) as record:
+        record.metrics({"train/loss": 5.5}, 6)
+        record.metrics({"train/val_loss": 5.25}, 6)
         raise error
     (row,) = all_rows()
     assert row.info.status == status
-    assert not paths.record("tokenize").exists()
+    steps = make_config().train.steps
+    losses = f" after 7 of {steps} steps (training loss 5.5000, validation loss 5.2500)"
+    assert said.format(losses) in note_of(row) and "No results" not in note_of(row)
+    assert not paths.record("train").exists()
+    record_file.read(record_file.part(paths.record("train")))
 
 
-def test_a_row_whose_process_is_gone_does_not_run_for_ever(make_config) -> None:
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_row_whose_process_is_gone_does_not_run_for_ever_and_says_so(
+    make_config, edited: bool
+) -> None:
     run_stage("tokenize", make_config())
     (row,) = all_rows()
     client = mlflow_store.connect()
+    client.log_metric(row.info.run_id, "train/loss", 5.5)
     client.update_run(row.info.run_id, status="RUNNING")
     client.set_tag(row.info.run_id, "pipeline.process", "999999-1.00")
-    run_stage("tokenize", make_config(sample__seed=9))
-    assert sorted(r.info.status for r in all_rows()) == ["FINISHED", "KILLED"]
+    if edited:
+        client.set_tag(row.info.run_id, "mlflow.note.content", "mine")
+    for _ in range(2):
+        mlflow_run.sweep(client)
+        (row,) = all_rows()
+        assert row.info.status == "KILLED"
+        client.update_run(row.info.run_id, status="RUNNING")
+    told = "**Its process is gone** without a word (training loss 5.5000): the same command goes on"
+    assert note_of(row).count(told) == (not edited)
+    assert ("What changed" in note_of(row)) == (not edited)
+
+
+@pytest.fixture
+def dvc(monkeypatch) -> Iterator[Callable[..., psutil.Process]]:
+    """dvc("repro", "train"): a living process with that command line, which runs the stages."""
+    started: list[subprocess.Popen] = []
+
+    def start(*words: str) -> psutil.Process:
+        code = "import sys; sys.stdin.read()"
+        command = [sys.executable, "-c", code, *words]
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE))
+        process = psutil.Process(started[-1].pid)
+        name = f"{process.pid}-{process.create_time():.2f}"
+        monkeypatch.setattr(record_file, "_invocation", lambda: name)
+        monkeypatch.setattr(record_file, "_is_dvc", lambda words: "repro" in words)
+        return process
+
+    yield start
+    for child in started:
+        child.kill()
+        child.communicate()
+
+
+def test_a_row_runs_until_the_last_stage_of_its_command_has_ended(make_config, dvc) -> None:
+    dvc("repro")
+    for stage in stage_graph.stages():
+        run_stage(stage, make_config())
+        (row,) = all_rows()
+        assert row.info.status == ("FINISHED" if stage == "sample" else "RUNNING"), stage
+        mlflow_run.sweep(mlflow_store.connect())
+        assert all_rows()[0].info.status == row.info.status
+
+
+@pytest.mark.parametrize("words", [("repro", "train"), ("run", "train")], ids=["dvc", "by hand"])
+def test_a_row_ends_with_the_stage_that_was_asked_for(make_config, dvc, words) -> None:
+    dvc(*words)
+    run_stage("train", make_config())
+    (row,) = all_rows()
+    assert row.info.status == "FINISHED"
+
+
+def test_a_command_that_ends_between_two_stages_leaves_what_its_last_stage_did(
+    make_config, dvc
+) -> None:
+    process = dvc("repro")
+    run_stage("train", make_config())
+    process.kill()
+    process.wait()
+    mlflow_run.sweep(mlflow_store.connect())
+    (row,) = all_rows()
+    end = record_file.read(paths.record("train"))[-1]
+    assert (row.info.status, row.info.end_time) == ("FINISHED", end["time"])
+    assert "gone" not in note_of(row)
+
+
+def test_what_nobody_compares_runs_by_lies_in_one_file_for_each_stage(make_config) -> None:
+    with recording.record("train", make_config()) as record:
+        record.tags({"digest.val": "e" * 64, "health.verdict": "fine", "precision.asked": "bf16"})
+        record.metrics({"perf/forecast_memory_mib": 9.0, "perf/mfu": 0.5})
+        for step in range(3):
+            scale = 1.0 if step < 2 else 0.5
+            values = {"train/loss_scale": scale, "perf/step_seconds": step, "train/skipped": 0.0}
+            record.metrics(values | {"train/loss": float("nan") if step == 1 else 1.0}, step)
+    (row,) = all_rows()
+    assert row.data.metrics.keys() == {"train/loss", "train/loss_scale", "perf/mfu"}
+    assert not [tag for tag in row.data.tags if re.match("env|digest|record|shipped|prec", tag)]
+    assert row.data.tags["health.verdict"] == "fine"
+    facts = facts_of(row, "train")
+    assert facts["tags"].keys() >= {"digest.val", "precision.asked", "env.torch"}
+    assert facts["metrics"]["perf/forecast_memory_mib"] == 9.0
+    bounds = {"last": 1.0, "least": 1.0, "most": 1.0}
+    assert facts["metrics"]["train/loss"] == {"points": 3, "finite": 2, **bounds}
+    assert facts["metrics"]["train/skipped"]["most"] == 0.0
+    assert facts["environment"]["user"] == row.info.user_id == row.data.tags["mlflow.user"] != ""
+
+
+def test_texts_of_all_runs_lie_in_a_table(make_config) -> None:
+    lines = [
+        {"when": when, "prompt": "Ho", "text": f"{when} {number}\x1b"}
+        for when in ("before", "after")
+        for number in (1, 2)
+    ]
+    paths.SAMPLES_JSONL.parent.mkdir(parents=True)
+    paths.SAMPLES_JSONL.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    with recording.record("sample", make_config()) as record:
+        record.artifact(paths.SAMPLES_JSONL, "samples")
+    (row,) = all_rows()
+    client = mlflow_store.connect()
+    again = mlflow_run.Row(client, row.info.run_id, row.info.experiment_id)
+    again.write(record_file.read(paths.record("sample")), "best", mlflow_run.from_workspace)
+    table = client.load_table(row.info.experiment_id, "samples.json")  # as the page finds it
+    assert table.to_dict("list") == {
+        "prompt": ["Ho [1]", "Ho [2]"],
+        "after": ["after 1\\x1b", "after 2\\x1b"],
+        "before": ["before 1\\x1b", "before 2\\x1b"],
+    }
+
+
+def test_a_row_of_an_earlier_version_is_completed_and_not_doubled(make_config) -> None:
+    """It had a tag for each record that it held, and for each that had arrived."""
+    shutil.copyfile(NANO, "params.yaml")
+    run_stage("tokenize", make_config())
+    (row,) = all_rows()
+    client = mlflow_store.connect()
+    for name in ("records", "shipped"):
+        (id_,) = json.loads(row.data.tags[f"pipeline.{name}"]).values()
+        client.delete_tag(row.info.run_id, f"pipeline.{name}")
+        client.set_tag(row.info.run_id, f"{name.removesuffix('s')}.tokenize", id_)
+    assert sync.sync() == [row.info.run_name]
+    (again,) = all_rows()
+    assert again.info.run_id == row.info.run_id
+    assert len(client.get_metric_history(row.info.run_id, "tokenize/value")) == 3
+    assert sync.sync() == []
 
 
 def train_with_checkpoints(config) -> None:
     """A record of train as train.py writes it: validated at its steps 3 and 6, best after 3."""
     with recording.record("train", config) as record:
-        record.dataset("tokens", "d" * 64, "data/tokens/train.bin", "train")
-        record.tags({"digest.train": "d" * 64, "digest.val": "e" * 64})
+        for split, digit in (("train", "d"), ("val", "e")):
+            record.dataset("tokens", digit * 64, f"data/tokens/{split}.bin", split)
         for step in range(6):
             record.metrics({"train/loss": 9 - step, "train/grad_norm": 1.0}, step)
             if step in (2, 5):
@@ -121,6 +264,11 @@ def all_models() -> dict:
     return {model.name: model for model in found}
 
 
+def facts_of(row, stage: str) -> dict:
+    path = mlflow_store.connect().download_artifacts(row.info.run_id, f"facts/{stage}.json")
+    return json.loads(Path(path).read_text("utf-8"))
+
+
 @pytest.mark.parametrize(
     ("mode", "copied", "shown"),
     [
@@ -137,11 +285,13 @@ def test_checkpoints_are_copied_or_referred_to_as_asked(
     (row,) = all_rows()
     listed = mlflow_store.connect().list_artifacts(row.info.run_id, "checkpoints")
     assert {Path(f.path).name for f in listed} == copied
-    assert row.data.tags["checkpoint.best.path"] == "artifacts/model"
+    kept = facts_of(row, "train")["files"]
+    assert {"artifacts/model", "artifacts/last"} <= {file.get("path") for file in kept}
     models = all_models()
-    assert models.keys() == ({"best at step 3", "last at step 6"} if shown else set())
+    named = {f"{row.info.run_name} best, step 3", f"{row.info.run_name} last, step 6"}
+    assert models.keys() == (named if shown else set())
     for name, model in models.items():
-        short = name.split()[0]
+        short = name.split(",")[0].split()[-1]
         copy = f"runs:/{row.info.run_id}/checkpoints/{short}" if short in copied else None
         assert model.tags.get("copy") == copy
 
@@ -150,21 +300,21 @@ def test_a_model_tells_its_step_losses_and_where_dvc_keeps_its_files(make_config
     train_with_checkpoints(make_config())
     with recording.record("evaluate", make_config()) as record:
         record.metrics({"init_val/loss": 10.8, "val/loss": 5.5}, 6)
-    models = all_models()
+    models = {name.partition(" ")[2]: model for name, model in all_models().items()}
     md5 = digests.dvc_md5(paths.MODEL)
-    assert models["best at step 3"].params == {"step": "3", "path": "artifacts/model", "md5": md5}
+    assert models["best, step 3"].params == {"step": "3", "path": "artifacts/model", "md5": md5}
     found = {
         name: {(m.key, m.value, m.step, m.dataset_digest) for m in model.metrics}
         for name, model in models.items()
     }
     d, e = "d" * 36, "e" * 36
     best = {("train/loss", 7.0, 2, d), ("train/val_loss", 12.0, 2, e), ("val/loss", 5.5, 6, e)}
-    assert found["best at step 3"] == best
-    assert found["last at step 6"] == {("train/loss", 4.0, 5, d), ("train/val_loss", 15.0, 5, e)}
+    assert found["best, step 3"] == best
+    assert found["last, step 6"] == {("train/loss", 4.0, 5, d), ("train/val_loss", 15.0, 5, e)}
     (row,) = all_rows()
     assert {(o.model_id, o.step) for o in row.outputs.model_outputs} == {
-        (models["best at step 3"].model_id, 3),
-        (models["last at step 6"].model_id, 6),
+        (models["best, step 3"].model_id, 3),
+        (models["last, step 6"].model_id, 6),
     }
 
 
@@ -267,7 +417,7 @@ def test_a_row_comes_back_as_far_as_its_records_are_kept(
     forget_the_store(empty_store)
     assert sync.sync() == [kept.info.run_name]
     (row,) = all_rows()
-    assert row.data.tags["record.tokenize"] == kept.data.tags["record.tokenize"]
+    assert mlflow_run.ids(row.data.tags) == mlflow_run.ids(kept.data.tags) != {}
     assert row.info.start_time == kept.info.start_time
     assert row.info.end_time == kept.info.end_time
     assert sync.sync() == []
