@@ -93,7 +93,8 @@ def loop(job: Job, state: TrainState, history: History) -> None:
                 loss = validate(state, job.inputs.val, config.train, stop.unless_asked)
                 if history.validated(loss):
                     job.checkpoints.keep_best(state.model, state.step)
-                for line in (history.line(), *glimpse.lines(state.model, config)):
+                text = glimpse.lines(state.model, config, record, state.step)
+                for line in (history.line(), *text):
                     common.say(f"train: {line}")
                 edited = common.new_edits("train", config, told)
                 for warning in map(str, (*rounds.look(state.step, record.so_far), *edited)):

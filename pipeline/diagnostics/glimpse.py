@@ -9,13 +9,19 @@ from pipeline.config import Config
 from pipeline.data import tokenizer
 from pipeline.inference.generation import stream_text
 from pipeline.model.gpt import GPT
+from pipeline.records.record_file import Record
 
 TOKENS = 24
+LONGEST = 4096  # characters, of a prompt that is a page
 
 
-def lines(model: GPT, config: Config) -> list[str]:
-    """The `text`, where sample.while_training asks for it."""
-    return [f"  {text(model, config)}"] if config.sample.while_training else []
+def lines(model: GPT, config: Config, record: Record, step: int) -> list[str]:
+    """The `text`, put on record as well, where sample.while_training asks for it."""
+    if not config.sample.while_training:
+        return []
+    said = text(model, config)
+    record.text(step, said[:LONGEST])
+    return [f"  {said}"]
 
 
 def text(model: GPT, config: Config) -> str:

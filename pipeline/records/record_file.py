@@ -90,6 +90,10 @@ class Record:
     def tags(self, values: dict[str, Any]) -> None:
         self._write({"kind": "tags", "values": {k: str(v) for k, v in values.items()}})
 
+    def text(self, step: int, text: str) -> None:
+        """What the model says after so many steps."""
+        self._write({"kind": "text", "time": _now(), "step": step, "text": text})
+
     def artifact(self, path: Path, folder: str = "") -> None:
         """A small file or folder that the row keeps a copy of, under `folder`."""
         self._write({"kind": "artifact", "folder": folder, **_place(path)})

@@ -292,6 +292,11 @@ _FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "resume": {"time": _TIME, "name": _CALLED, "invocation": (_may_be(_is_id), _IDS, "")},
     "metrics": {"time": _TIME, "step": _STEP, "values": (_is_small, _NAMES)},
     "tags": {"values": (_are_tags, f"texts by name, {_NAMES}, none reserved for rows")},
+    "text": {
+        "time": _TIME,
+        "step": _STEP,
+        "text": (_text(4096), "text of at most 4,096 characters"),
+    },
     "dataset": {
         "name": _PLAIN,
         "digest": (_is_id, "a digest"),

@@ -202,6 +202,11 @@ class RunData:
         """The events of one kind, in the order of dvc.yaml's stages."""
         return (event for record in self._in_order() for event in record.of_kind(kind))
 
+    @property
+    def texts(self) -> dict[int, str]:
+        """What the model said while it was trained, by the steps done."""
+        return {event["step"]: event["text"] for event in self.events("text")}
+
     def _in_order(self) -> Iterator[Log]:
         return (Log.of(self.records[s]) for s in stage_graph.stages() if s in self.records)
 

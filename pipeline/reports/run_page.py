@@ -85,6 +85,7 @@ class RunPage:
         self.numbers = key_numbers(run)
         self.curves = charts([(run, ALONE)]) if draw else []
         self.samples = samples_of(read)
+        self.texts = [(step, line) for step, line in run.texts.items()]
         self.notes = list(missing(run, statuses, bool(self.samples)))
         self.studies = list(studies(run, read))
         self.settings = settings(run.params)

@@ -30,7 +30,7 @@ RECORDS, SHIPPED = "pipeline.records", "pipeline.shipped"
 PROCESS = "pipeline.process"
 NOTE = "mlflow.note.content"
 OWN_NOTE = "pipeline.note"  # a mark of what we wrote there last
-TABLES = '[{"path": "samples.json", "type": "table"}]'
+TABLES = "mlflow.loggedArtifacts"  # which artifacts the page lays out as tables
 
 MOST_POINTS, MOST_TAGS = 900, 100  # per request: MLflow takes 100 tags, and 1000 of both together
 
@@ -155,15 +155,21 @@ class Row:
                 if path := fetch(event["path"], event["sha256"]):
                     self._copy(path, event["folder"])
                     if event["path"] == paths.SAMPLES_JSONL.as_posix():
-                        # As `mlflow.log_table` does it, but that doing it again adds no line.
-                        self.client.log_dict(self.id, row_facts.samples_table(path), "samples.json")
-                        return {"mlflow.loggedArtifacts": TABLES}
+                        return self._table("samples.json", row_facts.samples_table(path))
+            case "text":
+                return self._table("while_training.json", row_facts.texts_table(self._log))
             case "checkpoint":
                 self._checkpoint(event, checkpoints, fetch)
             case "end":
                 facts = row_facts.facts(self._log)
                 self.client.log_dict(self.id, facts, f"facts/{facts['stage']}.json")
         return {}
+
+    def _table(self, name: str, content: dict[str, Any]) -> dict[str, str]:
+        """Log a table as `mlflow.log_table` does, but that doing it again adds no line."""
+        self.client.log_dict(self.id, content, name)
+        held, table = json.loads(self._known.get(TABLES, "[]")), {"path": name, "type": "table"}
+        return {TABLES: json.dumps(held if table in held else [*held, table])}
 
     def _dataset(self, event: Event) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag

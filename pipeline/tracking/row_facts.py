@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import terminal
-from pipeline.records.run_data import Curve, Log, samples
+from pipeline.records.run_data import Curve, Log, RunData, samples
 
 # A run's page lists every metric and tag by name alone. These nobody compares runs by: they are
 # the same for all of them, follow from others, or are the noise of a step's parts.
@@ -58,6 +58,13 @@ def _summary(curve: Curve) -> Any:
         return last if values else str(last)
     ends = {"last": last if math.isfinite(last) else str(last), "finite": len(values)}
     return {"points": len(curve), **ends, "least": min(values), "most": max(values)}
+
+
+def texts_table(record: Log) -> dict[str, list[Any]]:
+    """What the model said while it was trained, by the steps done."""
+    texts = RunData({"train": record}).texts
+    rows = [[f"step {step:>7,}", terminal.shown(text)] for step, text in texts.items()]
+    return {"columns": ["done", "text"], "data": rows}
 
 
 def samples_table(path: Path) -> dict[str, list[Any]]:

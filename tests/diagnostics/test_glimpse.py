@@ -48,8 +48,16 @@ def test_a_glimpse_is_of_the_weights_as_they_are_now(model: GPT, make_config) ->
 
 
 def test_a_glimpse_is_a_line_that_a_setting_turns_off(model: GPT, make_config) -> None:
-    assert glimpse.lines(model, make_config()) == [f"  {glimpse.text(model, make_config())}"]
-    assert glimpse.lines(model, make_config(sample__while_training=False)) == []
+    class Kept:
+        def text(self, step: int, text: str) -> None:
+            kept.append((step, text))
+
+    kept: list[tuple[int, str]] = []
+    text = glimpse.text(model, make_config())
+    assert glimpse.lines(model, make_config(sample__while_training=False), Kept(), 100) == []
+    assert kept == []
+    assert glimpse.lines(model, make_config(), Kept(), 100) == [f"  {text}"]
+    assert kept == [(100, text)]
 
 
 def test_a_model_that_trains_in_fp8_is_looked_at_all_the_same(model: GPT, make_config) -> None:

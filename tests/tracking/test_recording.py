@@ -24,6 +24,7 @@ from pipeline.__main__ import main as command
 from pipeline.errors import InputError
 from pipeline.experiments import sync
 from pipeline.records import dvc_history, record_file, stage_graph
+from pipeline.records.run_data import RunData
 from pipeline.storage import digests
 from pipeline.tracking import mlflow_run, mlflow_store, mlflow_ui, mlflow_view, recording
 from tests.conftest import NANO, recipe
@@ -221,6 +222,20 @@ def test_texts_of_all_runs_lie_in_a_table(make_config) -> None:
         "prompt": ["Ho [1]", "Ho [2]"],
         "after": ["after 1\\x1b", "after 2\\x1b"],
         "before": ["before 1\\x1b", "before 2\\x1b"],
+    }
+
+
+def test_texts_while_training_lie_in_a_table_each_step_once(make_config) -> None:
+    with recording.record("train", make_config()) as record:
+        for step, text in ((100, "Ho \x1b"), (200, "Ho, my"), (200, "Ho, my lord")):  # resumed
+            record.text(step, text)
+    found = RunData({"train": record_file.read(paths.record("train"))})
+    assert found.texts == {100: "Ho \x1b", 200: "Ho, my lord"}
+    (row,) = all_rows()
+    client = mlflow_store.connect()
+    assert client.load_table(row.info.experiment_id, "while_training.json").to_dict("list") == {
+        "done": ["step     100", "step     200"],
+        "text": ["Ho \\x1b", "Ho, my lord"],
     }
 
 
