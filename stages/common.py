@@ -94,7 +94,7 @@ def notified(main: Callable[[Config], None], stage: str, config: Config) -> None
     except Exception as error:
         notify.tell(config.tracking, f"{stage} failed: {reason(error)}")
         raise
-    if stage in ENDS:
+    if stage in ENDS and config.tracking.notify != "none":
         file, metric = ENDS[stage]
         with contextlib.suppress(FileNotFoundError):  # sampling needs no evaluation
             group, name = metric.split("/")
