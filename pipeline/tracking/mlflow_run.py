@@ -145,6 +145,8 @@ class Row:
     def _ship(self, event: Event, checkpoints: str, fetch: Fetch) -> dict[str, str]:
         """Ship an event that is no point; the tags that the row gets for it."""
         match event["kind"]:
+            case "start":
+                return self.with_record(RECORDS, event)
             case "resume" if name := event["name"]:  # the name that DVC will keep
                 return {"dvc.exp_name": name, "mlflow.runName": name}
             case "tags":

@@ -17,6 +17,7 @@ from markupsafe import escape
 from omegaconf import OmegaConf
 
 from pipeline.records import record_file, stage_graph
+from pipeline.reports.run_page import compact
 from pipeline.terminal import shown
 from pipeline.tracking import row_facts
 from tests.conftest import Checkout, tiny_pipeline
@@ -302,8 +303,8 @@ def test_experiments_are_reported_side_by_side_with_the_files_that_dvc_keeps(sto
     cached = repo.folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
     for line in cached.read_text("utf-8").split("\n")[:-1]:
         sample = json.loads(line)
-        texts = [escape(shown(sample[part])) for part in ("prompt", "text")]
-        assert "<b>{}</b>{}</blockquote>".format(*texts) in apart
+        assert f'<h3 class="prompt">{escape(shown(sample["prompt"]))}</h3>' in apart
+        assert f"{shown(compact(sample['text']))}</blockquote>" in apart
     assert apart.count("data:image/png;base64,") == 5, "studies that runs share are shown once"
 
 
@@ -312,7 +313,8 @@ def test_the_workspace_is_reported_as_its_last_stage_did(story: Story) -> None:
     repo.run(sys.executable, "-m", "pipeline", "report")
     later = (repo.folder / "report.html").read_text("utf-8")
     kept = (repo.folder / "artifacts/report.html").read_text("utf-8")
-    assert kept.count("data:image") == later.count("data:image") > 5
+    assert kept.count("data:image") == later.count("data:image") == 5
+    assert kept.count("data-plot") == later.count("data-plot") > 3
     assert "no record of this run" not in kept and "at work" not in kept + later
     assert "wrote this page" in kept and "wrote this page" not in later
 
