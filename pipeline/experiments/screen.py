@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import IO, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -21,7 +22,7 @@ from pipeline import terminal
 
 log = logging.getLogger(__name__)
 
-WIDTH = 100  # columns where no terminal says how many it has
+WIDTH, MOST = 100, 160  # columns: where no terminal says how many it has, and of any
 REDRAWN, REPEATED = 2.0, 30.0  # seconds between two texts: on a terminal, and elsewhere
 
 
@@ -33,18 +34,36 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
     """Aligned lines of at most the terminal's width; the first `left` columns are text, and wrap.
 
     Other columns are numbers, to the right. Names and settings are shown as `terminal.line` does.
+    A word is broken only where the table fits in no other way.
     """
-    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for number, name in enumerate(columns):
+    lines = [columns, *([terminal.line(cell) for cell in row] for row in rows)]
+    room = min(shutil.get_terminal_size((WIDTH, 24)).columns, MOST)
+    widths, gap = _widths([*zip(*lines, strict=True)], left, room)
+    drawn = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), show_header=False)
+    for number, width in enumerate(widths):
         text = number < left
         justify: Literal["left", "right"] = "left" if text else "right"
-        drawn.add_column(Text(name), justify=justify, no_wrap=not text, overflow="fold")
-    for row in rows:
-        drawn.add_row(*(Text(terminal.line(cell)) for cell in row))
-    width = shutil.get_terminal_size((WIDTH, 24)).columns
+        drawn.add_column(justify=justify, no_wrap=not text, overflow="fold", width=width)
+    for line in lines:
+        drawn.add_row(*map(Text, line))
     page = io.StringIO()
-    Console(file=page, width=min(width, 160), color_system=None).print(drawn)
+    Console(file=page, width=room, color_system=None).print(drawn)
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+
+
+def _widths(columns: Sequence[Sequence[str]], left: int, room: int) -> tuple[list[int], int]:
+    """Those of the columns and of the gap between two; the gap gives way, then the widest text."""
+    widths = [max(map(cell_len, column)) for column in columns]
+    words = [max(cell_len(word) for word in " ".join(column).split()) for column in columns[:left]]
+    gaps = len(columns) - 1
+    gap = 2 if sum(widths) + 2 * gaps <= room else 1
+    while sum(widths) + gap * gaps > room:
+        whole = [number for number in range(left) if widths[number] > words[number]]
+        widest = max(whole or range(left), key=widths.__getitem__)
+        if widths[widest] == 1:
+            break
+        widths[widest] -= 1
+    return widths, gap
 
 
 def show(

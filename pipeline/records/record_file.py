@@ -120,8 +120,7 @@ class Record:
         if status == "FINISHED":  # an interrupted stage may go on, and has one time in the end
             seconds = self._spent + time.monotonic() - self._started
             self.metrics({f"time/{self.stage}_seconds": seconds})
-        said = {"why": why} if why else {}
-        self._write({"kind": "end", "status": status, "time": _now(), **said})
+        self._write({"kind": "end", "status": status, "time": _now(), "why": why})
         for file in self._files:
             file.close()
         if status == "FINISHED":

@@ -50,6 +50,7 @@ def test_a_prompt_is_continued_as_often_as_asked_and_the_seed_repeats_it(say) ->
     text = say("--prompt", "To be", "-n", "2")
     assert text.startswith("To be") and text.count("To be") == 2
     assert text == say("--prompt", "To be", "-n", "2")
+    assert text == say("--prompt", "To be", "-n", "2", "--seed", "1234")  # the recipe's
     assert text != say("--prompt", "To be", "-n", "2", "--seed", "5")
     greedy = (
         say("--prompt", "To be", "-n", "2", "--temperature", "0").rstrip("\n").split("\n\nTo be")

@@ -158,9 +158,11 @@ def test_a_script_that_cannot_be_had_is_one_warning(main_root, monkeypatch, capl
     assert not dvc_plots.script().exists()
 
 
-def test_a_stage_keeps_the_script_when_its_work_is_done(main_root, monkeypatch) -> None:
+def test_a_stage_keeps_the_script_when_its_work_is_done(
+    main_root, monkeypatch, make_config
+) -> None:
     order: list[str] = []
-    monkeypatch.setattr(common.configuration, "load", lambda: None)
+    monkeypatch.setattr(common.configuration, "load", make_config)
     monkeypatch.setattr(dvc_plots, "keep_script", lambda: order.append("script"))
     common.run(lambda config: order.append("work"))
     assert order == ["work", "script"]

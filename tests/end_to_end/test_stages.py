@@ -217,19 +217,6 @@ def test_samples_are_readable_and_the_same_for_the_same_seed(make_config) -> Non
     assert "### before training" in page and "### after training" in page
 
 
-def test_one_prompt_streams_to_the_terminal(make_config, tmp_path: Path, capsys) -> None:
-    config = make_config(**SMALL)
-    save_model(import_hf_weights.build(config), tmp_path / "model")
-    words = ["--prompt", "Hello", "--model", str(tmp_path / "model"), "--tokens", "5"]
-    sample.to_terminal(words, config)
-    first = capsys.readouterr().out
-    assert first.startswith("Hello") and len(first) > 10
-    sample.to_terminal([*words, "--seed", "1234"], config)
-    assert capsys.readouterr().out == first
-    sample.to_terminal([*words, "--seed", "5"], config)
-    assert capsys.readouterr().out != first
-
-
 @pytest.mark.parametrize("effective", ["tf32", "fp32"])
 def test_a_precision_that_is_not_in_effect_is_one_warning_and_in_the_row(
     capsys, caplog, effective: str

@@ -26,7 +26,8 @@ def trained(name: str, loss: float | None, corpus: str = "plays", **more: object
     return Experiment(name, name, {"train": events})
 
 
-def test_each_corpus_has_a_table_of_its_own_with_the_best_first() -> None:
+def test_each_corpus_has_a_table_of_its_own_with_the_best_first(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(screen.WIDTH))
     found = [
         trained("worse", 6.5),
         trained("elsewhere", 9.0, "text"),

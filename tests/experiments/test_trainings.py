@@ -38,6 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
     made = Clock()
     (tmp_path / ".dvc").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.setattr(record_file, "_now", lambda: int(made.now * 1000))
     monkeypatch.setattr(trainings, "time", made.stand_in())
@@ -147,7 +148,7 @@ def test_those_at_work_come_first_then_the_newest_and_a_shared_training_is_one(
     with training(config):
         found = trainings.every()
     page = trainings.page(found)
-    assert max(map(len, page.splitlines())) <= screen.WIDTH
+    assert max(map(len, page.splitlines())) <= 80
     first, *rest = [line.split() for line in page.splitlines()[1:]]
     assert first[:4] == ["workspace", "at", "work", "0/1,000"]
     assert [line[0] for line in rest] == ["new", "old"]
@@ -212,6 +213,16 @@ def test_a_table_fits_and_shows_what_a_terminal_would_obey(monkeypatch) -> None:
     text = screen.table(("name", "what", "n"), [("a" * 90, "b \x1b[1m c " * 9, "1,234")], left=2)
     assert max(map(len, text.splitlines())) <= 60 and "\x1b" not in text
     assert "1,234" in text and text.replace("\n", "").count("a") >= 90
+
+
+def test_no_word_is_broken_where_the_table_fits_without(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "22")
+    rows = [("workspace: train", "at work", "1,234")]
+    assert screen.table(("name", "state", "n"), rows, left=2).splitlines() == [
+        "name       state     n",
+        "workspace: at    1,234",
+        "train      work",
+    ]
 
 
 def test_a_training_whose_later_stages_are_at_work_aside_is_listed_by_its_name(

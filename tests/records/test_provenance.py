@@ -82,7 +82,7 @@ def made(stage: str) -> set[str]:
 
 
 STAGE_AND_EDIT = [
-    ("tokenize", "val_fraction: 0.1", "val_fraction: 0.2", "corpus.val_fraction: 0.1 then, 0.2"),
+    ("tokenize", "val_fraction: 0.05", "val_fraction: 0.2", "corpus.val_fraction: 0.05 then, 0.2"),
     ("import_hf_weights", "std: 0.02", "std: 0.03", "init.std: 0.02 then, 0.03 now"),
     ("train", "weight_decay: 0.1", "weight_decay: 0.3", "train.weight_decay: 0.1 then, 0.3 now"),
     ("evaluate", "choice_items: 200", "choice_items: 9", "evaluate.choice_items: 200 then, 9 now"),
@@ -188,9 +188,9 @@ def test_an_input_that_changes_while_it_is_read_makes_no_result(own_text: Path, 
 def test_work_that_was_kept_is_not_for_other_inputs(own_text: Path) -> None:
     with pytest.raises(ChangedError):
         worked(
-            "tokenize", "x", lambda: edit("params.yaml", "val_fraction: 0.1", "val_fraction: 0.2")
+            "tokenize", "x", lambda: edit("params.yaml", "val_fraction: 0.05", "val_fraction: 0.2")
         )
-    edit("params.yaml", "val_fraction: 0.2", "val_fraction: 0.1")
+    edit("params.yaml", "val_fraction: 0.2", "val_fraction: 0.05")
     (own_text / "a.txt").write_text("another text")
     assert worked("tokenize", "anew") == ["anew"]
 
