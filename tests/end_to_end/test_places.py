@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -234,7 +235,7 @@ def experiment(name: str, *ids: str) -> Experiment:
 
 
 def row(client: Any, name: str, **parts: str) -> str:
-    tags = {f"record.{stage}": id_ for stage, id_ in parts.items()} | {"dvc.exp_name": name}
+    tags = {mlflow_run.RECORDS: json.dumps(parts), "dvc.exp_name": name}
     return client.create_run(
         mlflow_run._experiment(client, "gpt2"), run_name=name, tags=tags
     ).info.run_id
