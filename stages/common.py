@@ -191,15 +191,11 @@ def progress(reports: Iterable[StepReport], steps: int, done: int) -> Iterator[S
             bar.update()
             yield report
             now, at = time.monotonic(), report.step + 1
-            if bar.disable and now >= said + LINE_EVERY_SECONDS:
+            if bar.disable and not report.last and now >= said + LINE_EVERY_SECONDS:
                 pace = (now - said) / (at - since)
-                left = (
-                    ""
-                    if report.last
-                    else f", {tqdm.format_interval(pace * (report.steps - at))} left"
-                )
+                left = tqdm.format_interval(pace * (report.steps - at))
                 say(
                     f"train: step {at:,}/{report.steps:,}, loss {report.loss:.3f}, "
-                    f"{report.tokens / pace:,.0f} tokens/s{left}"
+                    f"{report.tokens / pace:,.0f} tokens/s, {left} left"
                 )
                 said, since = now, at
