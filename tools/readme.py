@@ -53,7 +53,11 @@ BLOCK = re.compile(
 LONGEST = 100  # lines of output shown; the middle of a longer one is left out
 BAR = re.compile(r"\w+: [^]\n]*\[\d+:\d\d[^]\n]*\]")  # one redrawing of a progress bar
 # In a brief block: what a stage says, evaluate's first figures, a sample, a comparison's table.
-BRIEF = re.compile(r"[a-z_]+: |(unigram_)?loss|perplexity|bits_per_byte| {20,}initial|  [^\s\d]|\|")
+# Not the lines that stand for a bar, which a person at a terminal sees.
+BRIEF = re.compile(
+    r"(?!train: step [\d,/]+ loss)[a-z_]+: |(unigram_)?loss|perplexity|bits_per_byte| {20,}initial"
+    r"|  [^\s\d]|\|"
+)
 # In that of a sweep: its members and their comparison, without what each member's stages say.
 BRIEF_SWEEP = re.compile(r"  \S+ {2,}\S+=|\||figure: |curves: |table: ")
 PRINTED: dict[str, str] = {}  # what the commands of brief blocks printed, in full
