@@ -93,8 +93,7 @@ def loop(job: Job, state: TrainState, history: History) -> None:
                 loss = validate(state, job.inputs.val, config.train, stop.unless_asked)
                 if history.validated(loss):
                     job.checkpoints.keep_best(state.model, state.step)
-                text = glimpse.lines(state.model, config, record, state.step)
-                for line in (history.line(), *text):
+                for line in (history.line(), *glimpse.lines(state, config, record)):
                     common.say(f"train: {line}")
                 edited = common.new_edits("train", config, told)
                 for warning in map(str, (*rounds.look(state.step, record.so_far), *edited)):
@@ -115,8 +114,7 @@ def loop(job: Job, state: TrainState, history: History) -> None:
             history.add(report, state)
             if state.step == forecast.MEASURED_AT:
                 seconds = [report.seconds for report in history.curve]
-                line = forecast.after_first_steps(seconds, config.train, record)
-                common.say(f"train: {line}")
+                common.say(f"train: {forecast.after_first_steps(seconds, config.train, record)}")
             validate_if_due()
             if stop.asked:
                 break

@@ -10,17 +10,18 @@ from pipeline.data import tokenizer
 from pipeline.inference.generation import stream_text
 from pipeline.model.gpt import GPT
 from pipeline.records.record_file import Record
+from pipeline.training.training_step import TrainState
 
 TOKENS = 24
 LONGEST = 4096  # characters, of a prompt that is a page
 
 
-def lines(model: GPT, config: Config, record: Record, step: int) -> list[str]:
+def lines(state: TrainState, config: Config, record: Record) -> list[str]:
     """The `text`, put on record as well, where sample.while_training asks for it."""
     if not config.sample.while_training:
         return []
-    said = text(model, config)
-    record.text(step, said[:LONGEST])
+    said = text(state.model, config)
+    record.text(state.step, said[:LONGEST])
     return [f"  {said}"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -54,9 +56,10 @@ def test_a_glimpse_is_a_line_that_a_setting_turns_off(model: GPT, make_config) -
 
     kept: list[tuple[int, str]] = []
     text = glimpse.text(model, make_config())
-    assert glimpse.lines(model, make_config(sample__while_training=False), Kept(), 100) == []
+    state = SimpleNamespace(model=model, step=100)
+    assert glimpse.lines(state, make_config(sample__while_training=False), Kept()) == []
     assert kept == []
-    assert glimpse.lines(model, make_config(), Kept(), 100) == [f"  {text}"]
+    assert glimpse.lines(state, make_config(), Kept()) == [f"  {text}"]
     assert kept == [(100, text)]
 
 
