@@ -50,7 +50,9 @@ class Row:
         """Ship events; writing the same ones again changes nothing."""
         points: list[Metric] = []
         tags: dict[str, str] = {}
+        has_text = False
         for event in events:
+            has_text |= event["kind"] == "text"
             if event["kind"] == "start":
                 self._log = Log()
             self._log.append(event)
@@ -61,6 +63,8 @@ class Row:
                     self._send(points, tags)
                     points, tags = [], {}
                 tags |= self._ship(event, checkpoints, fetch)
+        if has_text:  # the table holds all that have come: one upload, however many are new
+            tags |= self._table("while_training.json", row_facts.texts_table(self._log))
         self._send(points, tags)
 
     def _send(self, points: Sequence[Metric], tags: Mapping[str, str]) -> None:
@@ -158,8 +162,6 @@ class Row:
                     self._copy(path, event["folder"])
                     if event["path"] == paths.SAMPLES_JSONL.as_posix():
                         return self._table("samples.json", row_facts.samples_table(path))
-            case "text":
-                return self._table("while_training.json", row_facts.texts_table(self._log))
             case "checkpoint":
                 self._checkpoint(event, checkpoints, fetch)
             case "end":
