@@ -154,6 +154,9 @@ class SampleConfig:
         "int8 reads a quarter of the memory, and its cost in loss is measured",
         choices=("fp32", "int8"),
     )
+    compile: bool = setting(
+        "compile a token's step on CUDA, which takes its time once: for many tokens"
+    )
     precision: str = setting("of sampling", choices=("fp32", "tf32", "bf16", "fp16", "fp8"))
     seed: int = setting("of sampling", low=0)
 

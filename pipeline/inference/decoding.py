@@ -8,6 +8,7 @@ the network: a `Decoder` is a copy that shares its parts and replaces its produc
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,14 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.compute import fp8
 from pipeline.compute.precision import Precision
 from pipeline.inference.int8 import Int8Linear
 from pipeline.model.gpt import GPT, KVCache
 from pipeline.model.loss import mean_of, token_losses
+from pipeline.training.compiling import compiled
 
 Product = Callable[[Tensor], Tensor]
+
+PIECE = 128  # columns of a cache that a step reads together: kernels want multiples of 16
+SPARE = 16  # columns that no step reads: of a whole buffer a compiler would make another case
 
 
 class Decoder:
@@ -60,7 +66,12 @@ class Decoder:
     def new_cache(self, idx: Tensor, new_tokens: int) -> KVCache:
         """For prompts (B, T) and `new_tokens` more, in the format that keys and values come in."""
         columns = min(self.config.block_size, idx.size(1) + new_tokens)
+        columns = _whole_pieces(columns) + SPARE
         return KVCache(self.config, len(idx), idx.device, self.dtype, capacity=columns)
+
+
+def _whole_pieces(columns: int) -> int:
+    return -(-columns // PIECE) * PIECE
 
 
 def product_for(
@@ -90,6 +101,8 @@ class Linear:
         self.weight, self.bias = weight, None if bias is None else bias.to(weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.bias is not None and x.numel() == x.size(-1) and torch.compiler.is_compiling():
+            return F.linear(x, self.weight) + self.bias  # with a bias bound to it, no compiler's
         return F.linear(x, self.weight, self.bias)
 
 
@@ -119,8 +132,9 @@ def _with_products(module: nn.Module, make: Callable[[Tensor, Tensor | None], Pr
         return make(module.weight, module.bias)
     twin = copy.copy(module)
     twin.training = False
-    children = module._modules.items()
-    twin._modules = {name: _with_products(child, make) for name, child in children}
+    parts = {name: _with_products(child, make) for name, child in module._modules.items()}
+    twin._modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    vars(twin).update({name: part for name, part in parts.items() if name not in twin._modules})
     return twin
 
 
@@ -129,14 +143,21 @@ class Step:
 
     A step launches some 200 kernels, which takes the host longer than the GPU needs for them; a
     graph of them is launched at once. It has fixed shapes and addresses, so the tokens see a mask
-    over the whole cache, and the column to write is a number on the device.
+    over the cache, and the column to write is a number on the device. The cache is read in pieces
+    of `PIECE` columns as far as it is filled: a graph each.
+
+    With `compile` the graph holds fewer and larger kernels: torch.compile joins what lies between
+    the products, attention by its plain formula and, for one row, the products themselves. It
+    takes its time once a shape of the model and a number of rows, not once a piece.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
-        self._decoder, self._cache = decoder, FixedCache(cache)
-        self._token = cache.keys.new_zeros(cache.keys.size(1), 1, dtype=torch.int64)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits: Tensor | None = None
+    def __init__(self, decoder: Decoder, cache: KVCache, compile: bool = False) -> None:
+        keys = cache.keys[0]
+        self._decoder, self._cache = decoder, FixedCache(cache, decoder)
+        self._token = keys.new_zeros(len(keys), 1, dtype=torch.int64)
+        self._columns = torch.arange(keys.size(2), device=keys.device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._run = self._compiled() if compile else self._eager
 
     def __call__(self, token: Tensor, column: int) -> Tensor:
         """Tokens (B, 1) for `column`, the first free one -> logits (B, V).
@@ -145,54 +166,87 @@ class Step:
         """
         self._token.copy_(token)
         self._cache.column.fill_(column)
-        if self._token.device.type != "cuda":
-            return self._run()
-        if self._graph is None:
-            self._graph = self._capture()
-        self._graph.replay()
-        return self._logits
+        end = _whole_pieces(column + 1)
+        if self._token.device.type == "cuda" and end in self._graphs:
+            graph, logits = self._graphs[end]
+            graph.replay()
+            return logits
+        with self._decoder.computing():
+            if self._token.device.type != "cuda":
+                return self._run(self._columns[:end])
+            self._graphs[end] = self._capture(self._columns[:end])
+        return self(token, column)
 
-    def _run(self) -> Tensor:
-        self._cache.length = 0  # the column is counted on the device: see FixedCache
+    def _eager(self, columns: Tensor) -> Tensor:
+        self._cache.begin_at(columns)
         return self._decoder.logits(self._decoder.hidden(self._token, self._cache)[:, -1])
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _compiled(self) -> Callable[[Tensor], Tensor]:
+        for buffer in (*self._cache.keys, *self._cache.values):
+            torch._dynamo.mark_dynamic(buffer, 2)
+
+        def plain(columns: Tensor) -> Tensor:
+            # Kernels of attention serve many queries; of one, the formula's parts are fused better.
+            with sdpa_kernel(SDPBackend.MATH):
+                return self._eager(columns)
+
+        # It is this option that makes the compiler write products of one row by itself.
+        how = {"coordinate_descent_tuning": True}
+        made = compiled(plain, self._eager, self._decoder.precision, "sample.compile", options=how)
+
+        def call(columns: Tensor) -> Tensor:
+            torch._dynamo.mark_dynamic(columns, 0)
+            return made(columns)
+
+        return call
+
+    def _capture(self, columns: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        # A first run by itself: libraries allocate their workspaces, which no graph may record.
+        # A first run by itself: libraries allocate their workspaces, and kernels are compiled,
+        # which no graph may record.
         with torch.cuda.stream(side):
-            self._run()
+            self._run(columns)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._logits = self._run()
-        return graph
+            logits = self._run(columns)
+        return graph, logits
 
 
 class FixedCache(KVCache):
     """The buffers of another cache, with one token per row going to `column`, a 0-dim tensor."""
 
-    def __init__(self, filled: KVCache) -> None:
+    def __init__(self, filled: KVCache, decoder: Decoder) -> None:
         self.keys, self.values, self.padding = filled.keys, filled.values, filled.padding
-        self.column = torch.zeros((), dtype=torch.int64, device=filled.keys.device)
-        self._columns = torch.arange(filled.keys.size(3), device=filled.keys.device)
+        self.column = torch.zeros((), dtype=torch.int64, device=filled.keys[0].device)
+        # What SDPA adds to the scores; of booleans it would make that in every layer.
+        self._added = None if decoder.config.attention == "naive" else decoder.dtype
         self.length, self.mask = 0, None
+
+    def begin_at(self, columns: Tensor) -> None:
+        """The next pass sees `columns` (S,), the first ones of the buffers, up to `column`."""
+        self.length = 0  # the column is counted on the device
+        self._columns = columns
 
     def begin(self, tokens: int) -> Tensor:
         """Positions (1,) or (B, 1), and the mask that leaves out all columns after the token's."""
         assert tokens == 1, "a step is one token a row"
-        column = self.column.view(1)
-        if self.padding is not None:
-            return self._unpadded(column, self._columns)
+        positions = column = self.column.view(1)
         self.mask = (self._columns <= column)[None, None, None]  # (1, 1, 1, S)
-        return column
+        if self.padding is not None:
+            positions = self._unpadded(column, self._columns)
+        if self._added is not None:
+            nothing = torch.zeros_like(self.mask, dtype=self._added)
+            self.mask = nothing.masked_fill(~self.mask, -math.inf)
+        return positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, H, 1, D) at `column`; return the whole buffers."""
-        column = self.column.view(1)
+        """Store k and v (B, H, 1, D) at `column`; return the columns of the pass (B, H, S, D)."""
+        column, end = self.column.view(1), self._columns.size(0)
         for all_of_them, new in ((self.keys[layer], k), (self.values[layer], v)):
             all_of_them.index_copy_(2, column, new.to(all_of_them.dtype))
-        return self.keys[layer].to(k.dtype), self.values[layer].to(v.dtype)
+        return self.keys[layer][:, :, :end].to(k.dtype), self.values[layer][:, :, :end].to(v.dtype)
 
 
 @torch.inference_mode()

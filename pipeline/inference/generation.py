@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -75,13 +76,15 @@ def stream(
     _check_prompt(model, idx, padding)
     if padding is not None and not padding.any():
         padding = None  # the kernels without a mask are faster
+    if config.compile and not (config.kv_cache and idx.device.type == "cuda"):
+        why = "what is compiled is a step behind the cache on a CUDA device"
+        warnings.warn(f"sample.compile=true runs eagerly: {why}", stacklevel=2)
     if not isinstance(model, Decoder):
         precision = choose_precision(config.precision, idx.device)
         model = Decoder(model, precision, config.weights, len(idx))
     window = Window(model, idx, config, padding)
     for step in range(config.max_new_tokens):
-        with model.computing():
-            logits = window.next_logits()  # (B, V)
+        logits = window.next_logits()  # (B, V)
         if step == 0 and not logits.isfinite().all():  # once: on a GPU each look waits for it
             raise NumericsError("the logits of the prompt are not finite: the weights are broken")
         column = choose(logits, config, generator)  # (B,)
@@ -101,7 +104,8 @@ class Window:
         self, decoder: Decoder, idx: Tensor, config: SampleConfig, padding: Tensor | None
     ) -> None:
         batch, self._end = idx.shape
-        self._decoder, self._padding, self._keep = decoder, padding, config.kv_cache
+        self._decoder, self._padding = decoder, padding
+        self._keep, self._compile = config.kv_cache, config.compile
         self._tokens = idx.new_empty(batch, self._end + config.max_new_tokens)
         self._tokens[:, : self._end] = idx
         self._cache: KVCache | None = None
@@ -120,7 +124,7 @@ class Window:
         if cache is not None and self._keep and cache.length == self._end - start - 1 > 0:
             start = self._end - 1  # the tokens before it are cached
             if self._tokens.device.type == "cuda":
-                self._step = self._step or Step(self._decoder, cache)
+                self._step = self._step or Step(self._decoder, cache, self._compile)
                 logits = self._step(self._tokens[:, start : self._end], cache.length)
                 cache.length += 1
                 return logits
@@ -128,8 +132,9 @@ class Window:
             cache.reset()
             if self._padding is not None:
                 cache.padding = (self._padding - start).clamp(min=0)
-        newest = self._decoder.hidden(self._tokens[:, start : self._end], cache)[:, -1]  # (B, C)
-        return self._decoder.logits(newest)  # the head is needed once a step
+        with self._decoder.computing():
+            newest = self._decoder.hidden(self._tokens[:, start : self._end], cache)[:, -1]
+            return self._decoder.logits(newest)  # (B, C) -> (B, V): the head is needed once a step
 
 
 def stream_text(
@@ -170,14 +175,16 @@ def choose(logits: Tensor, config: SampleConfig, generator: Generators) -> Tenso
     Each of several generators draws for its part of the rows. The draw happens on the generator's
     device, so that one on the CPU gives the same random numbers whatever the model runs on.
     """
-    if not isinstance(generator, torch.Generator):
-        parts = zip(logits.split(len(logits) // len(generator)), generator, strict=True)
-        return torch.cat([choose(part, config, own) for part, own in parts])
     if config.temperature == 0:
         return logits.argmax(dim=-1)
+    generators = [generator] if isinstance(generator, torch.Generator) else generator
     values, ids = candidates(logits, config.temperature, config.top_k, config.top_p)
-    weights = values.softmax(dim=-1).to(generator.device)  # (B, K)
-    drawn = torch.multinomial(weights, num_samples=1, generator=generator)  # (B, 1)
+    weights = values.softmax(dim=-1).to(generators[0].device)  # (B, K)
+    # torch.multinomial to the bit, without its two looks at the weights, which wait for a GPU.
+    times = torch.empty_like(weights)
+    for part, own in zip(times.split(len(times) // len(generators)), generators, strict=True):
+        part.exponential_(generator=own)
+    drawn = (weights / times).argmax(dim=-1, keepdim=True)  # (B, 1): the first to arrive
     return ids.gather(-1, drawn.to(ids.device))[:, 0]
 
 

@@ -230,9 +230,12 @@ class KVCache:
     ) -> None:
         head_size = config.n_embd // config.n_head
         columns = config.block_size if capacity is None else capacity
-        shape = (config.n_layer, batch_size, config.n_head, columns, head_size)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch_size, config.n_head, columns, head_size)
+        # A tensor a layer: a compiler that sees one written leaves the others where they are.
+        self.keys, self.values = (
+            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+            for _ in range(2)
+        )
         self.padding: Tensor | None = None
         self.length = 0
         self.mask: Tensor | None = None  # what the tokens of this pass see; None: all before them
@@ -243,7 +246,7 @@ class KVCache:
 
     def begin(self, tokens: int) -> Tensor:
         """Positions of the next `tokens` columns, (T,) or (B, T), and the mask that they need."""
-        columns = torch.arange(self.length + tokens, device=self.keys.device)
+        columns = torch.arange(self.length + tokens, device=self.keys[0].device)
         queries = columns[self.length :]
         if self.padding is not None:
             return self._unpadded(queries, columns)
@@ -258,8 +261,8 @@ class KVCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, H, T, D) behind the cached ones; return all of them (B, H, S, D)."""
-        assert k.size(0) == self.keys.size(1), "a cache serves the batch size it was made for"
+        assert k.size(0) == self.keys[layer].size(0), "a cache serves the batch size it was made for"
         end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end].to(k.dtype), self.values[layer, :, :, :end].to(v.dtype)
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end].to(k.dtype), self.values[layer][:, :, :end].to(v.dtype)

@@ -1,6 +1,6 @@
 """torch.compile for the training step: one graph forward, one backward, eager where it cannot be.
 
-What is compiled is a function of its own, never the model: evaluation and sampling call the
+`compiled` serves sampling's step, too. What is compiled is a function of its own, never the model: evaluation and sampling call the
 model itself, in other modes and shapes, and so cannot make the step's graphs anew. The update is
 left out: fused AdamW is one kernel for many tensors already.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.model.gpt import GPT
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled_loss(
@@ -32,30 +33,40 @@ def compiled_loss(
 ) -> LossFunction:
     """The plain formula, whose parts the compiler fuses by itself; `eager` where it cannot.
 
-    `mode` is torch.compile's, None its default. Shapes are fixed: a training has one. What the
-    compiler lacks may show on the first call only: from then on that is `eager`, too.
+    `mode` is torch.compile's, None its default. Shapes are fixed: a training has one.
     """
-    if reason := why_not_compile(precision):
-        warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
-        return eager
-    from torch._dynamo.exc import TorchDynamoException
 
     def plain(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
         return token_losses(model(x), y).sum() * factor
 
-    function = torch.compile(plain, dynamic=False, fullgraph=True, mode=mode)
+    return compiled(plain, eager, precision, "train.compile", mode=mode)
 
-    def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
-        nonlocal function
+
+def compiled(
+    function: Function, eager: Function, precision: Precision, setting: str, **how: Any
+) -> Function:
+    """`function` by torch.compile; `eager` where it cannot be, with a warning about `setting`.
+
+    What the compiler lacks may show on the first call only: from then on that is `eager`, too.
+    """
+    if reason := why_not_compile(precision):
+        warnings.warn(f"{setting}=true runs eagerly: {reason}", stacklevel=3)
+        return eager
+    from torch._dynamo.exc import TorchDynamoException
+
+    chosen = torch.compile(function, dynamic=False, fullgraph=True, **how)
+
+    def call(*given: Any) -> Any:
+        nonlocal chosen
         try:
-            return function(x, y, factor)
+            return chosen(*given)
         except TorchDynamoException as error:
             reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"train.compile=true runs eagerly: {reason}", stacklevel=2)
-            function = eager
-            return eager(x, y, factor)
+            warnings.warn(f"{setting}=true runs eagerly: {reason}", stacklevel=2)
+            chosen = eager
+            return eager(*given)
 
-    return loss
+    return call  # type: ignore[return-value]  # it has the signature of both
 
 
 def why_not_compile(precision: Precision) -> str:
