@@ -261,7 +261,9 @@ class KVCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, H, T, D) behind the cached ones; return all of them (B, H, S, D)."""
-        assert k.size(0) == self.keys[layer].size(0), "a cache serves the batch size it was made for"
+        assert k.size(0) == self.keys[layer].size(0), (
+            "a cache serves the batch size it was made for"
+        )
         end = self.length + k.size(2)
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v

@@ -1,8 +1,8 @@
 """torch.compile for the training step: one graph forward, one backward, eager where it cannot be.
 
-`compiled` serves sampling's step, too. What is compiled is a function of its own, never the model: evaluation and sampling call the
+What is compiled is a function of its own, never the model: evaluation and sampling call the
 model itself, in other modes and shapes, and so cannot make the step's graphs anew. The update is
-left out: fused AdamW is one kernel for many tensors already.
+left out: fused AdamW is one kernel for many tensors already. Sampling compiles a step of its own.
 
 No CUDA graphs by default: they save launches, which run ahead of the device anyhow, and return
 gradients in memory that the next micro-batch overwrites, so that accumulating would copy each.

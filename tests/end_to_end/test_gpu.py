@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from pipeline import config as configuration
 from pipeline import paths
@@ -239,14 +240,26 @@ def asked(**changes: Any) -> configuration.SampleConfig:
     return replace(configuration.from_dict(params()).sample, **settings)
 
 
-def continued(device: torch.device, config: configuration.SampleConfig) -> list[list[int]]:
-    idx, padding = generation.pad([[1, 2, 3, 4], [5, 6], [7, 8, 9]], device)
+PROMPTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
+
+
+def continued(
+    device: torch.device,
+    config: configuration.SampleConfig,
+    prompts: list[list[int]] = PROMPTS,
+) -> list[list[int]]:
+    idx, padding = generation.pad(prompts, device)
     chance = runtime.generator(1, "sample", device)
     return generation.generate(model_of(0.2).to(device), idx, config, chance, padding).tolist()
 
 
-def steps_apart(config: configuration.SampleConfig, monkeypatch) -> int:
-    """How many steps on the host, from the first, choose every row's token by more than APART."""
+def steps_apart(
+    config: configuration.SampleConfig,
+    monkeypatch,
+    prompts: list[list[int]] = PROMPTS,
+    apart: float = APART,
+) -> int:
+    """How many steps on the host, from the first, choose every row's token by more than `apart`."""
     seen = []
     choose = generation.choose
 
@@ -257,8 +270,8 @@ def steps_apart(config: configuration.SampleConfig, monkeypatch) -> int:
 
     with monkeypatch.context() as patch:
         patch.setattr(generation, "choose", look)
-        continued(CPU, config)
-    return sum(1 for _ in itertools.takewhile(lambda distance: distance > APART, seen))
+        continued(CPU, config, prompts)
+    return sum(1 for _ in itertools.takewhile(lambda distance: distance > apart, seen))
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
@@ -278,15 +291,16 @@ def test_tokens_by_a_graph_are_those_without(device, temperature: float, monkeyp
     captured = []
     capture = decoding.Step._capture
     monkeypatch.setattr(
-        decoding.Step, "_capture", lambda step: captured.append(step) or capture(step)
+        decoding.Step, "_capture", lambda step, c: captured.append(step) or capture(step, c)
     )
     config = asked(temperature=temperature)
     found = continued(device, config)
     assert len(captured) == 1
 
-    def eagerly(decoder: decoding.Decoder, cache: KVCache) -> Callable[..., torch.Tensor]:
+    def eagerly(decoder: decoding.Decoder, cache: KVCache, _) -> Callable[..., torch.Tensor]:
         def step(newest: torch.Tensor, column: int) -> torch.Tensor:
-            logits = decoder.logits(decoder.hidden(newest, cache)[:, -1])
+            with decoder.computing():
+                logits = decoder.logits(decoder.hidden(newest, cache)[:, -1])
             cache.length = column  # the window counts the token
             return logits
 
@@ -294,6 +308,54 @@ def test_tokens_by_a_graph_are_those_without(device, temperature: float, monkeyp
 
     monkeypatch.setattr(generation, "Step", eagerly)
     assert continued(device, config) == found and len(captured) == 1
+
+
+@compiles
+@here
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    "prompts", [[[1, 2, 3]], [[n, 5, 9] for n in range(8)], PROMPTS], ids=["1", "8", "unequal"]
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_greedy_tokens_of_a_compiled_and_captured_step_are_the_hosts(
+    precision: str, prompts: list[list[int]], weights: str, monkeypatch
+) -> None:
+    """Two pieces of the cache are read, and the window slides at the end."""
+    there_is_one()
+    monkeypatch.setattr(decoding, "PIECE", 16)
+    config = asked(max_new_tokens=34, precision=precision, weights=weights)
+    apart = APART if precision == "fp32" else 0.1  # logits have a spread of some 1.5
+    steps = steps_apart(replace(config, precision="fp32"), monkeypatch, prompts, apart)
+    assert steps > 0
+    torch._dynamo.reset()
+    counters.clear()
+    found = continued(CUDA, replace(config, compile=True), prompts)
+    assert counters["stats"]["unique_graphs"] == 1, "one for both pieces, and not eagerly"
+    kept = max(map(len, prompts)) + steps
+    hosts = continued(CPU, replace(config, precision="fp32"), prompts)
+    assert [row[:kept] for row in found] == [row[:kept] for row in hosts]
+    if weights == "fp32":  # the eager graph's, too
+        eager = continued(CUDA, config, prompts)
+        assert [row[:kept] for row in eager] == [row[:kept] for row in hosts]
+
+
+@pytest.mark.parametrize(
+    ("weights", "prompts"), [("fp32", [[1, 2, 3]]), ("fp32", PROMPTS), ("int8", PROMPTS)]
+)
+def test_what_is_compiled_is_captured_and_chooses_the_hosts_tokens(
+    weights: str, prompts: list[list[int]], monkeypatch
+) -> None:
+    """On the stand-in, with a compiler that leaves everything as it is."""
+    monkeypatch.setattr(decoding, "compiled", lambda function, *_, **how: function)
+    monkeypatch.setattr(decoding, "PIECE", 16)
+    config = asked(max_new_tokens=34, weights=weights)
+    steps = steps_apart(config, monkeypatch, prompts)
+    assert steps > 8
+    kept = max(map(len, prompts)) + steps
+    hosts = continued(CPU, config, prompts)
+    with stand_in.gpu(monkeypatch):
+        found = continued(CUDA, replace(config, compile=True), prompts)
+    assert [row[:kept] for row in found] == [row[:kept] for row in hosts]
 
 
 def test_the_same_seed_draws_the_same_tokens_on_the_device(device) -> None:

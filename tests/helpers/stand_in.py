@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 
 CUDA = torch.device("cuda")
 _THIS = torch.device("cuda", 0)
-_READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero")  # here the host waits
+_READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "multinomial")  # the host waits
 _graph: Graph | None = None  # the one that is being captured
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from pipeline.compute.precision import choose_precision
 from pipeline.inference import decoding
 from pipeline.inference.decoding import Decoder, FixedCache, Step, mean_loss
 from pipeline.inference.int8 import quantize
 from pipeline.model import loss
-from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.model.gpt import GPT, GPTConfig, KVCache
+from pipeline.training import compiling
 from tests.helpers import stand_in
 
 SHAPE = GPTConfig(2, 4, 32, 16, 61, 64, dropout=0.5)
@@ -21,9 +24,9 @@ CPU = torch.device("cpu")
 FP32 = choose_precision("fp32", CPU)
 
 
-def tiny() -> GPT:
+def tiny(**changes: str) -> GPT:
     torch.manual_seed(0)
-    model = GPT(SHAPE)
+    model = GPT(replace(SHAPE, **changes))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model
@@ -131,53 +134,126 @@ def test_the_loss_by_fp32_products_is_the_validation_loss() -> None:
 # --- what a CUDA graph holds, run step by step
 
 
-@pytest.mark.parametrize("padding", [None, [3, 0, 1]])
-@torch.no_grad()
-def test_a_step_at_fixed_addresses_equals_a_step_of_the_growing_cache(padding) -> None:
-    decoder, idx = Decoder(tiny(), FP32, rows=3), ids(3, 12)
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "PIECE", 4)
+
+
+def compare(decoder: Decoder, padding: list[int] | None = None, compile: bool = False) -> Step:
+    """Seven steps behind a prompt of five, each against one of the growing cache."""
+    rows = 1 if padding is None else len(padding)
+    idx = ids(rows, 12).to(decoder.precision.device)
     growing = [decoder.new_cache(idx[:, :5], 7) for _ in range(2)]
     for cache in growing:
-        cache.padding = None if padding is None else torch.tensor(padding)
+        cache.padding = None if padding is None else torch.tensor(padding, device=idx.device)
         decoder.hidden(idx[:, :5], cache)
-    step = Step(decoder, growing[1])
+    step = Step(decoder, growing[1], compile)
     for column in range(5, 12):
         token = idx[:, column : column + 1]
-        expected = decoder.logits(decoder.hidden(token, growing[0])[:, -1])
-        torch.testing.assert_close(step(token, column), expected, rtol=1e-5, atol=1e-5)
+        expected = decoder.logits(decoder.hidden(token, growing[0])[:, -1]).cpu()
+        torch.testing.assert_close(step(token, column).cpu(), expected, rtol=1e-5, atol=1e-5)
+    return step
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "naive"])
+@pytest.mark.parametrize("padding", [None, [3, 0, 1]])
+@torch.no_grad()
+def test_a_step_at_fixed_addresses_equals_a_step_of_the_growing_cache(
+    padding, attention: str, small_pieces
+) -> None:
+    compare(Decoder(tiny(attention=attention), FP32, rows=3 if padding else 1), padding)
+
+
+@torch.no_grad()
+def test_a_step_reads_the_cache_as_far_as_it_is_filled(small_pieces, monkeypatch) -> None:
+    seen, extend = [], FixedCache.extend
+
+    def look(cache: FixedCache, *given) -> tuple[torch.Tensor, torch.Tensor]:
+        both = extend(cache, *given)
+        seen.append({part.size(2) for part in both})
+        return both
+
+    monkeypatch.setattr(FixedCache, "extend", look)
+    compare(Decoder(tiny(), FP32))
+    assert seen[::2] == [{8}] * 3 + [{12}] * 4  # of columns 5 to 7, and 8 to 11
+
+
+# --- compiled
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch):
+    """torch.compile as it is, but for its last and slow part, and the options of that."""
+    real = torch.compile
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(
+        torch, "compile", lambda f, options, **how: real(f, backend="aot_eager", **how)
+    )
+    monkeypatch.setattr(compiling, "why_not_compile", lambda precision: "")
+    without_onednn(monkeypatch)
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_compiled_step_is_one_graph_for_every_length_cache_and_decoder(
+    traced, small_pieces
+) -> None:
+    compare(Decoder(tiny(), FP32), compile=True)  # two pieces
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    decoder, idx = Decoder(tiny(), FP32), ids(1, 4)
+    for prompt, new in ((3, 9), (1, 3)):  # caches of other lengths
+        cache = decoder.new_cache(idx[:, :prompt], new)
+        decoder.hidden(idx[:, :prompt], cache)
+        Step(decoder, cache, compile=True)(idx[:, :1], prompt)
+    assert counters["stats"]["unique_graphs"] == 1
+    compare(Decoder(tiny(), FP32, rows=3), [3, 0, 1], compile=True)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+@torch.no_grad()
+def test_a_compiled_step_equals_an_eager_one(weights: str, small_pieces, monkeypatch) -> None:
+    without_onednn(monkeypatch)
+    if reason := compiling.why_not_compile(FP32):
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    counters.clear()
+    compare(Decoder(tiny(), FP32, weights), compile=True)
+    assert counters["stats"]["unique_graphs"] == 1, "it ran eagerly"
+
+
+@torch.no_grad()
+def test_a_step_that_cannot_be_compiled_says_why_and_runs_eagerly(monkeypatch) -> None:
+    monkeypatch.setattr(compiling, "why_not_compile", lambda precision: "no triton")
+    with pytest.warns(UserWarning, match="sample.compile=true runs eagerly: no triton"):
+        compare(Decoder(tiny(), FP32), compile=True)
+
+
+# --- captured
 
 
 @torch.no_grad()
 def test_a_fixed_step_takes_a_cache_of_a_lower_format() -> None:
     decoder, idx = Decoder(tiny(), FP32), ids(1, 6)
-    decoder.dtype = torch.bfloat16
-    cache = decoder.new_cache(idx, 2)
+    cache = KVCache(SHAPE, 1, dtype=torch.bfloat16, capacity=decoding.PIECE)
     decoder.hidden(idx, cache)
     logits = Step(decoder, cache)(idx[:, -1:], 6)
     assert logits.dtype is torch.float32 and logits.isfinite().all()
 
 
 @torch.no_grad()
-def test_a_graph_is_captured_once_and_replayed_with_new_tokens(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_piece_is_captured_once_and_replayed_with_new_tokens(
+    small_pieces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with stand_in.gpu(monkeypatch):
-        decoder, idx = (
-            Decoder(tiny().to("cuda"), choose_precision("fp32", torch.device("cuda")), rows=3),
-            ids(3, 12).to("cuda"),
-        )
-        growing = [decoder.new_cache(idx[:, :5], 7) for _ in range(2)]
-        for cache in growing:
-            decoder.hidden(idx[:, :5], cache)
-        step = Step(decoder, growing[1])
-        graphs = []
-        for column in range(5, 12):
-            token = idx[:, column : column + 1]
-            expected = decoder.logits(decoder.hidden(token, growing[0])[:, -1])
-            torch.testing.assert_close(
-                step(token, column).cpu(), expected.cpu(), rtol=1e-5, atol=1e-5
-            )
-            graphs.append(step._graph)
-        assert len({*map(id, graphs)}) == 1 and graphs[0].replayed == 7
+        precision = choose_precision("fp32", torch.device("cuda"))
+        step = compare(Decoder(tiny().to("cuda"), precision, rows=3), [3, 0, 1])
+        replayed = {end: graph.replayed for end, (graph, _) in step._graphs.items()}
+        assert replayed == {8: 3, 12: 4}
 
 
 @torch.no_grad()
@@ -191,7 +267,7 @@ def test_a_step_that_waits_for_the_device_cannot_be_captured(
         )
         step = Step(decoder, decoder.new_cache(idx, 3))
         run = step._run
-        monkeypatch.setattr(step, "_run", lambda: run() if run().isfinite().all() else None)
+        monkeypatch.setattr(step, "_run", lambda c: run(c) if run(c).isfinite().all() else None)
         with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
             step(idx[:, -1:], 0)
 
@@ -199,4 +275,4 @@ def test_a_step_that_waits_for_the_device_cannot_be_captured(
 def test_a_fixed_cache_takes_one_token_a_row() -> None:
     decoder = Decoder(tiny(), FP32)
     with pytest.raises(AssertionError, match="one token"):
-        FixedCache(decoder.new_cache(ids(1, 3), 3)).begin(2)
+        FixedCache(decoder.new_cache(ids(1, 3), 3), decoder).begin(2)

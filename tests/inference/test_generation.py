@@ -26,6 +26,7 @@ from pipeline.inference.generation import (
 )
 from pipeline.model.gpt import GPT, GPTConfig, KVCache
 from pipeline.model.hf_layout import hf_config, to_hf
+from tests.helpers import stand_in
 
 VOCABULARY = 61
 BLOCK = 16
@@ -64,6 +65,7 @@ def settings(**changes: object) -> SampleConfig:
         while_training=False,
         kv_cache=True,
         weights="fp32",
+        compile=False,
         precision="fp32",
         seed=0,
     )
@@ -279,6 +281,37 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p, expected):
     wanted = torch.tensor(expected) / sum(expected)
     deviation = (wanted * (1 - wanted) / rows).sqrt()
     assert ((shares - wanted).abs() <= 4 * deviation).all()
+
+
+@pytest.mark.parametrize("generators", [1, 3])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (50, 1.0), (7, 0.8), (0, 0.9)])
+def test_a_draw_is_torch_multinomials_to_the_bit(generators: int, top_k: int, top_p: float):
+    logits = 3 * torch.randn(6, 1009, generator=seeded(1))
+    config = settings(temperature=0.9, top_k=top_k, top_p=top_p)
+    ours, theirs = ([seeded(n) for n in range(generators)] for _ in range(2))
+    for _ in range(5):
+        expected = []
+        for part, chance in zip(logits.chunk(generators), theirs, strict=True):
+            values, ids = candidates(part, 0.9, top_k, top_p)
+            drawn = torch.multinomial(values.softmax(-1), 1, generator=chance)
+            expected += ids.gather(-1, drawn)[:, 0].tolist()
+        chance = ours[0] if generators == 1 else ours
+        assert choose(logits, config, chance).tolist() == expected
+
+
+def test_a_draw_does_not_wait_for_the_device(monkeypatch):
+    with stand_in.gpu(monkeypatch):
+        logits = torch.randn(4, 61, device="cuda")
+        chance = [torch.Generator("cuda").manual_seed(n) for n in range(2)]
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # in which nobody waits
+            for config in (settings(temperature=0.0), settings(top_k=5), settings(top_p=0.9)):
+                assert choose(logits, config, chance).shape == (4,)
+
+
+def test_compile_where_nothing_is_compiled_says_so():
+    with pytest.warns(UserWarning, match="sample.compile=true runs eagerly: what is compiled"):
+        found = generate(tiny(), prompts(), settings(compile=True), seeded())
+    assert found.tolist() == generate(tiny(), prompts(), settings(), seeded()).tolist()
 
 
 def test_padded_ids_are_never_sampled():

@@ -57,7 +57,12 @@ def test_it_refuses_what_cuda_refuses(there, what: str) -> None:
 
 
 def test_a_graph_refuses_to_wait_and_to_copy_and_replays_what_it_holds(there) -> None:
-    for waits in (lambda: there.sum().item(), lambda: there.cpu(), lambda: there.copy_(HOST)):
+    for waits in (
+        lambda: there.sum().item(),
+        lambda: there.cpu(),
+        lambda: there.copy_(HOST),
+        lambda: torch.multinomial(there, 1),
+    ):
         graph = torch.cuda.CUDAGraph()
         with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(graph):
             waits()
