@@ -28,7 +28,8 @@ from pipeline.training.compiling import compiled
 
 Product = Callable[[Tensor], Tensor]
 
-PIECE = 128  # columns of a cache that a step reads together: kernels want multiples of 16
+PIECE = 128  # columns: a cache has whole pieces, since kernels want multiples of 16
+READ = 1024  # columns of all rows that a step reads at least: for fewer no new graph pays
 SPARE = 16  # columns that no step reads: of a whole buffer a compiler would make another case
 
 
@@ -144,7 +145,7 @@ class Step:
     A step launches some 200 kernels, which takes the host longer than the GPU needs for them; a
     graph of them is launched at once. It has fixed shapes and addresses, so the tokens see a mask
     over the cache, and the column to write is a number on the device. The cache is read in pieces
-    of `PIECE` columns as far as it is filled: a graph each.
+    as far as it is filled: a graph each.
 
     With `compile` the graph holds fewer and larger kernels: torch.compile joins what lies between
     the products, attention by its plain formula and, for one row, the products themselves. It
@@ -156,6 +157,7 @@ class Step:
         self._decoder, self._cache = decoder, FixedCache(cache, decoder)
         self._token = keys.new_zeros(len(keys), 1, dtype=torch.int64)
         self._columns = torch.arange(keys.size(2), device=keys.device)
+        self._piece = _whole_pieces(max(1, READ // len(keys)))
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._run = self._compiled() if compile else self._eager
 
@@ -166,7 +168,7 @@ class Step:
         """
         self._token.copy_(token)
         self._cache.column.fill_(column)
-        end = _whole_pieces(column + 1)
+        end = min(-(-(column + 1) // self._piece) * self._piece, len(self._columns) - SPARE)
         if self._token.device.type == "cuda" and end in self._graphs:
             graph, logits = self._graphs[end]
             graph.replay()

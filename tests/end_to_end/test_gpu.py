@@ -323,6 +323,7 @@ def test_greedy_tokens_of_a_compiled_and_captured_step_are_the_hosts(
     """Two pieces of the cache are read, and the window slides at the end."""
     there_is_one()
     monkeypatch.setattr(decoding, "PIECE", 16)
+    monkeypatch.setattr(decoding, "READ", 16)
     config = asked(max_new_tokens=34, precision=precision, weights=weights)
     apart = APART if precision == "fp32" else 0.1  # logits have a spread of some 1.5
     steps = steps_apart(replace(config, precision="fp32"), monkeypatch, prompts, apart)
@@ -348,6 +349,7 @@ def test_what_is_compiled_is_captured_and_chooses_the_hosts_tokens(
     """On the stand-in, with a compiler that leaves everything as it is."""
     monkeypatch.setattr(decoding, "compiled", lambda function, *_, **how: function)
     monkeypatch.setattr(decoding, "PIECE", 16)
+    monkeypatch.setattr(decoding, "READ", 16)
     config = asked(max_new_tokens=34, weights=weights)
     steps = steps_apart(config, monkeypatch, prompts)
     assert steps > 8

@@ -137,6 +137,7 @@ def test_the_loss_by_fp32_products_is_the_validation_loss() -> None:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "PIECE", 4)
+    monkeypatch.setattr(decoding, "READ", 4)
 
 
 def compare(decoder: Decoder, padding: list[int] | None = None, compile: bool = False) -> Step:
@@ -176,6 +177,15 @@ def test_a_step_reads_the_cache_as_far_as_it_is_filled(small_pieces, monkeypatch
     monkeypatch.setattr(FixedCache, "extend", look)
     compare(Decoder(tiny(), FP32))
     assert seen[::2] == [{8}] * 3 + [{12}] * 4  # of columns 5 to 7, and 8 to 11
+
+
+@torch.no_grad()
+def test_the_fewer_rows_the_larger_is_a_piece() -> None:
+    pieces = {}
+    for rows in (1, 3, 8, 64):
+        cache = KVCache(SHAPE, rows, capacity=decoding.PIECE)
+        pieces[rows] = Step(Decoder(tiny(), FP32), cache)._piece
+    assert pieces == {1: 1024, 3: 384, 8: 128, 64: 128}
 
 
 # --- compiled

@@ -1,4 +1,4 @@
-"""The GPU benchmark, all of it, on a CPU and tiny: what it says, and what it refuses to say."""
+"""The GPU benchmarks, all of them, on a CPU and tiny: what they say, what they refuse to say."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import build_nanogpt, gpu
+from benchmarks import build_nanogpt, gpu, sample_gpu
+from benchmarks.outcomes import OURS
+from benchmarks.peers import HF, Task
 from pipeline.compute import precision as precision_module
 from pipeline.errors import ConfigError, InputError
 from pipeline.training import compiling
@@ -140,3 +142,65 @@ def test_without_a_gpu_it_says_so(monkeypatch, tmp_path) -> None:
 def test_a_folder_without_the_script_is_named(tmp_path) -> None:
     with pytest.raises(InputError, match="no train_gpt2.py there"):
         build_nanogpt.definitions(tmp_path)
+
+
+# --- sampling
+
+SAMPLE = ["--device", "cpu", "--size", "test", "--new", "4", "--rounds", "1", "--precision", "fp32"]
+
+
+def test_sampling_is_measured_case_by_case_and_goes_on_where_it_was_left(
+    tmp_path, monkeypatch
+) -> None:
+    measured, measure = [], sample_gpu.measure
+    monkeypatch.setattr(
+        sample_gpu,
+        "measure",
+        lambda task, batch, *more: measured.append(batch) or measure(task, batch, *more),
+    )
+    words = [*SAMPLE, "--batch", "1", "2", "--minutes", "0"]
+    sample_gpu.main(words, tmp_path)
+    page = (tmp_path / "sample_gpu.md").read_text("utf-8")
+    assert measured == [1] and "**1 cases are not measured yet" in page
+    sample_gpu.main(words, tmp_path)
+    page = (tmp_path / "sample_gpu.md").read_text("utf-8")
+    assert measured == [1, 2] and "not measured yet" not in page
+    table = [line.split("|") for line in page.splitlines() if line.startswith("| fp32")]
+    cells = [[cell.strip() for cell in line] for line in table]
+    static, compiled = f"{HF}, static cache, compiled", f"{OURS}, compiled"
+    names = [HF, static, f"{OURS}, captured", compiled, f"{compiled}, int8"]
+    assert [(line[2], line[3]) for line in cells] == [(b, n) for b in "12" for n in names]
+    for line in cells:
+        timed = line[4] != "-"
+        assert timed == (compiled not in line[3]), "what runs eagerly is not a compiled one's time"
+        assert timed or "runs eagerly" in line[12]
+        assert line[10] in (("-",) if "int8" in line[3] else ("1 of 1", "2 of 2"))
+
+
+def test_what_a_step_reads_is_the_weights_and_the_filled_cache() -> None:
+    weights = 124_475_904 - 1024 * 768  # at 50304 rows, without the positions
+    found = sample_gpu.bytes_of_a_step(Task("124m"), 8, 1, 2, 2)
+    assert found == 2 * weights + 2 * 12 * 768 * 8 * 32 * 2
+
+
+def test_other_tokens_are_a_near_tie_or_void_the_time(monkeypatch) -> None:
+    task = Task("test")
+    model, idx = task.model().eval(), task.ids(0, 2, 12)
+    with torch.no_grad():
+        logits = model(idx[:1, :8])[0, -1]
+    likely, text, other = logits.topk(2), idx.clone(), idx.clone()
+    text[0, 8], other[0, 8] = likely.indices
+    distance = (likely.values[0] - likely.values[1]).item()
+    for dtype in (torch.float32, torch.bfloat16):
+        unit = torch.finfo(dtype).eps * logits.abs().max().item()
+        equal, units = sample_gpu.apart(model, text, other, dtype)
+        assert equal == 1 and units == pytest.approx(distance / unit, rel=1e-3)
+    assert sample_gpu.apart(model, idx, idx, torch.float32) == (2, 0.0)
+
+    def wrong(*_, **__):
+        return lambda: task.ids(0, 1, sample_gpu.PROMPT + 4)
+
+    monkeypatch.setattr(sample_gpu, "ours", wrong)
+    found = sample_gpu.measure(task, 1, precision_module.choose_precision("fp32", CPU), 4, 1)
+    assert [len(r["seconds"]) for r in found] == [1, 1, 0, 0, 1]
+    assert "no near tie" in found[2]["remark"]
