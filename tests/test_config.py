@@ -139,7 +139,7 @@ def test_a_params_file_that_is_none_is_refused_by_its_path(tmp_path: Path) -> No
 
 AMBIGUOUS = [
     *(("steps: 500", f"steps: {value}") for value in ("010", "1:30", "0o17")),
-    *(("compile: false", f"compile: {value}") for value in ("off", "Yes", "NO", "on")),
+    *(("compile: false\n", f"compile: {value}\n") for value in ("off", "Yes", "NO", "on")),
     ("lr: 0.002\n", "lr: 1:30.5\n"),
     ("experiment: gpt2", "experiment: 010"),
     ('- "My lord,"', "- off"),
