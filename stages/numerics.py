@@ -87,6 +87,10 @@ def summary(measured: roofline.Roofline) -> dict[str, float]:
             f"numerics/{mode}_speed": speed,
             f"numerics/{mode}_error": error,
         }
+    if measured.mostly_calls:
+        found["numerics/call_share"] = measured.call_share
+        for mode, (speed, _) in measured.speed_and_error(reference=True).items():
+            found[f"numerics/{mode}_speed_{roofline.REFERENCE.lower()}"] = speed
     return found
 
 
@@ -96,10 +100,16 @@ def show(measured: roofline.Roofline, suffered: list[sensitivity.Sensitivity]) -
         f"numerics: {measured.device}, {measured.bandwidth / 1e9:.1f} GB/s; the rate of one large "
         "product, and speed and error of the model's own"
     )
-    print(f"{'':<8}{'large product':>16}{'own, of fp32':>15}{'error':>10}")
+    # On a device that is idle most of the time, a column more.
+    beside = measured.speed_and_error(reference=True) if measured.mostly_calls else {}
+    head = f"{f'{roofline.REFERENCE}, of fp32':>15}" if beside else ""
+    print(f"{'':<8}{'large product':>16}{'own, of fp32':>15}{'error':>10}{head}")
     for mode, (speed, error) in measured.speed_and_error().items():
         rate = f"{measured.rates[mode] / 1e9:,.0f} GFLOP/s"
-        print(f"{mode:<8}{rate:>16}{speed:>15.2f}{error:>10.1e}")
+        more = f"{beside[mode][0]:>15.2f}" if beside else ""
+        print(f"{mode:<8}{rate:>16}{speed:>15.2f}{error:>10.1e}{more}")
+    if beside:
+        print(f"numerics: {measured.about_calls()}")
     amplified = ", ".join(
         f"{op} {value:.2f}" for op, value in sensitivity.amplifications(suffered).items()
     )

@@ -5,6 +5,10 @@ Activations and weights are e4m3 (3 mantissa bits, up to 448), gradients e5m2 (2
 multiplied by a power of two that brings its largest magnitude just below the format's (dynamic,
 per tensor): a power of two rounds nothing. Products accumulate in fp32 and give bf16.
 
+What that costs: the largest magnitude must be known before anything is rounded, so an operand is
+gone through twice. Compiled, the first time is part of the kernel that makes it, and the second
+writes what products read, transposed too where the backward pass wants it: no pass only copies.
+
 A layer multiplies in fp8 if and only if it is an `Fp8Linear`. The head and attention stay bf16;
 embeddings are looked up in fp32.
 """
@@ -77,16 +81,21 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, a_unit, w, w_unit = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.dtypes
-        g = scaled(grad, BACKWARD, a.dtype is torch.float32)  # emulated as the forward pass was
+        # Emulated as the forward pass was. Along the columns, as the bias' sum goes: the compiler
+        # makes both in one pass over the gradient, which it may compute anew for each pass.
+        g = scaled(grad, BACKWARD, a.dtype is torch.float32, first=0)
         grad_x = product(g, Scaled(w, w_unit)).to(of_x)  # y = x w^T, so dx = dy w
         grad_weight = product(g.t(), Scaled(a, a_unit)).to(of_weight)  # and dw = dy^T x
         return grad_x, grad_weight, grad.sum(0, dtype=torch.float32).to(of_bias), None
 
 
-def scaled(x: Tensor, dtype: torch.dtype, emulated: bool) -> Scaled:
-    """`x` rounded to the fp8 `dtype` after scaling, ties to even, what is not finite kept so."""
+def scaled(x: Tensor, dtype: torch.dtype, emulated: bool, first: int | tuple[()] = ()) -> Scaled:
+    """`x` rounded to the fp8 `dtype` after scaling, ties to even, what is not finite kept so.
+
+    The largest magnitude is sought along the dimension `first`, then among the rest; () is all.
+    """
     x = x.detach().float()
-    scale = _scale(x.abs().amax(), torch.finfo(dtype).max)
+    scale = _scale(x.abs().amax(first).amax(), torch.finfo(dtype).max)
     # The largest may be rounded past the end of the format, which has no such number.
     limit = torch.finfo(dtype).max
     values = (x * scale).clamp(-limit, limit).to(dtype)

@@ -168,19 +168,21 @@ def bit_layout(formats: Sequence[Format]) -> Figure:
 
 def error_and_speed(study: Roofline) -> Figure:
     """Relative error against speed, for every product of the model in every mode."""
-    figure, (axis,) = sheet(1, width=8)
+    sets = ("the model's", "GPT-2 124M's") if study.mostly_calls else ("the model's",)
+    figure, axes = sheet(len(sets), width=8)
     base = {p.shape: p.seconds for p in study.products if p.precision.asked == "fp32"}
-    for mode, (speed, error) in study.speed_and_error().items():
-        products = [p for p in study.products if p.precision.asked == mode]
-        emulated = " (emulated)" if products[0].precision.emulated else ""
-        points = [(base[p.shape] / p.seconds, p.error) for p in products]
-        axis.plot(*_columns(points), "o", color=COLOURS[mode], alpha=0.35)
-        label = f"{mode}{emulated}: {speed:.2f} times fp32's speed, error {error:.1e}"
-        axis.plot([speed], [error], "D", color=COLOURS[mode], markersize=9, label=label)
-    axis.set_yscale("log")
-    axis.set(xlabel="speed relative to fp32", ylabel="relative error against float64")
-    axis.set_title(f"the model's products, {study.device}; diamonds are medians")
-    axis.legend(fontsize=9)
+    for reference, (axis, whose) in enumerate(zip(axes, sets, strict=True)):
+        for mode, (speed, error) in study.speed_and_error(bool(reference)).items():
+            products = [p for p in study.in_mode(mode) if p.reference == reference]
+            emulated = " (emulated)" if products[0].precision.emulated else ""
+            points = [(base[p.shape] / p.seconds, p.error) for p in products]
+            axis.plot(*_columns(points), "o", color=COLOURS[mode], alpha=0.35)
+            label = f"{mode}{emulated}: {speed:.2f} times fp32's speed, error {error:.1e}"
+            axis.plot([speed], [error], "D", color=COLOURS[mode], markersize=9, label=label)
+        axis.set_yscale("log")
+        axis.set(xlabel="speed relative to fp32", ylabel="relative error against float64")
+        axis.set_title(f"{whose} products, {study.device}; diamonds are medians")
+        axis.legend(fontsize=9)
     return figure
 
 

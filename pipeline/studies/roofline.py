@@ -31,6 +31,9 @@ REFERENCE_ROWS = 64  # of a product are made again in float64
 CPU_FLOPS = 3e9  # most of one product on a CPU; its rows are cut, and the table says how many
 RESULT_BYTES = 1 << 29  # of one fp32 result, on any device: a small GPU is to do it, too
 STREAM_BYTES = {"cuda": 1 << 30, "mps": 1 << 28, "cpu": 1 << 28}  # of each of two arrays
+LAUNCHES = ("cuda", "mps")  # a CPU is busy with any model that one would train on it
+MOSTLY_CALL = 0.5  # of a product's time, in the median: from there on times are those of calls
+REFERENCE = "124M"  # in the names of what is measured beside the model there: GPT-2 124M's
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,10 @@ class Product(Operation):
     precision: Precision
     error: float  # relative, norm by norm, against float64
 
+    @property
+    def reference(self) -> bool:
+        return self.name.startswith(REFERENCE)
+
 
 @dataclass(frozen=True)
 class Roofline:
@@ -101,6 +108,7 @@ class Roofline:
     operations: list[Operation]
     notes: tuple[str, ...] = ()  # why a mode is emulated, or was not measured
     call_seconds: float = 0.0  # of an operation on a single number: what any call takes
+    call_share: float = 0.0  # of the model's products' time, where it was looked at
 
     def roof(self, intensity: float, mode: str) -> float:
         """FLOP/s that memory and the mode's products allow at this intensity."""
@@ -121,15 +129,30 @@ class Roofline:
     def in_mode(self, mode: str) -> list[Product]:
         return [p for p in self.products if p.precision.asked == mode]
 
-    def speed_and_error(self) -> dict[str, tuple[float, float]]:
-        """{mode: (speed relative to fp32, relative error)}, medians over the model's products."""
-        return {
-            mode: (
-                statistics.median(map(self.speed, self.in_mode(mode))),
-                statistics.median(p.error for p in self.in_mode(mode)),
-            )
-            for mode in self.rates
-        }
+    def speed_and_error(self, reference: bool = False) -> dict[str, tuple[float, float]]:
+        """{mode: (speed relative to fp32, relative error)}, medians over the model's products.
+
+        `reference`: over GPT-2 124M's instead, which are there if `mostly_calls`.
+        """
+        found = {}
+        for mode in self.rates:
+            products = [p for p in self.in_mode(mode) if p.reference is reference]
+            errors = statistics.median(p.error for p in products)
+            found[mode] = statistics.median(map(self.speed, products)), errors
+        return found
+
+    @property
+    def mostly_calls(self) -> bool:
+        """Whether what the model's products take is the call more than the arithmetic."""
+        return self.call_share > MOSTLY_CALL
+
+    def about_calls(self) -> str:
+        """What the figures of the model's own shapes are worth, if `mostly_calls`."""
+        return (
+            f"{self.call_share:.0%} of the time of the model's own products is the call, not the "
+            "arithmetic: they are too small for this device, and their speeds say little of its "
+            f"formats. So those of GPT-2 {REFERENCE} stand beside them"
+        )
 
     def product_rows(self) -> list[tuple[Any, ...]]:
         """One tuple of PRODUCT_COLUMNS for each product in each mode."""
@@ -156,17 +179,19 @@ class Roofline:
 
     def products_page(self) -> str:
         """Markdown: error and time of every product in every mode."""
-        words = [
-            f"{mode} {speed:.2f} times fp32's speed, relative error {error:.1e}"
-            for mode, (speed, error) in self.speed_and_error().items()
-        ]
+        beside = f" {self.about_calls()}: {self._words(True)}." if self.mostly_calls else ""
         return (
             f"# Error against speed\n\n{self.device}. Medians over the model's products: "
-            + "; ".join(words)
-            + ". Error is against float64.\n"
+            + f"{self._words(False)}. Error is against float64.{beside}\n"
             + "".join(f"\n- {note}" for note in self.notes)
             + ("\n" if self.notes else "")
             + f"\n{markdown(PRODUCT_COLUMNS, self.product_rows())}"
+        )
+
+    def _words(self, reference: bool) -> str:
+        return "; ".join(
+            f"{mode} {speed:.2f} times fp32's speed, relative error {error:.1e}"
+            for mode, (speed, error) in self.speed_and_error(reference).items()
         )
 
     def operations_page(self) -> str:
@@ -181,8 +206,9 @@ class Roofline:
             "Neither roof says much of what is small. A call on a single number takes "
             f"{self.call_seconds * 1e6:.1f} microseconds; the last column is that by the whole "
             "time. And what moves a few megabytes may live in a cache, where it can pass its roof: "
-            "the bandwidth is that of arrays far larger than any cache.\n\n"
-            f"{markdown(OPERATION_COLUMNS, rows)}"
+            "the bandwidth is that of arrays far larger than any cache."
+            + (f" {self.about_calls()}." if self.mostly_calls else "")
+            + f"\n\n{markdown(OPERATION_COLUMNS, rows)}"
         )
 
 
@@ -219,16 +245,37 @@ def measure(model_shapes: list[Shape], device: torch.device, device_name: str) -
     # A mode that comes to another one here has no figures of its own.
     own = [mode for mode in modes if mode.effective == mode.asked]
     square = _timed_products(Shape("square", side, side, side), own)
+    products = [p for shape in model_shapes for p in _timed_products(fitted(shape, device), own)]
+    operations = list(_timed_operations(model_shapes[-1], device))
+    share = _call_share(products, own) if device.type in LAUNCHES else 0.0
+    if share > MOSTLY_CALL:
+        large = reference_shapes()
+        products += [p for shape in large for p in _timed_products(fitted(shape, device), own)]
+        operations += _timed_operations(large[-1], device)
     one = torch.ones(1, device=device)
     return Roofline(
         device_name,
         bandwidth(device),
         {product.precision.asked: product.rate for product in square},
-        [p for shape in model_shapes for p in _timed_products(fitted(shape, device), own)],
-        list(_timed_operations(model_shapes[-1], device)),
+        products,
+        operations,
         tuple(f"{mode.asked}: {mode.reason}" for mode in modes if mode.reason),
         medians([lambda: one.add_(one)], device)[0],
+        share,
     )
+
+
+def _call_share(products: list[Product], precisions: list[Precision]) -> float:
+    """Of the products' time, in the median: the same call with next to nothing to compute."""
+    empty = _timed_products(Shape("empty", 16, 16, 16), precisions)
+    seconds = {p.precision: p.seconds for p in empty}
+    return statistics.median(min(1.0, seconds[p.precision] / p.seconds) for p in products)
+
+
+def reference_shapes() -> list[Shape]:
+    """Those of GPT-2 124M with 32 sequences of 1,024 tokens: what a large GPU is busy with."""
+    own = shapes(n_embd=768, n_head=12, vocab_rows=50304, sequences=32, tokens=1024)
+    return [replace(shape, name=f"{REFERENCE} {shape.name}") for shape in own]
 
 
 def bandwidth(device: torch.device) -> float:
@@ -302,4 +349,5 @@ def _timed_operations(head: Shape, device: torch.device) -> Iterator[Operation]:
         with torch.no_grad():
             (seconds,) = medians([call], device)
         n = on.numel()
-        yield Operation(seconds, 4.0 * moved * n, name, tuple(on.shape), float(flops * n))
+        whose = head.name.removesuffix("head")
+        yield Operation(seconds, 4.0 * moved * n, whose + name, tuple(on.shape), float(flops * n))
