@@ -1,11 +1,15 @@
 """Training speed of every precision, side by side in one process.
 
     python benchmarks/precision.py [--size nano|mini|124m] [--rounds N] [--emulate]
+    python benchmarks/precision.py --machine H100 --size 124m-1024 [--compile]      on a GPU
 
 Modes take turns, so that a machine that slows down slows all of them; medians are shown. The
 gradient's difference from fp32 is taken at the first step, the weights' after five steps. With
 `--emulate` a CPU counts as one without instructions for any low format. Writes
 benchmarks/results/precision-SIZE.md, or precision-SIZE-emulated.md.
+
+`--machine NAME` fills that column of docs/precision.md instead: bandwidth, matrix rates, and these
+speeds, in results/machines.json; `python tools/readme.py precision.md` then shows it.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ import contextlib
 import copy
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,12 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from benchmarks import outcomes
+from benchmarks import machines, outcomes
 from benchmarks.peers import SIZES, Task
 from pipeline.compute import precision as modes
 from pipeline.compute import runtime
 from pipeline.compute.precision import PRECISIONS, choose_precision
-from pipeline.compute.throughput import Stopwatch
+from pipeline.compute.throughput import Stopwatch, matrix_rate
+from pipeline.studies import roofline
 from pipeline.training import training_step
 
 STEPS = 5
@@ -38,9 +45,10 @@ def flat(tensors) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
-def table(task: Task, rounds: int) -> list[str]:
-    """A line for each precision: its speed, and how far it is from fp32."""
-    settings, device = task.config().train, runtime.choose_device(task.device)
+def table(task: Task, rounds: int, compiled: bool) -> tuple[list[str], dict[str, float]]:
+    """A line for each precision: its speed, and how far it is from fp32; and the tokens/s."""
+    settings = replace(task.config().train, compile=compiled)
+    device = runtime.choose_device(task.device)
     model = task.model().to(device)
     batches = [task.batch(step) for step in range(STEPS)]
     states, gradients, ends = {}, {}, {}
@@ -57,18 +65,17 @@ def table(task: Task, rounds: int) -> list[str]:
             watch.start()
             training_step.train_step(state, [batches[turn % STEPS]], settings.lr, settings)
             seconds[name].append(watch.stop())
-    base = statistics.median(seconds["fp32"])
     lines = [
         f"{'precision':<11}{'tokens/s':>9}{'of fp32':>9}{'gradient off':>14}{'weights off':>13}"
     ]
+    rates = {name: task.tokens / statistics.median(taken) for name, taken in seconds.items()}
     for name in PRECISIONS:
-        median = statistics.median(seconds[name])
         off = (gradients[name] - gradients["fp32"]).norm() / gradients["fp32"].norm()
         moved = (ends[name] - ends["fp32"]).norm() / ends["fp32"].norm()
-        speed = f"{task.tokens / median:>9,.0f}{base / median:>9.2f}"
+        speed = f"{rates[name]:>9,.0f}{rates[name] / rates['fp32']:>9.2f}"
         mark = " emulated" if states[name].precision.emulated else ""
         lines.append(f"{name:<11}{speed}{off:>14.1e}{moved:>13.1e}{mark}")
-    return lines
+    return lines, rates
 
 
 def first_gradient(state: training_step.TrainState, x: Tensor, y: Tensor) -> Tensor:
@@ -85,19 +92,36 @@ def first_gradient(state: training_step.TrainState, x: Tensor, y: Tensor) -> Ten
     return found
 
 
+def of_the_machine(name: str) -> dict[str, Any]:
+    """What does not depend on a model: bandwidth, and the matrix rate of each precision."""
+    device = runtime.choose_device("auto")
+    modes = [choose_precision(mode, device) for mode in PRECISIONS]
+    rates = {mode.asked: matrix_rate(mode) for mode in modes if mode.effective == mode.asked}
+    found = {"bandwidth": roofline.bandwidth(device), "rates": rates}
+    # A GPU has a name of its own; a CPU's stands among the circumstances.
+    return found if device.type == "cpu" else found | {"machine": name}
+
+
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", default="nano", choices=SIZES)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--emulate", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="where the compiler can")
+    parser.add_argument("--machine", metavar="NAME", help="fill this machine's column of the page")
     asked = parser.parse_args(words)
     bare = mock.patch.object(modes, "_cpu_capabilities", dict)
     with bare if asked.emulate else contextlib.nullcontext():
-        found = table(Task(asked.size), asked.rounds)
+        found, tokens = table(Task(asked.size), asked.rounds, asked.compile)
     name = runtime.device_name(runtime.choose_device("auto"))
     head = f"{asked.size}: {name}, torch {torch.__version__}, {asked.rounds} rounds"
     print("\n".join([head, *found]))
     where = outcomes.circumstances()
+    if asked.machine:
+        kind = asked.size.removesuffix("-1024") + (" compiled" if asked.compile else "")
+        entry = where | of_the_machine(name) | {"tokens_per_second": {kind: tokens}}
+        machines.fill(asked.machine, entry | {"command": f"`{where['command']}`"})
+        return
     page = f"`{where['command']}` on {where['date']} at {where['commit']}\n\n{where['machine']}\n"
     ending = "-emulated" if asked.emulate else ""
     path = outcomes.RESULTS / f"precision-{asked.size}{ending}.md"

@@ -16,8 +16,8 @@ A block stands between `<!-- KIND ARGUMENT -->` and `<!-- end -->`. These kinds 
 
 Their end marks carry a digest of what they show, so that a test notices an edit by hand. These
 kinds follow from the code: `settings`, `tree` (the packages), `files` (the rest of the
-repository), `faults` (from the results of the last `--faults`), `speed` and `numbers` (from
-benchmarks/results/). References to code are filled as tools/references.py says.
+repository), `faults` (from the results of the last `--faults`), `speed`, `numbers` and `machines`
+(from benchmarks/results/). References to code are filled as tools/references.py says.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ PAGES = [ROOT / f"{name}.md" for name in (*WITH_RUNS, "docs/study")]
 PAGES += [ROOT / "docs" / f"{name}.md" for name in WITHOUT_RUNS]
 FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(
-    r"(<!-- (run|brief|full|do|page|figure|settings|tree|files|faults|speed|numbers)"
+    r"(<!-- (run|brief|full|do|page|figure|settings|tree|files|faults|speed|numbers"
+    r"|machines)"
     r"(?: ([^\n]+))? -->\n)(.*?)<!-- end ?([0-9a-f]*) -->",
     re.DOTALL,
 )
@@ -151,6 +152,12 @@ def numbers() -> str:
     return markdown(("measured", "rate", "speed"), rows).strip()
 
 
+def machines() -> str:
+    from benchmarks import machines
+
+    return machines.table()
+
+
 def run_faults() -> bool:
     from tools import fault_table
 
@@ -249,7 +256,7 @@ def digest(kind: str, argument: str, text: str) -> str:
 FROM_A_RUN = {"run": run, "brief": brief, "full": full, "do": do, "page": page, "figure": figure}
 FROM_THE_CODE = {
     **{"settings": settings, "tree": tree, "files": files},
-    **{"faults": faults, "speed": speed, "numbers": numbers},
+    **{"faults": faults, "speed": speed, "numbers": numbers, "machines": machines},
 }
 
 

@@ -28,6 +28,8 @@ MEASURED_AT = 8  # steps done when the time is forecast: 5 of them measured
 MARGIN = 0.8  # share of the free memory that a proposal uses; the rest is for surprises
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's limits, on Linux
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+# Where fp8 loses against bf16, by arithmetic from one H100 (benchmarks/results/fp8_expectation.md).
+FP8_PAYS_FROM = 1280  # channels
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -200,8 +202,11 @@ def before_training(
 ) -> list[str]:
     """Lines to print before the first step; the memory is put on record.
 
-    Logs a warning where memory is short, or cannot be forecast: that must stop no training.
+    Logs a warning where memory is short, or cannot be forecast, and where fp8 is slow: that must
+    stop no training.
     """
+    if slow := slow_fp8(config, precision):
+        log.warning("%s", slow)
     try:
         expected = forecast(config, precision, corpus_tokens)
     except RuntimeError as error:  # an operation for which this device has no formula of sizes
@@ -211,6 +216,25 @@ def before_training(
     if problem := expected.problem():
         log.warning("%s", problem)
     return expected.lines()
+
+
+def slow_fp8(config: Config, precision: Precision) -> str:
+    """Why bf16 is likely to be faster than fp8 on this GPU, which is a card's to say; or ""."""
+    if precision.effective != "fp8" or precision.emulated:
+        return ""
+    if not config.train.compile:
+        return (
+            "precision=fp8 train.compile=false: on its own, each pass that scales and rounds costs "
+            "more than a product in 8 bits saves; bf16 was twice as fast on an H100. Set "
+            "train.compile=true, or precision=bf16"
+        )
+    if config.model.n_embd < FP8_PAYS_FROM:
+        return (
+            f"precision=fp8 model.n_embd={config.model.n_embd}: scaling and rounding are expected "
+            f"to cost more than products in 8 bits save below a width of {FP8_PAYS_FROM:,}; "
+            "precision=bf16 is likely to be faster. `python benchmarks/fp8.py` measures both here"
+        )
+    return ""
 
 
 def after_first_steps(step_seconds: list[float], config: TrainConfig, record: Record) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.compute import fp8
 from pipeline.compute import precision as precision_module
@@ -230,3 +231,35 @@ def test_the_compiler_takes_the_products_in_one_graph(model) -> None:
     assert not torch.equal(plain, expected), "without marks the same function is fp32's"
     torch.testing.assert_close(plain, block(x, 0, None))
     torch._dynamo.reset()
+
+
+class Reductions(TorchDispatchMode):
+    """What is reduced along columns, by operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns: list[tuple[str, torch.Size]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if len(args) > 1 and args[1] == [0]:
+            self.columns.append((func.overloadpacket.__name__, args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gradients_magnitude_and_its_bias_are_reductions_of_one_shape() -> None:
+    """So the compiler makes both in one pass; elsewhere the gradient would be computed again."""
+    leaves = [torch.randn(*size, requires_grad=True) for size in ((48, 32), (64, 32), (64,))]
+    y = fp8.linear(*leaves, emulated=True)
+    with Reductions() as seen:
+        y.backward(torch.randn(48, 64).bfloat16())
+    assert seen.columns == [("amax", (48, 64)), ("sum", (48, 64))]
+
+
+@pytest.mark.parametrize("value", [3.0, -7.0, math.nan, math.inf])
+def test_the_order_in_which_the_largest_is_sought_changes_nothing(value: float) -> None:
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(9))
+    x[3, 2] = value
+    whole, by_columns = (scaled(x, BACKWARD, True, first) for first in ((), 0))
+    both = (map(torch.nan_to_num, vars(s).values()) for s in (whole, by_columns))
+    for one, other in zip(*both, strict=True):
+        assert torch.equal(one, other)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from pipeline.drawing import figures
 from pipeline.studies import roofline
 from pipeline.studies.number_formats import unit_roundoff
 from pipeline.studies.roofline import Operation, Product, Roofline, Shape, fitted, shapes
+from tests.helpers import stand_in
 
 CPU = torch.device("cpu")
 
@@ -256,3 +259,67 @@ def test_a_number_stands_over_its_points_and_close_ones_share_a_place() -> None:
     ]
     (roof,) = (line for line in axis.lines if line.get_marker() != "o")
     assert list(zip(*roof.get_data(), strict=True)) == [(0.5, 100), (5, 1000), (40, 1000)]
+
+
+# --- where calls dominate
+
+
+@pytest.fixture
+def small_reference(monkeypatch):
+    """In place of GPT-2 124M, and of what fills a GPU."""
+    small = [replace(s, name=f"124M {s.name}") for s in shapes(64, 2, 512, 2, 32)]
+    monkeypatch.setattr(roofline, "reference_shapes", lambda: small)
+    for name in ("SQUARE", "STREAM_BYTES"):
+        monkeypatch.setattr(roofline, name, {"cuda": 64})
+
+
+def with_calls_of(monkeypatch, seconds: float) -> None:
+    """Every call takes that long, and a nanosecond for each number of its result."""
+
+    def medians(calls, device) -> list[float]:
+        results = [call() for call in calls]
+        return [seconds + 1e-9 * (1 if r is None else r.numel()) for r in results]
+
+    monkeypatch.setattr(roofline, "medians", medians)
+
+
+def test_where_calls_dominate_gpt2_124m_stands_beside_the_model(
+    monkeypatch, small_reference
+) -> None:
+    with_calls_of(monkeypatch, seconds=1e-3)
+    with stand_in.gpu(monkeypatch):
+        there = roofline.measure(shapes(32, 2, 512, 2, 16), torch.device("cuda"), "a card")
+    assert there.mostly_calls and 0.9 < there.call_share < 1
+    assert len(there.products) == 2 * 7 * 5 and len(there.operations) == 2 * 7
+    own, large = there.speed_and_error(), there.speed_and_error(reference=True)
+    assert own.keys() == large.keys() and own["bf16"][1] != large["bf16"][1]
+    for page in (there.products_page(), there.operations_page()):
+        assert "of the time of the model's own products is the call, not the arithmetic" in page
+        assert "124M mlp.c_fc" in page
+    assert "124M AdamW" in there.operations_page()
+    left, right = figures.error_and_speed(there).axes
+    assert "the model's products" in left.get_title() and "GPT-2 124M's" in right.get_title()
+    assert len(left.lines) == len(right.lines) == 2 * 5
+    (axis,) = figures.roofline(there).axes
+    assert any("124M gelu" in t.get_text() for t in axis.texts)
+
+
+def test_where_they_do_not_the_model_stands_alone(monkeypatch, small_reference) -> None:
+    with_calls_of(monkeypatch, seconds=1e-7)
+    with stand_in.gpu(monkeypatch):
+        there = roofline.measure(shapes(32, 2, 512, 2, 16), torch.device("cuda"), "a card")
+    assert not there.mostly_calls and there.call_share > 0
+    assert len(there.products) == 7 * 5 and len(there.operations) == 7
+    for text in (there.products_page(), there.operations_page()):
+        assert "124M" not in text and "is the call" not in text
+    assert len(figures.error_and_speed(there).axes) == 1
+
+
+def test_a_cpu_is_asked_for_no_larger_products(found) -> None:
+    assert found.call_share == 0 and not found.mostly_calls
+
+
+def test_the_shapes_beside_are_gpt2_124ms() -> None:
+    beside = {s.name: s for s in roofline.reference_shapes()}
+    assert beside["124M mlp.c_fc"] == Shape("124M mlp.c_fc", 32 * 1024, 768, 3072)
+    assert not beside["124M head"].linear and beside["124M head"].columns == 50304
