@@ -226,6 +226,12 @@ class Kept:
         self.values |= values
 
 
+# A forecast without a problem, where it is not looked at.
+SHORT = SimpleNamespace(
+    needed=SimpleNamespace(total=1), problem=lambda: "", lines=lambda: ["nothing"]
+)
+
+
 def test_the_forecast_comes_before_the_first_step_and_stops_no_training(
     make_config, monkeypatch, caplog
 ) -> None:
@@ -244,6 +250,32 @@ def test_the_forecast_comes_before_the_first_step_and_stops_no_training(
     monkeypatch.setattr(forecast, "needs", unknown)
     assert forecast.before_training(config, mode, record, 671_837) == []
     assert caplog.messages[-1].startswith("no memory forecast on cpu: aten::attention")
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "compiled", "said"),
+    [
+        ("fp8", 768, True, "model.n_embd=768.*below a width of 1,280.*precision=bf16"),
+        ("fp8", 1600, False, "train.compile=false.*Set train.compile=true"),
+        ("fp8", 1280, True, ""),
+        ("bf16", 768, True, ""),
+    ],
+)
+def test_a_run_says_where_fp8_is_slow(
+    make_config, monkeypatch, caplog, name: str, width: int, compiled: bool, said: str
+) -> None:
+    stand_in.pretend(monkeypatch)
+    mode = precision.choose_precision(name, CUDA)
+    config = make_config(model__n_embd=width, train__compile=compiled)
+    monkeypatch.setattr(forecast, "forecast", lambda *_: SHORT)
+    forecast.before_training(config, mode, Kept(), 671_837)
+    assert bool(caplog.messages) is bool(said)
+    assert re.search(said, " ".join(caplog.messages))
+
+
+def test_where_fp8_is_emulated_speed_is_no_matter(make_config) -> None:
+    mode = precision.choose_precision("fp8", CPU)
+    assert mode.emulated and forecast.slow_fp8(make_config(), mode) == ""
 
 
 def test_the_time_is_foretold_once_some_steps_are_measured(make_config) -> None:
