@@ -130,8 +130,8 @@ def page(asked: argparse.Namespace, about: dict[str, Any], kept: dict[str, Any])
         ratio = eight["rate"] / low["rate"]
         ahead[width] = ratio > 1
         rows.append(
-            (width, layers, low["rate"], eight["rate"], round(ratio, 3), low["loss"])
-            + (eight["loss"], low["peak"], eight["peak"])
+            (width, layers, low["rate"], eight["rate"], round(ratio, 3))
+            + (f"{low['loss']:.4f}", f"{eight['loss']:.4f}", low["peak"], eight["peak"])
         )
     return (
         f"# fp8 against bf16 on {about['card']}\n\n{verdict(ahead)} Sequences a step: "
