@@ -17,10 +17,13 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8")
 
 
 def fill(name: str, entry: dict[str, Any], file: Path = FILE) -> None:
-    """Set the machine's entry; trainings of it that are of other kinds stay."""
+    """Set the machine's entry; of one at the same commit its trainings of other kinds stay."""
     known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    trained = known.get(name, {}).get("tokens_per_second", {})
-    entry["tokens_per_second"] = trained | entry["tokens_per_second"]
+    before = known.get(name, {})
+    if all(before.get(fact) == entry[fact] for fact in ("machine", "versions", "commit")):
+        trained = before["tokens_per_second"] | entry["tokens_per_second"]
+        both = f"{before['command']}, {entry['command']}"
+        entry = entry | {"tokens_per_second": trained, "command": both}
     text = json.dumps(known | {name: entry}, indent=1)
     file.write_text(text + "\n", encoding="utf-8", newline="\n")
 

@@ -88,3 +88,7 @@ def test_a_machine_fills_its_own_column_and_keeps_what_else_it_trained(tmp_path)
     bf16 = next(line for line in lines if line.startswith("| bf16"))
     cells = [cell.strip() for cell in bf16.strip("|").split("|")]
     assert cells == ["bf16", "3", "-", "3", "20", "30"]
+    assert lines[-1].endswith("d at c: x, x")
+    newer = entry | {"commit": "e", "tokens_per_second": {"124m": {"bf16": 40.0}}}
+    machines.fill("new", newer, file)
+    assert "| tokens/s, 124m |\n" in machines.table(file), "figures of one commit alone"
