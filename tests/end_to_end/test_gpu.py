@@ -135,6 +135,16 @@ def test_compiled_losses_are_the_eager_ones(compiling) -> None:
 
 
 @here
+@compiles
+def test_compiled_fp8_learns_as_far_as_the_format_goes() -> None:
+    there_is_one()
+    if choose_precision("fp8", CUDA).effective != "fp8":
+        pytest.skip("no fp8 on this card")
+    found = losses(CUDA, "fp8", compile=True)
+    assert found == pytest.approx(losses(CPU), abs=NEAR["fp8"])
+
+
+@here
 def test_the_card_in_use_tells_its_load() -> None:
     pytest.importorskip("pynvml")
     (card,) = system_metrics._gpus(torch.device("cuda")).values()
