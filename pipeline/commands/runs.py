@@ -30,24 +30,32 @@ def doctor(
         log.info("%s\n%s", found.name, said)
 
 
-def forecast() -> None:
-    """Forecast memory, tokens and time of params.yaml's training.
+def forecast(
+    params: Annotated[Path, Argument(metavar="FILE", help="A recipe, say")] = Path("params.yaml"),
+    memory: Annotated[str, Option(metavar="4GB", help="Of a card, here or not")] = "",
+    rate: Annotated[float, Option(metavar="TOKENS", help="A second: how long it takes")] = 0.0,
+) -> None:
+    """Forecast memory, tokens and time of a training, and the settings that fit.
 
-    python -m pipeline forecast
+    python -m pipeline forecast                                        params.yaml, here and now
+    python -m pipeline forecast recipes/gpt2-124m.yaml --memory 4GB    on a card of that size
     """
     from pipeline import config as configuration
-    from pipeline.compute.precision import choose_precision
+    from pipeline.compute.precision import PRECISIONS, choose_precision, of_a_card
     from pipeline.compute.runtime import choose_device, device_name
     from pipeline.diagnostics import forecast
 
-    config = configuration.load()
-    device = choose_device(config.device)
-    found = forecast.forecast(config, choose_precision(config.precision, device))
-    log.info("%s, precision %s", device_name(device), config.precision)
-    log.info("%s\n", "\n".join(found.lines()))
-    log.info("%s", forecast.table(config, device))
-    if problem := found.problem():
-        log.warning("%s", problem)
+    config, free = configuration.load(params), forecast.read_size(memory) if memory else None
+    if memory:
+        modes, where = {name: of_a_card(name) for name in PRECISIONS}, f"a card of {memory}"
+    else:
+        device = choose_device(config.device)
+        modes = {name: choose_precision(name, device) for name in PRECISIONS}
+        where = device_name(device)
+    found = forecast.forecast(config, modes[config.precision], free=free)
+    log.info("%s, precision %s", where, config.precision)
+    log.info("%s\n", "\n".join([*found.lines(), *found.advice(rate)]))
+    log.info("%s", forecast.table(config, modes.values()))
 
 
 def text(
