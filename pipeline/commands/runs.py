@@ -32,29 +32,25 @@ def doctor(
 
 def forecast(
     params: Annotated[Path, Argument(metavar="FILE", help="A recipe, say")] = Path("params.yaml"),
-    memory: Annotated[str, Option(metavar="4GB", help="Of a card, here or not")] = "",
-    rate: Annotated[float, Option(metavar="TOKENS", help="A second: how long it takes")] = 0.0,
+    memory: Annotated[float, Option(metavar="GB", min=0, help="Of a card, here or not")] = 0.0,
 ) -> None:
     """Forecast memory, tokens and time of a training, and the settings that fit.
 
     python -m pipeline forecast                                        params.yaml, here and now
-    python -m pipeline forecast recipes/gpt2-124m.yaml --memory 4GB    on a card of that size
+    python -m pipeline forecast recipes/gpt2-124m.yaml --memory 4      on a card of 4 GB
     """
     from pipeline import config as configuration
     from pipeline.compute.precision import PRECISIONS, choose_precision, of_a_card
     from pipeline.compute.runtime import choose_device, device_name
     from pipeline.diagnostics import forecast
 
-    config, free = configuration.load(params), forecast.read_size(memory) if memory else None
-    if memory:
-        modes, where = {name: of_a_card(name) for name in PRECISIONS}, f"a card of {memory}"
-    else:
-        device = choose_device(config.device)
-        modes = {name: choose_precision(name, device) for name in PRECISIONS}
-        where = device_name(device)
-    found = forecast.forecast(config, modes[config.precision], free=free)
+    config = configuration.load(params)
+    device = choose_device("cpu" if memory else config.device)
+    where = f"a card of {memory:g} GB" if memory else device_name(device)
+    modes = {n: of_a_card(n) if memory else choose_precision(n, device) for n in PRECISIONS}
+    found = forecast.forecast(config, modes[config.precision], free=int(memory * 2**30))
     log.info("%s, precision %s", where, config.precision)
-    log.info("%s\n", "\n".join([*found.lines(), *found.advice(rate)]))
+    log.info("%s\n", "\n".join([*found.lines(), found.advice()]))
     log.info("%s", forecast.table(config, modes.values()))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import logging
-import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ import torch
 from pipeline.compute.precision import PRECISIONS, Precision
 from pipeline.compute.throughput import WARM_UP_STEPS
 from pipeline.config import Config, TrainConfig
-from pipeline.errors import ConfigError, StorageError, out_of_memory
+from pipeline.errors import StorageError, out_of_memory
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import MAX_LOGIT_BYTES
 from pipeline.records.record_file import Record
@@ -33,7 +32,7 @@ MARGIN = 0.8  # share of the free memory that a proposal uses; the rest is for s
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's limits, on Linux
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 CHECKPOINT = "train.checkpoint_activations"
-SMALLER = "a smaller model or train.sequence_length"
+TOO_LARGE = "not even one sequence fits; try a smaller model or train.sequence_length"
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -170,11 +169,9 @@ class Forecast:
     """What is known of a training before its first step."""
 
     config: TrainConfig
-    parameters: int
-    tokens: int  # that all steps train on
-    epochs: float | None  # these by the tokens of the corpus, where known
-    free: int
     needs: Needs
+    free: int  # bytes
+    corpus_tokens: int | None  # where known
 
     @property
     def needed(self) -> Memory:
@@ -188,98 +185,66 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """Two lines for the terminal: what is to be trained, and its memory."""
-        n, own = self.needed, self.config.checkpoint_activations
-        epochs = "" if self.epochs is None else f", {self.epochs:,.2f} epochs"
+        c, n, own = self.config, self.needed, self.config.checkpoint_activations
+        tokens = c.steps * c.accumulate * c.batch_size * c.sequence_length
+        epochs = f", {tokens / self.corpus_tokens:,.2f} epochs" if self.corpus_tokens else ""
         return [
-            f"{self.parameters:,} parameters; {self.config.steps:,} steps are {self.tokens:,} "
-            f"tokens{epochs}",
-            f"memory for micro-batches of {self.config.batch_size}: {size(n.total)} (weights and "
+            f"{self.needs.weights // 4:,} parameters; {c.steps:,} steps are {tokens:,} tokens"
+            f"{epochs}",
+            f"memory for micro-batches of {c.batch_size}: {size(n.total)} (weights and "
             f"moments {size(n.weights + n.moments)}, activations {size(n.activations)}, output "
             f"layer {size(n.head)}); free: {size(self.free)}, enough for {self.fits(own):,}, "
             f"with {CHECKPOINT}={str(not own).lower()} for {self.fits(not own):,}",
         ]
 
-    def proposal(self, most: int = 1 << 20) -> tuple[dict[str, str], int]:
-        """Settings that fit and the bytes then needed; no settings where nothing fits.
+    def proposal(self, most: int) -> tuple[str, int]:
+        """Settings that fit, tokens/step the same, and the bytes then needed; "" where none do.
 
-        Micro-batches are the largest that fit, at most `most`, with equally many sequences per
-        step. Activations are made again only where no sequence fits without.
+        Micro-batches are the largest that fit, at most `most`; checkpointed only where they must.
         """
-        c = self.config
+        c, sequences = self.config, self.config.batch_size * self.config.accumulate
         for checkpointed in (c.checkpoint_activations, True):
             if fits := min(self.fits(checkpointed), most):
-                sequences = c.batch_size * c.accumulate
                 micro = max(n for n in range(1, fits + 1) if sequences % n == 0)
                 more = sequences // micro
-                settings = {"train.batch_size": f"{micro}", "train.accumulate": f"{more}"}
-                if checkpointed != c.checkpoint_activations:
-                    settings[CHECKPOINT] = "true"
-                return settings, self.needs.at(micro, more, checkpointed).total
-        return {}, 0
+                words = f"train.batch_size={micro} train.accumulate={more}"
+                words += f" {CHECKPOINT}=true" * (checkpointed != c.checkpoint_activations)
+                return words, self.needs.at(micro, more, checkpointed).total
+        return "", 0
 
-    def problem(self) -> str:
-        """What to set instead where the micro-batch does not fit; "" where it does."""
-        if self.needed.total <= self.free:
-            return ""
-        words = (
-            f"train.batch_size={self.config.batch_size} needs about {size(self.needed.total)}, "
-            f"{size(self.free)} are free: "
-        )
-        settings, _ = self.proposal()
-        if not settings:
-            return f"{words}not even one sequence fits; try {SMALLER}"
-        return f"{words}{_as_words(settings)} fit, tokens/step the same"
-
-    def advice(self, rate: float) -> list[str]:
-        """The changes that make it fit, to copy; with a `rate` in tokens/s, how long it takes."""
+    def advice(self) -> str:
+        """What makes it fit, to copy behind `dvc exp run`."""
         settings, total = self.proposal(self.config.batch_size)
-        changes = " ".join(f"-S {name}={value}" for name, value in settings.items())
-        lines = [f"fits, tokens/step the same: {changes} ({size(total)})"]
-        if not settings:
-            lines = [f"not even one sequence fits; try {SMALLER}"]
-        if rate:
-            whole, billion = duration(self.tokens / rate), duration(1e9 / rate)
-            lines.append(f"at {rate:,.0f} tokens/s: {whole} for all tokens, {billion} a billion")
-        return lines
+        changes = " -S ".join(["", *settings.split()])
+        return f"fits, tokens/step the same:{changes} ({size(total)})" if settings else TOO_LARGE
 
-    def after_all(self) -> str:
-        """What to change where memory ran out, whatever was forecast: each with its memory."""
-        c, tried = self.config, self.needed.total
-        ways = []
-        if c.batch_size > 1:
-            settings, total = self.proposal(c.batch_size // 2)
-            ways.append((_as_words(settings), total))
-        if not c.checkpoint_activations:
-            total = self.needs.at(c.batch_size, c.accumulate, True).total
-            ways.append((f"{CHECKPOINT}=true", total))
-        told = [f"{words} ({size(total)})" for words, total in ways if words and total < tried]
-        if self.needs.precision.effective in ("fp32", "tf32"):
+    def problem(self, ran_out: bool = False) -> str:
+        """What to set instead where it does not fit, or memory `ran_out`; "" where it does."""
+        c, mode, needed = self.config, self.needs.precision, self.needed.total
+        if needed <= self.free and not ran_out:
+            return ""
+        again = c.batch_size, c.accumulate, True
+        ways = [
+            self.proposal(c.batch_size // 2),
+            (f"{CHECKPOINT}=true", self.needs.at(*again).total),
+        ]
+        told = [f"{words} ({size(n)})" for words, n in ways if words and n < min(needed, self.free)]
+        if told and (mode.device.type, mode.dtype) == ("cuda", torch.float32):
             told.append("precision=bf16")
         return (
-            f"train.batch_size={c.batch_size} was forecast to need {size(tried)} of "
-            f"{size(self.free)}. Change, with the forecast: {'; '.join([*told, SMALLER])}"
+            f"train.batch_size={c.batch_size} needs about {size(needed)}, {size(self.free)} "
+            f"{'were' if ran_out else 'are'} free: "
+            f"{', or '.join(told) + '; tokens/step stay the same' if told else TOO_LARGE}"
         )
-
-
-def _as_words(settings: dict[str, str]) -> str:
-    return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def forecast(
-    config: Config, precision: Precision, corpus_tokens: int | None = None, free: int | None = None
+    config: Config, precision: Precision, corpus_tokens: int | None = None, free: int = 0
 ) -> Forecast:
-    """What a training needs, beside what is `free`, by default on this machine now."""
-    train = config.train
-    need = needs(GPTConfig(**asdict(config.model)), precision, train.sequence_length)
-    tokens = train.steps * train.accumulate * train.batch_size * train.sequence_length
-    return Forecast(
-        config=train,
-        parameters=need.weights // 4,
-        tokens=tokens,
-        epochs=tokens / corpus_tokens if corpus_tokens else None,
-        free=free_memory(precision.device) if free is None else free,
-        needs=need,
-    )
+    """What a training needs, beside the bytes that are `free`: 0 for those of this machine now."""
+    shape = GPTConfig(**asdict(config.model))
+    need = needs(shape, precision, config.train.sequence_length)
+    return Forecast(config.train, need, free or free_memory(precision.device), corpus_tokens)
 
 
 def before_training(
@@ -302,7 +267,7 @@ def before_training(
 
 @contextlib.contextmanager
 def explaining(config: Config, precision: Precision) -> Iterator[None]:
-    """Where memory runs out inside, the StorageError names what to change, with forecasts."""
+    """Where memory runs out inside, a StorageError names what to change, with forecasts."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -310,20 +275,19 @@ def explaining(config: Config, precision: Precision) -> Iterator[None]:
             raise
         device, rss = precision.device, psutil.Process().memory_info().rss
         held = torch.cuda.memory_allocated(device) if device.type == "cuda" else rss
-        found = forecast(config, precision, free=free_memory(device) + held)
-        first = str(error).partition(". ")[0] or "MemoryError"
-        raise StorageError(f"out of memory ({first}); {found.after_all()}") from error
+        with contextlib.suppress(RuntimeError, MemoryError):  # of the forecast: see before_training
+            found = forecast(config, precision, free=free_memory(device) + held)
+            first = str(error).partition(". ")[0] or "MemoryError"
+            raise StorageError(f"out of memory ({first}); {found.problem(True)}") from error
+        raise
 
 
 def at_peak(record: Record, summary: Mapping[str, float], precision: Precision) -> list[str]:
-    """The line to print at the end: what was taken and what was forecast, where both are known.
-
-    On the CPU the peak is that of the whole process, libraries included, so nothing is compared.
-    """
-    peak, on_card = summary["perf/peak_memory_mib"], precision.device.type == "cuda"
+    """A line on what was taken beside the forecast; none where the peak has libraries in it."""
     expected = RunData({"train": record.so_far()}).last("perf/forecast_memory_mib")
-    if not on_card or not expected:
+    if precision.device.type != "cuda" or not expected:
         return []
+    peak = summary["perf/peak_memory_mib"]
     return [f"peak memory {peak:,.0f} MiB, {peak / expected:.2f} times the forecast"]
 
 
@@ -380,14 +344,6 @@ def duration(seconds: float) -> str:
             rest = total % unit // part
             return f"{total // unit:,} {name}" + (f" {rest} {small}" if rest else "")
     return f"{total} s"
-
-
-def read_size(text: str) -> int:
-    """Bytes of "4GB" or "512 MiB"; GB are GiB, as makers of cards mean them. Raises ConfigError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])(i?B)?", text.strip(), re.IGNORECASE)
-    if not found or not float(found[1]):
-        raise ConfigError(f"--memory {text}: expected a size above 0, as in 4GB or 512MB")
-    return int(float(found[1]) * 2 ** (30 if found[2] in "gG" else 20))
 
 
 def size(count: float) -> str:
