@@ -16,6 +16,7 @@ import platform
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -31,7 +32,8 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.model.loss import token_losses
 from pipeline.studies.tiny import TRAIN
-from pipeline.training import loop, optimizers, training_step
+from pipeline.training import optimizers, training_step
+from pipeline.training.compiling import LossFunction
 
 try:
     import resource
@@ -59,14 +61,14 @@ LOSSES = loss._Head._losses
 LEVERS = {
     "loss by the target's probability": [(loss._Head, "_losses", without_a_look)],
     "reused buffer of logits": [(loss, "reused", fresh)],
-    "memory of the tied gradient handed on": [(loop, "hand_back", lambda *_: None)],
+    "memory of the tied gradient handed on": [(training_step, "hand_back", lambda *_: None)],
     "head's weight gradient by pieces": [(loss, "COLUMNS", 1 << 30)],
-    "look-up's gradient by rows": [(loop, "look_up", lambda wte, idx: wte(idx))],
+    "look-up's gradient by rows": [(training_step, "look_up", lambda wte, idx: wte(idx))],
     "clipping inside fused AdamW": [(optimizers, "SKIPPING", ())],
 }
 
 
-def plain_loss(state: training_step.TrainState) -> loop.LossFunction:
+def plain_loss(state: training_step.TrainState) -> LossFunction:
     def function(x, y, factor):
         return token_losses(state.model(x), y).sum() * factor
 
@@ -88,6 +90,9 @@ def contestants(model: GPT, settings: config.TrainConfig, precision) -> dict:
         bare.optimizer = optimizers.build_optimizer(plain.model, settings)
     bare.loss_function = plain.loss_function
     found["without any"] = (bare, [])
+    less = replace(settings, checkpoint_activations=True)
+    checkpointed = training_step.start(copy.deepcopy(model), less, precision)
+    found["with activation checkpointing"] = (checkpointed, [])
     return found
 
 

@@ -104,6 +104,10 @@ class TrainConfig:
     beta2: float = setting("AdamW's second-moment decay", low=0, high=0.999999)
     grad_clip: float = setting("largest gradient norm; 0 never clips", low=0)
     compile: bool = setting("torch.compile the training step where a compiler is at hand")
+    checkpoint_activations: bool = setting(
+        "keep the input of each block alone and compute its inside again in the backward pass: "
+        "less memory, more time, the same numbers"
+    )
     val_every: int = setting("steps between validations", low=1)
     val_tokens: int = setting("validation tokens used while training, always the same", low=1)
     max_skipped: int = setting("steps skipped in a row before the run stops", low=1)

@@ -108,7 +108,8 @@ def to_user(error: BaseException) -> str:
     if out_of_memory(error):
         return (
             f"error: out of memory ({str(error).partition('. ')[0]}); halve train.batch_size and "
-            "double train.accumulate, or lower evaluate.batch_size"
+            "double train.accumulate, set train.checkpoint_activations=true, or lower "
+            "evaluate.batch_size"
         )
     return ""
 

@@ -67,7 +67,7 @@ def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
     if newest:
         newest.restore(state)
         history.restore(newest.path, newest.facts, state.step)
-    with system_metrics.watched(record, precision.device):
+    with system_metrics.watched(record, precision.device), forecast.explaining(config, precision):
         loop(job, state, history)
     job.checkpoints.write_models(paths.LAST, paths.MODEL, state, history.best_step)
     record.checkpoint("best", paths.MODEL, history.best_step)
@@ -77,7 +77,7 @@ def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
     health, verdict = doctor.judge(record, state.step)
     common.write_metrics(paths.METRICS / "train.json", summary | health)
     history.write_curves(paths.PLOTS)
-    for line in (*history.lines(summary), *verdict):
+    for line in (*history.lines(summary), *forecast.at_peak(record, summary, precision), *verdict):
         print(f"train: {line}")
 
 

@@ -30,24 +30,28 @@ def doctor(
         log.info("%s\n%s", found.name, said)
 
 
-def forecast() -> None:
-    """Forecast memory, tokens and time of params.yaml's training.
+def forecast(
+    params: Annotated[Path, Argument(metavar="FILE", help="A recipe, say")] = Path("params.yaml"),
+    memory: Annotated[float, Option(metavar="GB", min=0, help="Of a card, here or not")] = 0.0,
+) -> None:
+    """Forecast memory, tokens and time of a training, and the settings that fit.
 
-    python -m pipeline forecast
+    python -m pipeline forecast                                        params.yaml, here and now
+    python -m pipeline forecast recipes/gpt2-124m.yaml --memory 4      on a card of 4 GB
     """
     from pipeline import config as configuration
-    from pipeline.compute.precision import choose_precision
+    from pipeline.compute.precision import PRECISIONS, choose_precision, of_a_card
     from pipeline.compute.runtime import choose_device, device_name
     from pipeline.diagnostics import forecast
 
-    config = configuration.load()
-    device = choose_device(config.device)
-    found = forecast.forecast(config, choose_precision(config.precision, device))
-    log.info("%s, precision %s", device_name(device), config.precision)
-    log.info("%s\n", "\n".join(found.lines()))
-    log.info("%s", forecast.table(config, device))
-    if problem := found.problem():
-        log.warning("%s", problem)
+    config = configuration.load(params)
+    device = choose_device("cpu" if memory else config.device)
+    where = f"a card of {memory:g} GB" if memory else device_name(device)
+    modes = {n: of_a_card(n) if memory else choose_precision(n, device) for n in PRECISIONS}
+    found = forecast.forecast(config, modes[config.precision], free=int(memory * 2**30))
+    log.info("%s, precision %s", where, config.precision)
+    log.info("%s\n", "\n".join([*found.lines(), found.advice()]))
+    log.info("%s", forecast.table(config, modes.values()))
 
 
 def text(

@@ -149,6 +149,11 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     return Precision(name, effective, reason, emulated, device, PRECISIONS[effective])
 
 
+def of_a_card(name: str) -> Precision:
+    """`name` on a GPU that multiplies it, wherever that may be: for forecasts."""
+    return Precision(name, name, "", False, torch.device("cuda"), PRECISIONS[name])
+
+
 def _on_cpu(name: str, device: torch.device) -> tuple[str, str, bool]:
     known = _cpu_capabilities()
     if name == "fp32" or any(known.get(needed) for needed in CPU_INSTRUCTIONS[name]):

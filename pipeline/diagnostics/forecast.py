@@ -6,19 +6,22 @@ import bisect
 import contextlib
 import logging
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import torch
 
-from pipeline.compute.precision import PRECISIONS, Precision, choose_precision
+from pipeline.compute.precision import PRECISIONS, Precision
 from pipeline.compute.throughput import WARM_UP_STEPS
 from pipeline.config import Config, TrainConfig
+from pipeline.errors import StorageError, out_of_memory
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import MAX_LOGIT_BYTES
 from pipeline.records.record_file import Record
+from pipeline.records.run_data import RunData
 from pipeline.tables import markdown
 from pipeline.training.time_budget import validation_seconds
 
@@ -30,6 +33,8 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's limits, on Linux
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 # Where fp8 loses against bf16, by arithmetic from one H100 (benchmarks/results/fp8_expectation.md).
 FP8_PAYS_FROM = 1280  # channels
+CHECKPOINT = "train.checkpoint_activations"
+TOO_LARGE = "not even one sequence fits; try a smaller model or train.sequence_length"
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -59,12 +64,14 @@ class Needs:
     weights: int  # bytes
     kept: int  # for the backward pass, whatever the micro-batch (weights in a low format, say)
     kept_per_sequence: int
+    checkpointed_per_sequence: int  # with train.checkpoint_activations
 
-    def at(self, batch_size: int, accumulate: int) -> Memory:
+    def at(self, batch_size: int, accumulate: int, checkpointed: bool = False) -> Memory:
         """Memory of an eager step, without what libraries and allocators add; compiled, less."""
         embedding = 4 * self.shape.vocab_rows * self.shape.n_embd
         earlier = self.weights if accumulate > 1 else 0  # gradients of the micro-batches before
-        activations = self.kept + batch_size * self.kept_per_sequence + embedding
+        each = self.checkpointed_per_sequence if checkpointed else self.kept_per_sequence
+        activations = self.kept + batch_size * each + embedding
         # On a GPU the look-up's part of the tied gradient is a matrix, and so is the sum of both.
         parts = 0 if self.precision.device.type == "cpu" else 2
         if self.precision.emulated:  # an operand and a result of the MLP in fp32, for a moment
@@ -77,10 +84,13 @@ class Needs:
             head=self._head(batch_size * self.length),
         )
 
-    def largest(self, accumulate: int, free: int) -> int:
+    def largest(self, accumulate: int, free: int, checkpointed: bool = False) -> int:
         """The largest micro-batch whose step stays within `free` bytes; 0 where none does."""
-        sizes = range(1, 1 << 20)
-        return bisect.bisect_right(sizes, free, key=lambda n: self.at(n, accumulate).total)
+
+        def total(batch_size: int) -> int:
+            return self.at(batch_size, accumulate, checkpointed).total
+
+        return bisect.bisect_right(range(1, 1 << 20), free, key=total)
 
     def _head(self, rows: int) -> int:
         """Bytes of `loss.linear_cross_entropy`: logits by chunk, operands, gradient."""
@@ -93,11 +103,30 @@ class Needs:
 
 
 def needs(shape: GPTConfig, precision: Precision, length: int) -> Needs:
-    """Memory needs, measured by the model's own forward pass on tensors without contents."""
-    one, two = (_kept_by_forward(shape, precision, n, length) for n in (1, 2))
+    """Memory needs, measured by the model's own forward pass on tensors without contents.
+
+    Two models of one block and of two tell what every block adds. Autocast keeps low weights until
+    the forward pass ends, so these are kept with activation checkpointing, too.
+    """
+    kept, for_each = [], []
+    for blocks in (1, 2):
+        few = replace(shape, n_layer=blocks)
+        one, two = (_kept_by_forward(few, precision, n, length) for n in (1, 2))
+        kept.append(2 * one - two)
+        for_each.append(two - one)
     with torch.device("meta"):
         weights = sum(p.nbytes for p in GPT(shape).parameters())
-    return Needs(shape, precision, length, weights, 2 * one - two, two - one)
+    more = shape.n_layer - 1
+    return Needs(
+        shape=shape,
+        precision=precision,
+        length=length,
+        weights=weights,
+        kept=kept[0] + more * (kept[1] - kept[0]),
+        kept_per_sequence=for_each[0] + more * (for_each[1] - for_each[0]),
+        # One block is made again at a time; of the others the input is kept, which is fp32.
+        checkpointed_per_sequence=for_each[0] + more * 4 * length * shape.n_embd,
+    )
 
 
 def _kept_by_forward(shape: GPTConfig, precision: Precision, batch_size: int, length: int) -> int:
@@ -110,6 +139,8 @@ def _kept_by_forward(shape: GPTConfig, precision: Precision, batch_size: int, le
         kept[x.untyped_storage()._cdata] = x.untyped_storage()
         return x
 
+    if precision.device.type == "cuda" and not torch.cuda.is_available():  # a card elsewhere
+        precision = replace(precision, device=torch.device("cpu"))
     with FakeTensorMode(), torch.device(precision.device):
         model = GPT(shape)
         idx = torch.zeros(batch_size, length, dtype=torch.long)
@@ -140,61 +171,82 @@ class Forecast:
     """What is known of a training before its first step."""
 
     config: TrainConfig
-    parameters: int
-    tokens: int  # that all steps train on
-    epochs: float | None  # these by the tokens of the corpus, where known
-    needed: Memory
-    free: int
-    fits: int  # the largest micro-batch within the free memory; 0: not even one sequence
+    needs: Needs
+    free: int  # bytes
+    corpus_tokens: int | None  # where known
+
+    @property
+    def needed(self) -> Memory:
+        c = self.config
+        return self.needs.at(c.batch_size, c.accumulate, c.checkpoint_activations)
+
+    def fits(self, checkpointed: bool) -> int:
+        """The largest micro-batch within the free memory; 0: not even one sequence."""
+        free = int(MARGIN * self.free)
+        return self.needs.largest(2, free, checkpointed)  # a smaller one means accumulation
 
     def lines(self) -> list[str]:
         """Two lines for the terminal: what is to be trained, and its memory."""
-        n = self.needed
-        epochs = "" if self.epochs is None else f", {self.epochs:,.2f} epochs"
+        c, n, own = self.config, self.needed, self.config.checkpoint_activations
+        tokens = c.steps * c.accumulate * c.batch_size * c.sequence_length
+        epochs = f", {tokens / self.corpus_tokens:,.2f} epochs" if self.corpus_tokens else ""
         return [
-            f"{self.parameters:,} parameters; {self.config.steps:,} steps are {self.tokens:,} "
-            f"tokens{epochs}",
-            f"memory for micro-batches of {self.config.batch_size}: {size(n.total)} (weights and "
+            f"{self.needs.weights // 4:,} parameters; {c.steps:,} steps are {tokens:,} tokens"
+            f"{epochs}",
+            f"memory for micro-batches of {c.batch_size}: {size(n.total)} (weights and "
             f"moments {size(n.weights + n.moments)}, activations {size(n.activations)}, output "
-            f"layer {size(n.head)}); free: {size(self.free)}, enough for {self.fits:,}",
+            f"layer {size(n.head)}); free: {size(self.free)}, enough for {self.fits(own):,}, "
+            f"with {CHECKPOINT}={str(not own).lower()} for {self.fits(not own):,}",
         ]
 
-    def problem(self) -> str:
-        """What to set instead where the micro-batch does not fit; "" where it does."""
-        if self.needed.total <= self.free:
+    def proposal(self, most: int) -> tuple[str, int]:
+        """Settings that fit, tokens/step the same, and the bytes then needed; "" where none do.
+
+        Micro-batches are the largest that fit, at most `most`; checkpointed only where they must.
+        """
+        c, sequences = self.config, self.config.batch_size * self.config.accumulate
+        for checkpointed in (c.checkpoint_activations, True):
+            if fits := min(self.fits(checkpointed), most):
+                micro = max(n for n in range(1, fits + 1) if sequences % n == 0)
+                more = sequences // micro
+                words = f"train.batch_size={micro} train.accumulate={more}"
+                words += f" {CHECKPOINT}=true" * (checkpointed != c.checkpoint_activations)
+                return words, self.needs.at(micro, more, checkpointed).total
+        return "", 0
+
+    def advice(self) -> str:
+        """What makes it fit, to copy behind `dvc exp run`."""
+        settings, total = self.proposal(self.config.batch_size)
+        changes = " -S ".join(["", *settings.split()])
+        return f"fits, tokens/step the same:{changes} ({size(total)})" if settings else TOO_LARGE
+
+    def problem(self, ran_out: bool = False) -> str:
+        """What to set instead where it does not fit, or memory `ran_out`; "" where it does."""
+        c, mode, needed = self.config, self.needs.precision, self.needed.total
+        if needed <= self.free and not ran_out:
             return ""
-        batch_size, accumulate = self.config.batch_size, self.config.accumulate
-        words = (
-            f"train.batch_size={batch_size} needs about {size(self.needed.total)}, "
-            f"{size(self.free)} are free: "
+        again = c.batch_size, c.accumulate, True
+        ways = [
+            self.proposal(c.batch_size // 2),
+            (f"{CHECKPOINT}=true", self.needs.at(*again).total),
+        ]
+        told = [f"{words} ({size(n)})" for words, n in ways if words and n < min(needed, self.free)]
+        if told and (mode.device.type, mode.dtype) == ("cuda", torch.float32):
+            told.append("precision=bf16")
+        return (
+            f"train.batch_size={c.batch_size} needs about {size(needed)}, {size(self.free)} "
+            f"{'were' if ran_out else 'are'} free: "
+            f"{', or '.join(told) + '; tokens/step stay the same' if told else TOO_LARGE}"
         )
-        if not self.fits:
-            return words + "not even one sequence fits; try a smaller model or sequence_length"
-        micro, more = proposal(batch_size, accumulate, self.fits)
-        return words + f"train.batch_size={micro} train.accumulate={more} fit, tokens/step the same"
 
 
-def proposal(batch_size: int, accumulate: int, fits: int) -> tuple[int, int]:
-    """(train.batch_size, train.accumulate) with equally many sequences per step, as fit."""
-    sequences = batch_size * accumulate
-    micro = max(n for n in range(1, fits + 1) if sequences % n == 0)
-    return micro, sequences // micro
-
-
-def forecast(config: Config, precision: Precision, corpus_tokens: int | None = None) -> Forecast:
-    """What a training needs, beside what is free."""
-    train, free = config.train, free_memory(precision.device)
-    need = needs(GPTConfig(**asdict(config.model)), precision, train.sequence_length)
-    tokens = train.steps * train.accumulate * train.batch_size * train.sequence_length
-    return Forecast(
-        config=train,
-        parameters=need.weights // 4,
-        tokens=tokens,
-        epochs=tokens / corpus_tokens if corpus_tokens else None,
-        needed=need.at(train.batch_size, train.accumulate),
-        free=free,
-        fits=need.largest(2, int(MARGIN * free)),  # a smaller micro-batch means accumulation
-    )
+def forecast(
+    config: Config, precision: Precision, corpus_tokens: int | None = None, free: int = 0
+) -> Forecast:
+    """What a training needs, beside the bytes that are `free`: 0 for those of this machine now."""
+    shape = GPTConfig(**asdict(config.model))
+    need = needs(shape, precision, config.train.sequence_length)
+    return Forecast(config.train, need, free or free_memory(precision.device), corpus_tokens)
 
 
 def before_training(
@@ -237,18 +289,44 @@ def slow_fp8(config: Config, precision: Precision) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def explaining(config: Config, precision: Precision) -> Iterator[None]:
+    """Where memory runs out inside, a StorageError names what to change, with forecasts."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        device, rss = precision.device, psutil.Process().memory_info().rss
+        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else rss
+        with contextlib.suppress(RuntimeError, MemoryError):  # of the forecast: see before_training
+            found = forecast(config, precision, free=free_memory(device) + held)
+            first = str(error).partition(". ")[0] or "MemoryError"
+            raise StorageError(f"out of memory ({first}); {found.problem(True)}") from error
+        raise
+
+
+def at_peak(record: Record, summary: Mapping[str, float], precision: Precision) -> list[str]:
+    """A line on what was taken beside the forecast; none where the peak has libraries in it."""
+    expected = RunData({"train": record.so_far()}).last("perf/forecast_memory_mib")
+    if precision.device.type != "cuda" or not expected:
+        return []
+    peak = summary["perf/peak_memory_mib"]
+    return [f"peak memory {peak:,.0f} MiB, {peak / expected:.2f} times the forecast"]
+
+
 def after_first_steps(step_seconds: list[float], config: TrainConfig, record: Record) -> str:
     """The line to print after MEASURED_AT steps: when this training ends, put on record as well."""
     record.metrics({"time/forecast_seconds": run_seconds(step_seconds, config)})
     return time_words(step_seconds, config)
 
 
-def table(config: Config, device: torch.device) -> str:
+def table(config: Config, precisions: Iterable[Precision]) -> str:
     """A Markdown table of peak memory by micro-batch and precision."""
-    shape, length = GPTConfig(**asdict(config.model)), config.train.sequence_length
-    modes = [needs(shape, choose_precision(name, device), length) for name in PRECISIONS]
-    accumulate = config.train.accumulate
-    rows = [(n, *(size(m.at(n, accumulate).total) for m in modes)) for n in MICRO_BATCHES]
+    shape, train = GPTConfig(**asdict(config.model)), config.train
+    modes = [needs(shape, precision, train.sequence_length) for precision in precisions]
+    own = train.accumulate, train.checkpoint_activations
+    rows = [(n, *(size(m.at(n, *own).total) for m in modes)) for n in MICRO_BATCHES]
     return markdown(("micro-batch", *PRECISIONS), rows)
 
 

@@ -144,7 +144,9 @@ class _Watch(ExitStack):
             self._look(f"the input of {name}", inputs[0], [])
 
         def after(_: nn.Module, __: Any, output: Tensor) -> None:
-            own = [(f"{name}.{n}", p) for n, p in module.named_parameters(recurse=False)]
+            # Detached, or autograd would keep what a checkpointed block does not keep again.
+            parameters = module.named_parameters(recurse=False)
+            own = [(f"{name}.{n}", p.detach()) for n, p in parameters]
             self._look(f"the output of {name}", output, own)
             if name == "transformer.ln_f":
                 self.hidden = output.detach()

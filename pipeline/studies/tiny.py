@@ -28,6 +28,7 @@ TRAIN = TrainConfig(
     beta2=0.95,
     grad_clip=1.0,
     compile=False,
+    checkpoint_activations=False,
     val_every=1,
     val_tokens=1,
     max_skipped=100,

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.compute.buffers import hand_back
 from pipeline.compute.runtime import derived_seed, rng_state
 from pipeline.errors import InputError, NumericsError
+from pipeline.model import activations
 from pipeline.model.loss import IGNORE, linear_cross_entropy, look_up
 from pipeline.model.model_dir import load_model
 from pipeline.training.compiling import LossFunction, compiled_loss
@@ -95,6 +96,7 @@ def from_folder(
 def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
     """The state before the first step."""
     precision.prepare(model)
+    activations.mark(model, checkpointed=config.checkpoint_activations)
     scaler = precision.make_scaler()
 
     def eager(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def test_help_shows_what_a_verb_does_and_how_it_is_called(name: str, capsys) -> 
     [
         (["doctor", "--bad"], "error: No such option: --bad"),
         (["compare"], "error: Missing argument 'SETTING'"),
-        (["forecast", "now"], "error: Got unexpected extra argument(s) (now)"),
+        (["ls", "now"], "error: Got unexpected extra argument(s) (now)"),
         (["verify", "model"], "'model' is not one of 'tokens', 'models', 'cache'"),
         (
             ["verify", "cache", "data"],

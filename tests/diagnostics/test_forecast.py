@@ -15,16 +15,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipeline import config as configuration
 from pipeline.compute import precision
 from pipeline.diagnostics import forecast
+from pipeline.errors import StorageError, to_user
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
+from pipeline.records.run_data import Log
 from pipeline.training import loop, training_step
 from tests.conftest import ROOT
 from tests.helpers import stand_in
 from tests.helpers.memory import release
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHAPE = GPTConfig(2, 2, 32, 64, 97, 128)
 WIDE = {"n_head": 2, "block_size": 64, "vocab_size": 97, "vocab_rows": 128}
 HEADY = {"n_head": 2, "block_size": 32, "vocab_size": 7000, "vocab_rows": 7040}
 
@@ -49,25 +53,29 @@ class Held(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("shape", "name", "batch_size", "accumulate"),
+    ("shape", "name", "batch_size", "accumulate", "checkpointed"),
     [
-        (GPTConfig(n_layer=4, n_embd=64, **WIDE), "fp32", 16, 1),
-        (GPTConfig(n_layer=4, n_embd=64, **WIDE), "bf16", 16, 1),
-        (GPTConfig(n_layer=4, n_embd=64, attention="naive", **WIDE), "fp32", 16, 1),
-        (GPTConfig(n_layer=2, n_embd=192, **WIDE), "fp32", 2, 1),
-        (GPTConfig(n_layer=2, n_embd=192, **WIDE), "fp32", 2, 3),
-        (GPTConfig(n_layer=1, n_embd=64, **HEADY), "fp32", 8, 1),
-        (GPTConfig(n_layer=1, n_embd=64, **HEADY), "tf32", 8, 1),
+        (GPTConfig(n_layer=4, n_embd=64, **WIDE), "fp32", 16, 1, False),
+        (GPTConfig(n_layer=4, n_embd=64, **WIDE), "bf16", 16, 1, False),
+        (GPTConfig(n_layer=4, n_embd=64, attention="naive", **WIDE), "fp32", 16, 1, False),
+        (GPTConfig(n_layer=2, n_embd=192, **WIDE), "fp32", 2, 1, False),
+        (GPTConfig(n_layer=2, n_embd=192, **WIDE), "fp32", 2, 3, False),
+        (GPTConfig(n_layer=1, n_embd=64, **HEADY), "fp32", 8, 1, False),
+        (GPTConfig(n_layer=1, n_embd=64, **HEADY), "tf32", 8, 1, False),
+        (GPTConfig(n_layer=8, n_embd=64, **WIDE), "fp32", 16, 1, True),
+        (GPTConfig(n_layer=8, n_embd=64, **WIDE), "fp32", 16, 3, True),
+        (GPTConfig(n_layer=8, n_embd=64, dropout=0.1, **WIDE), "bf16", 16, 1, True),
     ],
 )
 def test_the_memory_forecast_is_what_tensors_of_real_steps_hold(
-    make_config, monkeypatch, shape: GPTConfig, name: str, batch_size: int, accumulate: int
+    make_config, monkeypatch, shape, name: str, batch_size: int, accumulate: int, checkpointed: bool
 ) -> None:
     monkeypatch.setattr(precision, "_cpu_capabilities", dict)  # the same CPU everywhere
     mode = precision.choose_precision(name, CPU)
-    config = make_config(train__steps=3, train__warmup_steps=0).train
+    changes = {"train__warmup_steps": 0, "train__checkpoint_activations": checkpointed}
+    config = make_config(train__steps=3, **changes).train
     length = shape.block_size
-    expected = forecast.needs(shape, mode, length).at(batch_size, accumulate).total
+    expected = forecast.needs(shape, mode, length).at(batch_size, accumulate, checkpointed).total
     ids = torch.randint(97, (batch_size, length + 1))
     batches = [(ids[:, :-1], ids[:, 1:])] * accumulate
     release()
@@ -143,17 +151,17 @@ def test_a_micro_batch_that_does_not_fit_is_named_with_the_one_that_does(
 ) -> None:
     enough = foreseen(make_config, monkeypatch, 4 << 30)
     assert enough.problem() == ""
-    assert enough.tokens == 200 * 16 * 128 and enough.epochs == 0.5
+    assert "200 steps are 409,600 tokens, 0.50 epochs" in enough.lines()[0]
     tight = foreseen(make_config, monkeypatch, 450 << 20)
     problem = replace(tight, config=replace(tight.config, accumulate=2)).problem()
     assert "train.batch_size=16 needs about" in problem and "450 MiB are free" in problem
     micro, accumulate = map(
-        int, re.search(r"train.batch_size=(\d+) train.accumulate=(\d+) fit", problem).groups()
+        int, re.search(r"train.batch_size=(\d+) train.accumulate=(\d+) \(", problem).groups()
     )
-    assert micro * accumulate == 32 and 1 <= micro <= tight.fits < 16
-    assert tight.fits == int(re.search(r"enough for (\d+)", tight.lines()[1])[1])
+    assert micro * accumulate == 32 and 1 <= micro <= tight.fits(False) < 16
+    assert tight.fits(False) == int(re.search(r"enough for (\d+)", tight.lines()[1])[1])
     none = foreseen(make_config, monkeypatch, 50 << 20)
-    assert none.fits == 0 and "not even one sequence fits" in none.problem()
+    assert none.fits(True) == 0 and "not even one sequence fits" in none.problem()
 
 
 def test_the_largest_micro_batch_is_the_last_that_stays_within_the_limit() -> None:
@@ -164,8 +172,91 @@ def test_the_largest_micro_batch_is_the_last_that_stays_within_the_limit() -> No
 
 
 @pytest.mark.parametrize(("sequences", "fits", "micro"), [(32, 7, 4), (12, 7, 6), (13, 12, 1)])
-def test_a_proposal_keeps_the_sequences_of_a_step(sequences: int, fits: int, micro: int) -> None:
-    assert forecast.proposal(sequences, 1, fits) == (micro, sequences // micro)
+def test_a_proposal_keeps_the_sequences_of_a_step(
+    make_config, monkeypatch, sequences: int, fits: int, micro: int
+) -> None:
+    found = foreseen(make_config, monkeypatch, 4 << 30)
+    found = replace(found, config=replace(found.config, batch_size=sequences, accumulate=1))
+    expected = f"train.batch_size={micro} train.accumulate={sequences // micro}"
+    assert found.proposal(fits)[0] == expected
+
+
+def on_a_card(name: str, gigabytes: float, **changes: Any) -> forecast.Forecast:
+    """GPT-2 124M's recipe, on a card that is not here."""
+    config = configuration.load(ROOT / f"recipes/{name}.yaml")
+    config = replace(config, train=replace(config.train, **changes))
+    mode = precision.of_a_card(config.precision)
+    return forecast.forecast(config, mode, free=int(gigabytes * 2**30))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gigabytes", "settings"),
+    [
+        ("gpt2-124m", 4, "train.batch_size=1 train.accumulate=512"),
+        ("gpt2-124m", 8, "train.batch_size=8 train.accumulate=64"),
+        ("gpt2-124m", 24, "train.batch_size=16 train.accumulate=32"),
+        ("gpt2-large", 18.5, "train.batch_size=2 train.accumulate=256 " + forecast.CHECKPOINT),
+        ("gpt2-xl", 80, "train.batch_size=4 train.accumulate=128"),
+        ("gpt2-xl", 24, ""),
+    ],
+)
+def test_a_card_gets_settings_that_fit_and_keep_the_tokens_of_a_step(
+    recipe: str, gigabytes: float, settings: str
+) -> None:
+    found = on_a_card(recipe, gigabytes)
+    words, total = found.proposal(found.config.batch_size)
+    assert words.removesuffix("=true") == settings
+    assert total <= forecast.MARGIN * found.free
+    told = "not even one sequence fits" if not settings else f"-S {' -S '.join(words.split())} ("
+    assert told in found.advice()
+
+
+def test_the_forecast_of_a_card_is_that_of_the_card_it_was_measured_on() -> None:
+    """GPT-2 124M, bf16, in micro-batches of 16: 8,660 MiB were forecast on an H100."""
+    found = on_a_card("gpt2-124m", 80, accumulate=1)
+    assert found.needed.total / 2**20 == pytest.approx(8660, rel=0.001)
+
+
+def test_memory_that_runs_out_in_a_kernel_is_one_error_with_settings_and_numbers(
+    make_config, monkeypatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    config = make_config(train__batch_size=8, train__accumulate=3, train__warmup_steps=0)
+    mode = precision.choose_precision("fp32", CPU)
+    known = forecast.needs(SHAPE, precision.of_a_card("fp32"), 64)
+    monkeypatch.setattr(forecast, "needs", lambda *_: known)
+    ids = torch.randint(97, (8, 65))
+    with stand_in.gpu(monkeypatch), pytest.raises(StorageError) as told:
+        mode = replace(mode, device=CUDA)
+        state = training_step.start(GPT(SHAPE).to(CUDA), config.train, mode)
+        monkeypatch.setattr(torch.nn.functional, "gelu", full)
+        with forecast.explaining(config, mode):
+            list(loop.fit(state, config.train, lambda step: [(ids[:, :-1], ids[:, 1:])]))
+    said = to_user(told.value)
+    assert said.startswith("error: out of memory (CUDA out of memory); train.batch_size=8 needs")
+    now, half, less = (known.at(*at).total for at in ((8, 3), (4, 6), (8, 3, True)))
+    assert f"about {forecast.size(now)}, 11.0 GiB were free: " in said  # the stand-in's 8, 2 and 1
+    assert f"train.batch_size=4 train.accumulate=6 ({forecast.size(half)})" in said
+    assert f"or {forecast.CHECKPOINT}=true ({forecast.size(less)})" in said
+    assert said.endswith("or precision=bf16; tokens/step stay the same")
+
+
+def test_an_error_that_is_none_of_memory_stays_as_it_is(make_config) -> None:
+    mode = precision.choose_precision("fp32", CPU)
+    with pytest.raises(RuntimeError, match="another"), forecast.explaining(make_config(), mode):
+        raise RuntimeError("another error")
+
+
+def test_what_was_taken_stands_beside_the_forecast_on_a_card_alone() -> None:
+    values = {"perf/forecast_memory_mib": 100.0}
+    log = Log([{"kind": "metrics", "step": 0, "time": 0, "values": values}])
+    record, summary = SimpleNamespace(so_far=lambda: log), {"perf/peak_memory_mib": 113.0}
+    (line,) = forecast.at_peak(record, summary, precision.of_a_card("bf16"))
+    assert line == "peak memory 113 MiB, 1.13 times the forecast"
+    on_cpu = precision.choose_precision("fp32", CPU)
+    assert forecast.at_peak(record, summary, on_cpu) == []
 
 
 def test_a_containers_limit_counts_and_its_cached_files_do_not(monkeypatch, tmp_path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import build_nanogpt, gpu, sample_gpu
+from benchmarks import build_nanogpt, gpu, memory, sample_gpu
 from benchmarks.outcomes import OURS
 from benchmarks.peers import HF, Task
 from pipeline.compute import precision as precision_module
@@ -204,3 +204,43 @@ def test_other_tokens_are_a_near_tie_or_void_the_time(monkeypatch) -> None:
     found = sample_gpu.measure(task, 1, precision_module.choose_precision("fp32", CPU), 4, 1)
     assert [len(r["seconds"]) for r in found] == [1, 1, 0, 0, 1]
     assert "no near tie" in found[2]["remark"]
+
+
+# --- memory
+
+
+def test_peaks_are_measured_once_and_what_does_not_fit_is_said(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    words, measured, asked = [*TINY[:4], "--out", str(tmp_path)], memory.measured, []
+
+    def interrupted(case, device):
+        asked.append(case)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        if case.card:
+            raise torch.OutOfMemoryError("no")
+        return measured(case, device)
+
+    monkeypatch.setattr(memory, "measured", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        memory.main(words)
+    memory.main(words)
+    assert asked[3:] == memory.cases(["tiny"])[2:], "what was measured is kept"
+    page = (tmp_path / "memory_gpu.md").read_text("utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| tiny")]
+    assert len(rows) == len(asked) - 1 and page in capsys.readouterr().out
+    assert "out of memory" in rows[0] and "out of memory" not in "".join(rows[1:])
+
+
+def test_a_small_card_is_measured_with_what_the_forecast_proposes(monkeypatch) -> None:
+    case = memory.proposed("gpt2-124m", 4)
+    assert (case.batch, case.checkpointed, case.precision) == (1, False, "bf16")
+    limits = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80 << 30))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append(share)
+    )
+    for card in (4, 0, 96):
+        memory.limit(card, torch.device("cuda"))
+    assert limits == [pytest.approx(3.6 / 80), 1.0, 1.0]
