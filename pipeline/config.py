@@ -73,7 +73,10 @@ class ModelConfig:
         high=1 << 16,
     )
     dropout: float = setting("dropout while training", low=0, high=0.9)
-    attention: str = setting("fused kernels or the formula", choices=("sdpa", "naive"))
+    attention: str = setting(
+        "torch's choice of a fused kernel, the one to prefer, or the formula",
+        choices=("sdpa", "cudnn", "flash", "naive"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

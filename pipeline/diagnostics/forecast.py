@@ -17,6 +17,7 @@ import torch
 from pipeline.compute.precision import PRECISIONS, Precision
 from pipeline.compute.throughput import WARM_UP_STEPS
 from pipeline.config import Config, TrainConfig
+from pipeline.diagnostics import attention_kernel
 from pipeline.errors import StorageError, out_of_memory
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import MAX_LOGIT_BYTES
@@ -97,7 +98,9 @@ class Needs:
         c = self.shape
         emulated = self.precision.emulated
         low = 0 if emulated else self.precision.dtype.itemsize % 4  # 2 where products are low
-        at_once = min(rows, max(1, MAX_LOGIT_BYTES // (4 * c.vocab_rows)))
+        host = self.precision.device.type == "cpu"  # a GPU has no fp32 logits beside low ones but
+        held = 4 if host or not low else low  # probabilities for a moment, as many
+        at_once = min(rows, max(1, MAX_LOGIT_BYTES // (held * c.vocab_rows)))
         operands = (rows + c.vocab_rows) * c.n_embd * (4 if emulated else low)
         return at_once * c.vocab_rows * (4 + low) + operands + 4 * rows * c.n_embd
 
@@ -252,11 +255,12 @@ def forecast(
 def before_training(
     config: Config, precision: Precision, record: Record, corpus_tokens: int
 ) -> list[str]:
-    """Lines to print before the first step; the memory is put on record.
+    """Lines to print before the first step; memory and attention's kernel are put on record.
 
     Logs a warning where memory is short, or cannot be forecast, and where fp8 is slow: that must
     stop no training.
     """
+    attention_kernel.tell(config.model, precision, config.train.sequence_length, record)
     if slow := slow_fp8(config, precision):
         log.warning("%s", slow)
     try:

@@ -7,11 +7,15 @@ Read it from top to bottom. Shapes: B batch, T tokens of this call, S tokens see
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LAYER_NORM_EPS = 1e-5
 
@@ -70,13 +74,25 @@ def sdpa_attention(
     )
 
 
+def preferring(kernels: tuple[SDPBackend, ...], *given: Any) -> Tensor:
+    """`sdpa_attention` by the first of these kernels that takes such tensors, mask and dropout."""
+    with sdpa_kernel(list(kernels), set_priority=True):
+        return sdpa_attention(*given)
+
+
 def visible(q: Tensor, k: Tensor) -> Tensor:
     """(T, S) booleans: may this query see this key? Query t stands at position S - T + t."""
     queries, keys = q.size(-2), k.size(-2)
     return torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
 
 
-ATTENTION = {"sdpa": sdpa_attention, "naive": naive_attention}
+FLASH = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+ATTENTION: dict[str, Callable[..., Tensor]] = {
+    "sdpa": sdpa_attention,  # torch's choice
+    "cudnn": partial(preferring, (SDPBackend.CUDNN_ATTENTION, *FLASH)),
+    "flash": partial(preferring, FLASH),
+    "naive": naive_attention,
+}
 
 
 class Attention(nn.Module):

@@ -1,4 +1,4 @@
-"""The training loss, with the output layer's product inside it: one buffer, one pass."""
+"""The training loss, with the output layer's product inside it: all logits never exist at once."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from pipeline.model.gpt import GPT
 
 IGNORE = -100  # a target that counts for nothing, as in torch.nn.functional.cross_entropy
-MAX_LOGIT_BYTES = 1 << 30  # of the fp32 logits held at once; more tokens come in row chunks
+MAX_LOGIT_BYTES = 1 << 30  # of the logits held at once; more tokens come in row chunks
 COLUMNS = 4192  # of the logits, at once in the weight's gradient: quicker than all (MKL, nano)
 FAR = 60.0  # nats; a probability this small has few bits left in fp32, or is 0
+Passes = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # as `softmax_passes`
 BLOCK = 32  # rows of logits, 6 MB, computed again at once for targets of such a probability
 
 
@@ -44,6 +45,7 @@ def linear_cross_entropy(
     *,
     vocab_size: int,
     scale: float | Tensor = 1.0,
+    passes: Passes | None = None,
 ) -> Tensor:
     """scale * sum of -log softmax(hidden @ weight.T)[target], nats: a 0-dim fp32 tensor.
 
@@ -56,20 +58,20 @@ def linear_cross_entropy(
     never held twice and never mapped afresh; the backward pass only hands them out, once. Without a
     need for gradients only the loss is computed. In a low `precision` the products, the logits and
     their gradient are low, as `F.linear` has them under autocast; softmax and loss are fp32.
+    `passes` is what a GPU does with the logits: `softmax_passes`, or `fusible_passes` compiled.
     """
     hidden, targets = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
-    given = (hidden, weight, targets, precision, vocab_size, scale)
+    head = _Head(precision, vocab_size, scale, passes or softmax_passes)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(*given)
-    return _Head(*given, gradients=False).loss
+        return _LinearCrossEntropy.apply(head, hidden, weight, targets)
+    return head(hidden, weight, targets, gradients=False)[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        head = _Head(*given, gradients=True)
-        ctx.grads = [head.grad_hidden, head.grad_weight]
-        return head.loss
+    def forward(ctx: Any, head: _Head, *given: Tensor) -> Tensor:
+        loss, *ctx.grads = head(*given, gradients=True)
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -80,41 +82,99 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("linear_cross_entropy went backward before: its gradients are gone")
         # Asking a GPU whether the factor is one would stall it for longer than multiplying.
         if grad_output.device.type != "cpu" or grad_output != 1:
-            grads = [grad * grad_output for grad in grads]
-        return *grads, None, None, None, None
+            grads = [grad.mul_(grad_output) for grad in grads]
+        return None, *grads, None
+
+
+def softmax_passes(logits: Tensor, targets: Tensor, scale: Tensor, vocab_size: int) -> Tensor:
+    """scale * sum of the losses (0-dim, fp32); logits (n, rows) become their gradient, in place.
+
+    targets (n,). One kernel an operation: what is low moves 7 times the bytes of its logits.
+    """
+    logits[:, vocab_size:] = -torch.inf  # padding: probability 0, hence gradient 0
+    valid = (targets != IGNORE).unsqueeze(1)
+    indices = targets.unsqueeze(1).where(valid, 0)
+    target = logits.gather(1, indices).float()
+    top, place = logits.max(1, keepdim=True)
+    low = logits.dtype is not torch.float32
+    p = torch.softmax(logits, 1, dtype=torch.float32, out=None if low else logits)
+    # The top probability is exp(0) over the sum of exp(logit - top).
+    losses = top.float() - target - p.gather(1, place).log()
+    # The gradient of softmax cross-entropy with respect to the logits is p - onehot(target).
+    p.scatter_(1, indices, p.gather(1, indices) - 1)
+    torch.mul(p, valid * scale, out=logits)
+    return losses.where(valid, 0).sum() * scale
+
+
+def fusible_passes(logits: Tensor, targets: Tensor, scale: Tensor, vocab_size: int) -> Tensor:
+    """`softmax_passes` as one formula, of which a compiler makes one kernel.
+
+    It moves 2 times the bytes of the logits, 4 where a row read again is not in the cache.
+    """
+    valid = (targets != IGNORE).unsqueeze(1)
+    target = logits.gather(1, targets.unsqueeze(1).where(valid, 0)).float()
+    column = torch.arange(logits.size(1), device=logits.device)
+    x = logits.float().where(column < vocab_size, -torch.inf)
+    top = x.amax(1, keepdim=True)
+    total = (x - top).exp().sum(1, keepdim=True).log()
+    p = (x - top - total).exp()  # made anew, so that no probability waits in memory
+    hit = column == targets.unsqueeze(1)
+    logits.copy_((p - hit.float()) * (valid * scale))
+    return (top - target + total).where(valid, 0).sum() * scale
 
 
 class _Head:
-    """The loss of one call and its gradients.
+    """The output layer and its loss.
 
     `rounding` names an emulated format: tensors stay fp32 and are rounded in place. `low` is a
     dtype that the device multiplies itself. At most one of them is set; neither in plain fp32.
     """
 
-    loss: Tensor  # 0-dim, fp32
-    grad_hidden: Tensor  # (N, C), hidden's dtype
-    grad_weight: Tensor  # (rows, C), weight's dtype
-
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        precision: Precision,
-        vocab_size: int,
-        scale: float | Tensor,
-        *,
-        gradients: bool,
+        self, precision: Precision, vocab_size: int, scale: float | Tensor, passes: Passes
     ) -> None:
         own = precision.of_the_rest()  # the output layer is not one of those that fp8 is for
         low = None if own.dtype is torch.float32 else own.dtype
         self.rounding, self.low = (own.effective, None) if own.emulated else (None, low)
-        self.vocab_size = vocab_size
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), exact_products():
-            self.scale = torch.as_tensor(scale, dtype=torch.float32, device=hidden.device)
-            self._run(hidden, weight, targets, gradients)
+        self.vocab_size, self.given_scale, self.passes = vocab_size, scale, passes
 
-    def _run(self, hidden: Tensor, weight: Tensor, targets: Tensor, gradients: bool) -> None:
+    def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor, *, gradients: bool) -> Any:
+        """(loss, 0-dim and fp32, then the gradients of `hidden` and `weight` where asked for)."""
+        device = hidden.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_products():
+            self.scale = torch.as_tensor(self.given_scale, dtype=torch.float32, device=device)
+            run = self.in_one_buffer if device.type == "cpu" else self.by_chunks
+            return run(hidden, weight, targets, gradients)
+
+    def by_chunks(self, hidden: Tensor, weight: Tensor, targets: Tensor, gradients: bool) -> Any:
+        """For a GPU, which waits for its memory: low logits are never held in fp32 as well.
+
+        Every chunk's part of the weight's gradient is rounded to a low format; their sum is fp32.
+        """
+        h, w = (x.detach().to(self.low or torch.float32) for x in (hidden, weight))
+        chunks = -(-len(h) * len(w) * h.itemsize // MAX_LOGIT_BYTES)
+        size = -(-len(h) // chunks)  # all alike, since a compiler makes each size anew
+        buffer = torch.empty((size, len(w)), dtype=h.dtype, device=h.device)
+        total, grad_hidden, grad_weight = (
+            torch.zeros((), device=h.device),
+            torch.empty_like(h),
+            None,
+        )
+        for part, y, out in zip(*(x.split(size) for x in (h, targets, grad_hidden)), strict=True):
+            logits = torch.mm(part, w.t(), out=buffer[: len(part)])
+            total += self.passes(logits, y, self.scale, self.vocab_size)
+            if gradients:  # in whose place the logits were
+                torch.mm(logits, w, out=out)
+                more = logits.t() @ part
+                grad_weight = more.float() if grad_weight is None else grad_weight.add_(more)
+        if grad_weight is None:
+            return (total,)
+        return total, grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
+
+    def in_one_buffer(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, gradients: bool
+    ) -> Any:
+        """For a CPU, where fresh memory is dear: fp32 logits, in the same place at every call."""
         h, w = self._operand("hidden", hidden), self._operand("weight", weight)
         total = torch.zeros((), device=hidden.device)
         if gradients:
@@ -133,17 +193,16 @@ class _Head:
                 p = logits.gather(1, indices)
                 logits.scatter_(1, indices, p - 1)
                 grad_hidden[rows] = self._gradients(logits, valid, h[rows], w, grad_weight, start)
-        self.loss = total.mul_(self.scale)
+        total.mul_(self.scale)
         if not gradients:
-            return
+            return (total,)
         if self.rounding in LOW:
             round_to(grad_hidden, self.rounding, out=grad_hidden)
             round_to(grad_weight, self.rounding, out=grad_weight)
         elif not self.low:
             grad_hidden.mul_(self.scale)
             grad_weight.mul_(self.scale)
-        self.grad_hidden = grad_hidden.to(hidden.dtype)
-        self.grad_weight = grad_weight.to(weight.dtype)
+        return total, grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
 
     def _operand(self, name: str, x: Tensor) -> Tensor:
         if self.rounding:
@@ -165,15 +224,8 @@ class _Head:
 
     def _losses(self, logits: Tensor, indices: Tensor, h: Tensor, w: Tensor) -> Tensor:
         """Losses (n,); turns the logits into probabilities."""
-        if logits.device.type != "cpu" or torch.compiler.is_compiling():
-            target, top = logits.gather(1, indices).squeeze(1), logits.amax(1)
-            torch.softmax(logits, 1, out=logits)
-            # loss = log(sum of exp(logit - top)) + top - target, and the top probability is
-            # exp(0) over that sum: minus its logarithm is the first term.
-            return top - target - logits.amax(1).log()
         # -log p(target): two passes over all logits fewer (1.03x at nano size). Where p is too
-        # small for fp32 the loss is computed from the logits, which takes a look at the values,
-        # for which a GPU would have to be waited for.
+        # small for fp32 the loss is computed from the logits, which takes a look at the values.
         torch.softmax(logits, 1, out=logits)
         losses = logits.gather(1, indices).squeeze(1).log_().neg_()
         for rows in (losses > FAR).nonzero().squeeze(1).split(BLOCK):
@@ -202,22 +254,21 @@ class _Head:
             part = low.t() @ h
             grad_weight.add_(part) if start else grad_weight.copy_(part)
             return low @ w
-        size = COLUMNS if logits.device.type == "cpu" else logits.size(1)
-        for part, out in zip(logits.split(size, 1), grad_weight.split(size), strict=True):
+        for part, out in zip(logits.split(COLUMNS, 1), grad_weight.split(COLUMNS), strict=True):
             # out = beta * out + part^T h; with beta 0 what `out` held is not read.
             torch.addmm(out, part.t(), h, beta=min(start, 1), out=out)
         return (logits @ w).mul_(factor)
 
 
-def look_up(wte: nn.Embedding, idx: Tensor) -> Tensor:
+def look_up(wte: nn.Embedding, idx: Tensor) -> Tensor | None:
     """`wte(idx)` (B, T, C), whose gradient `backward()` adds to rows of the weight's `.grad`.
 
     For a weight that is tied to the output layer, which gives every row a gradient anyhow. torch's
     own look-up makes a second matrix of that size, zeroed, filled and added (1.08x at 124M). On a
-    GPU that is quick and in a fixed order, which scattered additions lack there.
+    GPU that is quick: None, for the model to look up by itself.
     """
     if wte.weight.device.type != "cpu" or not torch.is_grad_enabled():
-        return wte(idx)
+        return None
 
     def add_rows(rows: Tensor) -> None:
         if wte.weight.grad is None:  # no head gave one, or not yet

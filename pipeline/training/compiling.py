@@ -1,4 +1,4 @@
-"""torch.compile for the training step: one graph forward, one backward, eager where it cannot be.
+"""The step's loss by torch.compile: a graph forward, one backward, eager where it cannot be.
 
 What is compiled is a function of its own, never the model: evaluation and sampling call the
 model itself, in other modes and shapes, and so cannot make the step's graphs anew. The update is
@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.model.loss import token_losses
+from pipeline.model.loss import (
+    Passes,
+    fusible_passes,
+    linear_cross_entropy,
+    look_up,
+    softmax_passes,
+)
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
@@ -28,18 +34,47 @@ LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def loss_of(
+    model: GPT,
+    precision: Precision,
+    hidden: Callable[..., Tensor] | None = None,
+    passes: Passes | None = None,
+) -> LossFunction:
+    """factor * sum of token losses; its gradients come by `backward()` alone.
+
+    `hidden` stands for `model.hidden`, `passes` for those of `linear_cross_entropy`.
+    """
+    hidden, wte, vocab_size = hidden or model.hidden, model.transformer.wte, model.config.vocab_size
+
+    def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            hidden(x, None, look_up(wte, x)),
+            wte.weight,
+            y,
+            precision,
+            vocab_size=vocab_size,
+            scale=factor,
+            passes=passes,
+        )
+
+    return loss
+
+
 def compiled_loss(
     model: GPT, precision: Precision, eager: LossFunction, mode: str | None = None
 ) -> LossFunction:
-    """The plain formula, whose parts the compiler fuses by itself; `eager` where it cannot.
+    """`loss_of` with the model compiled, and the passes over the logits; `eager` where it cannot.
 
-    `mode` is torch.compile's, None its default. Shapes are fixed: a training has one.
+    These passes are a graph of their own: in the model's, torch would decide what of them waits
+    for the backward pass, and that may be every logit. `mode` is torch.compile's for the model,
+    None its default. Shapes are fixed: a training has one.
     """
-
-    def plain(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
-        return token_losses(model(x), y).sum() * factor
-
-    return compiled(plain, eager, precision, "train.compile", mode=mode)
+    plain = model.hidden
+    hidden = compiled(plain, plain, precision, "train.compile", mode=mode)
+    if hidden is plain:
+        return eager
+    passes = compiled(fusible_passes, softmax_passes, precision, "train.compile")
+    return loss_of(model, precision, hidden, passes)
 
 
 def compiled(

@@ -16,9 +16,9 @@ from pipeline.compute.buffers import hand_back
 from pipeline.compute.runtime import derived_seed, rng_state
 from pipeline.errors import InputError, NumericsError
 from pipeline.model import activations
-from pipeline.model.loss import IGNORE, linear_cross_entropy, look_up
+from pipeline.model.loss import IGNORE
 from pipeline.model.model_dir import load_model
-from pipeline.training.compiling import LossFunction, compiled_loss
+from pipeline.training.compiling import LossFunction, compiled_loss, loss_of
 from pipeline.training.optimizers import Update, build_optimizer, set_rate
 
 if TYPE_CHECKING:
@@ -98,18 +98,7 @@ def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
     precision.prepare(model)
     activations.mark(model, checkpointed=config.checkpoint_activations)
     scaler = precision.make_scaler()
-
-    def eager(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
-        """factor * sum of token losses; its gradients come by `backward()` alone."""
-        return linear_cross_entropy(
-            model.hidden(x, looked_up=look_up(model.transformer.wte, x)),
-            model.transformer.wte.weight,
-            y,
-            precision,
-            vocab_size=model.config.vocab_size,
-            scale=factor,
-        )
-
+    eager = loss_of(model, precision)
     return TrainState(
         model=model,
         optimizer=build_optimizer(model, config, scaled=scaler.is_enabled()),

@@ -308,10 +308,12 @@ def test_validations_are_part_of_the_time(make_config) -> None:
 
 
 class Kept:
-    """The newest value of each metric, instead of a record."""
+    """The newest value of each metric, and the tags, instead of a record."""
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
+        self.kept: dict[str, str] = {}
+        self.tags = self.kept.update
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         self.values |= values
@@ -331,6 +333,7 @@ def test_the_forecast_comes_before_the_first_step_and_stops_no_training(
     said = forecast.before_training(config, mode, record, 671_837)
     assert said[0] == "7,248,640 parameters; 200 steps are 204,800 tokens, 0.30 epochs"
     assert 300 < record.values["perf/forecast_memory_mib"] < 420
+    assert record.kept == {"attention.ran": "flash"}
     monkeypatch.setattr(forecast, "free_memory", lambda device: 300 << 20)
     assert len(forecast.before_training(config, mode, record, 671_837)) == 2
     assert "train.batch_size=8 needs about" in caplog.messages[-1]

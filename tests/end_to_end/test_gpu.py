@@ -14,6 +14,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,13 +24,13 @@ from torch._dynamo.utils import counters
 
 from pipeline import config as configuration
 from pipeline import paths
-from pipeline.compute import runtime, throughput
+from pipeline.compute import precision, runtime, throughput
 from pipeline.compute.precision import PRECISIONS, choose_precision
-from pipeline.diagnostics import debugger, forecast, nonfinite
+from pipeline.diagnostics import attention_kernel, debugger, forecast, nonfinite
 from pipeline.errors import NumericsError
 from pipeline.inference import decoding, generation
 from pipeline.model import loss
-from pipeline.model.gpt import GPT, GPTConfig, KVCache
+from pipeline.model.gpt import ATTENTION, GPT, GPTConfig, KVCache
 from pipeline.records import record_file
 from pipeline.resume import snapshot
 from pipeline.storage import folders
@@ -112,8 +113,10 @@ def start(device: torch.device, precision: str = "fp32", compile: bool = False, 
     return made, config
 
 
-def losses(device: torch.device, precision: str = "fp32", compile: bool = False) -> list[float]:
-    state, config = start(device, precision, compile)
+def losses(
+    device: torch.device, precision: str = "fp32", compile: bool = False, **changes: Any
+) -> list[float]:
+    state, config = start(device, precision, compile, **changes)
     return [report.loss for report in loop.fit(state, config, batches_of)]
 
 
@@ -132,6 +135,49 @@ def test_losses_on_the_device_are_the_hosts_as_far_as_the_format_goes(device, na
 def test_compiled_losses_are_the_eager_ones(compiling) -> None:
     name = "bf16" if compiling.type == "cuda" else "fp32"
     assert losses(compiling, name, compile=True) == pytest.approx(losses(CPU), abs=NEAR[name])
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_every_attention_trains_to_the_same_losses(device, attention: str) -> None:
+    """In bf16, for which a card has every kernel; without dropout, which each draws in its way."""
+    found = losses(device, "bf16", attention=attention)
+    assert found == pytest.approx(losses(CPU), abs=NEAR["bf16"])
+
+
+@here
+@compiles
+@pytest.mark.parametrize("attention", ["cudnn", "flash"])
+def test_a_card_runs_the_attention_that_is_preferred_compiled_or_not(attention: str) -> None:
+    there_is_one()
+    if attention == "cudnn" and not torch.backends.cudnn.is_available():
+        pytest.skip("this torch has no cuDNN")
+    kept: dict[str, str] = {}
+    model = replace(configuration.from_dict(params()).model, attention=attention)
+    record: Any = SimpleNamespace(tags=kept.update)
+    attention_kernel.tell(model, choose_precision("bf16", CUDA), 32, record)
+    assert kept["attention.ran"] == attention
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    for compile in (False, True):
+        state, config = start(CUDA, "bf16", compile, attention=attention)
+        with torch.profiler.profile(activities=activities) as seen:
+            list(loop.fit(state, config, batches_of))
+        ran = {event.key for event in seen.key_averages()}
+        assert any(f"_scaled_dot_product_{attention}_attention" in name for name in ran), compile
+
+
+@compiles
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "fp8"])
+def test_a_compiled_loss_in_chunks_is_the_eager_one_on_a_card(
+    compiling, name: str, monkeypatch
+) -> None:
+    if compiling.type == "cpu":
+        monkeypatch.setattr(loss._Head, "in_one_buffer", loss._Head.by_chunks)
+        monkeypatch.setitem(precision.DEVICES, "cpu", lambda asked, _: (asked, "", False))
+        if name == "fp8":
+            pytest.skip("torch multiplies no fp8 on a CPU as it does on a card")
+    monkeypatch.setattr(loss, "MAX_LOGIT_BYTES", 128 * 4 * 40)  # of 128 rows: several chunks
+    eager, compiled = (losses(compiling, name, compile=c) for c in (False, True))
+    assert compiled == pytest.approx(eager, abs=NEAR[name] / 2)
 
 
 @here

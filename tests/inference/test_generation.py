@@ -463,7 +463,7 @@ def test_unequal_prompts_continue_as_in_transformers(lengths):
 
 
 @pytest.mark.parametrize("kv_cache", [True, False])
-@pytest.mark.parametrize("attention", ["sdpa", "naive"])
+@pytest.mark.parametrize("attention", ["sdpa", "cudnn", "flash", "naive"])
 def test_a_padded_row_continues_as_it_would_alone_beyond_the_block_size(kv_cache, attention):
     model, rows = tiny(attention=attention), unequal()
     greedy = settings(temperature=0.0, max_new_tokens=BLOCK + 9, kv_cache=kv_cache)

@@ -11,9 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
 from pipeline.model import gpt as model_file
-from pipeline.model.gpt import GPT, GPTConfig, KVCache, naive_attention, sdpa_attention
+from pipeline.model.gpt import (
+    ATTENTION,
+    GPT,
+    GPTConfig,
+    KVCache,
+    naive_attention,
+    preferring,
+    sdpa_attention,
+)
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=101, vocab_rows=128)
 SIZES = {  # layers, heads, channels, parameters with 50257 rows
@@ -89,6 +98,16 @@ def test_naive_equals_sdpa_with_and_without_a_past(queries: int) -> None:
     torch.testing.assert_close(sdpa_attention(q, k, v, 0.0), naive_attention(q, k, v, 0.0))
 
 
+def test_only_the_preferred_kernels_are_taken_and_torchs_choice_is_free_afterwards() -> None:
+    x = torch.randn(1, 2, 8, 8, requires_grad=True)
+    flash, math_ = SDPBackend.FLASH_ATTENTION, SDPBackend.MATH
+    usual = sdpa_attention(x, x, x, 0.0).grad_fn.name()
+    assert "Flash" in usual
+    assert preferring((SDPBackend.CUDNN_ATTENTION, flash), x, x, x, 0.0).grad_fn.name() == usual
+    assert "Flash" not in preferring((math_,), x, x, x, 0.0).grad_fn.name()
+    assert sdpa_attention(x, x, x, 0.0).grad_fn.name() == usual
+
+
 def test_naive_and_sdpa_models_agree_in_logits_and_gradients() -> None:
     naive, sdpa = tiny(attention="naive"), tiny(attention="sdpa")
     naive.load_state_dict(sdpa.state_dict())
@@ -100,7 +119,7 @@ def test_naive_and_sdpa_models_agree_in_logits_and_gradients() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("attention", ATTENTION)
 def test_no_logit_depends_on_a_later_token(attention: str) -> None:
     gpt, idx = tiny(attention=attention), tokens(1, 24)
     changed = idx.clone()
@@ -111,7 +130,7 @@ def test_no_logit_depends_on_a_later_token(attention: str) -> None:
     assert not torch.equal(before[:, 12:], after[:, 12:])
 
 
-@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("chunks", [[1] * 24, [24], [10, 1, 1, 12], [1, 7, 16], [23, 1]])
 @torch.no_grad()
 def test_cached_logits_equal_uncached_logits(attention: str, chunks: list[int]) -> None:
@@ -218,7 +237,7 @@ def test_every_layer_norm_has_eps_1e_5_and_a_bias() -> None:
     assert all(norm.eps == 1e-5 and norm.bias is not None for norm in norms)
 
 
-@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("attention", ATTENTION)
 def test_dropout_acts_in_training_only_and_at_all_four_places(attention: str) -> None:
     gpt, idx = tiny(dropout=0.5, attention=attention), tokens(1, 8)
     with torch.no_grad():
@@ -252,7 +271,7 @@ def test_names_are_those_of_the_published_checkpoint() -> None:
     [
         ({"n_head": 3}, "n_embd=32"),
         ({"vocab_rows": 100}, "vocab_rows=100"),
-        ({"attention": "flash"}, "attention=flash: one of sdpa, naive"),
+        ({"attention": "fast"}, "attention=fast: one of sdpa, cudnn, flash, naive"),
     ],
 )
 def test_an_impossible_config_is_refused_by_name(changes: dict, named: str) -> None:

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from pipeline.compute import buffers
 from pipeline.compute.emulation import EmulatedProducts
@@ -127,14 +128,100 @@ def test_row_chunks_equal_one_buffer(case, name, monkeypatch):
     assert all(distance(a, b) < bound for a, b in zip(chunked, whole, strict=True))
 
 
+PASSES = [
+    loss_module.softmax_passes,
+    pytest.param(
+        loss_module.fusible_passes,
+        marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")],
+    ),
+]
+
+
+@pytest.fixture(params=PASSES, ids=["eager", "compiled"])
+def passes(request, monkeypatch):
+    """What a GPU does with the logits, here on the CPU, and there by chunks of at most 9 rows."""
+    monkeypatch.setattr(loss_module._Head, "in_one_buffer", loss_module._Head.by_chunks)
+    monkeypatch.setattr(loss_module, "MAX_LOGIT_BYTES", 4 * ROWS * 9)
+    if request.param is loss_module.softmax_passes:
+        return request.param
+    torch._dynamo.reset()
+    return torch.compile(request.param, dynamic=False, fullgraph=True)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e3])
-def test_the_way_that_looks_at_no_value_gives_the_same(case, size, monkeypatch):
-    """Of other devices and of a compiled step; at 1e3 there are targets that are ruled out."""
-    case = (case[0] * size, *case[1:])
-    looking = measured(linear_cross_entropy, *case)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    blind = measured(linear_cross_entropy, *case)
-    torch.testing.assert_close(blind, looking, rtol=1e-6, atol=1e-6)
+def test_a_gpus_chunks_give_what_float64_gives(case, passes, size):
+    """At 1e3 there are targets that are ruled out, and logits that lose digits in fp32."""
+    hidden, weight, targets = case[0] * size, *case[1:]
+    ours = measured(linear_cross_entropy, hidden, weight, targets, scale=0.3, passes=passes)
+    h, w = (x.double().requires_grad_() for x in (hidden, weight))
+    loss = 0.3 * F.cross_entropy(h @ w[:VOCAB].t(), targets, reduction="sum")
+    loss.backward()
+    for a, b in zip(ours, (loss.detach(), h.grad, w.grad), strict=True):
+        assert a.dtype is torch.float32 and distance(a.double(), b) < 1e-6 * max(1, size / 10)
+    assert not ours[1][targets == IGNORE].any() and not ours[2][VOCAB:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", [1e-6, 4096.0])
+def test_the_gradient_of_low_logits_is_the_exact_one_times_the_scale_rounded_once(
+    case, passes, dtype, scale
+):
+    """Rounding to nearest is off by half a unit, eps / 2 of the value, or half the least number.
+
+    What is rounded is fp32's p - 1 or p: off by some 4 fp32 units of 1, and of the logits' size.
+    """
+    logits = (case[0] @ case[1].t()).to(dtype)
+    known = logits[:, :VOCAB].double()
+    valid = (case[2] != IGNORE)[:, None]
+    target = F.one_hot(case[2].clamp(min=0), VOCAB)
+    exact = (known.softmax(1) - target) * valid * scale
+    loss = F.cross_entropy(known, case[2], reduction="sum") * scale
+    with torch.no_grad():
+        found = passes(logits, case[2], torch.tensor(scale), VOCAB)
+    assert distance(found.double(), loss) < 1e-6
+    half = torch.finfo(dtype).eps / 2
+    least = torch.finfo(dtype).smallest_normal * half
+    bound = exact.abs() * half * 1.01 + least + 4 * 2**-23 * scale * exact.abs().div(scale).sqrt()
+    assert ((logits[:, :VOCAB].double() - exact).abs() <= bound).all()
+    assert not logits[:, VOCAB:].any() and exact.any()
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_a_gpus_chunks_in_a_low_precision_equal_linear_under_autocast(case, passes, name):
+    """Each of 6 chunks rounds its part of the weight's gradient: eps / 2 of it, in the worst case.
+
+    Parts add up to at most sqrt(6) times the norm of their sum where they are as good as random.
+    """
+    reference = measured(plain, *case, mode(name, False), scale=0.3)
+    ours = measured(linear_cross_entropy, *case, mode(name, False), scale=0.3, passes=passes)
+    bound = torch.finfo(PRECISIONS[name]).eps / 2 * math.sqrt(6)
+    assert all(distance(a, b) < bound for a, b in zip(ours, reference, strict=True))
+    exact = measured(plain, *case, scale=0.3)
+    assert distance(ours[2], exact[2]) > 1e-4, "nothing was rounded"
+
+
+def test_a_gpus_loss_that_is_no_number_stays_none(case, passes):
+    case[0][3] = torch.nan
+    assert torch.isnan(linear_cross_entropy(*case, FP32, vocab_size=VOCAB, passes=passes))
+
+
+def largest(call):
+    """Bytes of the largest piece of memory asked for in a call, compiled code's included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = seen.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def test_all_logits_never_exist_at_once_on_a_gpu(case, passes, monkeypatch):
+    hidden, targets = case[0].repeat(50, 1), case[2].repeat(50)
+    chunk, every = 2 * 400 * ROWS, 2 * len(hidden) * ROWS
+    monkeypatch.setattr(loss_module, "MAX_LOGIT_BYTES", chunk)
+    given = hidden, case[1], targets, mode("bf16", False)
+    measured(linear_cross_entropy, *given, passes=passes)  # a compiler's own memory
+    ours = largest(lambda: measured(linear_cross_entropy, *given, passes=passes))
+    assert ours <= (chunk if passes is not loss_module.softmax_passes else 2 * chunk) < every
+    assert largest(lambda: measured(plain, *given)) >= every
 
 
 @pytest.mark.parametrize("name", ["tf32", "bf16", "fp16"])
