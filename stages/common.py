@@ -144,6 +144,13 @@ def new_edits(stage: str, config: Config, told: set[str]) -> list[str]:
     ]
 
 
+def warn(config: Config, warnings: Iterable[object]) -> None:
+    """Warnings in the middle of a stage, in its log and wherever its messages go."""
+    for warning in map(str, warnings):
+        log.warning("%s", warning)
+        notify.tell(config.tracking, warning)
+
+
 def announce(stage: str, precision: Precision, record: Record) -> None:
     """What was asked for, what is in effect, and why: aloud, in the row, and as a warning if less.
 

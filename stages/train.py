@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,15 +13,13 @@ from pipeline.diagnostics import debugger, doctor, forecast, glimpse
 from pipeline.resume import run_folder
 from pipeline.resume.checkpoints import Checkpoint, Checkpoints
 from pipeline.resume.interruption import Interruption, Stopped
-from pipeline.tracking import notify, recording, system_metrics
+from pipeline.tracking import recording, system_metrics
 from pipeline.training.history import History
 from pipeline.training.inputs import Inputs, open_inputs
 from pipeline.training.loop import fit, micro_batches
 from pipeline.training.training_step import TrainState, from_folder
 from pipeline.training.validation import validate
 from stages import common
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -96,9 +93,10 @@ def loop(job: Job, state: TrainState, history: History) -> None:
                 for line in (history.line(), *glimpse.lines(state, config, record)):
                     common.say(f"train: {line}")
                 edited = common.new_edits("train", config, told)
-                for warning in map(str, (*rounds.look(state.step, record.so_far), *edited)):
-                    log.warning("%s", warning)
-                    notify.tell(config.tracking, warning)
+                common.warn(config, [*rounds.look(state.step, record.so_far), *edited])
+
+    def pause(done: int) -> bool:
+        return history.pause(state) or job.checkpoints.due(done) or bool(stop.asked)
 
     def save() -> None:
         record.persist()  # a checkpoint knows no more than the record
@@ -108,13 +106,15 @@ def loop(job: Job, state: TrainState, history: History) -> None:
     data = job.inputs.train, job.inputs.val
     with Interruption() as stop, debugger.attached(state, config, record, *data, stop) as look:
         look_at, steps_at = config.debug.interact_at_step, history.budget.steps
-        steps = fit(state, config.train, batches, look, look_at, steps_at)
+        steps = fit(state, config.train, batches, look, look_at, steps_at, pause)
         validate_if_due()  # a training that was stopped may owe it
         for report in common.progress(steps, config.train.steps, state.step):
             history.add(report, state)
             if state.step == forecast.MEASURED_AT:
                 seconds = [report.seconds for report in history.curve]
                 common.say(f"train: {forecast.after_first_steps(seconds, config.train, record)}")
+            if not report.settled:  # the device is at work on the next one
+                continue
             validate_if_due()
             if stop.asked:
                 break

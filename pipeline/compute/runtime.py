@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from pipeline.errors import ConfigError
 
@@ -30,6 +31,29 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else "mps"
+
+
+class Numbers:
+    """0-dim tensors of one device on their way to the host, in one transfer.
+
+    Made where what computes them has been launched: `read` waits for that, and for nothing that is
+    launched after it.
+    """
+
+    def __init__(self, *numbers: Tensor):
+        self._values = torch.stack([number.float() for number in numbers])
+        self._there: torch.cuda.Event | None = None
+        if self._values.device.type == "cuda":
+            # Into pinned memory, which torch takes for a copy that nobody waits for.
+            self._values = self._values.to("cpu", non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def read(self) -> list[float]:
+        """The numbers; here the host waits for the device."""
+        if self._there:
+            self._there.synchronize()
+        return self._values.tolist()
 
 
 @contextmanager

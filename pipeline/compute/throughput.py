@@ -81,6 +81,12 @@ class Stopwatch:
         synchronize(self.device)
         return self.so_far()
 
+    def lap(self) -> float:
+        """Seconds since the start or the lap before, for a host that has just seen a step's end."""
+        seconds = self.so_far()
+        self._began += seconds
+        return seconds
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens inside does not count."""

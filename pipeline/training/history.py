@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.compute import runtime, throughput
+from pipeline.compute.runtime import Numbers
 from pipeline.errors import InputError
 from pipeline.tables import write_csv, write_curve
 from pipeline.training.loop import StepReport
@@ -41,6 +42,7 @@ class History:
         self._config, self._record = config, record
         self._earlier: dict[int, StepReport] = {}
         self._warned = False
+        self._ratio: Numbers | None = None  # of the step at work
 
     def restore(self, checkpoint: Path, facts: Mapping[str, Any], done: int) -> None:
         """Take the steps before a checkpoint from the record, and the rest from its `facts`.
@@ -69,6 +71,11 @@ class History:
             "budget": self.budget.facts(),
         }
 
+    def pause(self, state: TrainState) -> bool:
+        """`fit` asks when a step has been launched: whether its state is needed before the next."""
+        self._ratio, done = _update_ratio(state), len(self.curve) + 1
+        return done % self._config.val_every == 0 or self.budget.ends_soon(done)
+
     def add(self, report: StepReport, state: TrainState) -> None:
         """Note a step that has just been made."""
         earlier = self._earlier.get(report.step)
@@ -81,11 +88,10 @@ class History:
             self._record.tags({"resume.not_bit_equal_at": report.step})
         # How many steps there are to be is the plan of now, with a time budget another one.
         self.curve.append(replace(earlier, steps=report.steps) if earlier else report)
-        values, blocks = step_metrics(report), state.model.transformer.h
-        # By how much the step changed the weights: one matrix in the middle speaks for all.
-        ratio = update_ratio(state.optimizer, blocks[len(blocks) // 2].mlp.c_fc.weight)
-        if ratio is not None and not report.skipped:
-            values["train/update_ratio"] = ratio
+        values = step_metrics(report)
+        ratio, self._ratio = self._ratio or _update_ratio(state), None
+        if ratio and not report.skipped:
+            (values["train/update_ratio"],) = ratio.read()
         self._record.metrics(values, report.step)
 
     def validation_due(self) -> bool:
@@ -167,6 +173,13 @@ class History:
         table = [[row.get(name, math.nan) for name in names] for row in rows]
         write_curve(folder / "train.csv", columns, table)
         write_csv(folder / "validation.csv", ["step", "loss"], self.validations)
+
+
+def _update_ratio(state: TrainState) -> Numbers | None:
+    """By how much the last step changed the weights: one matrix in the middle speaks for all."""
+    blocks = state.model.transformer.h
+    ratio = update_ratio(state.optimizer, blocks[len(blocks) // 2].mlp.c_fc.weight)
+    return None if ratio is None else Numbers(ratio)
 
 
 def step_metrics(report: StepReport) -> dict[str, float]:

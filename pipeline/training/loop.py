@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import statistics
@@ -16,12 +15,22 @@ from pipeline.data.batches import batch_at
 from pipeline.errors import NumericsError
 from pipeline.training.optimizers import learning_rate
 from pipeline.training.prefetch import Prefetch
-from pipeline.training.training_step import RECENT, Batch, Look, StepResult, TrainState, train_step
+from pipeline.training.training_step import (
+    RECENT,
+    Batch,
+    Launched,
+    Look,
+    StepResult,
+    TrainState,
+    finish,
+    launch,
+)
 
 if TYPE_CHECKING:
     from pipeline.config import TrainConfig
     from pipeline.data.token_files import Tokens
 
+AHEAD = ("cuda",)  # devices that work by themselves, and may be given a step ahead
 TOLD = 5  # skipped spikes that are warned of one by one; the curves have all
 
 log = logging.getLogger(__name__)
@@ -37,6 +46,7 @@ class StepReport(StepResult):
     data_seconds: float  # of these, until the batches were there
     tokens: int
     steps: int  # that the run has, as things stand
+    settled: bool = True  # the state is that after this step: see `fit`
 
     @property
     def last(self) -> bool:
@@ -55,45 +65,117 @@ def fit(
     look: Look | None = None,
     look_at: int = -1,
     steps_at: Callable[[int], int] | None = None,
+    pause: Callable[[int], bool] | None = None,
 ) -> Iterator[StepReport]:
     """One optimizer step and one report at a time, from `state.step` to `config.steps`.
 
     batches_of(step) gives the step's batches. In step `look_at`, `look` is called between the
     gradients and the update; its time is not the step's. `steps_at(step)` is asked before each
     step how many the run is to have, where that is not `config.steps`; the learning rate follows.
-    Raises NumericsError before an update that would spoil the parameters.
+
+    With `pause`, a GPU is given each step before the numbers of the one before it are read, so
+    that it never stands idle for them. Such a report is not `settled`: the state is at work on the
+    next step already. pause(done) is asked in between, and after a yes the next step waits until
+    the report has been dealt with, as it does without `pause`. What pause itself launches sees the
+    state after so many steps.
+
+    Raises NumericsError before an update that would spoil the parameters; a step that had been
+    launched by then changes nothing either.
     """
-    watch, source = Stopwatch(state.precision.device), Prefetch(batches_of, state.precision.device)
+    steps = _Steps(state, config, Prefetch(batches_of, state.precision.device), look, look_at)
+    steps_at = steps_at or (lambda step: config.steps)
+    step = steps.launched(steps_at(state.step))
+    while step:
+        done, following = step.number + 1, None
+        if pause and steps.can_wait(step) and not pause(done):
+            state.step = done
+            try:
+                following = steps.launched(steps_at(done), step)
+            except Exception:  # what was made before is told first
+                yield steps.report(step, settled=False)
+                raise
+        report = steps.report(step, settled=not following)
+        state.step = done
+        yield report
+        step = following or steps.launched(steps_at(done))
 
-    def aside(look: Look, state: TrainState) -> None:
-        with watch.paused():
-            look(state)
 
-    while state.step < (steps := steps_at(state.step) if steps_at else config.steps):
-        watch.start()
-        state.begin(source(state.step))
-        data_seconds = watch.so_far()
-        rate = learning_rate(state.step, config, steps)
-        result = train_step(
-            state,
-            state.batches,
-            rate,
-            config,
-            functools.partial(aside, look) if look and state.step == look_at else None,
-            functools.partial(source.prepare, state.step + 1, steps),
+@dataclass(frozen=True)
+class _Step:
+    """A step that the device is at work on."""
+
+    number: int
+    learning_rate: float
+    data_seconds: float
+    tokens: int
+    of: int  # steps that the run has
+    work: Launched
+
+
+class _Steps:
+    """Launches the steps of one `fit`, and reads what came of them."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        config: TrainConfig,
+        source: Prefetch,
+        look: Look | None,
+        look_at: int,
+    ):
+        self._state, self._config, self._source = state, config, source
+        self._look, self._look_at = look, look_at
+        self._watch = Stopwatch(state.precision.device)
+
+    def launched(self, steps: int, earlier: _Step | None = None) -> _Step | None:
+        """The next of so many steps, if it is one of them; `earlier` has not been read yet."""
+        state, watch = self._state, self._watch
+        if (number := state.step) >= steps:
+            return None
+        if not earlier:
+            watch.start()
+        asked = watch.so_far()
+        state.begin(self._source(number))
+        data_seconds = watch.so_far() - asked
+        rate = learning_rate(number, self._config, steps)
+        look = self._aside if self._look and number == self._look_at else None
+        before = earlier.work if earlier else None
+        work = launch(state, state.batches, rate, self._config, look, before)
+        self._source.prepare(number + 1, steps)
+        tokens = sum(x.numel() for x, _ in state.batches)
+        return _Step(number, rate, data_seconds, tokens, steps, work)
+
+    def can_wait(self, step: _Step) -> bool:
+        """Whether nothing of the step after this one depends on what the host is to read of it."""
+        state, config = self._state, self._config
+        return (
+            step.work.update.alone
+            and state.precision.device.type in AHEAD
+            and not config.skip_spikes  # whose limit is that of all norms so far
+            and state.skipped_in_a_row + 1 < config.max_skipped  # or this one may be the last
+            and step.number + 1 not in (step.of, self._look_at)
         )
+
+    def report(self, step: _Step, settled: bool) -> StepReport:
+        """What came of a step, which is read here; `settled`: no other one has been launched."""
+        result = finish(self._state, step.work)
         report = StepReport(
             **vars(result),
-            step=state.step,
-            learning_rate=rate,
-            seconds=watch.stop(),
-            data_seconds=data_seconds,
-            tokens=sum(x.numel() for x, _ in state.batches),
-            steps=steps,
+            step=step.number,
+            learning_rate=step.learning_rate,
+            seconds=self._watch.stop() if settled else self._watch.lap(),
+            data_seconds=step.data_seconds,
+            tokens=step.tokens,
+            steps=step.of,
+            settled=settled,
         )
-        _count(state, report, config)
-        state.step += 1
-        yield report
+        _count(self._state, report, self._config)
+        return report
+
+    def _aside(self, state: TrainState) -> None:
+        assert self._look
+        with self._watch.paused():
+            self._look(state)
 
 
 def micro_batches(tokens: Tokens, config: TrainConfig, step: int) -> list[Batch]:
@@ -148,5 +230,6 @@ def _count(state: TrainState, report: StepReport, config: TrainConfig) -> None:
         scale = state.scaler.get_scale()
         why = f"the loss scale is down to {scale:g}; try precision=bf16 or a lower train.lr"
     raise NumericsError(
-        f"step {state.step}: {config.max_skipped} steps skipped in a row (train.max_skipped), {why}"
+        f"step {report.step}: {config.max_skipped} steps skipped in a row (train.max_skipped), "
+        f"{why}"
     )

@@ -59,43 +59,42 @@ class Update:
     divides each gradient as it is read, which saves a pass over all of them. Other optimizers
     get gradients that are clipped in place, and step once the host knows.
 
-    Inside the context, `launch` queues what can be, and `finish` makes the rest. `limit` 0 clips
-    nothing. `norm` is the gradients' before clipping, 0-dim on their device.
+    `launch` queues what can be, and `finish` makes the rest. `limit` 0 clips nothing. `norm` is
+    the gradients' before clipping, 0-dim on their device.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, limit: float):
         device = optimizer.param_groups[0]["params"][0].device.type
-        self._optimizer = optimizer
+        self._optimizer, self._limit = optimizer, limit
         # Whether the optimizer's kernel reads on the device whether to make the step.
-        self._alone = bool(optimizer.defaults.get("fused")) and device in SKIPPING
+        self.alone = bool(optimizer.defaults.get("fused")) and device in SKIPPING
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self.norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if limit and self._alone:
-            optimizer.grad_scale = (self.norm.float() / limit).clamp(min=1)
-        elif limit:
+        if limit and not self.alone:
             nn.utils.clip_grads_with_norm_(parameters, limit, self.norm)
 
-    def __enter__(self) -> Update:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for name in ("grad_scale", "found_inf"):  # a GradScaler takes its own away by itself
-            vars(self._optimizer).pop(name, None)
-
     def launch(self, allowed: Tensor) -> None:
-        """Queue the update if `allowed` (0-dim, bool) says so on the device."""
-        if self._alone:
-            self._optimizer.found_inf = (~(allowed & self.norm.isfinite())).float()
+        """Queue the update, which is made if `allowed` (0-dim, bool) says so on the device."""
+        if not self.alone:
+            return
+        told = {"found_inf": (~allowed).float()}
+        if self._limit:
+            told["grad_scale"] = (self.norm.float() / self._limit).clamp(min=1)
+        vars(self._optimizer).update(told)
+        try:
             self._optimizer.step()
+        finally:
+            for name in told:  # a GradScaler takes its own away by itself
+                del vars(self._optimizer)[name]
 
     def finish(self, allowed: bool) -> None:
         """Make the update, if `launch` could not."""
-        if allowed and not self._alone:
+        if allowed and not self.alone:
             self._optimizer.step()
 
 
-def update_ratio(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> float | None:
-    """Norm of AdamW's last step on `weight` by the norm of the weight.
+def update_ratio(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Tensor | None:
+    """Norm of AdamW's last step on `weight` by the norm of the weight, 0-dim on its device.
 
     None before a first step, and for another optimizer, whose step its state may not tell.
     Made again from the moments, decay included, so that no copy of the weights is kept.
@@ -104,12 +103,13 @@ def update_ratio(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> floa
     if not state or not isinstance(optimizer, torch.optim.AdamW):
         return None
     group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
-    beta1, beta2 = group["betas"]
-    count = float(state["step"])
-    mean = state["exp_avg"] / (1 - beta1**count)
-    scale = (state["exp_avg_sq"] / (1 - beta2**count)).sqrt_().add_(group["eps"])
+    # 1 - beta**count, whose count lies on the device; as a power in fp32 it would lose digits.
+    logs = [math.log(max(beta, 1e-99)) for beta in group["betas"]]
+    bias1, bias2 = (-(state["step"] * log).expm1() for log in logs)
+    mean = state["exp_avg"] / bias1
+    scale = (state["exp_avg_sq"] / bias2).sqrt_().add_(group["eps"])
     step = mean.div_(scale).add_(weight.detach(), alpha=group["weight_decay"])
-    return (group["lr"] * step.norm() / weight.detach().norm()).item()
+    return group["lr"] * step.norm() / weight.detach().norm()
 
 
 def learning_rate(step: int, config: TrainConfig, steps: int | None = None) -> float:

@@ -44,6 +44,10 @@ class Budget:
         self._planned = planned or config.steps
         self._settled = False
 
+    def ends_soon(self, done: int) -> bool:
+        """Whether the last steps are to be planned, for which no other may be at work meanwhile."""
+        return bool(self._config.time_budget) and done + MEASURED >= self._planned
+
     def facts(self) -> dict[str, float]:
         """What a later process has to know: seconds spent, and the plan as it stands."""
         return {"spent": self._clock() - self._began, "planned": self._planned}

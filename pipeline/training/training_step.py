@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.compute.buffers import hand_back
-from pipeline.compute.runtime import derived_seed, rng_state
+from pipeline.compute.runtime import Numbers, derived_seed, rng_state
 from pipeline.errors import InputError, NumericsError
 from pipeline.model import activations
 from pipeline.model.loss import IGNORE
@@ -62,8 +62,10 @@ class TrainState:
     spikes_seen: int = field(default=0, repr=False)
     batches: list[Batch] = field(init=False, repr=False)  # of the step at work
     rng: dict[str, Tensor] = field(init=False, repr=False)  # as that step began
-    before: dict[str, Any] = field(init=False, repr=False)  # scaler and counts, likewise
+    scaler_before: torch.amp.GradScaler = field(init=False, repr=False)  # likewise
+    counts_before: dict[str, Any] = field(init=False, repr=False)  # likewise
     loss: float = math.nan  # of its gradients, nats/token
+    norm: float = math.nan  # of its gradients
 
     def __post_init__(self) -> None:
         self.begin([])
@@ -71,8 +73,28 @@ class TrainState:
     def begin(self, batches: list[Batch]) -> None:
         """Keep what the step at work is about to change and would need to be done again."""
         self.batches, self.rng = batches, rng_state(self.precision.device)
-        counts = {name: getattr(self, name) for name in COUNTS}
-        self.before = {"scaler": self.scaler.state_dict(), **counts}
+        self.scaler_before = _as_it_stands(self.scaler)
+        self.count()
+
+    def count(self) -> None:
+        """Keep the counts as they are."""
+        self.counts_before = {name: getattr(self, name) for name in COUNTS}
+
+    @property
+    def before(self) -> dict[str, Any]:
+        """Scaler and counts as the step at work began, as plain values; fp16 waits for its own."""
+        return {"scaler": self.scaler_before.state_dict(), **self.counts_before}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device has been given; `finish` waits for what comes of it."""
+
+    began: dict[str, Any]  # what the state knew of this step then: see `TrainState.begin`
+    rate: float
+    update: Update
+    sound: Tensor  # 0-dim, bool: nothing in it stops the run
+    numbers: Numbers  # loss, norm, loss scale, and whether the update was made
 
 
 def from_folder(
@@ -115,7 +137,6 @@ def train_step(
     rate: float,
     config: TrainConfig,
     look: Look | None = None,
-    meanwhile: Callable[[], None] | None = None,
 ) -> StepResult:
     """Make one optimizer step at a learning rate.
 
@@ -123,41 +144,83 @@ def train_step(
     than that many times the recent median. Such a step leaves parameters, moments and the counts
     of AdamW as they were; it uses up its batch and its place in the schedule.
 
-    `look` is called between the gradients and the update. The host waits for the device once,
-    when all has been launched; just before, `meanwhile` is called. fp16 waits twice more, for its
-    scale. Raises NumericsError before an update that would spoil the parameters.
+    `look` is called between the gradients and the update. The host waits for the device once, when
+    all has been launched. Raises NumericsError before an update that would spoil the parameters.
     """
-    scaler, optimizer = state.scaler, state.optimizer
-    set_rate(optimizer, rate)
+    return finish(state, launch(state, batches, rate, config, look))
+
+
+def launch(
+    state: TrainState,
+    batches: list[Batch],
+    rate: float,
+    config: TrainConfig,
+    look: Look | None = None,
+    earlier: Launched | None = None,
+) -> Launched:
+    """Give the device a step, and wait for nothing: see `train_step`.
+
+    `earlier` is the step before, where nobody has waited for it yet: if that one stops the run,
+    this one leaves everything as it was, too.
+    """
+    scaler = state.scaler
+    began = {name: getattr(state, name) for name in ("step", "batches", "rng", "scaler_before")}
+    set_rate(state.optimizer, rate)
     mean = gradients(state, batches)
     if look:
         state.loss = mean.item()
         look(state)
     known = config.skip_spikes > 0 and len(state.norms) >= ENOUGH  # what is usual
     most = config.skip_spikes * statistics.median(state.norms) if known else math.inf
-    with Update(optimizer, config.grad_clip) as update:
-        update.launch(allowed=mean.isfinite() & (update.norm <= most))
-        if meanwhile:
-            meanwhile()
-        state.loss, norm = _read(mean, update.norm)
-        if not math.isfinite(state.loss):
-            raise NumericsError(f"step {state.step}: the loss is {state.loss}; no update was made")
-        if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler halves its scale
-            raise NumericsError(
-                f"step {state.step}: the gradient norm is {norm}; no update was made"
-            )
-        made = math.isfinite(norm) and norm <= most
-        update.finish(allowed=made)
-    scale = scaler.get_scale()
-    scaler.update()  # a spike's gradients are finite: the scale was right
+    update = Update(state.optimizer, config.grad_clip)
+    finite = update.norm.isfinite()
+    # An infinite norm under a scaler is an overflow, after which it halves its scale.
+    sound = mean.isfinite() if scaler.is_enabled() else mean.isfinite() & finite
+    if earlier:
+        sound = sound & earlier.sound
+    allowed = sound & finite & (update.norm <= most)
+    update.launch(allowed)
+    numbers = Numbers(mean, update.norm, scaler.scale(torch.ones_like(mean)), allowed)
+    if update.alone:
+        _clear(state)
+    return Launched(began, rate, update, sound, numbers)
+
+
+def finish(state: TrainState, launched: Launched) -> StepResult:
+    """Wait for a step, and make its update if the device could not by itself.
+
+    Raises NumericsError as `train_step`; the step at work is then this one, also where the one
+    after it had been launched.
+    """
+    loss, norm, scale, made = launched.numbers.read()
+    if not math.isfinite(loss) or not (math.isfinite(norm) or state.scaler.is_enabled()):
+        vars(state).update(launched.began)
+        set_rate(state.optimizer, launched.rate)
+    state.loss, state.norm = loss, norm
+    state.count()  # what came of the step before may not have been known when this one began
+    if not math.isfinite(loss):
+        raise NumericsError(f"step {state.step}: the loss is {loss}; no update was made")
+    if not math.isfinite(norm) and not state.scaler.is_enabled():
+        raise NumericsError(f"step {state.step}: the gradient norm is {norm}; no update was made")
+    launched.update.finish(allowed=bool(made))
+    if not launched.update.alone:
+        _clear(state)
+    return StepResult(loss, norm, scale, skipped=not made)
+
+
+def _clear(state: TrainState) -> None:
+    """What is left of a step once its update has been launched."""
+    state.scaler.update()  # a spike's gradients are finite: the scale was right
     hand_back("grad_weight", state.model.transformer.wte.weight.grad)
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(state.loss, norm, scale, skipped=not made)
+    state.optimizer.zero_grad(set_to_none=True)
 
 
-def _read(*numbers: Tensor) -> list[float]:
-    """0-dim tensors of one device as numbers, in one transfer: here the host waits for it."""
-    return torch.stack(numbers).tolist()
+def _as_it_stands(scaler: torch.amp.GradScaler) -> torch.amp.GradScaler:
+    """A scaler with tensors of its own: to ask this one for numbers would wait for the device."""
+    kept = torch.amp.GradScaler(enabled=False)
+    own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(scaler).items()}
+    vars(kept).update(own)
+    return kept
 
 
 def gradients(

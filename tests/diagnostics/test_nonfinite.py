@@ -221,7 +221,7 @@ def test_an_overflow_is_looked_for_at_the_scale_that_it_happened_at(settings) ->
             break
     assert state.scaler.get_scale() == 2.0 ** (exponent - 1)
     assert "the gradient of transformer." in nonfinite.trace(state).what
-    state.before["scaler"] = state.scaler.state_dict()
+    state.scaler_before = state.scaler
     assert nonfinite.trace(state) is None
 
 

@@ -5,8 +5,10 @@
 
 A tensor on it is another one than the host's: no operation takes both (but numbers, 0-dim), none is
 pinned, none becomes a NumPy array, none is drawn from the host's generators, and inside a graph
-nobody waits. So code that confuses the two places fails on a machine without a GPU as well. What it
-has not: autocast's casts (all is fp32 but for what asks for a format itself), and any speed.
+nobody waits. A copy to the host that nobody waits for holds nothing until somebody does, and
+every wait is noted in `WAITS`. So code that confuses the two places fails on a machine without a
+GPU as well. What it has not: autocast's casts (all is fp32 but for what asks for a format itself),
+and any speed.
 """
 
 from __future__ import annotations
@@ -76,6 +78,25 @@ class Graph:
         for func, args, kwargs, outputs in self.launched:
             for there, new in zip(outputs, _tensors(func(*args, **kwargs)), strict=True):
                 there.copy_(new)
+
+
+class Event:
+    """A place in the stream: the copies that were launched before it."""
+
+    def record(self) -> None:
+        self.copies = list(LATE)
+
+    def synchronize(self) -> None:
+        _wait("event", self.copies)
+
+
+def _wait(why: str, copies: list[tuple[Tensor, Tensor]] | None = None) -> None:
+    """The host waits for these copies, or for all that has been launched."""
+    WAITS.append(why)
+    for there, values in LATE if copies is None else copies:
+        there.copy_(values)
+    if copies is None:
+        LATE.clear()
 
 
 @contextmanager
@@ -154,6 +175,11 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
     kwargs = kwargs | ({"device": torch.device("cpu")} if where is not None else {})
     inner_args, inner_kwargs = _each((args, kwargs), _on_host)
     result = func(*inner_args, **inner_kwargs)
+    if name == "_to_copy" and not made_here and kwargs.get("non_blocking"):
+        LATE.append((torch.full_like(result, torch.nan), result.clone()))
+        return LATE[-1][0]
+    if name in _READS or not made_here:
+        _wait(name)
     if name in _READS[:3] or not made_here:
         return result
     if name == "_to_copy":
@@ -194,6 +220,8 @@ def _pinned(x: Tensor) -> Tensor:
 
 
 PINNED: list[Tensor] = []  # since the stand-in was entered
+WAITS: list[str] = []  # what the host waited for since then, by the operation
+LATE: list[tuple[Tensor, Tensor]] = []  # on their way to the host: where to, and what
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
@@ -245,6 +273,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "Stream": stream,
         "current_stream": stream,
         "stream": lambda _: nullcontext(),
+        "Event": Event,
+        "synchronize": lambda device=CUDA: _wait("synchronize"),
         "CUDAGraph": Graph,
         "graph": capturing,
     }.items():
@@ -252,6 +282,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "Generator", Generator)
     # Optimizers ask there; a CUDA build of torch would look for a driver.
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: stream())
-    PINNED.clear()
+    for noted in (PINNED, WAITS, LATE):
+        noted.clear()
     with _Words(), _Dispatch():
         yield
