@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
 from pipeline.errors import InputError, NumericsError
 from pipeline.model.gpt import GPT, GPTConfig
@@ -64,22 +65,19 @@ def test_a_step_waits_for_the_device_once_and_last(
     monkeypatch.setattr(
         "pipeline.compute.precision._cpu_capabilities", lambda: {"avx512_bf16": True}
     )
-    state, once, order = start(name), training_step._read, []
+    state, once, order = start(name), runtime.Numbers.read, []
 
-    def read(*numbers: torch.Tensor) -> list[float]:
+    def read(numbers: runtime.Numbers) -> list[float]:
         order.append(len(waits.launched))
         assert "_fused_adamw_" in waits.launched, "the update has been launched"
-        return once(*numbers)
+        return once(numbers)
 
     batches = [batch(n) for n in range(accumulate)]
     one_step(state, batches, 1e-3, 1.0)  # the first one makes the optimizer's state
-    monkeypatch.setattr(training_step, "_read", read)
+    monkeypatch.setattr(runtime.Numbers, "read", read)
     with Waits() as waits:
-        config = replace(tiny.TRAIN, skip_spikes=5.0)
-        training_step.train_step(
-            state, batches, 1e-3, config, meanwhile=lambda: order.append("ahead")
-        )
-    assert order[0] == "ahead" and len(order) == 2
+        training_step.train_step(state, batches, 1e-3, replace(tiny.TRAIN, skip_spikes=5.0))
+    assert order == [len(waits.launched)], "and nothing comes after it"
     # The host's own: how many targets count (int64), and on a CPU alone whether the loss is scaled
     # and whether a target is ruled out (`loss.FAR`).
     assert waits.reads.count(torch.int64) == accumulate
