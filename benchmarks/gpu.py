@@ -58,6 +58,7 @@ SIZES = {  # layers, heads, width, tokens of a sequence, token ids, rows padded 
     "tiny": (2, 2, 32, 32, 127, 128),
 }
 WARM_UP = 3  # steps after the first one that do not count
+TURN = 10  # steps of a turn beside a peer, at whose end nothing is at work any more
 TOLERANCE = 0.02  # nats between first losses: bf16 is off by a thousandth, padding by 0.001
 LR, CLIP = 6e-4, 1.0
 COLUMNS = ("rung", "micro-batch", "tokens/s", "from", "to", "of the one before")
@@ -161,12 +162,18 @@ def batch_of(size: str, batch: int) -> training_step.Batch:
     return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
 
 
-def our_step(rung: Rung, size: str, batch: int, device: torch.device) -> Callable[[], float]:
-    """A call that makes one step and gives its loss."""
-    state, (x, y) = state_of(rung, size, device), batch_of(size, batch)
-    settings = replace(TRAIN, grad_clip=CLIP)
-    given = [(x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)]
-    return lambda: training_step.train_step(state, given, LR, settings).loss
+def our_step(
+    rung: Rung, size: str, batch: int, device: torch.device, turn: int = sys.maxsize
+) -> Callable[[], float]:
+    """A call that makes one step of the real loop and gives its loss.
+
+    On a GPU the next one has been launched by then, but after every `turn` steps: a step takes the
+    time from one return to the next, and whoever waits for the device in between adds to it.
+    """
+    state, given = state_of(rung, size, device), [batch_of(size, batch)]
+    settings = replace(TRAIN, grad_clip=CLIP, steps=sys.maxsize, warmup_steps=0, lr=LR, min_lr=LR)
+    reports = loop.fit(state, settings, lambda step: given, pause=lambda done: done % turn == 0)
+    return lambda: next(reports).loss
 
 
 def their_step(source: Path, size: str, batch: int, device: torch.device) -> Callable[[], float]:
@@ -180,18 +187,17 @@ def their_step(source: Path, size: str, batch: int, device: torch.device) -> Cal
 
 def timed(rung: Rung, batch: int, make: Callable[[], Callable[[], float]], rounds: int, device):
     """The rung's Result; one that runs out of memory, or cannot be had here, is refused."""
-    result, watch = Result(rung, batch), throughput.Stopwatch(device)
+    result = Result(rung, batch)
     precision = choose_precision(rung.precision, device)
     if why := why_not(rung, precision):
         return replace(result, refused=why)
     throughput.forget_peak(device)
     try:
         step = make()
-        watch.start()
-        result.first_loss, result.first_seconds = step(), watch.stop()
-        for _ in range(WARM_UP):
-            step()
-        result.seconds = tuple(spent(step, watch) for _ in range(rounds))
+        began = time.perf_counter()
+        result.first_loss, result.first_seconds = step(), time.perf_counter() - began
+        spent(step, WARM_UP)
+        result.seconds = tuple(spent(step) for _ in range(rounds))
         result.peak_mib = throughput.peak_memory_mib(device)
     except torch.OutOfMemoryError:
         result.refused = "out of memory"
@@ -204,10 +210,12 @@ def why_not(rung: Rung, precision: Any) -> str:
     return compiling.why_not_compile(precision) if rung.compile else ""
 
 
-def spent(step: Callable[[], float], watch: throughput.Stopwatch) -> float:
-    watch.start()
-    step()
-    return watch.stop()
+def spent(step: Callable[[], float], steps: int = 1) -> float:
+    """Seconds a step; each ends with its loss, for which it waits by itself."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - began) / steps
 
 
 @contextlib.contextmanager
@@ -251,24 +259,23 @@ def judged(result: Result, before: Sequence[Result]) -> Result:
 
 
 def duel(source: Path, size: str, batch: int, rounds: int, device: torch.device) -> list[Result]:
-    """Ours and build-nanogpt's, turns alternating."""
+    """Ours and build-nanogpt's, turns of TURN steps alternating."""
     ours = replace(ladder()[-1], name="ours")
     theirs = replace(ours, name="build-nanogpt")
     makers = {
-        ours: lambda: our_step(ours, size, batch, device),
+        ours: lambda: our_step(ours, size, batch, device, TURN),
         theirs: lambda: their_step(source, size, batch, device),
     }
-    watch, results, steps = throughput.Stopwatch(device), [], []
+    results, steps = [], []
     for rung, make in makers.items():
         began = time.perf_counter()
         steps.append(make())
         loss = steps[-1]()
         results.append(Result(rung, batch, loss, time.perf_counter() - began))
-        for _ in range(WARM_UP):
-            steps[-1]()
+        spent(steps[-1], TURN - 1)
     for _ in range(rounds):
         for result, step in zip(results, steps, strict=True):
-            result.seconds += (spent(step, watch),)
+            result.seconds += (spent(step, TURN),)
     judged(results[1], results[:1])
     return results
 
