@@ -36,8 +36,7 @@ def device_name(device: torch.device) -> str:
 class Numbers:
     """0-dim tensors of one device on their way to the host, in one transfer.
 
-    Made where what computes them has been launched: `read` waits for that, and for nothing that is
-    launched after it.
+    `read` waits for what was launched before this was made, and for nothing launched since.
     """
 
     def __init__(self, *numbers: Tensor):

@@ -72,7 +72,7 @@ class History:
         }
 
     def pause(self, state: TrainState) -> bool:
-        """`fit` asks when a step has been launched: whether its state is needed before the next."""
+        """What `fit` asks with a step launched that `add` is to get next."""
         self._ratio, done = _update_ratio(state), len(self.curve) + 1
         return done % self._config.val_every == 0 or self.budget.ends_soon(done)
 

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.compute.runtime import derived_seed
 from pipeline.compute.throughput import Stopwatch
@@ -76,106 +76,87 @@ def fit(
     With `pause`, a GPU is given each step before the numbers of the one before it are read, so
     that it never stands idle for them. Such a report is not `settled`: the state is at work on the
     next step already. pause(done) is asked in between, and after a yes the next step waits until
-    the report has been dealt with, as it does without `pause`. What pause itself launches sees the
-    state after so many steps.
+    the report has been dealt with. What pause itself launches sees the state after `done` steps.
 
     Raises NumericsError before an update that would spoil the parameters; a step that had been
     launched by then changes nothing either.
     """
-    steps = _Steps(state, config, Prefetch(batches_of, state.precision.device), look, look_at)
+    device = state.precision.device
+    run = _Run(state, config, Prefetch(batches_of, device), Stopwatch(device), look, look_at)
     steps_at = steps_at or (lambda step: config.steps)
-    step = steps.launched(steps_at(state.step))
+    step = run.launched(steps_at(state.step))
     while step:
-        done, following = step.number + 1, None
-        if pause and steps.can_wait(step) and not pause(done):
+        done, following = step.facts["step"] + 1, None
+        if pause and run.can_wait(step) and not pause(done):
             state.step = done
             try:
-                following = steps.launched(steps_at(done), step)
+                following = run.launched(steps_at(done), step.work)
             except Exception:  # what was made before is told first
-                yield steps.report(step, settled=False)
+                yield run.report(step, settled=False)
                 raise
-        report = steps.report(step, settled=not following)
+        report = run.report(step, settled=not following)
         state.step = done
         yield report
-        step = following or steps.launched(steps_at(done))
+        step = following or run.launched(steps_at(done))
+
+
+class _Step(NamedTuple):
+    """A step that the device is at work on, and what its report can say of it already."""
+
+    work: Launched
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A step that the device is at work on."""
-
-    number: int
-    learning_rate: float
-    data_seconds: float
-    tokens: int
-    of: int  # steps that the run has
-    work: Launched
-
-
-class _Steps:
+class _Run:
     """Launches the steps of one `fit`, and reads what came of them."""
 
-    def __init__(
-        self,
-        state: TrainState,
-        config: TrainConfig,
-        source: Prefetch,
-        look: Look | None,
-        look_at: int,
-    ):
-        self._state, self._config, self._source = state, config, source
-        self._look, self._look_at = look, look_at
-        self._watch = Stopwatch(state.precision.device)
+    state: TrainState
+    config: TrainConfig
+    source: Prefetch
+    watch: Stopwatch
+    look: Look | None
+    look_at: int
 
-    def launched(self, steps: int, earlier: _Step | None = None) -> _Step | None:
+    def launched(self, steps: int, earlier: Launched | None = None) -> _Step | None:
         """The next of so many steps, if it is one of them; `earlier` has not been read yet."""
-        state, watch = self._state, self._watch
-        if (number := state.step) >= steps:
+        state, watch, number = self.state, self.watch, self.state.step
+        if number >= steps:
             return None
         if not earlier:
             watch.start()
         asked = watch.so_far()
-        state.begin(self._source(number))
-        data_seconds = watch.so_far() - asked
-        rate = learning_rate(number, self._config, steps)
-        look = self._aside if self._look and number == self._look_at else None
-        before = earlier.work if earlier else None
-        work = launch(state, state.batches, rate, self._config, look, before)
-        self._source.prepare(number + 1, steps)
-        tokens = sum(x.numel() for x, _ in state.batches)
-        return _Step(number, rate, data_seconds, tokens, steps, work)
+        state.begin(self.source(number))
+        facts = {"step": number, "steps": steps, "data_seconds": watch.so_far() - asked}
+        facts["tokens"] = sum(x.numel() for x, _ in state.batches)
+        facts["learning_rate"] = rate = learning_rate(number, self.config, steps)
+        look = self._aside if self.look and number == self.look_at else None
+        work = launch(state, state.batches, rate, self.config, look, earlier)
+        self.source.prepare(number + 1, steps)
+        return _Step(work, facts)
 
     def can_wait(self, step: _Step) -> bool:
         """Whether nothing of the step after this one depends on what the host is to read of it."""
-        state, config = self._state, self._config
         return (
             step.work.update.alone
-            and state.precision.device.type in AHEAD
-            and not config.skip_spikes  # whose limit is that of all norms so far
-            and state.skipped_in_a_row + 1 < config.max_skipped  # or this one may be the last
-            and step.number + 1 not in (step.of, self._look_at)
+            and self.state.precision.device.type in AHEAD
+            and not self.config.skip_spikes  # whose limit is that of all norms so far
+            and self.state.skipped_in_a_row + 1 < self.config.max_skipped  # or this may be the end
+            and step.facts["step"] + 1 not in (step.facts["steps"], self.look_at)
         )
 
     def report(self, step: _Step, settled: bool) -> StepReport:
         """What came of a step, which is read here; `settled`: no other one has been launched."""
-        result = finish(self._state, step.work)
-        report = StepReport(
-            **vars(result),
-            step=step.number,
-            learning_rate=step.learning_rate,
-            seconds=self._watch.stop() if settled else self._watch.lap(),
-            data_seconds=step.data_seconds,
-            tokens=step.tokens,
-            steps=step.of,
-            settled=settled,
-        )
-        _count(self._state, report, self._config)
+        result = finish(self.state, step.work)
+        seconds = self.watch.stop() if settled else self.watch.lap()
+        report = StepReport(**vars(result), **step.facts, seconds=seconds, settled=settled)
+        _count(self.state, report, self.config)
         return report
 
     def _aside(self, state: TrainState) -> None:
-        assert self._look
-        with self._watch.paused():
-            self._look(state)
+        assert self.look
+        with self.watch.paused():
+            self.look(state)
 
 
 def micro_batches(tokens: Tokens, config: TrainConfig, step: int) -> list[Batch]:

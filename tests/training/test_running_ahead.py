@@ -197,6 +197,8 @@ def test_too_many_overflows_stop_the_run_before_another_step_is_made(start) -> N
         for report in loop.fit(state, config.train, batches_of, pause=never):
             assert report.step != BAD or not report.settled, "the first of two stops nothing"
     found = held(state)
+    before = state.before  # that step, which is the second of the two
+    assert (before["skipped_in_a_row"], before["scaler"]["scale"]) == (1, 2.0**15)
     state, config = start("fp16", train__max_skipped=2)
     for report in loop.fit(state, config.train, batches_of):
         if report.step == BAD - 1:
