@@ -193,15 +193,13 @@ def finish(state: TrainState, launched: Launched) -> StepResult:
     after it had been launched.
     """
     loss, norm, scale, made = launched.numbers.read()
+    state.count()  # what came of the step before may not have been known when this one began
+    state.loss, state.norm = loss, norm
     if not math.isfinite(loss) or not (math.isfinite(norm) or state.scaler.is_enabled()):
         vars(state).update(launched.began)
         set_rate(state.optimizer, launched.rate)
-    state.loss, state.norm = loss, norm
-    state.count()  # what came of the step before may not have been known when this one began
-    if not math.isfinite(loss):
-        raise NumericsError(f"step {state.step}: the loss is {loss}; no update was made")
-    if not math.isfinite(norm) and not state.scaler.is_enabled():
-        raise NumericsError(f"step {state.step}: the gradient norm is {norm}; no update was made")
+        what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+        raise NumericsError(f"step {state.step}: the {what}; no update was made")
     launched.update.finish(allowed=bool(made))
     if not launched.update.alone:
         _clear(state)

@@ -935,3 +935,101 @@ def test_a_plan_that_became_shorter_ends_with_a_validation(
     train.main(config)
     events = record_file.read(paths.record("train"))
     assert [e["step"] for e in events if "train/val_loss" in e.get("values", {})] == [9]
+
+
+# A device that is given each step before the one before it is read
+
+
+@pytest.fixture
+def ahead(monkeypatch) -> list[bool]:
+    """The CPU as such a device; whether each step was settled, as the stage met them."""
+    met, add = [], History.add
+
+    def note(self: History, report: loop.StepReport, *rest: Any) -> None:
+        met.append(report.settled)
+        add(self, report, *rest)
+
+    monkeypatch.setattr(loop, "AHEAD", ("cpu",))
+    monkeypatch.setattr(History, "add", note)
+    return met
+
+
+def results(monkeypatch) -> Callable[[], tuple[Any, ...]]:
+    """take() -> all that this training has saved and recorded, but for times."""
+    saved: list[tuple[int, dict[str, Any]]] = []
+    write = checkpoints.save_snapshot
+
+    def note(folder: Path, state: training_step.TrainState, facts: dict[str, Any]) -> None:
+        write(folder, state, facts)
+        saved.append((state.step, tensors(folder)))
+
+    def tensors(folder: Path) -> dict[str, Any]:
+        sums = json.loads((folder / folders.SUMS).read_text())
+        facts = snapshot.read_facts(folder)
+        return {n: s for n, s in sums.items() if n.endswith("safetensors")} | {
+            name: facts[name] for name in ("scaler", "step", "norms", "skipped_in_a_row", "loss")
+        }
+
+    def take() -> tuple[Any, ...]:
+        bundles = [tensors(path) for path in sorted((paths.runs() / "debug").glob("*"))]
+        events = record_file.read(paths.record("train"))
+        values = [
+            (e["step"], {k: v for k, v in e["values"].items() if not k.startswith("perf/")})
+            for e in events
+            if "train/loss" in e.get("values", {}) or "train/val_loss" in e.get("values", {})
+        ]
+        kept = saved[:], bundles, values
+        saved.clear()
+        folders.discard(the_run())
+        folders.discard(paths.runs() / "debug")
+        return kept
+
+    monkeypatch.setattr(checkpoints, "save_snapshot", note)
+    return take
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_with_steps_ahead_all_that_is_saved_and_recorded_is_equal_to_the_bit(
+    workspace: Path, settings, monkeypatch, ahead: list[bool], precision: str
+) -> None:
+    config = settings(precision=precision, debug__interact_at_step=6)
+    seen, take = Seen(workspace, monkeypatch), results(monkeypatch)
+    train.main(config)
+    # Read first: before checkpoints (3, 6, 9), validations (4, 8, 12), and the look into step 6.
+    assert [n + 1 for n, settled in enumerate(ahead) if settled] == [3, 4, 6, 8, 9, 12]
+    found = [(seen.take(), *take())]
+    monkeypatch.setattr(loop, "AHEAD", ())
+    train.main(config)
+    found.append((seen.take(), *take()))
+    assert all(ahead[12:]) and found[0] == found[1]
+    assert [step for step, _ in found[0][1]] == [3, 6, 9] and len(found[0][2]) == 1
+
+
+@pytest.mark.parametrize("why", ["SIGTERM", "minutes"])
+def test_what_comes_up_while_a_step_is_ahead_is_done_after_that_one(
+    workspace: Path, settings, monkeypatch, ahead: list[bool], why: str
+) -> None:
+    """Step 4 has been launched and not read when it comes, and step 5 is being launched."""
+    seen, late, saved = Seen(workspace, monkeypatch), [], []
+    train.main(settings())
+    unbroken = seen.take()
+    folders.discard(the_run())
+    ahead.clear()
+
+    def save(self: checkpoints.Checkpoints, state: training_step.TrainState, facts: Any) -> None:
+        late.clear()
+        saved.append(state.step)
+        write(self, state, facts)
+
+    write = checkpoints.Checkpoints.save
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", save)
+    monkeypatch.setattr(checkpoints.Checkpoints, "due", lambda self, done: bool(late))
+    if why == "minutes":
+        with at_step(5, lambda: late.append(5)):
+            train.main(settings())
+    else:
+        with at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(SystemExit):
+            train.main(settings())
+        train.main(settings())
+    assert saved == [6] and ahead[3:6] == [True, False, True]
+    assert seen.take() == unbroken

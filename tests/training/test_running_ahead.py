@@ -27,14 +27,29 @@ from pipeline.training.time_budget import Budget
 from tests.helpers import stand_in
 
 SHAPE = GPTConfig(
-    n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=97, vocab_rows=128, dropout=0.2
+    n_layer=1,
+    n_head=2,
+    n_embd=16,
+    block_size=16,
+    vocab_size=97,
+    vocab_rows=128,
+    dropout=0.2,
+    attention="naive",  # on a card, too, it adds in one order
 )
 STEPS, BAD = 8, 4
+pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")  # what a card warns of
 
 
-@pytest.fixture(params=["cpu", "stand-in"])
+@pytest.fixture(params=["cpu", "stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch) -> Iterator[torch.device]:
     """A device that may be given a step ahead."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device here")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield torch.device("cuda")
+        torch.use_deterministic_algorithms(False)
+        return
     if request.param == "cpu":
         monkeypatch.setattr(loop, "AHEAD", ("cpu",))
         yield torch.device("cpu")
@@ -111,11 +126,10 @@ def test_every_number_is_that_of_a_loop_that_waits(start, precision: str) -> Non
     assert [r.step for r in some if r.settled] == [2, 5, STEPS - 1]
 
 
+@pytest.mark.parametrize("device", ["stand-in"], indirect=True)
 def test_the_host_waits_for_nothing_between_a_step_and_the_launch_of_the_next(
-    start, device, monkeypatch
+    start, monkeypatch
 ) -> None:
-    if device.type == "cpu":
-        pytest.skip("a CPU is never waited for")
     state, config = start("fp16")
     order, gradients = stand_in.WAITS, training_step.gradients
 
@@ -130,6 +144,19 @@ def test_the_host_waits_for_nothing_between_a_step_and_the_launch_of_the_next(
     list(reports)
     expected = [word for n in range(2, STEPS) for word in (f"step {n}", "event")]
     assert order == [*expected, "event", "synchronize"]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+def test_on_a_card_no_operation_of_a_step_makes_the_host_wait(start, precision: str) -> None:
+    state, config = start(precision)
+    reports = loop.fit(state, config.train, batches_of, pause=never)
+    next(reports)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert not any(next(reports).settled for _ in range(STEPS - 3))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_settled_state_is_that_of_its_report(start) -> None:
@@ -286,17 +313,23 @@ def test_the_ratio_of_the_update_is_that_of_each_steps_own(start) -> None:
     assert notes[0] == notes[1] and len({v["train/update_ratio"] for v in notes[0]}) == STEPS
 
 
-def test_the_last_steps_of_a_time_budget_are_planned_with_none_at_work(make_config) -> None:
-    config = make_config(train__steps=100, train__warmup_steps=0, train__time_budget=1).train
-    now = [0.0]
-    budget, soon = Budget(config, lambda: now[0]), []
-    step = 0
-    while step < budget.steps(step):
-        now[0] += 2.0
-        step += 1
-        soon.append(budget.ends_soon(step))
-    assert soon.index(True) >= step - 5 and all(soon[-3:])
-    assert not Budget(replace(config, time_budget=0.0)).ends_soon(99)
+def test_a_time_budget_is_spent_on_as_many_steps_with_none_at_work_in_the_end(start) -> None:
+    ends = []
+    for ahead in (False, True):
+        state, config = start(train__steps=99, train__time_budget=1, train__val_tokens=64)
+        now = [0.0]
+
+        def made(step: int, now=now) -> list[training_step.Batch]:
+            now[0] += 2.0
+            return batches_of(step)
+
+        budget = Budget(config.train, lambda now=now: now[0])
+        pause = budget.ends_soon if ahead else None
+        reports = list(loop.fit(state, config.train, made, steps_at=budget.steps, pause=pause))
+        assert reports[-1].last and reports[-1].learning_rate == config.train.min_lr
+        assert all(r.settled for r in reports[-3:]) and reports[9].settled != ahead
+        ends.append(len(reports))
+    assert ends[0] == ends[1] < 31
 
 
 def test_numbers_on_their_way_are_those_of_when_they_were_sent(device) -> None:
