@@ -84,6 +84,10 @@ class InitConfig:
     source: str = setting("fresh weights or published ones", choices=("random", "hf"))
     hf_model: str = setting("for `hf`: a hub id or a local folder")
     hf_watch: str = setting("the local folder once more, so that DVC notices an edit in it")
+    scheme: str = setting(
+        "of fresh weights: GPT-2's, or with projections onto the residual stream at zero",
+        choices=("gpt2", "zero_projections"),
+    )
     std: float = setting("standard deviation of fresh weights", above=0, high=10)
     residual_scale: bool = setting("scale both residual projections by (2 n_layer)^-0.5")
     seed: int = setting("of the fresh weights", low=0)
@@ -99,6 +103,19 @@ class TrainConfig:
     batch_size: int = setting("sequences a micro-batch", low=1)
     sequence_length: int = setting("tokens a sequence, at most model.block_size", low=2)
     accumulate: int = setting("micro-batches an optimizer step", low=1)
+    optimizer: str = setting(
+        "AdamW; or Muon for the blocks' matrices and AdamW for the rest", choices=("adamw", "muon")
+    )
+    muon_lr_factor: float = setting("Muon's rate by AdamW's", above=0, high=1000)
+    muon_scale: str = setting(
+        "how far an orthogonal step goes: as far as AdamW's, or as first published",
+        choices=("match_rms_adamw", "original"),
+    )
+    schedule: str = setting(
+        "the learning rate after the warm-up; wsd stays and falls at the end",
+        choices=("cosine", "linear", "wsd"),
+    )
+    cooldown: float = setting("share of the steps in which wsd falls", above=0, high=1)
     lr: float = setting("peak learning rate", above=0, high=10)
     min_lr: float = setting("learning rate of the last step", low=0, high=10)
     warmup_steps: int = setting("steps of linear warm-up", low=0)

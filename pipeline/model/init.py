@@ -21,6 +21,9 @@ def initialize(model: GPT, config: InitConfig, generator: torch.Generator) -> No
     std * (2 L)^-0.5, so that the stream's variance does not grow with depth (Radford et al. 2019,
     section 2.3). The head is the token embedding, which is drawn once.
 
+    With scheme `zero_projections` these two are 0, so that at first every block passes on what it
+    gets (Zhang et al. 2019, Fixup); the weights that are drawn are those of scheme `gpt2`.
+
     The position embedding takes config.std too: 0.02 is what the published HF configuration
     (`initializer_range`) and most reimplementations use. OpenAI's own code drew `wpe` with 0.01;
     one setting that means the same everywhere is easier to study.
@@ -35,8 +38,10 @@ def initialize(model: GPT, config: InitConfig, generator: torch.Generator) -> No
             module.weight.fill_(1.0)
             module.bias.zero_()
         elif isinstance(module, nn.Linear):
-            std = residual_std if name.endswith(".c_proj") else config.std
-            _draw(module.weight, std, generator)
+            projection = name.endswith(".c_proj")
+            _draw(module.weight, residual_std if projection else config.std, generator)
+            if projection and config.scheme == "zero_projections":
+                module.weight.zero_()
             module.bias.zero_()
         elif isinstance(module, nn.Embedding):
             padded_from = model.config.vocab_size if name.endswith(".wte") else len(module.weight)

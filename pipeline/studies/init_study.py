@@ -140,7 +140,7 @@ def _twins(model: GPT, config: InitConfig) -> Iterator[Measured]:
         with torch.random.fork_rng(devices=[]):  # a new module draws weights that nobody uses
             twin = GPT(replace(model.config, n_layer=n_layer, dropout=0.0))
         for residual_scale in (True, False):
-            settings = replace(config, residual_scale=residual_scale)
+            settings = replace(config, scheme="gpt2", residual_scale=residual_scale)
             initialize(twin, settings, generator(config.seed, "init"))
             name = f"{n_layer} layers, {'scaled' if residual_scale else 'not scaled'}"
             yield measure(twin, name, residual_scale, config.seed)

@@ -12,7 +12,15 @@ from pipeline.model.init import initialize
 from pipeline.training.training_step import Batch, TrainState, start
 
 SHAPE = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=64, vocab_rows=64)
-INIT = InitConfig(source="random", hf_model="", hf_watch="", std=0.02, residual_scale=True, seed=0)
+INIT = InitConfig(
+    source="random",
+    hf_model="",
+    hf_watch="",
+    scheme="gpt2",
+    std=0.02,
+    residual_scale=True,
+    seed=0,
+)
 TRAIN = TrainConfig(
     seed=0,
     steps=1,
@@ -20,6 +28,11 @@ TRAIN = TrainConfig(
     batch_size=4,
     sequence_length=SHAPE.block_size,
     accumulate=1,
+    optimizer="adamw",
+    muon_lr_factor=1.0,
+    muon_scale="match_rms_adamw",
+    schedule="cosine",
+    cooldown=0.2,
     lr=1e-3,
     min_lr=1e-3,
     warmup_steps=0,

@@ -1,4 +1,4 @@
-"""AdamW with decay groups, and the learning-rate schedule."""
+"""Which optimizer moves which parameter, the update, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.training.muon import Muon
+
 if TYPE_CHECKING:
     from pipeline.config import TrainConfig
 
 
 FUSED = ("cpu", "cuda", "mps")  # devices with a one-kernel AdamW
 SKIPPING = ("cpu", "cuda")  # MPS updated in spite of an overflow (pytorch#186360)
+QKV = "c_attn.weight"  # three matrices in one parameter
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -30,19 +33,40 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def build_optimizer(
     model: nn.Module, config: TrainConfig, scaled: bool = False
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), its one-kernel form where the device has it.
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), its one-kernel form where the device has it; or Muon.
 
     `scaled`: a loss scaler makes the steps, and the kernel must heed it when it says to skip one.
     """
     device = next(model.parameters()).device.type
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+    groups = parameter_groups(model, config.weight_decay)
+    matrices = muon_groups(model, config) if config.optimizer == "muon" else []
+    taken = {id(p) for group in matrices for p in group["params"]}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in taken]
+    adamw = torch.optim.AdamW(
+        groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=1e-8,
         fused=device in (SKIPPING if scaled else FUSED),
     )
+    if not matrices:
+        return adamw
+    return Muon(matrices, adamw, config.lr, config.weight_decay, config.muon_scale)
+
+
+def muon_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """The blocks' matrices: those of queries, keys and values in one, and single ones."""
+    of_blocks = [(n, p) for n, p in model.named_parameters() if ".h." in n and p.dim() == 2]
+    return [
+        {
+            "params": [p for name, p in of_blocks if name.endswith(QKV) == joined],
+            "parts": 3 if joined else 1,
+            "rate_factor": config.muon_lr_factor,
+        }
+        for joined in (True, False)
+    ]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -113,11 +137,13 @@ def update_ratio(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Tens
 
 
 def learning_rate(step: int, config: TrainConfig, steps: int | None = None) -> float:
-    """Linear warm-up, then a cosine down to `min_lr` at the very last step.
+    """Linear warm-up, then `config.schedule` down to `min_lr` at the very last step, exactly.
 
-    The first step's rate is lr / warmup_steps, never zero: a step at rate zero is a step lost.
-    The shape is GPT-3's (Brown et al. 2020, appendix B), the end is exact. A run cut to `steps`
-    keeps the shape: its warm-up is the same share of it.
+    `cosine` is GPT-3's (Brown et al. 2020, appendix B), `linear` a straight line. `wsd` stays at
+    `lr` and takes the straight line in the last `cooldown` share of the steps (Hu et al. 2024,
+    MiniCPM, 4.3; Hägele et al. 2024), so that one long run can be cooled down at several lengths.
+    The first step's rate is lr / warmup_steps, never zero: a step at rate zero is a step lost. A
+    run cut to `steps` keeps the shape: warm-up and cooldown are the same shares of it.
     """
     steps = config.steps if steps is None else steps
     warmup = config.warmup_steps * steps // config.steps
@@ -125,6 +151,9 @@ def learning_rate(step: int, config: TrainConfig, steps: int | None = None) -> f
         return config.min_lr
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / (steps - 1 - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + cosine * (config.lr - config.min_lr)
+    fall = warmup  # the last step at the full rate, from which it goes down
+    if config.schedule == "wsd":
+        fall = max(warmup, steps - 1 - max(1, round(config.cooldown * steps)))
+    progress = max(0, step - fall) / (steps - 1 - fall)
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.min_lr + left * (config.lr - config.min_lr)

@@ -19,10 +19,11 @@ def fresh(
     residual_scale: bool = True,
     vocab_rows: int = 50304,
     n_layer: int = 3,
+    scheme: str = "gpt2",
 ) -> GPT:
     config = GPTConfig(n_layer, n_head=2, n_embd=64, block_size=128, vocab_rows=vocab_rows)
     gpt = GPT(config)
-    settings = SimpleNamespace(std=std, residual_scale=residual_scale)
+    settings = SimpleNamespace(std=std, residual_scale=residual_scale, scheme=scheme)
     initialize(gpt, settings, torch.Generator().manual_seed(seed))
     return gpt
 
@@ -53,6 +54,18 @@ def test_both_projections_of_every_block_and_nothing_else_are_scaled() -> None:
     assert changed == expected
 
 
+def test_projections_at_zero_leave_all_other_weights_as_they_are_drawn() -> None:
+    gpt2, zero = fresh(), fresh(scheme="zero_projections")
+    for (name, drawn), parameter in zip(gpt2.named_parameters(), zero.parameters(), strict=True):
+        if name.endswith("c_proj.weight"):
+            assert parameter.eq(0).all() and not drawn.eq(0).any(), name
+        else:
+            assert torch.equal(parameter, drawn), name
+    idx = torch.arange(20)[None]
+    embedded = zero.transformer.wte(idx) + zero.transformer.wpe(torch.arange(20))
+    torch.testing.assert_close(zero.hidden(idx), zero.transformer.ln_f(embedded))
+
+
 def test_biases_are_zero_and_layer_norms_are_one_and_zero() -> None:
     for name, parameter in fresh().named_parameters():
         if name.endswith("bias"):
@@ -66,7 +79,7 @@ def test_no_torch_default_survives() -> None:
     with torch.no_grad():
         for parameter in gpt.parameters():
             parameter.fill_(math.nan)
-    settings = SimpleNamespace(std=0.02, residual_scale=True)
+    settings = SimpleNamespace(std=0.02, residual_scale=True, scheme="gpt2")
     initialize(gpt, settings, torch.Generator().manual_seed(42))
     for (name, again), first in zip(gpt.named_parameters(), fresh().parameters(), strict=True):
         assert torch.equal(again, first), name
@@ -80,7 +93,7 @@ def test_weights_depend_on_the_seed_and_not_on_global_randomness() -> None:
     gpt = GPT(GPTConfig(3, 2, 64, 128))
     after_construction = torch.get_rng_state()
     initialize(
-        gpt, SimpleNamespace(std=0.02, residual_scale=True), torch.Generator().manual_seed(5)
+        gpt, SimpleNamespace(std=0.02, residual_scale=True, scheme="gpt2"), torch.Generator().manual_seed(5)
     )
     assert torch.equal(after_construction, torch.get_rng_state())
     assert not torch.equal(before, after_construction)  # torch's own defaults did draw

@@ -38,7 +38,7 @@ FILES = {
 
 def fresh(seed: int = 0, **changes: Any) -> GPT:
     gpt = GPT(GPTConfig(**({"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32} | changes)))
-    settings = SimpleNamespace(std=0.1, residual_scale=True)
+    settings = SimpleNamespace(std=0.1, residual_scale=True, scheme="gpt2")
     initialize(gpt, settings, torch.Generator().manual_seed(seed))
     return gpt.eval()
 

@@ -45,10 +45,14 @@ def weights(state: training_step.TrainState) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in state.model.parameters()])
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp16", "fp8"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [("fp32", "adamw"), ("fp16", "adamw"), ("fp8", "adamw"), ("fp16", "muon")],
+)
 def test_a_restored_step_and_those_after_it_are_done_again_to_the_bit(
-    config, tmp_path: Path, name: str
+    make_config, tmp_path: Path, name: str, optimizer: str
 ) -> None:
+    config = make_config(train__steps=6, train__warmup_steps=1, train__optimizer=optimizer)
     torch.manual_seed(5)
     state = fresh(config, name)
     if name == "fp16":  # a scale that moves: it grows after every second step

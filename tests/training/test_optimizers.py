@@ -82,13 +82,35 @@ def test_the_schedule_equals_its_golden_table(make_config) -> None:
 
 
 @pytest.mark.parametrize(
+    ("schedule", "table"),
+    [
+        # Warm-up 1/2, 2/2; from 1.0 in eight equal steps to 0.1.
+        ("linear", [0.5, 1.0, 1.0, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125, 0.1]),
+        # The last 0.4 of 11 steps: four of them, from 1.0 in equal steps to 0.1.
+        ("wsd", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.775, 0.55, 0.325, 0.1]),
+    ],
+)
+def test_other_schedules_equal_theirs(make_config, schedule: str, table: list[float]) -> None:
+    changes = {"steps": 11, "warmup_steps": 2, "lr": 1.0, "min_lr": 0.1, "cooldown": 0.4}
+    config = make_config(train__schedule=schedule, **{f"train__{k}": v for k, v in changes.items()})
+    assert [learning_rate(step, config.train) for step in range(11)] == pytest.approx(table)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("cooldown", [0.01, 1.0])
+@pytest.mark.parametrize(
     ("steps", "warmup"),
     [(s, w) for s in (1, 2, 3, 200) for w in (0, 1, 199) if w < s],  # the schema refuses the rest
 )
 def test_the_first_rate_is_not_zero_and_the_last_is_exactly_the_minimum(
-    make_config, steps: int, warmup: int
+    make_config, steps: int, warmup: int, schedule: str, cooldown: float
 ) -> None:
-    config = make_config(train__steps=steps, train__warmup_steps=warmup).train
+    config = make_config(
+        train__steps=steps,
+        train__warmup_steps=warmup,
+        train__schedule=schedule,
+        train__cooldown=cooldown,
+    ).train
     assert learning_rate(0, config) > 0
     assert learning_rate(steps - 1, config) == config.min_lr
     assert max(learning_rate(step, config) for step in range(steps)) <= config.lr
