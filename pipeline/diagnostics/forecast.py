@@ -44,7 +44,7 @@ class Memory:
     """Bytes that a training step holds at its peak, by what holds them."""
 
     weights: int
-    moments: int  # AdamW's two
+    moments: int  # AdamW's two, Muon's one
     gradients: int  # at the end of the backward pass, the embedding's in all its parts
     activations: int  # at the end of the forward pass: what is kept for the backward pass
     head: int  # logits and operands of the output layer
@@ -63,6 +63,7 @@ class Needs:
     precision: Precision
     length: int  # tokens a sequence
     weights: int  # bytes
+    moments: int  # bytes
     kept: int  # for the backward pass, whatever the micro-batch (weights in a low format, say)
     kept_per_sequence: int
     checkpointed_per_sequence: int  # with train.checkpoint_activations
@@ -79,7 +80,7 @@ class Needs:
             activations += 2 * 4 * batch_size * self.length * 4 * self.shape.n_embd
         return Memory(
             weights=self.weights,
-            moments=2 * self.weights,
+            moments=self.moments,
             gradients=self.weights + (parts + bool(earlier)) * embedding,
             activations=activations + earlier,
             head=self._head(batch_size * self.length),
@@ -105,7 +106,7 @@ class Needs:
         return at_once * c.vocab_rows * (4 + low) + operands + 4 * rows * c.n_embd
 
 
-def needs(shape: GPTConfig, precision: Precision, length: int) -> Needs:
+def needs(shape: GPTConfig, precision: Precision, length: int, optimizer: str = "adamw") -> Needs:
     """Memory needs, measured by the model's own forward pass on tensors without contents.
 
     Two models of one block and of two tell what every block adds. Autocast keeps low weights until
@@ -118,13 +119,16 @@ def needs(shape: GPTConfig, precision: Precision, length: int) -> Needs:
         kept.append(2 * one - two)
         for_each.append(two - one)
     with torch.device("meta"):
-        weights = sum(p.nbytes for p in GPT(shape).parameters())
+        model = GPT(shape)
+    weights = sum(p.nbytes for p in model.parameters())
+    matrices = sum(p.nbytes for p in model.transformer.h.parameters() if p.dim() == 2)
     more = shape.n_layer - 1
     return Needs(
         shape=shape,
         precision=precision,
         length=length,
         weights=weights,
+        moments=2 * weights - (matrices if optimizer == "muon" else 0),
         kept=kept[0] + more * (kept[1] - kept[0]),
         kept_per_sequence=for_each[0] + more * (for_each[1] - for_each[0]),
         # One block is made again at a time; of the others the input is kept, which is fp32.
@@ -248,8 +252,9 @@ def forecast(
 ) -> Forecast:
     """What a training needs, beside the bytes that are `free`: 0 for those of this machine now."""
     shape = GPTConfig(**asdict(config.model))
-    need = needs(shape, precision, config.train.sequence_length)
-    return Forecast(config.train, need, free or free_memory(precision.device), corpus_tokens)
+    train = config.train
+    need = needs(shape, precision, train.sequence_length, train.optimizer)
+    return Forecast(train, need, free or free_memory(precision.device), corpus_tokens)
 
 
 def before_training(
@@ -328,7 +333,7 @@ def after_first_steps(step_seconds: list[float], config: TrainConfig, record: Re
 def table(config: Config, precisions: Iterable[Precision]) -> str:
     """A Markdown table of peak memory by micro-batch and precision."""
     shape, train = GPTConfig(**asdict(config.model)), config.train
-    modes = [needs(shape, precision, train.sequence_length) for precision in precisions]
+    modes = [needs(shape, p, train.sequence_length, train.optimizer) for p in precisions]
     own = train.accumulate, train.checkpoint_activations
     rows = [(n, *(size(m.at(n, *own).total) for m in modes)) for n in MICRO_BATCHES]
     return markdown(("micro-batch", *PRECISIONS), rows)

@@ -23,6 +23,7 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.records.run_data import Log
 from pipeline.training import loop, training_step
+from pipeline.training.optimizers import build_optimizer
 from tests.conftest import ROOT
 from tests.helpers import stand_in
 from tests.helpers.memory import release
@@ -386,3 +387,16 @@ def test_the_command_shows_every_precision_and_trains_nothing(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     assert "| micro-batch | fp32" in done.stdout
     assert len(re.findall(r"^\| +\d+ \|", done.stdout, re.MULTILINE)) == len(forecast.MICRO_BATCHES)
+
+
+def test_moments_are_those_that_the_optimizer_holds(make_config) -> None:
+    for name in ("adamw", "muon"):
+        config = make_config(train__optimizer=name).train
+        model = GPT(SHAPE)
+        optimizer = build_optimizer(model, config)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        tensors = (t for state in optimizer.state.values() for t in state.values())
+        held = sum(t.nbytes for t in tensors if t.dim() > 0)
+        assert forecast.needs(SHAPE, precision.of_a_card("fp32"), 64, name).moments == held

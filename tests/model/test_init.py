@@ -93,7 +93,9 @@ def test_weights_depend_on_the_seed_and_not_on_global_randomness() -> None:
     gpt = GPT(GPTConfig(3, 2, 64, 128))
     after_construction = torch.get_rng_state()
     initialize(
-        gpt, SimpleNamespace(std=0.02, residual_scale=True, scheme="gpt2"), torch.Generator().manual_seed(5)
+        gpt,
+        SimpleNamespace(std=0.02, residual_scale=True, scheme="gpt2"),
+        torch.Generator().manual_seed(5),
     )
     assert torch.equal(after_construction, torch.get_rng_state())
     assert not torch.equal(before, after_construction)  # torch's own defaults did draw
