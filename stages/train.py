@@ -59,7 +59,7 @@ def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
     for line in forecast.before_training(config, precision, record, len(job.inputs.train)):
         print(f"train: {line}", flush=True)
     state = from_folder(paths.INIT, config.model, config.train, precision)
-    history = History(config.train, record)
+    history = History(config.train, record, state.model)
     job.checkpoints.check_room(state.model.parameter_count())
     if newest:
         newest.restore(state)
@@ -96,7 +96,7 @@ def loop(job: Job, state: TrainState, history: History) -> None:
                 common.warn(config, [*rounds.look(state.step, record.so_far), *edited])
 
     def pause(done: int) -> bool:
-        return history.pause(state) or job.checkpoints.due(done) or bool(stop.asked)
+        return history.pause() or job.checkpoints.due(done) or bool(stop.asked)
 
     def save() -> None:
         record.persist()  # a checkpoint knows no more than the record
@@ -109,7 +109,7 @@ def loop(job: Job, state: TrainState, history: History) -> None:
         steps = fit(state, config.train, batches, look, look_at, steps_at, pause)
         validate_if_due()  # a training that was stopped may owe it
         for report in common.progress(steps, config.train.steps, state.step):
-            history.add(report, state)
+            history.add(report)
             if state.step == forecast.MEASURED_AT:
                 seconds = [report.seconds for report in history.curve]
                 common.say(f"train: {forecast.after_first_steps(seconds, config.train, record)}")

@@ -15,11 +15,11 @@ from pipeline.compute.runtime import Numbers
 from pipeline.errors import InputError
 from pipeline.tables import write_csv, write_curve
 from pipeline.training.loop import StepReport
-from pipeline.training.optimizers import update_ratio
 from pipeline.training.time_budget import Budget
 
 if TYPE_CHECKING:
     from pipeline.config import TrainConfig
+    from pipeline.model.gpt import GPT
     from pipeline.records.record_file import Record
     from pipeline.training.training_step import TrainState
 
@@ -31,10 +31,11 @@ class History:
 
     `curve` holds a report for every step. A step that is done again after the last checkpoint
     keeps its first report. Every step and validation goes to the record at once. `budget` says
-    how many steps there are to be; its clock starts when this is made.
+    how many steps there are to be; its clock starts when this is made. By how much a step changes
+    the weights is measured: one matrix in the middle of `model` speaks for all.
     """
 
-    def __init__(self, config: TrainConfig, record: Record):
+    def __init__(self, config: TrainConfig, record: Record, model: GPT):
         self.curve: list[StepReport] = []
         self.validations: list[tuple[int, float]] = []  # (steps done, loss in nats/token)
         self.best, self.best_step = math.inf, 0
@@ -42,10 +43,15 @@ class History:
         self._config, self._record = config, record
         self._earlier: dict[int, StepReport] = {}
         self._warned = False
+        blocks = model.transformer.h
+        self._weight = blocks[len(blocks) // 2].mlp.c_fc.weight.detach()
+        self._before = self._weight.clone()
         self._ratio: Numbers | None = None  # of the step at work
 
     def restore(self, checkpoint: Path, facts: Mapping[str, Any], done: int) -> None:
         """Take the steps before a checkpoint from the record, and the rest from its `facts`.
+
+        The model has been restored by then.
 
         Raises InputError where the record lacks one of the `done` steps.
         """
@@ -61,6 +67,7 @@ class History:
         self.validations = [(e["step"] + 1, e["values"]["train/val_loss"]) for e in measured]
         self.best, self.best_step = float(facts["best_loss"]), facts["best_step"]
         self.budget = Budget(self._config, first=done, **facts["budget"])
+        self._before.copy_(self._weight)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps for `restore`, as plain values."""
@@ -71,12 +78,12 @@ class History:
             "budget": self.budget.facts(),
         }
 
-    def pause(self, state: TrainState) -> bool:
+    def pause(self) -> bool:
         """What `fit` asks with a step launched that `add` is to get next."""
-        self._ratio, done = _update_ratio(state), len(self.curve) + 1
+        self._ratio, done = self._changed(), len(self.curve) + 1
         return done % self._config.val_every == 0 or self.budget.ends_soon(done)
 
-    def add(self, report: StepReport, state: TrainState) -> None:
+    def add(self, report: StepReport) -> None:
         """Note a step that has just been made."""
         earlier = self._earlier.get(report.step)
         if earlier and not self._warned and f"{report.loss:.6g}" != f"{earlier.loss:.6g}":
@@ -89,10 +96,16 @@ class History:
         # How many steps there are to be is the plan of now, with a time budget another one.
         self.curve.append(replace(earlier, steps=report.steps) if earlier else report)
         values = step_metrics(report)
-        ratio, self._ratio = self._ratio or _update_ratio(state), None
-        if ratio and not report.skipped:
+        ratio, self._ratio = self._ratio or self._changed(), None
+        if not report.skipped:
             (values["train/update_ratio"],) = ratio.read()
         self._record.metrics(values, report.step)
+
+    def _changed(self) -> Numbers:
+        """Norm of what the last step changed in the weight, by the norm that it had before."""
+        change = (self._weight - self._before).norm() / self._before.norm()
+        self._before.copy_(self._weight)
+        return Numbers(change)
 
     def validation_due(self) -> bool:
         """Whether the model as it stands is to be validated and was not yet."""
@@ -173,13 +186,6 @@ class History:
         table = [[row.get(name, math.nan) for name in names] for row in rows]
         write_curve(folder / "train.csv", columns, table)
         write_csv(folder / "validation.csv", ["step", "loss"], self.validations)
-
-
-def _update_ratio(state: TrainState) -> Numbers | None:
-    """By how much the last step changed the weights: one matrix in the middle speaks for all."""
-    blocks = state.model.transformer.h
-    ratio = update_ratio(state.optimizer, blocks[len(blocks) // 2].mlp.c_fc.weight)
-    return None if ratio is None else Numbers(ratio)
 
 
 def step_metrics(report: StepReport) -> dict[str, float]:

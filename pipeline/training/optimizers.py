@@ -117,25 +117,6 @@ class Update:
             self._optimizer.step()
 
 
-def update_ratio(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Tensor | None:
-    """Norm of AdamW's last step on `weight` by the norm of the weight, 0-dim on its device.
-
-    None before a first step, and for another optimizer, whose step its state may not tell.
-    Made again from the moments, decay included, so that no copy of the weights is kept.
-    """
-    state = optimizer.state.get(weight)
-    if not state or not isinstance(optimizer, torch.optim.AdamW):
-        return None
-    group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
-    # 1 - beta**count, whose count lies on the device; as a power in fp32 it would lose digits.
-    logs = [math.log(max(beta, 1e-99)) for beta in group["betas"]]
-    bias1, bias2 = (-(state["step"] * log).expm1() for log in logs)
-    mean = state["exp_avg"] / bias1
-    scale = (state["exp_avg_sq"] / bias2).sqrt_().add_(group["eps"])
-    step = mean.div_(scale).add_(weight.detach(), alpha=group["weight_decay"])
-    return group["lr"] * step.norm() / weight.detach().norm()
-
-
 def learning_rate(step: int, config: TrainConfig, steps: int | None = None) -> float:
     """Linear warm-up, then `config.schedule` down to `min_lr` at the very last step, exactly.
 

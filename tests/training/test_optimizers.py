@@ -13,7 +13,6 @@ from pipeline.training.optimizers import (
     build_optimizer,
     learning_rate,
     parameter_groups,
-    update_ratio,
 )
 
 
@@ -36,21 +35,6 @@ def test_a_tensor_without_gradient_signal_shrinks_only_where_it_decays(make_conf
     for name, p in model.named_parameters():
         factor = 1 - config.lr * config.weight_decay if p.dim() >= 2 else 1.0
         torch.testing.assert_close(p, before[name] * factor, rtol=1e-6, atol=0)
-
-
-def test_the_update_ratio_is_the_weights_own_and_told_for_adamw_alone(make_config) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Linear(3, 2)
-    adamw, other = build_optimizer(model, make_config().train), torch.optim.RMSprop
-    for optimizer in (adamw, other(model.parameters())):
-        assert update_ratio(optimizer, model.weight) is None
-        before = model.weight.detach().clone()
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-        expected = ((model.weight - before).norm() / before.norm()).item()
-        told = update_ratio(optimizer, model.weight)
-        assert told == pytest.approx(expected, rel=0.02) if optimizer is adamw else told is None
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])

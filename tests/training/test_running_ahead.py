@@ -303,10 +303,10 @@ def test_the_ratio_of_the_update_is_that_of_each_steps_own(start) -> None:
     notes = []
     for ahead in (False, True):
         state, config = start(train__val_every=3)
-        history = History(config.train, record := Noted())
-        pause = (lambda done, h=history, s=state: h.pause(s)) if ahead else None
+        history = History(config.train, record := Noted(), state.model)
+        pause = (lambda done, h=history: h.pause()) if ahead else None
         for report in loop.fit(state, config.train, batches_of, pause=pause):
-            history.add(report, state)
+            history.add(report)
             if ahead:
                 assert report.settled == ((report.step + 1) % 3 == 0 or report.last)
         notes.append(record.values)
