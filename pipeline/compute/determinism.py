@@ -23,8 +23,8 @@ def deterministic(asked: bool, device: torch.device) -> Iterator[None]:
     in one order (bf16, fp16, fp8), and the memory-efficient one, unsplit (fp32, tf32); cuDNN's,
     which it prefers elsewhere, has no such form. AdamW, clipping and norms have one order anyhow.
 
-    cuBLAS is told by a variable of the environment, which it reads when it starts and which stays.
-    Raises ConfigError where that is too late or says otherwise, and for MPS, which promises nothing.
+    cuBLAS is told by a variable of the environment, which it reads as it starts and which stays.
+    Raises ConfigError where that is too late or says otherwise, and on MPS, which promises nothing.
     """
     if not asked:
         yield
