@@ -65,14 +65,19 @@ SIZES = {  # layers, heads, width, tokens of a sequence, token ids, rows padded 
     "tiny": (2, 2, 32, 32, 127, 128),
 }
 WARM_UP = 3  # steps after the first one that do not count
-TURN = 4  # steps that are timed together, so that they may run ahead of the host
+TURN = 10  # steps that are timed together, so that they may run ahead of the host
 # Seconds that a rung is expected to take at most, by what is compiled for it: on an H100 a graph
 # took 20 to 60; those that a call may not have are left for the next one.
 EAGER_SECONDS, COMPILED_SECONDS, TUNED_SECONDS = 20, 75, 180
 TOLERANCE = 0.02  # nats between first losses: bf16 is off by a thousandth, padding by 0.001
 LR, CLIP = 6e-4, 1.0
 # Settings of the train stage that change how a step is made, and not what it learns.
-LEVERS = (("train.deterministic=true",),)
+LEVERS = (
+    ("train.deterministic=true",),
+    ("train.checkpoint_activations=true",),
+    ("model.attention=flash",),
+    ("model.attention=cudnn",),
+)
 TUNED = "max-autotune-no-cudagraphs"
 COLUMNS = ("rung", "micro-batch", "tokens/s", "from", "to", "of the one before")
 COLUMNS += ("of the matrix rate", "MFU", "first step s", "peak MiB", "first loss")
@@ -251,6 +256,10 @@ def timed(rung: Rung, size: str, batch: int, rounds: int, device: torch.device) 
 def apart(rung: Rung, *given: Any) -> Result:
     """`timed`; a deterministic one in a process of its own, as cuBLAS is told when it starts."""
     device = given[-1]
+    try:
+        settings_of(rung)
+    except ConfigError as error:  # of other code than this file's
+        return Result(rung, given[1], refused=str(error))
     if device.type != "cuda" or not settings_of(rung).train.deterministic:
         with afterwards_empty():
             return timed(rung, *given)
@@ -485,7 +494,7 @@ def parsed(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--size", default="124m", choices=SIZES)
-    parser.add_argument("--rounds", type=int, default=5, help=f"turns of {TURN} steps")
+    parser.add_argument("--rounds", type=int, default=4, help=f"turns of {TURN} steps")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=8.0, help="0 for no limit")
     for name in (BUILD_NANOGPT, MODDED_NANOGPT):

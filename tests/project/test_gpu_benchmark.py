@@ -92,6 +92,7 @@ def without_the_compilers_time(monkeypatch):
     monkeypatch.setattr(compiling, "why_not_compile", lambda precision: "")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setitem(gpu.throughput.SQUARE, "cpu", 64)
+    monkeypatch.setattr(gpu, "TURN", 2)
 
 
 @pytest.fixture
