@@ -32,6 +32,7 @@ test-gpu: $(STAMP)
 # What a card shows, in the order of docs/gpu.md. Given again, it goes on with what is missing.
 gpu: test-gpu
 	$(BIN)/python benchmarks/gpu.py $(PEERS)
+	$(BIN)/python benchmarks/sample_gpu.py
 
 help:
 	@echo 'make repro       the environment and the pipeline; PYTHON=python3.12, TORCH=cpu (Linux)'

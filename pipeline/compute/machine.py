@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pipeline.compute.determinism import deterministic
 from pipeline.compute.precision import Precision, choose_precision
 from pipeline.compute.runtime import choose_device
 from pipeline.compute.throughput import matrix_rate
-
-if TYPE_CHECKING:
-    from pipeline.config import Config
 
 
 @dataclass(frozen=True)
@@ -25,12 +21,12 @@ class Machine:
 
 
 @contextmanager
-def measured(config: Config) -> Iterator[Machine]:
-    """The machine for these settings, which computes as `train.deterministic` says meanwhile.
+def measured(precision: str, device: str, always_alike: bool) -> Iterator[Machine]:
+    """The machine for the first two settings, as `train.deterministic` says while this is open.
 
     It is measured at the start, when nothing else may compute.
     """
-    device = choose_device(config.device)
-    with deterministic(config.train.deterministic, device):  # before CUDA starts
-        chosen = choose_precision(config.precision, device)
+    place = choose_device(device)
+    with deterministic(always_alike, place):  # before CUDA starts
+        chosen = choose_precision(precision, place)
         yield Machine(chosen, matrix_rate(chosen))

@@ -85,7 +85,7 @@ def test_torch_and_cublas_are_asked_before_the_first_product(asked, make_config,
     monkeypatch.setattr(machine, "matrix_rate", rate)
     with stand_in.gpu(monkeypatch):
         config = make_config(device="cuda", train__deterministic=asked)
-        with machine.measured(config):
+        with machine.measured(config.precision, config.device, config.train.deterministic):
             assert ASKED() is asked
             assert torch._inductor.config.deterministic is asked
     assert seen == [(True, ":4096:8") if asked else (False, None)]
