@@ -32,6 +32,7 @@ test-gpu: $(STAMP)
 # What a card shows, in the order of docs/gpu.md. Given again, it goes on with what is missing.
 gpu: test-gpu
 	$(BIN)/python benchmarks/gpu.py $(PEERS)
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/sample_gpu.py
 
 help:
