@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest
 # Neighbours in a file stay together: they share what takes long to make.
 SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: repro test test-slow test-gpu faults ui report lint clean git help
+.PHONY: repro test test-slow test-gpu gpu faults ui report lint clean git help
 repro: git $(STAMP)
 	$(BIN)/dvc repro
 
@@ -29,11 +29,19 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
+# What a card shows, in the order of docs/gpu.md. Given again, it goes on with what is missing.
+gpu: test-gpu
+	$(BIN)/python benchmarks/gpu.py $(PEERS)
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/fp8.py
+	$(BIN)/python benchmarks/sample_gpu.py
+
 help:
 	@echo 'make repro       the environment and the pipeline; PYTHON=python3.12, TORCH=cpu (Linux)'
 	@echo 'make ui          MLflow, on the curves of all runs; PORT=5001'
 	@echo 'make report      one HTML page; RUNS="lr-0.002 lr-0.008" or RUNS=--all'
 	@echo 'make test        the tests; test-slow, test-gpu: the others; WORKERS=2'
+	@echo 'make gpu         what a card shows: tests and measurements, docs/gpu.md; PEERS=...'
 	@echo 'make lint        ruff and mypy'
 	@echo 'make faults      inject faults, and write docs/faults.md'
 	@echo 'make clean       the disk space back: environment, runs, caches'

@@ -16,7 +16,7 @@ from pipeline.errors import InputError
 WANTED = ("CausalSelfAttention", "MLP", "Block", "GPTConfig", "GPT")
 
 
-def step(
+def steps(
     source: Path,
     shape: dict[str, int],
     weights: dict[str, Tensor],
@@ -24,8 +24,8 @@ def step(
     y: Tensor,
     rate: float,
     clip: float,
-) -> Callable[[], float]:
-    """A call that trains one step in bf16, compiled, on x and y (B, T), and gives its loss.
+) -> Callable[[int], float]:
+    """A call that makes n steps in bf16, compiled, on x and y (B, T); gives the first one's loss.
 
     `weights` are ours, which have the same names but for the tied head. Raises InputError.
     """
@@ -36,7 +36,7 @@ def step(
     optimizer = model.configure_optimizers(0.1, rate, device)
     compiled = torch.compile(model)
 
-    def made() -> float:
+    def step() -> float:
         torch.set_float32_matmul_precision("high")
         optimizer.zero_grad()
         with torch.autocast(device, dtype=torch.bfloat16):
@@ -46,7 +46,7 @@ def step(
         optimizer.step()
         return loss.item()
 
-    return made
+    return lambda count: [step() for _ in range(count)][0]
 
 
 def definitions(source: Path) -> dict[str, Any]:

@@ -128,6 +128,9 @@ class TrainConfig:
         "keep the input of each block alone and compute its inside again in the backward pass: "
         "less memory, more time, the same numbers"
     )
+    deterministic: bool = setting(
+        "on a GPU, too, the same bits at every run and resume; slower there"
+    )
     val_every: int = setting("steps between validations", low=1)
     val_tokens: int = setting("validation tokens used while training, always the same", low=1)
     max_skipped: int = setting("steps skipped in a row before the run stops", low=1)

@@ -94,6 +94,8 @@ def exit_code(error: BaseException) -> int:
         return 130
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if undetermined(error):
+        return ConfigError.exit_code
     return StorageError.exit_code if out_of_memory(error) or disk_full(error) else 1
 
 
@@ -111,6 +113,11 @@ def to_user(error: BaseException) -> str:
             "double train.accumulate, set train.checkpoint_activations=true, or lower "
             "evaluate.batch_size"
         )
+    if undetermined(error):
+        return (
+            f"error: train.deterministic=true: {str(error).partition('. ')[0]}; "
+            "train.deterministic=false does without"
+        )
     return ""
 
 
@@ -125,6 +132,12 @@ def out_of_memory(error: BaseException) -> bool:
     known = ("out of memory", "can't allocate memory", "not enough memory")
     told = isinstance(error, RuntimeError) and any(part in words for part in known)
     return isinstance(error, MemoryError) or told
+
+
+def undetermined(error: BaseException) -> bool:
+    """Whether torch refused an operation for want of a deterministic form."""
+    known = ("does not have a deterministic implementation", "Deterministic behavior was enabled")
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in known)
 
 
 def together(*inputs: Callable[[], Any]) -> list[Any]:

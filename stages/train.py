@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline import paths
-from pipeline.compute.machine import Machine, measure
+from pipeline.compute.machine import Machine, measured
 from pipeline.config import Config
 from pipeline.diagnostics import debugger, doctor, forecast, glimpse
 from pipeline.resume import run_folder
@@ -45,8 +45,8 @@ def main(config: Config) -> None:
         newest = checkpoints.newest()
         if where := run_folder.where_to_start(run, newest.step if newest else None, config):
             print(f"train: {where}")
-        machine = measure(config.precision, config.device)  # before shipping takes a core
-        with recording.record("train", config, run.journal) as record:
+        computing = measured(config.precision, config.device, config.train.deterministic)
+        with computing as machine, recording.record("train", config, run.journal) as record:
             record.dataset("tokens", inputs.train.sha256, str(inputs.train.path), "train")
             record.tags({f"digest.{name}": sha256 for name, sha256 in inputs.digests().items()})
             train(Job(config, inputs, run, checkpoints, record), newest, machine)

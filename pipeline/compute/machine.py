@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from pipeline.compute.determinism import deterministic
 from pipeline.compute.precision import Precision, choose_precision
 from pipeline.compute.runtime import choose_device
 from pipeline.compute.throughput import matrix_rate
@@ -11,13 +14,19 @@ from pipeline.compute.throughput import matrix_rate
 
 @dataclass(frozen=True)
 class Machine:
-    """How a stage computes, and how fast products are here."""
+    """How a training computes, and how fast products are here."""
 
     precision: Precision
     matrix_rate: float  # FLOP/s
 
 
-def measure(precision: str, device: str) -> Machine:
-    """The machine for these two settings. Nothing else may compute meanwhile."""
-    chosen = choose_precision(precision, choose_device(device))
-    return Machine(chosen, matrix_rate(chosen))
+@contextmanager
+def measured(precision: str, device: str, always_alike: bool) -> Iterator[Machine]:
+    """The machine for the first two settings, as `train.deterministic` says while this is open.
+
+    It is measured at the start, when nothing else may compute.
+    """
+    place = choose_device(device)
+    with deterministic(always_alike, place):  # before CUDA starts
+        chosen = choose_precision(precision, place)
+        yield Machine(chosen, matrix_rate(chosen))

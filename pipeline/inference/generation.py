@@ -208,7 +208,9 @@ def candidates(
     values = values - values.amax(dim=-1, keepdim=True)
     values = values / max(temperature, torch.finfo(torch.float32).tiny)
     if top_p < 1:
-        exact = values.cpu() if values.device.type == "mps" else values  # MPS has no fp64
+        # MPS has no fp64, and a GPU no such sum in one order.
+        host = values.device.type == "mps" or torch.are_deterministic_algorithms_enabled()
+        exact = values.cpu() if host else values
         reached = exact.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)[:, :-1]
         beyond = (reached >= top_p).to(values.device)  # the mass of all likelier tokens suffices
         values[:, 1:] = values[:, 1:].masked_fill(beyond, -math.inf)

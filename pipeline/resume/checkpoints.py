@@ -160,7 +160,10 @@ class Checkpoints:
 
 
 def machine(precision: Precision) -> dict[str, str]:
-    """What has to be the same for a resumed training to be bit-equal to an unbroken one."""
+    """What has to be the same for a resumed training to be bit-equal to an unbroken one.
+
+    On CUDA that takes `train.deterministic` as well.
+    """
     return {
         "torch": torch.__version__,
         "device": runtime.device_name(precision.device),  # with the threads of a CPU

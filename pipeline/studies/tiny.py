@@ -42,6 +42,7 @@ TRAIN = TrainConfig(
     grad_clip=1.0,
     compile=False,
     checkpoint_activations=False,
+    deterministic=False,
     val_every=1,
     val_tokens=1,
     max_skipped=100,

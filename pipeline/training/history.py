@@ -88,9 +88,11 @@ class History:
         earlier = self._earlier.get(report.step)
         if earlier and not self._warned and f"{report.loss:.6g}" != f"{earlier.loss:.6g}":
             self._warned = True
+            mend = self._weight.is_cuda and not self._config.deterministic
             log.warning(
-                "step %d is done again and its loss is %.6g instead of %.6g: not bit-equal here",
+                "step %d is done again and its loss is %.6g instead of %.6g: not bit-equal here%s",
                 *(report.step, report.loss, earlier.loss),
+                "; train.deterministic=true makes it so" if mend else "",
             )
             self._record.tags({"resume.not_bit_equal_at": report.step})
         # How many steps there are to be is the plan of now, with a time budget another one.

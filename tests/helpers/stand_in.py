@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 CUDA = torch.device("cuda")
 _THIS = torch.device("cuda", 0)
 _READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "multinomial")  # the host waits
+UNORDERED = ("cumsum", "histc", "put_")  # on CUDA, of floats; those of its list that we might use
 _graph: Graph | None = None  # the one that is being captured
 
 
@@ -205,6 +206,11 @@ def _refuse(func: Any, name: str, mixed: bool, made_here: bool) -> None:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, "
             f"cuda:0 and cpu! ({name})"
+        )
+    if name in UNORDERED and torch.are_deterministic_algorithms_enabled():
+        raise RuntimeError(
+            f"{name}_cuda_kernel does not have a deterministic implementation, but you set "
+            "'torch.use_deterministic_algorithms(True)'. You can turn off determinism"
         )
     if func.namespace != "aten":
         raise NotImplementedError(f"Could not run '{func}' with arguments from the 'CUDA' backend.")

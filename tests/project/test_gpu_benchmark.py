@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import build_nanogpt, gpu, memory, sample_gpu
+from benchmarks import build_nanogpt, gpu, kept, memory, modded_nanogpt, sample_gpu
 from benchmarks.outcomes import OURS
 from benchmarks.peers import HF, Task
 from pipeline.compute import precision as precision_module
@@ -16,7 +18,7 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.training import compiling
 
 CPU = torch.device("cpu")
-TINY = ["--device", "cpu", "--size", "tiny", "--rounds", "2", "--batch", "2"]
+TINY = ["--device", "cpu", "--size", "tiny", "--rounds", "1", "--batch", "2"]
 
 # Stands for a checkout: its names and their arguments, and a script that must not run.
 CHECKOUT = """
@@ -52,24 +54,65 @@ raise SystemExit("this is the training, which nobody asked for")
 """
 
 
+MODDED = """
+import torch
+import torch.distributed as dist
+
+class GPT(torch.nn.Module):
+    def __init__(self, vocab_size, num_layers, model_dim):
+        super().__init__()
+        self.embed = torch.nn.Embedding(vocab_size, model_dim)
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.Linear(model_dim, model_dim) for _ in range(num_layers))
+        self.proj = torch.nn.Linear(model_dim, vocab_size)
+
+    def forward(self, inputs, targets):
+        x = self.embed(inputs)
+        for block in self.blocks:
+            x = block(x)
+        return torch.nn.functional.cross_entropy(
+            self.proj(x).flatten(0, 1), targets.flatten(), reduction="sum")
+
+class Muon(torch.optim.SGD):
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, lr=1e-3)
+
+    def step(self):
+        assert dist.get_world_size() == 1 and dist.get_rank() == 0
+        dist.all_gather([None], None)
+        return super().step()
+
+dist.init_process_group()
+"""
+
+
 @pytest.fixture(autouse=True)
 def without_the_compilers_time(monkeypatch):
     monkeypatch.setattr(precision_module, "_cpu_capabilities", lambda: {"avx512_bf16": True})
     monkeypatch.setattr(compiling, "why_not_compile", lambda precision: "")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setitem(gpu.throughput.SQUARE, "cpu", 64)
+    monkeypatch.setattr(gpu, "TURN", 2)
 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     (tmp_path / "train_gpt2.py").write_text(CHECKOUT, "utf-8")
+    script = tmp_path / modded_nanogpt.SCRIPT
+    script.parent.mkdir(parents=True)
+    script.write_text(MODDED, "utf-8")
     return tmp_path
 
 
+def column(page: str) -> list[str]:
+    return [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")]
+
+
 def test_the_whole_script_runs_and_shows_every_rung(tmp_path, checkout, capsys) -> None:
-    gpu.main([*TINY, "--build-nanogpt", str(checkout)], tmp_path / "results")
+    words = ["--build-nanogpt", str(checkout), "--modded-nanogpt", str(checkout)]
+    gpu.main([*TINY, *words], tmp_path / "results")
     page = (tmp_path / "results/gpu.md").read_text("utf-8")
-    table = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")]
+    table = column(page)
     rungs = [rung.name for rung in gpu.ladder()]
     assert rungs == ["fp32", "+ tf32", "+ bf16", "+ compile"] + [
         "+ flash attention",
@@ -77,18 +120,70 @@ def test_the_whole_script_runs_and_shows_every_rung(tmp_path, checkout, capsys) 
         "+ fused AdamW",
     ]
     start = table.index("fp32", table.index("rung"))
-    assert table[start : start + 11] == rungs + [
+    assert table[start : start + 10] == rungs + [
         "large micro-batch",
         "... with CUDA graphs",
         "... with autotuning",
-        "... in fp8",
     ]
-    assert "--build-nanogpt CHECKOUT`" in page and str(checkout) not in page
-    assert table[-2:] == ["build-nanogpt", "ours"]
-    assert "Kernels seen: _scaled_dot_product_flash_attention_for_cpu" in page
+    start = table.index("the train stage's step")
+    own = ["precision=fp8", "train.compile=false", "train.deterministic=true"]
+    assert table[start + 1 : start + 4] == own
+    assert "--build-nanogpt CHECKOUT --modded-nanogpt CHECKOUT`" in page
+    assert str(checkout) not in page and "Not measured yet" not in page
+    assert table[-3:] == ["build-nanogpt", "modded-nanogpt", "ours"]
+    assert "rung: _scaled_dot_product_flash_attention_for_cpu" in page
     assert "_fused_adamw_" in page
     assert (tmp_path / "results/gpu.png").stat().st_size > 1000
     assert page in capsys.readouterr().out
+
+
+def test_what_was_measured_is_kept_and_the_next_call_goes_on(tmp_path, monkeypatch) -> None:
+    made, now = [], 0.0
+    steps = gpu.our_steps
+
+    def slow(rung, *given):
+        nonlocal now
+        made.append(rung.name)
+        now += 50
+        if len(made) == 4:
+            raise KeyboardInterrupt  # or the machine is taken away
+        return steps(rung, *given)
+
+    monkeypatch.setattr(gpu, "our_steps", slow)
+    monkeypatch.setattr(kept.time, "monotonic", lambda: now)
+    words = [*TINY, "--minutes", "4"]
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(words, tmp_path)
+    assert made == ["fp32", "+ tf32", "+ bf16", "+ compile"]
+    gpu.main(words, tmp_path)
+    began = made[4:]
+    assert began[:2] == ["+ compile", "+ flash attention"], "three were kept"
+    # 240 seconds from 200 on: the last one that is begun ends in time, by the estimate.
+    page = (tmp_path / "gpu.md").read_text("utf-8")
+    assert "Not measured yet, for want of time: " in page and "... with autotuning" in page
+    before = len(made)
+    gpu.main([*TINY, "--minutes", "0"], tmp_path)
+    whole = (tmp_path / "gpu.md").read_text("utf-8")
+    assert "Not measured yet" not in whole and len({*made[4:]}) == len(made[4:]) > before - 4
+    first, again = ([n.split() for n in p.splitlines() if "| fp32 " in n] for p in (page, whole))
+    assert first == again and len(first) == 2
+    gpu.main([*TINY, "--rounds", "2", "--minutes", "0"], tmp_path)
+    assert made.count("fp32") == 2, "other settings are measured anew"
+    assert len(json.loads((tmp_path / "gpu.json").read_text("utf-8"))) == 2
+
+
+def test_other_code_is_measured_anew(tmp_path) -> None:
+    path = tmp_path / "kept.json"
+    for code in ("a", "b"):
+        assert kept.Kept(path, {"code": code}).get("x", 0, lambda own=code: own) == code
+    assert kept.Kept(path, {"code": "a"}).get("x", 0, lambda: "anew") == "a"
+
+
+def test_the_peer_with_a_head_of_zeros_begins_at_ln_v(checkout) -> None:
+    x, y = gpu.batch_of("tiny", 2)
+    steps = modded_nanogpt.steps(checkout, 2, 32, 128, x, y)
+    assert steps(3) == pytest.approx(math.log(128), abs=1e-4)
+    assert steps(1) < math.log(128) - 1e-3, "it trains"
 
 
 def test_a_rung_adds_one_lever_and_keeps_the_others() -> None:
@@ -111,7 +206,7 @@ def test_a_first_loss_that_disagrees_voids_the_time(checkout) -> None:
     text = (checkout / "train_gpt2.py").read_text("utf-8")
     wrong = text.replace("cross_entropy(logits", "cross_entropy(1.1 + 2 * logits")
     (checkout / "train_gpt2.py").write_text(wrong, "utf-8")
-    ours, theirs = gpu.duel(checkout, "tiny", 2, 1, CPU)
+    ours, theirs = gpu.duel({gpu.BUILD_NANOGPT: checkout}, "tiny", 2, 1, CPU)
     assert not ours.refused and "first loss" in theirs.refused
     rows = gpu.rows_of([ours, theirs], "tiny", CPU, {"bf16": 1e9})
     assert rows[1][2] == "-" and "ours's is" in rows[1][0]
@@ -124,12 +219,12 @@ def test_what_does_not_fit_is_halved_in_the_first_rung_and_refused_later(monkeyp
         tried.append((rung.name, batch))
         if batch > 2:
             raise torch.OutOfMemoryError("no")
-        return lambda: 1.0
+        return lambda count: 1.0
 
-    monkeypatch.setattr(gpu, "our_step", full)
-    found = gpu.climb("tiny", 8, 1, CPU, lambda line: None)
+    monkeypatch.setattr(gpu, "our_steps", full)
+    found, _ = gpu.climb("tiny", 8, 1, CPU, kept.Kept(None, {}), lambda line: None)
     assert tried[:4] == [("fp32", 8), ("fp32", 4), ("fp32", 2), ("+ tf32", 2)]
-    assert [r.refused for r in found[7:]] == ["out of memory"] * 4
+    assert [r.refused for r in found[7:]] == ["out of memory"] * 3
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, tmp_path) -> None:

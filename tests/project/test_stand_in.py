@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.compute import runtime
+from pipeline.compute.determinism import deterministic
 from tests.helpers import stand_in
 from tests.helpers.stand_in import CUDA
 
@@ -54,6 +55,12 @@ def test_it_refuses_what_cuda_refuses(there, what: str) -> None:
     words, call = REFUSED[what]
     with pytest.raises((RuntimeError, TypeError, ValueError), match=words):
         call(there)
+
+
+def test_it_refuses_a_sum_without_an_order_where_one_is_asked_for(there) -> None:
+    there.cumsum(0)
+    with deterministic(True, torch.device("cpu")), pytest.raises(RuntimeError, match="have a det"):
+        there.cumsum(0)
 
 
 def test_a_graph_refuses_to_wait_and_to_copy_and_replays_what_it_holds(there) -> None:
