@@ -10,7 +10,7 @@ the width, how much it wins also one of the depth, since the head is bf16 in bot
 takes GPT-2's own depths.
 
 Each width is kept in fp8_gpu.json as soon as it is measured, and a call with the same options on
-the same card, versions and commit goes on where the last one ended. On CUDA it writes
+the same card, torch and code goes on where the last one ended. On CUDA it writes
 benchmarks/results/fp8_gpu.md, elsewhere it only prints. Expected on an H100 with --layers 6: 8
 compilations of 10 to 25 s and 8 times 30 steps of 0.05 to 0.25 s, 3 minutes in all. What should
 come out stands in benchmarks/results/fp8_expectation.md.
@@ -19,11 +19,8 @@ come out stands in benchmarks/results/fp8_expectation.md.
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +31,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import outcomes
-from benchmarks.gpu import chosen_device
+from benchmarks.gpu import afterwards_empty, chosen_device
+from benchmarks.kept import Kept, facts_of
 from pipeline.compute import runtime, throughput
 from pipeline.compute.precision import choose_precision
 from pipeline.errors import ConfigError, UserError
@@ -98,25 +96,17 @@ def measured(
     }
 
 
-def sweep(
-    asked: argparse.Namespace,
-    device: torch.device,
-    kept: dict[str, Any],
-    keep: Callable[[], None],
-) -> None:
-    """Fill `kept`, {"width precision": what was measured}, with what it lacks."""
+def sweep(asked: argparse.Namespace, device: torch.device, kept: Kept) -> dict[str, Any]:
+    """{"width precision": what was measured}."""
+    found = {}
     for width, (depth, _) in SIZES[asked.size].items():
         for precision in PAIR:
             name = f"{width} {precision}"
-            if name in kept:
-                continue
-            kept[name] = measured(width, asked.layers or depth, precision, asked, device)
-            keep()
-            print(name, kept[name], flush=True)
-            gc.collect()
-            torch._dynamo.reset()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            given = width, asked.layers or depth, precision, asked, device
+            call = afterwards_empty()(lambda given=given: measured(*given))
+            found[name] = kept.get(name, 0, call)
+            print(name, found[name], flush=True)
+    return found
 
 
 def page(asked: argparse.Namespace, about: dict[str, Any], kept: dict[str, Any]) -> str:
@@ -165,22 +155,12 @@ def main(words: list[str], folder: Path | None = None) -> None:
         raise ConfigError(f"--steps {asked.steps}: expected {2 * LAST} or more")
     device = chosen_device(asked.device)
     about = outcomes.circumstances() | {"card": runtime.device_name(device)}
-    same = vars(asked) | {name: about[name] for name in ("card", "versions", "commit")}
     folder = folder or (outcomes.RESULTS if device.type == "cuda" else None)
-    path = folder / "fp8_gpu.json" if folder else None
-    before = json.loads(path.read_text("utf-8")) if path and path.is_file() else {}
-    kept = before["kept"] if before.get("same") == same else {}
-
-    def keep() -> None:
-        if path:
-            text = json.dumps({"same": same, "kept": kept}, indent=1)
-            path.write_text(text + "\n", encoding="utf-8", newline="\n")
-
-    sweep(asked, device, kept, keep)
-    text = page(asked, about, kept)
+    kept = Kept(folder / "fp8_gpu.json" if folder else None, facts_of(device, options=vars(asked)))
+    text = page(asked, about, sweep(asked, device, kept))
     print(text)
-    if path:
-        path.with_suffix(".md").write_text(text, encoding="utf-8", newline="\n")
+    if folder:
+        (folder / "fp8_gpu.md").write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import build_nanogpt, modded_nanogpt
-from benchmarks.kept import Kept, code_digest
+from benchmarks.kept import Kept, facts_of
 from pipeline import config
 from pipeline.compute import runtime, throughput
 from pipeline.compute.determinism import deterministic
@@ -445,10 +445,7 @@ def main(words: list[str], folder: Path | None = None) -> None:
     device = chosen_device(asked.device)
     # No run on a CPU is to be taken for the figure of a GPU.
     folder = folder or (RESULTS if device.type == "cuda" else None)
-    with contextlib.chdir(ROOT):  # where dvc.yaml is
-        code = code_digest()
-    facts = {"card": runtime.device_name(device), "torch": torch.__version__, "code": code}
-    facts |= {"size": asked.size, "batch": asked.batch, "rounds": asked.rounds}
+    facts = facts_of(device, size=asked.size, batch=asked.batch, rounds=asked.rounds)
     kept = Kept(folder / "gpu.json" if folder else None, facts, asked.minutes)
     rates = kept.get("matrix rates", EAGER_SECONDS, lambda: matrix_rates(device)) or {}
     seen = kept.get("kernels", EAGER_SECONDS, lambda: kernels(asked.size, device)) or "none yet"

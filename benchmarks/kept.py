@@ -6,6 +6,7 @@ any of these differs nothing of it counts, and the results of before stay under 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,8 +15,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pipeline.compute.runtime import device_name
 from pipeline.records.provenance import code_of
 from pipeline.storage.digests import digest_of
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Kept:
@@ -51,6 +57,8 @@ class Kept:
             os.replace(part, self._path)
 
 
-def code_digest() -> str:
-    """Of the files that decide what a training computes, as dvc.yaml lists them."""
-    return digest_of(code_of("train"))[:12]
+def facts_of(device: torch.device, stage: str = "train", **settings: Any) -> dict[str, Any]:
+    """Card, torch, settings, and a digest of the files that decide what `stage` computes."""
+    with contextlib.chdir(ROOT):  # where dvc.yaml is
+        code = digest_of(code_of(stage))[:12]
+    return {"card": device_name(device), "torch": torch.__version__, "code": code, **settings}

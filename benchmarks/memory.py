@@ -12,9 +12,9 @@ kept in memory_gpu.json at once, and what stands there is not measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.gpu import RESULTS, afterwards_empty, chosen_device
+from benchmarks.kept import Kept, facts_of
 from pipeline import config as configuration
-from pipeline.compute import runtime, throughput
+from pipeline.compute import throughput
 from pipeline.compute.precision import choose_precision, of_a_card
 from pipeline.config import Config
 from pipeline.diagnostics import forecast
@@ -112,6 +113,16 @@ def measured(case: Case, device: torch.device) -> dict[str, Any]:
     return {"forecast": expected, "peak": throughput.peak_memory_mib(device), "rate": rate}
 
 
+def tried(case: Case, device: torch.device) -> dict[str, Any]:
+    """`measured` within the case's card, or that it does not fit."""
+    with afterwards_empty():
+        limit(case.card, device)
+        try:
+            return measured(case, device) | {"refused": ""}
+        except torch.OutOfMemoryError:
+            return {"refused": "out of memory"}
+
+
 def limit(card: int, device: torch.device) -> None:
     """Hold the allocator to a card of so many GB, less what a driver takes; 0 for all of this."""
     if device.type == "cuda":
@@ -137,23 +148,14 @@ def main(words: list[str]) -> None:
     asked = parser.parse_args(words)
     device = chosen_device(asked.device)
     asked.out.mkdir(parents=True, exist_ok=True)
-    kept = asked.out / "memory_gpu.json"
-    known = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
-    about = f"{runtime.device_name(device)}, torch {torch.__version__}"
-    found, todo = known.get(about, {}), cases(asked.size)
-    for case in todo:
-        if case.key in found:
-            continue
-        with afterwards_empty():
-            limit(case.card, device)
-            try:
-                found[case.key] = measured(case, device) | {"refused": ""}
-            except torch.OutOfMemoryError:
-                found[case.key] = {"refused": "out of memory"}
-        kept.write_text(json.dumps(known | {about: found}, indent=1), "utf-8")
-        print(*row(case, found[case.key]), flush=True)
+    facts = facts_of(device)
+    kept, rows = Kept(asked.out / "memory_gpu.json", facts), []
+    for case in cases(asked.size):
+        rows.append(row(case, kept.get(case.key, 0, partial(tried, case, device))))
+        print(*rows[-1], flush=True)
+    about = f"{facts['card']}, torch {facts['torch']}, code {facts['code']}"
     head = f"# Peak memory of a training step\n\n{about}; `python benchmarks/memory.py`\n\n"
-    page = head + markdown(COLUMNS, [row(case, found[case.key]) for case in todo])
+    page = head + markdown(COLUMNS, rows)
     (asked.out / "memory_gpu.md").write_text(page, "utf-8")
     print(page)
 

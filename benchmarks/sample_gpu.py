@@ -12,21 +12,19 @@ differs, the page tells how far apart, by our model in fp32, its token and the o
 units in the last place of the format at the largest logit. Beyond `NEAR` of them no time counts.
 
 Each case (a precision, a batch) is kept in sample_gpu.json as soon as it is measured. After
-`--minutes` no second one is begun; the same command again goes on, on the same card with the same
-torch and commit. On CUDA it writes benchmarks/results/sample_gpu.md, elsewhere it only prints.
+`--minutes` none is begun; the same command again goes on, on the same card with the same torch and
+code. On CUDA it writes benchmarks/results/sample_gpu.md, elsewhere it only prints.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import outcomes
-from benchmarks.gpu import chosen_device
+from benchmarks.gpu import afterwards_empty, chosen_device
+from benchmarks.kept import Kept, facts_of
 from benchmarks.outcomes import OURS, RESULTS
 from benchmarks.peers import HF, SIZES, Task, hf_model
 from pipeline.compute import runtime, throughput
@@ -185,12 +184,6 @@ def rows(case: dict[str, Any], task: Task, rate: float) -> list[tuple[Any, ...]]
     return shown
 
 
-def kept_in(path: Path, here: dict[str, str]) -> dict[str, Any]:
-    """Cases measured before, by name; those of another machine, torch or commit count for none."""
-    read = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return read.get("cases", {}) if read.get("here") == here else {}
-
-
 def main(words: list[str], folder: Path | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -199,48 +192,36 @@ def main(words: list[str], folder: Path | None = None) -> None:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--new", type=int, default=256, help="tokens a continuation")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=4.0, help="after them begin no more")
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, help="after them begin no more; 0: no limit"
+    )
     asked = parser.parse_args(words)
-    began, device = time.monotonic(), chosen_device(asked.device)
+    device = chosen_device(asked.device)
     folder = folder or (RESULTS if device.type == "cuda" else None)
     said = outcomes.circumstances()
-    here = {"device": runtime.device_name(device), "torch": torch.__version__} | {
-        name: said[name] for name in ("machine", "commit")
-    }
-    kept = kept_in(folder / "sample_gpu.json", here) if folder else {}
-    task, left, done = Task(asked.size, device=device.type), 0, 0
-    rate = roofline.bandwidth(device)
+    facts = facts_of(device, "sample", size=asked.size, new=asked.new, rounds=asked.rounds)
+    task, rate, cases = Task(asked.size, device=device.type), roofline.bandwidth(device), []
+    kept = Kept(folder / "sample_gpu.json" if folder else None, facts, asked.minutes)
     for name, batch in ((p, b) for p in asked.precision for b in asked.batch):
-        case = f"{asked.size}, {name}, batch {batch}, {asked.new} tokens, {asked.rounds} rounds"
-        if case in kept:
-            continue
-        if done and time.monotonic() - began > 60 * asked.minutes:
-            left += 1
-            continue
         precision = choose_precision(name, device)
-        found = measure(task, batch, precision, asked.new, asked.rounds)
-        done += 1
-        kept[case] = {"size": precision.result_bytes, "precision": name, "batch": batch}
-        kept[case] |= {"new": asked.new, "found": found}
-        print(f"sample_gpu: {case}", file=sys.stderr)
-        gc.collect()  # what a case held and compiled is gone before the next one
-        torch._dynamo.reset()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"here": here, "cases": kept}, indent=1) + "\n"
-            (folder / "sample_gpu.json").write_text(text, encoding="utf-8", newline="\n")
-    more = f"**{left} cases are not measured yet: the same command goes on.**\n\n" if left else ""
+        call = partial(measure, task, batch, precision, asked.new, asked.rounds)
+        found = kept.get(f"{name}, batch {batch}", 0, afterwards_empty()(call))
+        if found is None:
+            continue
+        case = {"size": precision.result_bytes, "precision": name, "batch": batch}
+        cases.append(case | {"new": asked.new, "found": found})
+        print(f"sample_gpu: {name}, batch {batch}", file=sys.stderr)
+    left = "; ".join(kept.missing)
+    more = f"**Not measured yet: {left}. The same command goes on.**\n\n" if left else ""
     page = (
-        f"# Sampling on {here['device']}\n\n"
+        f"# Sampling on {facts['card']}\n\n"
         f"{asked.new} greedy tokens behind a prompt of {PROMPT}, GPT-2 {asked.size}, random "
         f"weights. The roof is by {rate / 1e9:,.0f} GB/s, as a large sum was measured. A text that "
         f"differs does so first between two tokens that are so many units in the last place of "
         f"the format apart; up to {NEAR} count as a near tie.\n\n{more}"
         f"`{said['command']}` on {said['date']} at {said['commit'] or 'no commit'}\n\n"
         f"{said['machine']}; {said['versions']}; CUDA {torch.version.cuda or 'none'}\n\n"
-        + markdown(COLUMNS, [row for case in kept.values() for row in rows(case, task, rate)])
+        + markdown(COLUMNS, [row for case in cases for row in rows(case, task, rate)])
     )
     print(page)
     if folder:

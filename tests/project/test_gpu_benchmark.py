@@ -253,13 +253,13 @@ def test_sampling_is_measured_case_by_case_and_goes_on_where_it_was_left(
         "measure",
         lambda task, batch, *more: measured.append(batch) or measure(task, batch, *more),
     )
-    words = [*SAMPLE, "--batch", "1", "2", "--minutes", "0"]
+    words = [*SAMPLE, "--batch", "1", "2", "--minutes", "0.005"]
     sample_gpu.main(words, tmp_path)
     page = (tmp_path / "sample_gpu.md").read_text("utf-8")
-    assert measured == [1] and "**1 cases are not measured yet" in page
+    assert measured == [1] and "**Not measured yet: fp32, batch 2." in page
     sample_gpu.main(words, tmp_path)
     page = (tmp_path / "sample_gpu.md").read_text("utf-8")
-    assert measured == [1, 2] and "not measured yet" not in page
+    assert measured == [1, 2] and "Not measured yet" not in page
     table = [line.split("|") for line in page.splitlines() if line.startswith("| fp32")]
     cells = [[cell.strip() for cell in line] for line in table]
     static, compiled = f"{HF}, static cache, compiled", f"{OURS}, compiled"
