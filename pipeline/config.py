@@ -196,6 +196,16 @@ class DebugConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    processes: int | str = setting(
+        "processes that train together on this machine; auto is one a GPU", choices=("auto",), low=1
+    )
+    timeout: float = setting(
+        "minutes that processes wait for one of them before the training fails", above=0, high=1e4
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     experiment: str = setting(
         "the MLflow experiment; its files lie in a folder of this name", plain=True
@@ -223,6 +233,7 @@ class Config:
     sample: SampleConfig
     debug: DebugConfig
     checkpoint: CheckpointConfig
+    distributed: DistributedConfig
     tracking: TrackingConfig
 
 
@@ -355,7 +366,11 @@ def _scalar(name: str, value: Any, hint: Any, accepted: Any, problems: list[str]
     """`value` as its declared type, or a problem naming setting, value and choices."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < LARGEST else value
-    if hint == tuple[str, ...]:
+    if hint == int | str:  # a number, or a word that stands for one
+        if value in accepted["choices"]:
+            return value
+        good = type(value) is int and accepted["low"] <= value < LARGEST
+    elif hint == tuple[str, ...]:
         good = isinstance(value, list) and bool(value) and all(map(_is_text, value))
         value = tuple(value) if good else value
     else:
@@ -363,7 +378,8 @@ def _scalar(name: str, value: Any, hint: Any, accepted: Any, problems: list[str]
     if good and hint in (int, float):
         good = abs(value) < (LARGEST if hint is int else math.inf) and value > accepted["above"]
         good = good and accepted["low"] <= value <= accepted["high"]
-    good = good and (not accepted["choices"] or value in accepted["choices"])
+    if hint != int | str:
+        good = good and (not accepted["choices"] or value in accepted["choices"])
     good = good and (not accepted["plain"] or bool(PLAIN_NAME.fullmatch(value)))
     if not good:
         plain = isinstance(value, str) and value.isprintable()
@@ -381,6 +397,9 @@ def _is_text(value: Any) -> bool:
 
 
 def _accepted(hint: Any, accepted: Any) -> str:
+    if hint == int | str:
+        number = _accepted(int, {**accepted, "choices": ()})
+        return f"{number}, or {', '.join(accepted['choices'])}"
     if accepted["choices"]:
         return "one of " + ", ".join(accepted["choices"])
     if accepted["plain"]:

@@ -65,6 +65,14 @@ class ChangedError(UserError):
     exit_code = 8
 
 
+class PeerError(UserError):
+    """Another process of this training has failed; `code` is its exit code, where it had one."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.exit_code = code
+
+
 def cut(text: str, most: int = VALUE) -> str:
     """The beginning of a text that may be of any length."""
     more = len(text) - most

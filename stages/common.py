@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,18 +73,29 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
                 "`python -m pipeline --help` lists what else there is"
             )
         config = configuration.load()
-        git.warn()
-        git.check_hellaswag(Path(config.evaluate.hellaswag))
-        if stage:
-            notified(main, stage, config)
+        work = partial(begun, main, stage, config)
+        if stage == "train":
+            from pipeline.distributed import start  # which imports torch
+
+            start.run(config, work)
         else:
-            main(config)
-        dvc_plots.keep_script()
+            work()
     except (Exception, KeyboardInterrupt) as error:
         if not (said := to_user(error)):
             raise
         print(said, file=sys.stderr)
         sys.exit(exit_code(error))
+
+
+def begun(main: Callable[[Config], None], stage: str, config: Config) -> None:
+    """A stage, once its settings are read; of several processes the first one does this."""
+    git.warn()
+    git.check_hellaswag(Path(config.evaluate.hellaswag))
+    if stage:
+        notified(main, stage, config)
+    else:
+        main(config)
+    dvc_plots.keep_script()
 
 
 def notified(main: Callable[[Config], None], stage: str, config: Config) -> None:

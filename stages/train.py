@@ -10,6 +10,7 @@ from pipeline import paths
 from pipeline.compute.machine import Machine, measured
 from pipeline.config import Config
 from pipeline.diagnostics import debugger, doctor, forecast, glimpse
+from pipeline.distributed import team
 from pipeline.resume import run_folder
 from pipeline.resume.checkpoints import Checkpoint, Checkpoints
 from pipeline.resume.interruption import Interruption, Stopped
@@ -64,7 +65,10 @@ def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
     if newest:
         newest.restore(state)
         history.restore(newest.path, newest.facts, state.step)
-    with system_metrics.watched(record, precision.device), forecast.explaining(config, precision):
+    for line in team.begin(state, job.run.identity, newest, record):
+        print(f"train: {line}", flush=True)
+    watched = system_metrics.watched(record, precision.device)
+    with watched, team.telling(state), forecast.explaining(config, precision):
         loop(job, state, history)
     job.checkpoints.write_models(paths.LAST, paths.MODEL, state, history.best_step)
     record.checkpoint("best", paths.MODEL, history.best_step)
@@ -82,7 +86,7 @@ def loop(job: Job, state: TrainState, history: History) -> None:
     """Every step that is left; validations and checkpoints when they are due."""
     config, record = job.config, job.record
     rounds, told = doctor.Rounds(), set[str]()
-    batches = partial(micro_batches, job.inputs.train, config.train)
+    batches = partial(micro_batches, job.inputs.train, config.train, ranks=state.ranks)
 
     def validate_if_due() -> None:
         if history.validation_due():

@@ -22,6 +22,7 @@ from pipeline import config as configuration
 from pipeline import paths, terminal
 from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
+from pipeline.compute.ranks import Ranks
 from pipeline.config import Config
 from pipeline.data.token_files import Tokens
 from pipeline.diagnostics import nonfinite, token_spans
@@ -32,6 +33,7 @@ from pipeline.records.record_file import Record
 from pipeline.resume.interruption import Interruption
 from pipeline.resume.snapshot import read_facts, read_tensors, restore, save_snapshot
 from pipeline.training import training_step
+from pipeline.training.loop import micro_batches
 from pipeline.training.training_step import Look, TrainState
 from pipeline.training.validation import ValidationError
 
@@ -73,6 +75,8 @@ def attached(
     try:
         yield stop_and_look
     except NumericsError as error:
+        if state.ranks.world > 1:  # it may be in another process's share: all of it is done again
+            state.ranks, state.batches = Ranks(), micro_batches(tokens, config.train, state.step)
         if isinstance(error, ValidationError):
             explained = nonfinite.explain_validation(error, state, held_out, config.train)
         else:

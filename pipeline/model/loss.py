@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -288,12 +288,14 @@ def mean_loss(
     precision: Precision,
     device: torch.device,
     look: Callable[[Tensor, Tensor], None] | None = None,
+    sums: Callable[[Sequence[float]], list[float]] = list,
 ) -> float:
     """Mean loss in nats/target over all batches of inputs and targets (B, T), for validation.
 
     Sums are added in double precision on the host, so that the batch size leaves no trace beyond
     fp32's rounding. No gradient, no dropout, no random numbers. NaN where there is no target.
-    `look` is shown the hidden states (B, T, C) and targets of every batch.
+    `look` is shown the hidden states (B, T, C) and targets of every batch; `sums` adds up the
+    total and the number of targets where other processes have other batches.
     """
 
     def nats(x: Tensor, y: Tensor) -> Tensor:
@@ -305,13 +307,14 @@ def mean_loss(
             return linear_cross_entropy(hidden, weight, y, precision, vocab_size=vocabulary)
 
     with evaluating(model), precision.products():
-        return mean_of(nats, batches, device)
+        return mean_of(nats, batches, device, sums)
 
 
 def mean_of(
     nats: Callable[[Tensor, Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
+    sums: Callable[[Sequence[float]], list[float]] = list,
 ) -> float:
     """Mean in nats/target over all batches, of which `nats(inputs, targets)` gives a 0-dim sum.
 
@@ -321,7 +324,8 @@ def mean_of(
     for x, y in batches:
         count += int((y != IGNORE).sum())
         total += nats(x.to(device), y.to(device)).item()
-    return total / count if count else float("nan")
+    total, targets = sums((total, float(count)))
+    return total / targets if targets else float("nan")
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from pipeline.compute import runtime
-from pipeline.compute.precision import Precision
 from pipeline.config import CheckpointConfig
 from pipeline.errors import InputError, StorageError
 from pipeline.model.gpt import GPT
@@ -44,11 +43,17 @@ class Checkpoint:
         """
         restore(state, read_tensors(self.path), self.facts)
         runtime.set_rng_state(state.rng, state.precision.device)
-        then, now = self.facts["machine"], machine(state.precision)
+        then, now = self.facts["machine"], machine(state)
         changed = [f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
         if changed:
             said = "; ".join(changed)
             log.warning("this training resumes, but not bit-equal to an unbroken one: %s", said)
+
+
+def at(run: Path, step: int) -> Checkpoint:
+    """The checkpoint after so many steps in a run's folder."""
+    path = run / "checkpoints" / _name(step)
+    return Checkpoint(path, read_facts(path))
 
 
 class Checkpoints:
@@ -77,7 +82,7 @@ class Checkpoints:
         checkpoints are as they were.
         """
         state.begin([])
-        facts = {**facts, "machine": machine(state.precision)}
+        facts = {**facts, "machine": machine(state)}
         save_snapshot(self.folder / _name(state.step), state, facts)
         self._saved = time.monotonic()
         with contextlib.suppress(OSError):  # where somebody reads an old one, the next save tries
@@ -159,16 +164,18 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"))
 
 
-def machine(precision: Precision) -> dict[str, str]:
+def machine(state: TrainState) -> dict[str, str]:
     """What has to be the same for a resumed training to be bit-equal to an unbroken one.
 
     On CUDA that takes `train.deterministic` as well.
     """
+    precision = state.precision
     return {
         "torch": torch.__version__,
         "device": runtime.device_name(precision.device),  # with the threads of a CPU
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "precision": precision.effective + (" (emulated)" if precision.emulated else ""),
+        "processes": str(state.ranks.world),
     }
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any, TypeVar
 
+from pipeline.compute.ranks import here
+
 Item = TypeVar("Item")
 Handler = Callable[[int, FrameType | None], Any] | int | None  # as signal.getsignal gives it
 # A closed terminal is a third way to say it, where the system has that signal.
@@ -21,10 +23,14 @@ class Stopped(Exception):
 
 
 class Interruption:
-    """While entered, signals to end are taken over: `asked` is the one that came, if any."""
+    """While entered, signals to end are taken over: `asked` is the one that came, if any.
+
+    Of several processes each learns in its next step what came to another.
+    """
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
+        self._ranks = here()
+        self._ranks.asked = 0
         before = {number: signal.getsignal(number) for number in SIGNALS}
         # One that is ignored, as under nohup, was not to end this process.
         self._before = {n: kept for n, kept in before.items() if kept is not signal.SIG_IGN}
@@ -35,6 +41,11 @@ class Interruption:
 
     def __exit__(self, *_: object) -> None:
         self._handle(self._before)
+
+    @property
+    def asked(self) -> signal.Signals | None:
+        number = self._ranks.asked
+        return signal.Signals(number) if number else None
 
     def unless_asked(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, as long as nobody asks to stop; then Stopped."""
@@ -62,10 +73,11 @@ class Interruption:
         self._handle(dict.fromkeys(self._before, self._note))
 
     def _note(self, number: int, _frame: object) -> None:
-        self.asked = signal.Signals(number)
+        self._ranks.asked = number
         # The system's own way to end needs no Python: it works in the middle of a long product.
         self._handle(dict.fromkeys(self._before, signal.SIG_DFL))
-        words = f"\n{self.asked.name}: this step and a checkpoint first; again ends at once\n"
+        name = signal.Signals(number).name
+        words = f"\n{name}: this step and a checkpoint first; again ends at once\n"
         with contextlib.suppress(OSError):
             os.write(2, words.encode())  # a handler may come in the middle of another print
 

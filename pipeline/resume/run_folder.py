@@ -105,7 +105,7 @@ def claim(identity: dict[str, Any]) -> Iterator[Run]:
 
     Raises BusyError where a living process has it, StorageError where the folder cannot be written.
     """
-    folder = _folder(identity)
+    folder = folder_of(identity)
     with contextlib.ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def keep(found: dict[str, Any]) -> bool:
 
 def take_over(found: dict[str, Any]) -> bool:
     """Whether `keep` had this stage's very outputs; they are put back, checked."""
-    folder = _folder(found)
+    folder = folder_of(found)
     if not (folder / RESULT).exists():
         return False
     with claim(found) as run:
@@ -181,7 +181,7 @@ def _left_by(stage: str) -> list[Path]:
     return [r.parent for r in results if _json(r).get("digests", {}).get(record.as_posix()) == mine]
 
 
-def _folder(found: dict[str, Any]) -> Path:
+def folder_of(found: dict[str, Any]) -> Path:
     return paths.runs() / digest_of(found)[:16]
 
 
@@ -194,7 +194,7 @@ def where_to_start(run: Run, done: int | None, config: Config) -> str:
         return f"resuming from step {done:,}/{config.train.steps:,}"
     why = "there is no checkpoint to resume from"
     if other := unfinished(but=run.folder):
-        changed = "; ".join(differences(run.identity, other)) or "nothing else"
+        changed = "; ".join(differences(run.identity, _json(other / IDENTITY))) or "nothing else"
         why += f"; the training interrupted last, {other}, is another one: here {changed}"
     if config.checkpoint.resume == "require":
         raise ResumeError(f"checkpoint.resume=require: {why}")
@@ -213,9 +213,8 @@ def unfinished(but: Path) -> Path | None:
     return max(found, key=lambda f: _json(f / STATUS).get("time", 0), default=None)
 
 
-def differences(mine: dict[str, Any], other: Path) -> list[str]:
+def differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """By what another training's identity differs, a phrase each."""
-    theirs = _json(other / IDENTITY)
     params, before = mine["params"], theirs.get("params", {})
     inputs, inputs_before = mine["inputs"], theirs.get("inputs", {})
     code, code_before = mine["code"], theirs.get("code", {})

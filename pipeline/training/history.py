@@ -147,7 +147,8 @@ class History:
         rate = throughput.tokens_per_second([r.seconds for r in curve], curve[0].tokens)
         peak = throughput.peak_flops(runtime.device_name(precision.device), precision.effective)
         flops = model.flops_per_token(self._config.sequence_length)
-        mfu = throughput.utilisation(rate, flops, peak)
+        each = rate / state.ranks.world  # of the processes, which have a device each
+        mfu = throughput.utilisation(each, flops, peak)
         return {
             "train/final_loss": curve[-1].loss,
             "train/best_val_loss": self.best,
@@ -160,7 +161,7 @@ class History:
             "perf/warm_up_seconds": throughput.warm_up_seconds([r.seconds for r in curve]),
             "perf/matrix_gflops": matrix_rate / 1e9,
             **({"perf/mfu": mfu} if mfu is not None else {}),
-            "perf/of_matrix_rate": rate * flops / matrix_rate,
+            "perf/of_matrix_rate": each * flops / matrix_rate,
         }
 
     def lines(self, summary: Mapping[str, float]) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.compute.ranks import STEP, Ranks
 from pipeline.compute.runtime import derived_seed
 from pipeline.compute.throughput import Stopwatch
 from pipeline.data.batches import batch_at
@@ -123,12 +124,14 @@ class _Run:
         state, watch, number = self.state, self.watch, self.state.step
         if number >= steps:
             return None
+        state.ranks.lead(STEP, steps)
         if not earlier:
             watch.start()
         asked = watch.so_far()
+        state.ranks.seed(self.config.seed, number)
         state.begin(self.source(number))
         facts = {"step": number, "steps": steps, "data_seconds": watch.so_far() - asked}
-        facts["tokens"] = sum(x.numel() for x, _ in state.batches)
+        facts["tokens"] = sum(x.numel() for x, _ in state.batches) * state.ranks.world
         facts["learning_rate"] = rate = learning_rate(number, self.config, steps)
         look = self._aside if self.look and number == self.look_at else None
         work = launch(state, state.batches, rate, self.config, look, earlier)
@@ -159,19 +162,28 @@ class _Run:
             self.look(state)
 
 
-def micro_batches(tokens: Tokens, config: TrainConfig, step: int) -> list[Batch]:
-    """The batches of one step: a pure function of the settings, so that nothing is to be kept."""
+def micro_batches(
+    tokens: Tokens, config: TrainConfig, step: int, ranks: Ranks | None = None
+) -> list[Batch]:
+    """The batches of one step: a pure function of the settings, so that nothing is to be kept.
+
+    With `ranks`, the share of one process; those of all hold the same sequences as without.
+    """
+    ranks = ranks or Ranks()
+    batch_size, accumulate = ranks.share(config.batch_size, config.accumulate)
     return [
         batch_at(
             tokens,
             step,
             micro_step,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             sequence_length=config.sequence_length,
-            accumulate=config.accumulate,
+            accumulate=accumulate,
             seed=derived_seed(config.seed, "data"),
+            rank=ranks.rank,
+            world=ranks.world,
         )
-        for micro_step in range(config.accumulate)
+        for micro_step in range(accumulate)
     ]
 
 

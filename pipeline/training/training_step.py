@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.compute.buffers import hand_back
+from pipeline.compute.ranks import Ranks, here
 from pipeline.compute.runtime import Numbers, derived_seed, rng_state
 from pipeline.errors import InputError, NumericsError
 from pipeline.model import activations
@@ -66,6 +67,7 @@ class TrainState:
     counts_before: dict[str, Any] = field(init=False, repr=False)  # likewise
     loss: float = math.nan  # of its gradients, nats/token
     norm: float = math.nan  # of its gradients
+    ranks: Ranks = field(default_factory=here, repr=False)  # where this process stands
 
     def __post_init__(self) -> None:
         self.begin([])
@@ -227,14 +229,14 @@ def gradients(
     """Accumulate every micro-batch's gradient and unscale once; returns the mean loss in nats.
 
     That is 0-dim, fp32, and stays on the device. The loss is the sum over all tokens by the number
-    of valid ones in all micro-batches, so that N micro-batches of one equal one of N, ragged masks
-    included. `each` gets every micro-batch's loss once its gradients are there. Raises InputError
-    where no target is valid.
+    of valid ones in all micro-batches of all processes, so that N micro-batches of one equal one
+    of N, ragged masks included. `each` gets every micro-batch's loss once its gradients are there.
+    Raises InputError where no target is valid.
     """
     scaler, device = state.scaler, state.precision.device
-    valid = sum(int((y != IGNORE).sum()) for _, y in batches)
+    valid = state.ranks.count(sum(int((y != IGNORE).sum()) for _, y in batches))
     if valid == 0:
-        targets = sum(y.numel() for _, y in batches)
+        targets = sum(y.numel() for _, y in batches) * state.ranks.world
         raise InputError(
             f"step {state.step}: all {targets:,} targets of the batch are {IGNORE}, which is to be "
             "ignored, so there is no loss; at least one has to be a token"
@@ -252,5 +254,6 @@ def gradients(
             total += loss.detach()
             if each:
                 each(loss.detach())
+    state.ranks.add_up(total, state.model.parameters())  # an overflow of one is one of all
     scaler.unscale_(state.optimizer)
     return total / scaler.scale(torch.ones((), device=device))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from pipeline.compute.ranks import VALIDATE, Ranks
 from pipeline.data.batches import validation_windows
 from pipeline.errors import NumericsError
 from pipeline.model.loss import mean_loss
@@ -24,13 +25,16 @@ class ValidationError(NumericsError):
         self.loss = loss
 
 
-def windows(held_out: Tokens, config: TrainConfig) -> Iterator[Batch]:
-    """Batches of the first `train.val_tokens` tokens of the validation split."""
+def windows(held_out: Tokens, config: TrainConfig, ranks: Ranks | None = None) -> Iterator[Batch]:
+    """Batches of the first `train.val_tokens` tokens of the validation split, or a rank's share."""
+    ranks = ranks or Ranks()
     return validation_windows(
         held_out,
         batch_size=config.batch_size,
         sequence_length=config.sequence_length,
         limit=config.val_tokens,
+        rank=ranks.rank,
+        world=ranks.world,
     )
 
 
@@ -42,10 +46,14 @@ def validate(
 ) -> float:
     """Mean loss in nats/token; `while_` may end the batches early by raising an error.
 
+    Of several processes none may leave early: the others would wait for its part of the sum.
     Raises ValidationError where the loss is not finite.
     """
-    batches = while_(windows(held_out, config))
-    loss = mean_loss(state.model, batches, state.precision, state.precision.device)
+    ranks, device = state.ranks, state.precision.device
+    ranks.lead(VALIDATE)
+    batches = windows(held_out, config, ranks)
+    batches = while_(batches) if ranks.world == 1 else batches
+    loss = mean_loss(state.model, batches, state.precision, device, sums=ranks.sums)
     if not math.isfinite(loss):
         raise ValidationError(loss)
     return loss

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # at the root. The first make results; an edit in the others re-runs no stage.
 MAKES = ("storage", "compute", "data", "model", "training", "inference", "studies")
 LOOKS = (
-    *("records", "drawing", "resume", "diagnostics", "tracking", "experiments", "reports"),
-    *("export", "commands"),
+    *("records", "drawing", "resume", "distributed", "diagnostics", "tracking", "experiments"),
+    *("reports", "export", "commands"),
 )
 
 

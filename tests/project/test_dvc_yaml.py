@@ -13,7 +13,8 @@ from pipeline.records import provenance, stage_graph
 from tests.helpers.imports import ROOT, closure, config_sections
 
 STAGES: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(ROOT / "dvc.yaml"))["stages"]
-ASIDE = {"checkpoint", "tracking"}  # sections that change no result: no stage runs again for them
+# Sections that change no result: no stage runs again for them.
+ASIDE = {"checkpoint", "distributed", "tracking"}
 SECTIONS = {f.name for f in configuration.fields(configuration.Config)} - ASIDE
 
 

@@ -1,0 +1,80 @@
+"""`train` as a process, for tests of several: without what they are not about, and with a fault.
+
+`python -m tests.helpers.rank_job` in a workspace trains like `python -m stages.train`. FAULT is
+RANK:STEP:KIND, one of FAULTS that befalls that rank in that step; several stand between commas.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pipeline.compute import machine
+from pipeline.diagnostics import doctor, forecast
+from pipeline.errors import StorageError
+from pipeline.training import training_step
+from pipeline.training.history import History
+from pipeline.tracking import recording
+from stages import common, train
+from tests.conftest import NoCourier
+
+
+def raises(error: Exception) -> Callable[[Any], None]:
+    def fault(_: object) -> None:
+        raise error
+
+    return fault
+
+
+def spoil(state: training_step.TrainState) -> None:
+    """A gradient that is not finite, in this rank alone, from now on until the step is over."""
+    weight, step = state.model.transformer.ln_f.bias, state.step
+    weight.register_hook(lambda g: torch.full_like(g, math.inf) if state.step == step else g)
+
+
+FAULTS: dict[str, Callable[[training_step.TrainState], None]] = {
+    "crash": raises(KeyError("a bug")),
+    "refuse": raises(StorageError("no room on this rank")),
+    "leave": lambda _: os._exit(0),
+    "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "hang": lambda _: time.sleep(600),
+    "SIGTERM": lambda _: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGINT": lambda _: os.kill(os.getpid(), signal.SIGINT),
+    "spoil": spoil,
+}
+
+
+def main() -> None:
+    rank = int(os.environ.get("RANK", 0))
+    faults = [fault.split(":") for fault in os.environ.get("FAULT", "").split(",") if fault]
+    original, add = training_step.gradients, History.add
+
+    def gradients(state: training_step.TrainState, *rest: Any) -> torch.Tensor:
+        for who, step, kind in faults:
+            if (int(who), int(step)) == (rank, state.step) and state.ranks.rank == rank:
+                FAULTS[kind](state)
+        return original(state, *rest)
+
+    def note(self: History, report: Any, *rest: Any) -> None:
+        with open("losses.txt", "a") as file:
+            file.write(f"{report.step} {report.loss!r} {report.skipped}\n")
+        add(self, report, *rest)
+
+    training_step.gradients, History.add = gradients, note
+    recording.Courier = NoCourier
+    forecast.before_training = lambda *_: []
+    forecast.after_first_steps = lambda *_: ""
+    doctor.judge = lambda *_: ({}, [])
+    doctor.Rounds.look = lambda *_: []
+    machine.matrix_rate = lambda *_: 1e9
+    common.run(train.main, "train")
+
+
+if __name__ == "__main__":
+    main()
