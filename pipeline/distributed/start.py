@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -137,9 +138,14 @@ def verdict(failures: Mapping[int, Any], world: int) -> tuple[int, str]:
     """The exit code of the first process that failed; what to say, where a signal ended it.
 
     Those that ended otherwise have said why. Times are whole seconds: of the same one, a process
-    that a signal has ended is the cause, and one that missed it then is not.
+    that a signal has ended is the cause, but for SIGTERM, by which the launcher ends the others.
     """
-    rank, first = min(failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode))
+
+    def order(item: tuple[int, Any]) -> tuple[bool, float, int]:
+        _, failure = item
+        return failure.exitcode == -signal.SIGTERM, failure.timestamp, failure.exitcode
+
+    rank, first = min(failures.items(), key=order)
     if first.exitcode >= 0:
         return first.exitcode, ""
     return 128 - first.exitcode, (

@@ -102,10 +102,15 @@ def begin(
             log.warning("%s computes otherwise: %s", _board.name(rank), facts["machine"])
     counted = Counter(f"{facts['machine']['device']} on {facts['host']}" for facts in everyone)
     devices = ", ".join(f"{count} x {device}" for device, count in counted.items())
-    world = state.ranks.world
+    world, params = state.ranks.world, identity["params"]
+    sizes = params["train.batch_size"], params["train.accumulate"]
+    each, count = state.ranks.share(*sizes)
     record.tags({"distributed.processes": world, "distributed.devices": devices})
     state.ranks.lead(START, newest.step if newest else -1)
-    return [f"{world} processes: {devices}"]
+    return [
+        f"{world} processes ({devices}); a step has train.batch_size={sizes[0]} times "
+        f"train.accumulate={sizes[1]} sequences, of which each makes {count} times {each}"
+    ]
 
 
 @contextlib.contextmanager
@@ -174,7 +179,8 @@ class Board:
             return error
         try:
             if not isinstance(error, PeerError):
-                self._blame(self.ranks.rank, reason(error), exit_code(error))
+                why = reason(error).removeprefix("error: ")
+                self._blame(f"{self.name(self.ranks.rank)}: {why}", exit_code(error))
                 return error
             self._put(f"lost/{self.ranks.rank}", True)
             until = time.monotonic() + GRACE_SECONDS
@@ -197,14 +203,14 @@ class Board:
     def _blame_the_silent(self, error: Exception, where: str) -> None:
         others = [r for r in range(self.ranks.world) if not self._has(f"lost/{r}")]
         if not others:
-            return self._blame(self.ranks.rank, f"{where}the connections broke: {error}", 1)
+            return self._blame(f"{where}the processes lost one another: {error}")
         here = self._get(f"here/{others[0]}")
         gone = here["host"] == socket.gethostname() and not is_alive(here["process"])
         said = "ended without a word" if gone else f"gave no answer (within {self.minutes:g} min)"
-        return self._blame(others[0], f"{where}{said}", 1)
+        return self._blame(f"{where}{self.name(others[0])} {said}")
 
-    def _blame(self, rank: int, why: str, code: int) -> None:
-        told = json.dumps({"words": f"{self.name(rank)}: {why}", "code": code})
+    def _blame(self, words: str, code: int = 1) -> None:
+        told = json.dumps({"words": words, "code": code})
         kept = self._store.compare_set("failed", "", told).decode()
         self.first = self.first or kept == told
 

@@ -17,10 +17,12 @@ import torch
 
 from pipeline.compute import machine
 from pipeline.diagnostics import doctor, forecast
+from pipeline.distributed import team
 from pipeline.errors import StorageError
+from pipeline.records import record_file
+from pipeline.tracking import recording
 from pipeline.training import training_step
 from pipeline.training.history import History
-from pipeline.tracking import recording
 from stages import common, train
 from tests.conftest import NoCourier
 
@@ -67,6 +69,9 @@ def main() -> None:
         add(self, report, *rest)
 
     training_step.gradients, History.add = gradients, note
+    if os.environ.get("NAIVE"):
+        team.Board.settle = lambda self, error, where="": error
+    record_file.git.said = lambda *_: ""
     recording.Courier = NoCourier
     forecast.before_training = lambda *_: []
     forecast.after_first_steps = lambda *_: ""
