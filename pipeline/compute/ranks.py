@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.compute.runtime import derived_seed
-from pipeline.errors import PeerError
+from pipeline.errors import PeerError, out_of_memory
 
 START, STEP, VALIDATE, LEAVE = range(4)  # what the first process has the others do
 LARGE = 1 << 20  # numbers of a gradient that is summed by itself; smaller ones go together
@@ -113,4 +113,6 @@ def _do(call: Callable[..., Any], *given: Any, **more: Any) -> Any:
     try:
         return call(*given, **more)
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         raise PeerError(f"another process of this training does not answer: {error}") from error

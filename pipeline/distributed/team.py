@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.compute import ranks as places
@@ -65,6 +66,8 @@ def run(config: Config, ranks: Ranks, local: int, work: Callable[[], None]) -> N
         raise
     except Exception as error:
         found = board.settle(error)
+        if found is error:
+            get_error_handler().record_exception(error)  # in the file where torchrun looks for it
         if ranks.rank and isinstance(found, UserError):
             if not board.first:
                 sys.exit(exit_code(found))

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.compute.precision import choose_precision
 from pipeline.compute.ranks import Ranks
+from pipeline.data import batches
 from pipeline.errors import InputError, NumericsError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
@@ -211,9 +212,9 @@ def test_a_spike_that_one_rank_has_seen_is_skipped_by_all_and_no_target_is_one_e
     def work(ranks: Ranks) -> tuple[bool, str]:
         state = start(model, config, ranks)
         state.norms = [1e-3] * 30
-        batches = loop.micro_batches(tokens(), config, 0, ranks)
-        skipped = training_step.train_step(state, batches, 1e-3, config).skipped
-        nothing = [(x, torch.full_like(y, IGNORE)) for x, y in batches]
+        share = loop.micro_batches(tokens(), config, 0, ranks)
+        skipped = training_step.train_step(state, share, 1e-3, config).skipped
+        nothing = [(x, torch.full_like(y, IGNORE)) for x, y in share]
         with pytest.raises(InputError) as caught:
             training_step.gradients(state, nothing)
         return skipped, str(caught.value)
@@ -274,3 +275,28 @@ def test_a_signal_to_one_rank_is_known_to_all_in_their_next_step() -> None:
         return heard
 
     assert together(2, work) == [[0, 15, 15]] * 2
+
+
+@pytest.mark.fault(52, control=True)
+def test_a_sum_alone_would_leave_the_signal_with_the_rank_that_got_it() -> None:
+    def work(ranks: Ranks) -> int:
+        ranks.asked = 15 * ranks.rank
+        ranks.sums([2.0])
+        return ranks.asked
+
+    assert together(2, work) == [0, 15]
+
+
+@pytest.mark.fault(51, control=True)
+def test_ranks_that_each_made_the_micro_batches_of_the_settings_would_train_on_twice_as_much(
+    make_config,
+) -> None:
+    config = settings(make_config)
+    naive = [
+        batches.batch_at(
+            tokens(), 3, n, batch_size=1, sequence_length=16, accumulate=4, seed=1, rank=r, world=2
+        )
+        for r in range(2)
+        for n in range(4)
+    ]
+    assert len(naive) == 2 * len(loop.micro_batches(tokens(), config, 3))
