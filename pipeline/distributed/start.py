@@ -10,7 +10,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,13 @@ STARTERS = (
 )
 
 
+class Place(NamedTuple):
+    """Where a process stands among all, and its number on its machine, which is its GPU's."""
+
+    ranks: Ranks
+    local: int
+
+
 def run(config: Config, work: Callable[[], None]) -> None:
     """Do a training's `work` in as many processes as there are to be.
 
@@ -35,9 +42,9 @@ def run(config: Config, work: Callable[[], None]) -> None:
     distributed.processes of them, which run its own command, waits, and ends as they do.
     """
     given = place(os.environ)
-    if given and given.world > 1:
-        check(config, given.world)
-        team.run(config, given, int(os.environ.get("LOCAL_RANK", given.rank)), work)
+    if given and given.ranks.world > 1:
+        check(config, given.ranks.world)
+        team.run(config, given.ranks, given.local, work)
     elif not given and (count := processes(config)) > 1:
         check(config, count)
         launch(config, count)
@@ -45,21 +52,12 @@ def run(config: Config, work: Callable[[], None]) -> None:
         work()
 
 
-def place(environment: Mapping[str, str]) -> Ranks | None:
-    """This process's place among those that somebody has started; None where nobody has.
-
-    Raises ConfigError for a variable that is no number.
-    """
-    for names in STARTERS:
-        if names[0] in environment and names[1] in environment:
-            try:
-                rank, world = (int(environment[name]) for name in names[:2])
-            except ValueError:
-                said = ", ".join(f"{name}={environment[name]}" for name in names[:2])
-                raise ConfigError(f"{said}: expected whole numbers") from None
-            if names[2] in environment:
-                os.environ.setdefault("LOCAL_RANK", environment[names[2]])
-            return Ranks(rank, world)
+def place(environment: Mapping[str, str]) -> Place | None:
+    """This process's place among those that somebody has started; None where nobody has."""
+    for rank, world, local in STARTERS:
+        if rank in environment and world in environment:
+            found = Ranks(int(environment[rank]), int(environment[world]))
+            return Place(found, int(environment.get(local, found.rank)))
     return None
 
 

@@ -58,11 +58,9 @@ def run(config: Config, ranks: Ranks, local: int, work: Callable[[], None]) -> N
             follow(config, board.tell_facts)
         else:
             work()
-            ranks.lead(LEAVE)
+            leave(ranks)
     except (SystemExit, KeyboardInterrupt) as error:
-        if ranks.rank == 0:
-            with contextlib.suppress(PeerError):  # the signal may have ended the others
-                ranks.lead(LEAVE, max(0, exit_code(error) - 128))
+        leave(ranks, max(0, exit_code(error) - 128))
         raise
     except Exception as error:
         found = board.settle(error)
@@ -76,6 +74,12 @@ def run(config: Config, ranks: Ranks, local: int, work: Callable[[], None]) -> N
             raise
         raise found from None
     dist.destroy_process_group()
+
+
+def leave(ranks: Ranks, number: int = 0) -> None:
+    """The first process tells the others that it ends, by a signal of that number if any."""
+    with contextlib.suppress(PeerError):  # they may have ended already
+        ranks.lead(LEAVE, number)
 
 
 def prepare(config: Config, local: int) -> str:

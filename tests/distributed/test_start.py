@@ -233,20 +233,17 @@ def test_a_stopped_training_goes_on_with_another_number_of_processes(workspace: 
     ("environment", "expected"),
     [
         ({}, None),
-        ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
-        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}, (1, 8)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4, 2)),
+        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, (2, 4, 0)),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "0"}, (1, 8, 0)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # a batch script, which starts no step
     ],
 )
 def test_a_process_finds_its_place_where_somebody_has_started_it(
-    environment: dict[str, str], expected: tuple[int, int] | None, monkeypatch
+    environment: dict[str, str], expected: tuple[int, int, int] | None
 ) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "")  # put back afterwards
-    monkeypatch.delenv("LOCAL_RANK")
     found = start.place(environment)
-    assert (found and (found.rank, found.world)) == expected
-    with pytest.raises(ConfigError, match="RANK=x, WORLD_SIZE=2: expected whole numbers"):
-        start.place({"RANK": "x", "WORLD_SIZE": "2"})
+    assert (found and (found.ranks.rank, found.ranks.world, found.local)) == expected
 
 
 def test_auto_is_a_process_a_gpu_and_one_without(make_config, monkeypatch) -> None:
