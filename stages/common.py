@@ -30,7 +30,9 @@ from pipeline.tracking import notify
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
     from pipeline.records.record_file import Record
+    from pipeline.resume.checkpoints import Checkpoint
     from pipeline.training.loop import StepReport
+    from pipeline.training.training_step import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +163,19 @@ def warn(config: Config, warnings: Iterable[object]) -> None:
     for warning in map(str, warnings):
         log.warning("%s", warning)
         notify.tell(config.tracking, warning)
+
+
+@contextlib.contextmanager
+def several(
+    state: TrainState, identity: dict[str, Any], newest: Checkpoint | None, record: Record
+) -> Iterator[None]:
+    """Around a training's loop, where other processes do it as well; see `distributed.team`."""
+    from pipeline.distributed import team
+
+    for line in team.begin(state, identity, newest, record):
+        print(f"train: {line}", flush=True)
+    with team.telling(state):
+        yield
 
 
 def announce(stage: str, precision: Precision, record: Record) -> None:

@@ -10,7 +10,6 @@ from pipeline import paths
 from pipeline.compute.machine import Machine, measured
 from pipeline.config import Config
 from pipeline.diagnostics import debugger, doctor, forecast, glimpse
-from pipeline.distributed import team
 from pipeline.resume import run_folder
 from pipeline.resume.checkpoints import Checkpoint, Checkpoints
 from pipeline.resume.interruption import Interruption, Stopped
@@ -65,10 +64,9 @@ def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
     if newest:
         newest.restore(state)
         history.restore(newest.path, newest.facts, state.step)
-    for line in team.begin(state, job.run.identity, newest, record):
-        print(f"train: {line}", flush=True)
+    several = common.several(state, job.run.identity, newest, record)
     watched = system_metrics.watched(record, precision.device)
-    with watched, team.telling(state), forecast.explaining(config, precision):
+    with several, watched, forecast.explaining(config, precision):
         loop(job, state, history)
     job.checkpoints.write_models(paths.LAST, paths.MODEL, state, history.best_step)
     record.checkpoint("best", paths.MODEL, history.best_step)
@@ -91,8 +89,7 @@ def loop(job: Job, state: TrainState, history: History) -> None:
     def validate_if_due() -> None:
         if history.validation_due():
             with contextlib.suppress(Stopped):  # somebody asks to stop: the next process does it
-                loss = validate(state, job.inputs.val, config.train, stop.unless_asked)
-                if history.validated(loss):
+                if history.validated(validate(state, job.inputs.val, config.train, stop.going_on)):
                     job.checkpoints.keep_best(state.model, state.step)
                 for line in (history.line(), *glimpse.lines(state, config, record)):
                     common.say(f"train: {line}")
@@ -107,8 +104,7 @@ def loop(job: Job, state: TrainState, history: History) -> None:
         job.checkpoints.save(state, history.facts())
         job.run.say("running", step=state.step)
 
-    data = job.inputs.train, job.inputs.val
-    with Interruption() as stop, debugger.attached(state, config, record, *data, stop) as look:
+    with Interruption() as stop, debugger.attached(state, config, record, job.inputs, stop) as look:
         look_at, steps_at = config.debug.interact_at_step, history.budget.steps
         steps = fit(state, config.train, batches, look, look_at, steps_at, pause)
         validate_if_due()  # a training that was stopped may owe it

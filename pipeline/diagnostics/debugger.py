@@ -24,7 +24,6 @@ from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
 from pipeline.compute.ranks import Ranks
 from pipeline.config import Config
-from pipeline.data.token_files import Tokens
 from pipeline.diagnostics import nonfinite, token_spans
 from pipeline.errors import InputError, NumericsError, StorageError, UserError, cut, out_of_memory
 from pipeline.model.gpt import GPT, GPTConfig
@@ -33,6 +32,7 @@ from pipeline.records.record_file import Record
 from pipeline.resume.interruption import Interruption
 from pipeline.resume.snapshot import read_facts, read_tensors, restore, save_snapshot
 from pipeline.training import training_step
+from pipeline.training.inputs import Inputs
 from pipeline.training.loop import micro_batches
 from pipeline.training.training_step import Look, TrainState
 from pipeline.training.validation import ValidationError
@@ -49,8 +49,7 @@ def attached(
     state: TrainState,
     config: Config,
     record: Record,
-    tokens: Tokens,
-    held_out: Tokens,
+    inputs: Inputs,
     stop: Interruption,
 ) -> Iterator[Look]:
     """Around a training loop: yields what `loop.fit` is to call in debug.interact_at_step.
@@ -76,11 +75,14 @@ def attached(
         yield stop_and_look
     except NumericsError as error:
         if state.ranks.world > 1:  # it may be in another process's share: all of it is done again
-            state.ranks, state.batches = Ranks(), micro_batches(tokens, config.train, state.step)
+            state.ranks, state.batches = (
+                Ranks(),
+                micro_batches(inputs.train, config.train, state.step),
+            )
         if isinstance(error, ValidationError):
-            explained = nonfinite.explain_validation(error, state, held_out, config.train)
+            explained = nonfinite.explain_validation(error, state, inputs.val, config.train)
         else:
-            text = partial(token_spans.of_step, tokens, config.train)
+            text = partial(token_spans.of_step, inputs.train, config.train)
             explained = nonfinite.explain(error, state, text)
         keep(str(explained))
         raise explained from None

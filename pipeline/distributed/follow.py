@@ -60,7 +60,7 @@ def follow(config: Config, tell: Callable[[TrainState, dict[str, Any]], None]) -
             _, done = next_order()  # START
             if done >= 0:
                 checkpoints.at(run_folder.folder_of(identity), done).restore(state)
-            for _ in fit(state, config.train, batches, steps_at=steps_at):
+            for _ in fit(state, config.train, batches, steps_at=steps_at, pause=lambda _: False):
                 pass
         except (NumericsError, InputError):
             ranks.told()  # the first one explains it, and is gone then

@@ -47,7 +47,7 @@ class Interruption:
         number = self._ranks.asked
         return signal.Signals(number) if number else None
 
-    def unless_asked(self, items: Iterable[Item]) -> Iterator[Item]:
+    def going_on(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, as long as nobody asks to stop; then Stopped."""
         for item in items:
             if self.asked:

@@ -37,6 +37,7 @@ from pipeline.model.model_dir import save_model
 from pipeline.resume import snapshot
 from pipeline.resume.interruption import Interruption
 from pipeline.training import loop, training_step, validation
+from pipeline.training.inputs import Inputs
 from stages import import_hf_weights
 from tests.conftest import Checkout, tiny_pipeline
 
@@ -231,7 +232,7 @@ def fitted(state, make_config, tokens, tmp_path: Path, monkeypatch) -> Callable[
     def call(record: Tagged, suspended: Callable[[], Any] = contextlib.nullcontext) -> None:
         stop = SimpleNamespace(suspended=suspended)
         read = partial(loop.micro_batches, tokens, config.train)
-        with debugger.attached(state, config, record, tokens, tokens, stop) as look:
+        with debugger.attached(state, config, record, Inputs(tokens, tokens, ""), stop) as look:
             list(loop.fit(state, config.train, read, look=look, look_at=1))
 
     return call
@@ -294,7 +295,7 @@ def test_a_validation_error_leaves_the_loop_with_its_own_explanation(
     state.model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = torch.nan
     with (
         pytest.raises(NumericsError) as stopped,
-        debugger.attached(state, config, record, tokens, tokens, Interruption()),
+        debugger.attached(state, config, record, Inputs(tokens, tokens, ""), Interruption()),
     ):
         validation.validate(state, tokens, config.train)
     assert str(stopped.value).startswith("the validation loss is nan: this model is not kept\n")

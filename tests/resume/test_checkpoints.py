@@ -25,6 +25,7 @@ from pipeline import config as configuration
 from pipeline import paths
 from pipeline.compute import machine
 from pipeline.compute.precision import choose_precision
+from pipeline.compute.ranks import Ranks
 from pipeline.compute.runtime import generator
 from pipeline.data import token_writer
 from pipeline.data.documents import Document
@@ -220,7 +221,7 @@ def _without_chance(monkeypatch) -> None:
 
 def _without_position(monkeypatch) -> None:
     original = loop.micro_batches
-    monkeypatch.setattr(train, "micro_batches", lambda t, c, step: original(t, c, step - 6))
+    monkeypatch.setattr(train, "micro_batches", lambda t, c, step, **_: original(t, c, step - 6))
 
 
 @needs_fork
@@ -790,7 +791,8 @@ def test_another_machine_is_warned_of_by_name(
     workspace: Path, settings, monkeypatch, caplog
 ) -> None:
     stopped_at(7, settings())
-    now = checkpoints.machine(choose_precision("fp32", CPU)) | {"torch": "9.9"}
+    here = SimpleNamespace(precision=choose_precision("fp32", CPU), ranks=Ranks())
+    now = checkpoints.machine(here) | {"torch": "9.9"}
     monkeypatch.setattr(checkpoints, "machine", lambda _: now)
     with caplog.at_level(logging.WARNING):
         train.main(settings())
