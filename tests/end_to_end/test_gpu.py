@@ -579,10 +579,12 @@ def test_a_signal_saves_and_the_stage_goes_on_from_there(
     folders.discard(paths.runs())
     micro_batches = loop.micro_batches
 
-    def interrupted(tokens: Any, train_config: Any, step: int) -> list[training_step.Batch]:
+    def interrupted(
+        tokens: Any, train_config: Any, step: int, **more: Any
+    ) -> list[training_step.Batch]:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return micro_batches(tokens, train_config, step)
+        return micro_batches(tokens, train_config, step, **more)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(train, "micro_batches", interrupted)
