@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.compute import ranks as places
+from pipeline.compute.determinism import deterministic
 from pipeline.compute.ranks import LEAVE, START, Ranks
 from pipeline.compute.runtime import choose_device
 from pipeline.distributed.follow import follow
@@ -55,7 +56,8 @@ def run(config: Config, ranks: Ranks, local: int, work: Callable[[], None]) -> N
         places.join(ranks)
         if ranks.rank:
             logging.getLogger().setLevel(logging.ERROR)  # the first one warns
-            follow(config, board.tell_facts)
+            with deterministic(config.train.deterministic, choose_device(config.device)):
+                follow(config, board.tell_facts)
         else:
             work()
             leave(ranks)
