@@ -75,7 +75,7 @@ EACH_STEP = ("batches", "record: metrics")  # what grows with the steps
 HOUR = 3600.0  # the run that costs which come once are held against at 124m
 # Who does what in `stages.train`: the label, and where the function is looked up.
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
-    STEPS: ((loop, "train_step"),),
+    STEPS: ((loop, "launch"), (loop, "finish")),
     VALIDATION: ((train, "validate"),),
     "batches": ((loop, "micro_batches"), (train, "micro_batches")),
     CHECKPOINT: tuple((Checkpoints, name) for name in ("save", "keep_best", "check_room")),

@@ -34,7 +34,7 @@ def forecast(
     params: Annotated[Path, Argument(metavar="FILE", help="A recipe, say")] = Path("params.yaml"),
     memory: Annotated[float, Option(metavar="GB", min=0, help="Of a card, here or not")] = 0.0,
 ) -> None:
-    """Forecast memory, tokens and time of a training, and the settings that fit.
+    """Forecast memory, tokens and time, and which settings fit.
 
     python -m pipeline forecast                                        params.yaml, here and now
     python -m pipeline forecast recipes/gpt2-124m.yaml --memory 4      on a card of 4 GB

@@ -99,9 +99,7 @@ class Needs:
         c = self.shape
         emulated = self.precision.emulated
         low = 0 if emulated else self.precision.dtype.itemsize % 4  # 2 where products are low
-        host = self.precision.device.type == "cpu"  # a GPU has no fp32 logits beside low ones but
-        held = 4 if host or not low else low  # probabilities for a moment, as many
-        at_once = min(rows, max(1, MAX_LOGIT_BYTES // (held * c.vocab_rows)))
+        at_once = min(rows, max(1, MAX_LOGIT_BYTES // (4 * c.vocab_rows)))
         operands = (rows + c.vocab_rows) * c.n_embd * (4 if emulated else low)
         return at_once * c.vocab_rows * (4 + low) + operands + 4 * rows * c.n_embd
 

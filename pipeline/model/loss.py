@@ -152,7 +152,9 @@ class _Head:
         Every chunk's part of the weight's gradient is rounded to a low format; their sum is fp32.
         """
         h, w = (x.detach().to(self.low or torch.float32) for x in (hidden, weight))
-        chunks = -(-len(h) * len(w) * h.itemsize // MAX_LOGIT_BYTES)
+        # One kernel an operation, and probabilities are held in fp32 for a moment.
+        each = 4 if self.passes is softmax_passes else h.itemsize
+        chunks = -(-len(h) * len(w) * each // MAX_LOGIT_BYTES)
         size = -(-len(h) // chunks)  # all alike, since a compiler makes each size anew
         buffer = torch.empty((size, len(w)), dtype=h.dtype, device=h.device)
         total, grad_hidden, grad_weight = (

@@ -93,5 +93,5 @@ def test_every_axis_starts_and_its_laws_are_numbers() -> None:
 
 def test_every_timed_part_is_one_that_the_train_stage_has() -> None:
     with overhead.Clock().watching():
-        assert overhead.loop.train_step.__wrapped__
-    assert not hasattr(overhead.loop.train_step, "__wrapped__")
+        assert overhead.loop.launch.__wrapped__
+    assert not hasattr(overhead.loop.launch, "__wrapped__")
