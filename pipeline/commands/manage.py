@@ -124,13 +124,13 @@ def _models(folder: Path) -> int:
 
 
 def _cache(delete: bool) -> int:
-    from pipeline import paths
+    from pipeline.records import dvc_history
     from pipeline.storage.digests import damaged
     from pipeline.storage.folders import remove
 
-    folder = paths.root() / ".dvc" / "cache" / "files" / "md5"
+    folder = dvc_history.cache_folder()
     if not folder.is_dir():
-        log.error("%s: nothing is cached yet, or DVC's cache lies elsewhere", folder)
+        log.error("%s: nothing is cached yet", folder)
         return InputError.exit_code
     found = list(damaged(folder))
     for path in found:

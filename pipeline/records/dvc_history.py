@@ -193,6 +193,14 @@ def _files(root: Path, rev: str) -> Any:
     return DVCFileSystem(str(root), rev=rev or None)
 
 
+def cache_folder() -> Path:
+    """Where DVC keeps files by their MD5: in this repository, or where `dvc cache dir` says."""
+    from dvc.config import Config
+
+    own = paths.root() / ".dvc"
+    return Path(Config(str(own))["cache"].get("dir", own / "cache")) / "files" / "md5"
+
+
 @contextlib.contextmanager
 def _repository() -> Iterator[Repo | None]:
     """This repository in DVC's hands; None where there is no git, hence no experiment.
