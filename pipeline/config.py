@@ -51,9 +51,9 @@ def setting(
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
     source: str = setting(
-        "where text comes from", choices=(*WITHOUT_FILES, "text", "jsonl", "parquet")
+        "where text comes from", choices=(*WITHOUT_FILES, "text", "jsonl", "parquet", "chat")
     )
-    path: str = setting("a file or folder, for text, jsonl and parquet; DVC watches it")
+    path: str = setting("a file or folder, for text, jsonl, parquet and chat; DVC watches it")
     pattern: str = setting("which files to take when `path` is a folder, as a glob")
     field: str = setting("the field or column that holds the text, for jsonl and parquet")
     val_fraction: float = setting("share of documents for validation", above=0, high=0.5)

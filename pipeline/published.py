@@ -1,4 +1,4 @@
-"""GPT-2 as published: its vocabulary, and the sizes of its models."""
+"""GPT-2 as published: its vocabulary and targets, and the sizes of its models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pipeline.errors import InputError
 
 VOCAB_SIZE = 50257  # byte-pair tokens and end-of-text
 EOT = VOCAB_SIZE - 1
+IGNORE = -100  # a target that counts for nothing, as in torch.nn.functional.cross_entropy
 
 # n_layer, n_head, n_embd, block_size by hub id, which the hub takes without its owner, too.
 MODELS = {

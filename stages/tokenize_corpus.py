@@ -37,13 +37,13 @@ def main(config: Config) -> None:
         seconds = time.perf_counter() - started
         for split in SPLITS:
             facts = meta["splits"][split]
-            record.metrics(
-                {f"data/{split}_{name}": facts[name] for name in ("tokens", "documents", "bytes")}
-            )
+            counts = {name: facts[name] for name in facts if name != "sha256"}
+            record.metrics({f"data/{split}_{name}": count for name, count in counts.items()})
             record.dataset("tokens", facts["sha256"], config.corpus.source, split)
             print(
                 f"tokenize: {split} {facts['documents']:,} documents, {facts['bytes']:,} bytes, "
                 f"{facts['tokens']:,} tokens"
+                + (f", {facts['answers']:,} of answers" if "answers" in facts else "")
             )
         text_bytes = sum(meta["splits"][split]["bytes"] for split in SPLITS)
         record.metrics({"perf/tokenize_mb_per_second": text_bytes / 1e6 / seconds})

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import InputError
+from pipeline.published import IGNORE
 
 if TYPE_CHECKING:
     from pipeline.data.token_files import Tokens
@@ -43,31 +44,44 @@ def batch_at(
     the windows begin is drawn as well, so that the tokens that fill no window change by epoch.
     A step takes the next batch_size * accumulate * world windows, the same ones however that
     product is factored, going on into the next epoch rather than dropping any.
+
+    Of conversations only answers are targets, the others are IGNORE. A window without any gives
+    its place to one that has some, so that no sequence is computed for nothing.
     """
     windows = (len(tokens) - 1) // sequence_length
     assert windows > 0, "check_length comes first"
     first = ((step * accumulate + micro_step) * world + rank) * batch_size
-    starts = []
+    starts, masked = [], tokens if tokens.answers is not None else None
     for sample in range(first, first + batch_size):
         epoch, place = divmod(sample, windows)
-        offset, order = _epoch(len(tokens), sequence_length, seed, epoch)
+        offset, order = _epoch(len(tokens), sequence_length, seed, epoch, masked)
         starts.append(offset + int(order[place]) * sequence_length)
-    return _gather(tokens.ids, np.array(starts), sequence_length)
+    return _gather(tokens, np.array(starts), sequence_length)
 
 
 @functools.lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
-def _epoch(count: int, length: int, seed: int, epoch: int) -> tuple[int, np.ndarray]:
+def _epoch(
+    count: int, length: int, seed: int, epoch: int, masked: Tokens | None = None
+) -> tuple[int, np.ndarray]:
     """Where the first window begins, and the order of the windows: (windows,) uint32."""
     windows, slack = divmod(count - 1, length)
     assert windows < 1 << 32
     generator = np.random.default_rng([seed, epoch])
     offset = int(generator.integers(slack + 1))
-    return offset, generator.permutation(np.arange(windows, dtype=np.uint32))
+    order = generator.permutation(np.arange(windows, dtype=np.uint32))
+    if masked is not None and masked.answers is not None:
+        targets = masked.answers[offset + 1 : offset + 1 + windows * length]
+        some = targets.reshape(windows, length).any(axis=1)  # (windows,)
+        order = np.resize(order[some[order]], windows)  # again from its start, where it is shorter
+    return offset, order
 
 
-def _gather(ids: np.ndarray, starts: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    block = ids[starts[:, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
+def _gather(tokens: Tokens, starts: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    places = starts[:, None] + np.arange(length + 1)  # (B, T + 1)
+    block = tokens.ids[places].astype(np.int64)
     x, y = np.ascontiguousarray(block[:, :-1]), np.ascontiguousarray(block[:, 1:])
+    if tokens.answers is not None:
+        y[tokens.answers[places[:, 1:]] == 0] = IGNORE
     return torch.from_numpy(x), torch.from_numpy(y)  # (B, T), (B, T)
 
 
@@ -83,13 +97,16 @@ def validation_windows(
     """Consecutive windows as inputs and targets, (B, T) int64 each, the ragged end as (1, t).
 
     Over all ranks every token but the first is a target exactly once, or with `limit` the first
-    `limit` of those, whatever the batch size and `world`. Ranks take windows in turn, so one may
-    have a batch fewer, or none: add sums and counts over ranks, not means.
+    `limit` of those, whatever the batch size and `world`. Of conversations these are the answers'
+    tokens, and the others are IGNORE. Ranks take windows in turn, so one may have a batch fewer, or
+    none: add sums and counts over ranks, not means.
     """
     targets = len(tokens) - 1 if limit is None else min(limit, len(tokens) - 1)
+    if tokens.answers is not None:
+        targets = int(np.flatnonzero(tokens.answers[1:])[:limit][-1]) + 1
     full, ragged = divmod(targets, sequence_length)
     mine = np.arange(rank, full, world) * sequence_length
     for first in range(0, len(mine), batch_size):
-        yield _gather(tokens.ids, mine[first : first + batch_size], sequence_length)
+        yield _gather(tokens, mine[first : first + batch_size], sequence_length)
     if ragged and full % world == rank:
-        yield _gather(tokens.ids, np.array([full * sequence_length]), ragged)
+        yield _gather(tokens, np.array([full * sequence_length]), ragged)

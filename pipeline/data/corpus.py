@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.data import listing
 from pipeline.data.documents import Document
-from pipeline.data.sources import jsonl, parquet, python_docs, shakespeare, text
+from pipeline.data.sources import chat, jsonl, parquet, python_docs, shakespeare, text
 from pipeline.errors import InputError, Refuse, collecting
 
 if TYPE_CHECKING:
@@ -83,4 +83,5 @@ SOURCES = {
     "text": Source(text.documents, text.SUFFIXES, text.RULE),
     "jsonl": Source(jsonl.documents, jsonl.SUFFIXES, about=lambda c: {"field": c.field}),
     "parquet": Source(parquet.documents, parquet.SUFFIXES, about=lambda c: {"field": c.field}),
+    "chat": Source(chat.documents, chat.SUFFIXES, about=lambda c: {"template": chat.TEMPLATE}),
 }

@@ -17,13 +17,16 @@ PART_CHARACTERS = 1 << 18  # tiktoken's regex fails on whitespace runs of some 9
 class Document(NamedTuple):
     """A document, or one part of it: `starts` is true for the first part.
 
-    A part ends where the encoding cannot tell (see `_cut`) and holds at most PART_CHARACTERS.
+    A part ends where the encoding cannot tell (see `_cut`) and holds at most PART_CHARACTERS. Of a
+    conversation `answer` says whether the part is a whole answer, which end-of-text will follow and
+    which alone is to be learned; None where all text is.
     """
 
     name: str
     split: str  # "train" | "val"
     text: str
     starts: bool = True
+    answer: bool | None = None
 
 
 def no_field(field: str, names: Iterable[str], where: str) -> InputError:

@@ -94,11 +94,15 @@ def json_object(line: Line) -> dict[str, Any]:
         raise InputError(f"{line.where}: invalid UTF-8 at byte {at} of the file") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{line.where}: not JSON: {cut(str(error))}") from None
+    return plain_object(parsed, line.where)
+
+
+def plain_object(parsed: Any, where: str) -> dict[str, Any]:
+    """What a line holds, or a part of it, if it is an object; raises as `json_object` does."""
     if not isinstance(parsed, dict):
-        kind = type(parsed).__name__
-        raise InputError(f"{line.where}: an object is expected, got {kind}")
+        raise InputError(f"{where}: an object is expected, got {type(parsed).__name__}")
     if isinstance(parsed, _Doubled):
-        raise InputError(f"{line.where}: {cut(parsed.name)} stands more than once in the object")
+        raise InputError(f"{where}: {cut(parsed.name)} stands more than once in the object")
     return parsed
 
 

@@ -17,13 +17,13 @@ import numpy as np
 
 from pipeline.data import tokenizer
 from pipeline.data.documents import Document
-from pipeline.data.token_files import DTYPE, KIND, SPLITS
+from pipeline.data.token_files import ANSWERS, DTYPE, KIND, READ_BYTES, SPLITS
 from pipeline.errors import ConfigError, InputError
 
 BATCH_BYTES = 1 << 18  # of text in one task of a worker: 15 ms and a few MB; 1 MB was no faster
 
-# {split: tokens as on disk, and how many tokens, documents begun and bytes of text these are}
-Encoded = dict[str, tuple[bytes, dict[str, int]]]
+# {split: {suffix: content of that file}, and how many tokens, documents begun, ... these are}
+Encoded = dict[str, tuple[dict[str, bytes], dict[str, int]]]
 
 
 def write_tokens(
@@ -36,7 +36,8 @@ def write_tokens(
 ) -> dict[str, Any]:
     """Tokenize into `folder`: train.bin and val.bin (uint16, little endian) and meta.json.
 
-    One end-of-text token before each document; text is text, a literal `<|endoftext|>` too. The
+    One end-of-text token before each document; text is text, a literal `<|endoftext|>` too. Of
+    conversations there are train.answers and val.answers as well, see `Tokens.answers`. The
     files depend on the documents alone, not on `workers` (None: one for each usable core).
     `progress` gets the bytes of text done since its last call; `source` goes into meta.json,
     which is returned. A file gets its final name when it is complete, meta.json the last.
@@ -47,24 +48,33 @@ def write_tokens(
         raise ConfigError(f"a vocabulary of {tokenizer.VOCAB_SIZE} does not fit into uint16 tokens")
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        files = {s: stack.enter_context(_aside(folder / f"{s}.bin")) for s in SPLITS}
+        paths = [folder / f"{split}{suffix}" for split in SPLITS for suffix in (".bin", ANSWERS)]
+        files = {path.name: stack.enter_context(_aside(path)) for path in paths}
         digests = {split: hashlib.sha256() for split in SPLITS}
         counts: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
         for encoded in _encode_all(_batches(documents), workers or usable_cores()):
-            for split, (content, more) in encoded.items():
-                files[split].write(content)
-                digests[split].update(content)
+            for split, (contents, more) in encoded.items():
+                for suffix, content in contents.items():
+                    files[split + suffix].write(content)
+                digests[split].update(contents[".bin"])
                 counts[split].update(more)
             progress(sum(more["bytes"] for _, more in encoded.values()))
         refuse_empty({split: counts[split]["documents"] for split in SPLITS})
+        for split in SPLITS:  # of conversations the answers' file is part of what was read
+            files[split + ANSWERS].seek(0)
+            while content := files[split + ANSWERS].read(READ_BYTES):
+                digests[split].update(content)
         meta = {
             **KIND,
             "source": source or {},
             "splits": {s: {**counts[s], "sha256": digests[s].hexdigest()} for s in SPLITS},
         }
         (folder / "meta.json").unlink(missing_ok=True)  # no old record beside new files
-        for split, file in files.items():
-            _publish(file, folder / f"{split}.bin")
+        for path in paths:
+            if path.suffix != ANSWERS or "answers" in counts[path.stem]:
+                _publish(files[path.name], path)
+            else:
+                path.unlink(missing_ok=True)
         file = stack.enter_context(_aside(folder / "meta.json"))
         file.write(f"{json.dumps(meta, indent=2)}\n".encode())
         _publish(file, folder / "meta.json")
@@ -76,7 +86,7 @@ def _aside(path: Path) -> Iterator[BinaryIO]:
     """A file to write under a temporary name, which is gone in the end unless `_publish`ed."""
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with partial.open("w+b") as file:
             yield file
     finally:
         partial.unlink(missing_ok=True)
@@ -138,19 +148,29 @@ def _encode(batch: list[Document]) -> Encoded:
         if not documents:
             continue
         pieces: list[np.ndarray] = []
-        for starts, run in groupby(documents, key=lambda document: document.starts):
+        answers: list[np.ndarray] = []
+        for (starts, answer), run in groupby(documents, key=lambda d: (d.starts, d.answer)):
             texts = [document.text for document in run]
             if starts:
-                pieces.append(tokenizer.encode_documents(texts))
+                own = [tokenizer.encode_documents(texts)]
             else:  # parts that go on, each by itself
-                pieces += map(tokenizer.encode, texts)
+                end = np.array([tokenizer.EOT] * bool(answer), DTYPE)
+                own = [np.append(tokenizer.encode(text), end) for text in texts]
+            pieces += own
+            if answer is not None:
+                answers += (np.full(len(piece), answer, np.uint8) for piece in own)
         tokens = np.concatenate(pieces).astype(DTYPE, copy=False)
+        contents = {".bin": tokens.tobytes()}
         sizes = {
             "tokens": len(tokens),
             "documents": sum(document.starts for document in documents),
             "bytes": sum(len(document.text.encode()) for document in documents),
         }
-        encoded[split] = (tokens.tobytes(), sizes)
+        if answers:
+            told = np.concatenate(answers)
+            assert len(told) == len(tokens), "a corpus is of conversations, or none of it is"
+            contents[ANSWERS], sizes["answers"] = told.tobytes(), int(told.sum())
+        encoded[split] = (contents, sizes)
     return encoded
 
 

@@ -17,7 +17,7 @@ from pipeline.config import TrainConfig
 from pipeline.data import token_files
 from pipeline.data.batches import check_length
 from pipeline.data.token_files import Tokens
-from pipeline.data.tokenizer import EOT, gpt2
+from pipeline.data.tokenizer import gpt2
 from pipeline.errors import InputError
 from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
 from pipeline.records.run_data import Experiment
@@ -50,7 +50,7 @@ class _Positions:
 
 
 def _positions(tokens: Tokens) -> Tokens:
-    """`tokens` with positions for ids, so that batches of them hold offsets."""
+    """`tokens` with positions for ids, so that the inputs of batches of them are offsets."""
     return replace(tokens, ids=_Positions(len(tokens)))  # type: ignore[arg-type]
 
 
@@ -88,7 +88,7 @@ def _command(tokens: Tokens, span: Span, options: str = "") -> str:
     return f"`python -m pipeline text {options}{span[0]}-{span[1]}{only}`"
 
 
-def documents_at(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def documents_at(tokens: Tokens, offsets: np.ndarray) -> np.ndarray:
     """(n,) the number, from 1, of the document that each of the (n,) offsets lies in.
 
     Every document begins with an end-of-text token: these are counted up to the last offset, CHUNK
@@ -96,7 +96,7 @@ def documents_at(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """
     numbers, before = np.zeros(len(offsets), dtype=np.int64), 0
     for start in range(0, int(offsets.max()) + 1, CHUNK):
-        begins = start + np.flatnonzero(ids[start : start + CHUNK] == EOT)
+        begins = start + np.flatnonzero(tokens.begins(slice(start, start + CHUNK)))
         inside = (offsets >= start) & (offsets < start + CHUNK)
         numbers[inside] = before + np.searchsorted(begins, offsets[inside], side="right")
         before += len(begins)
@@ -124,8 +124,8 @@ def _by_micro_batch(tokens: Tokens, config: TrainConfig, step: int) -> dict[str,
 
 
 def _spans(batch: Batch) -> list[Span]:
-    x, y = batch  # (B, T) offsets
-    return list(zip(x[:, 0].tolist(), y[:, -1].tolist(), strict=True))
+    x, _ = batch  # (B, T) offsets; targets may be IGNORE
+    return [(first, last + 1) for first, last in x[:, [0, -1]].tolist()]
 
 
 def _at_fault(spans: list[Span], place: Place | None) -> list[Span]:
@@ -136,7 +136,7 @@ def _at_fault(spans: list[Span], place: Place | None) -> list[Span]:
 def _lines(tokens: Tokens, named: dict[str, list[Span]], most: int | None = None) -> list[str]:
     """`  NAME: 224-256 (document 3 of 8), ...`, at most `most` spans a line."""
     ends = np.array([span for spans in named.values() for span in spans[:most]])  # (spans, 2)
-    numbers = iter(documents_at(tokens.ids, ends.ravel()).reshape(ends.shape).tolist())
+    numbers = iter(documents_at(tokens, ends.ravel()).reshape(ends.shape).tolist())
     lines = []
     for name, spans in named.items():
         shown = []

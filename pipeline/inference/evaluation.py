@@ -57,6 +57,8 @@ def evaluate(model: GPT, tasks: Mapping[str, Any], context: Context) -> dict[str
 def validation(model: GPT, tokens: Tokens, context: Context) -> Iterator[tuple[str, float]]:
     """Mean loss in nats over every token but the first, perplexity, and bits per byte.
 
+    Of conversations all three are over the answers' tokens alone.
+
     perplexity = exp(loss); bits per byte = nats of the targets that are text / ln 2 / their bytes,
     which makes models with different tokenizers comparable (Gao et al. 2020, The Pile, 3.1).
     End-of-text is no text: as in nanochat, neither its nats nor a byte for it are counted.
@@ -75,14 +77,14 @@ def validation(model: GPT, tokens: Tokens, context: Context) -> Iterator[tuple[s
     loss = mean_loss(model, windows, context.precision, context.precision.device, look)
     yield "loss", loss
     yield "perplexity", math.exp(loss) if loss < 700 else math.inf  # exp(710) is no double
-    nats = loss * (len(tokens) - 1) - borders
+    nats = loss * tokens.targets - borders
     yield "bits_per_byte", nats / math.log(2) / target_bytes(tokens)
 
 
 def target_bytes(tokens: Tokens) -> int:
-    """Bytes of text that every token but the first decodes to; end-of-text is none."""
+    """Bytes of text that the targets of `validation` decode to; end-of-text is none."""
     lengths = token_byte_lengths()
-    return sum(int(lengths[part].sum()) for part in _chunks(tokens.ids[1:]))
+    return sum(int(lengths[part].sum()) for part in _learned(tokens, 1))
 
 
 def unigram_loss(train: Tokens, val: Tokens) -> float:
@@ -91,22 +93,26 @@ def unigram_loss(train: Tokens, val: Tokens) -> float:
     Cross-entropy of the training counts, one added to each of them (Laplace), on the same
     targets as `validation`: what a trained model has to beat to have learnt any order.
     """
-    seen = _counts(train.ids) + 1
+    seen = _counts(_learned(train)) + 1
     nats = np.log(seen.sum()) - np.log(seen)
-    targets = _counts(val.ids[1:])
+    targets = _counts(_learned(val, 1))
     return float(targets @ nats / targets.sum())
 
 
-def _counts(ids: np.ndarray) -> np.ndarray:
+def _counts(parts: Iterator[np.ndarray]) -> np.ndarray:
     """(VOCAB_SIZE,) int64: how often each token occurs."""
     total = np.zeros(VOCAB_SIZE, dtype=np.int64)
-    for part in _chunks(ids):
+    for part in parts:
         total += np.bincount(part, minlength=VOCAB_SIZE)
     return total
 
 
-def _chunks(ids: np.ndarray) -> Iterator[np.ndarray]:
-    return (ids[first : first + _CHUNK] for first in range(0, len(ids), _CHUNK))
+def _learned(tokens: Tokens, start: int = 0) -> Iterator[np.ndarray]:
+    """The tokens from `start` on, of conversations the answers' alone, a part at a time."""
+    for first in range(start, len(tokens), _CHUNK):
+        part = slice(first, first + _CHUNK)
+        ids = tokens.ids[part]
+        yield ids if tokens.answers is None else ids[tokens.answers[part] != 0]
 
 
 TASKS: dict[str, Task] = {

@@ -12,12 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.compute.buffers import reused, taken
 from pipeline.compute.emulation import LOW, exact_products, round_to
+from pipeline.published import IGNORE
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
     from pipeline.model.gpt import GPT
 
-IGNORE = -100  # a target that counts for nothing, as in torch.nn.functional.cross_entropy
 MAX_LOGIT_BYTES = 1 << 30  # of the logits held at once; more tokens come in row chunks
 COLUMNS = 4192  # of the logits, at once in the weight's gradient: quicker than all (MKL, nano)
 FAR = 60.0  # nats; a probability this small has few bits left in fp32, or is 0
