@@ -81,7 +81,7 @@ def _gather(tokens: Tokens, starts: np.ndarray, length: int) -> tuple[torch.Tens
     block = tokens.ids[places].astype(np.int64)
     x, y = np.ascontiguousarray(block[:, :-1]), np.ascontiguousarray(block[:, 1:])
     if tokens.answers is not None:
-        y[tokens.answers[places[:, 1:]] == 0] = IGNORE
+        y = np.where(tokens.answers[places[:, 1:]], y, IGNORE)  # not in place: y may be part of x
     return torch.from_numpy(x), torch.from_numpy(y)  # (B, T), (B, T)
 
 

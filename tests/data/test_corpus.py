@@ -27,7 +27,7 @@ def settings(source="text", path="", pattern="**/*", field="text", val_fraction=
 def read(config):
     """{document name: (split, text)}, parts put together."""
     found = {}
-    for name, split, text, starts in corpus.documents(config):
+    for name, split, text, starts, _ in corpus.documents(config):
         assert starts == (name not in found)
         found[name] = (split, found.get(name, ("", ""))[1] + text)
     return found
@@ -454,6 +454,9 @@ def literal(folder, source):
             (folder / f"{name}.txt").write_text(text)
     elif source == "jsonl":
         (folder / "x.jsonl").write_text((json.dumps({"text": text}) + "\n") * 3)
+    elif source == "chat":
+        messages = [{"role": role, "content": text} for role in ("user", "assistant")]
+        (folder / "x.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 3)
     elif source == "parquet":
         parquet(folder / "x.parquet", [text] * 3)
     else:
@@ -476,7 +479,8 @@ def test_a_literal_end_of_text_is_plain_text_in_every_source(tmp_path, monkeypat
     scenes = dict.fromkeys("abc", "before <|endoftext|> after")
     monkeypatch.setattr(shakespeare, "scenes", lambda: scenes)
     found = texts(settings(source, tmp_path)).values()
-    assert [text.strip() for text in found] == ["before <|endoftext|> after"] * 3
+    whole = "User: {0}\nAssistant: {0}" if source == "chat" else "{0}"
+    assert [text.strip() for text in found] == [whole.format("before <|endoftext|> after")] * 3
     for text in found:
         assert tokenizer.EOT not in tokenizer.encode(text).tolist()
 

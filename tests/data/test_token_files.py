@@ -318,7 +318,9 @@ def test_a_count_that_the_tokens_do_not_bear_out_is_refused(written, key):
     meta = json.loads((written / "meta.json").read_text())
     meta["splits"]["train"][key] += 1
     (written / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(InputError, match="train.bin: 2 documents and .* meta.json says"):
+    with pytest.raises(
+        InputError, match="train.bin: the tokens hold .*'documents': 2.* meta.json says"
+    ):
         token_files.open_tokens(written, "train")
 
 

@@ -69,7 +69,7 @@ def test_documents_are_those_that_begin_up_to_the_token(
         assert end == (tokens.ids[: last + 1] == EOT).sum()
     offsets = np.arange(700)
     expected = (tokens.ids == EOT).cumsum()
-    assert np.array_equal(token_spans.documents_at(tokens.ids, offsets), expected)
+    assert np.array_equal(token_spans.documents_at(tokens, offsets), expected)
 
 
 def test_the_sequences_at_fault_come_first_and_are_the_ones_to_read(settings, tokens) -> None:
