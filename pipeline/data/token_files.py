@@ -50,11 +50,6 @@ class Tokens:
         """Tokens to be predicted: all but the first, or of conversations the answers'."""
         return len(self) - 1 if self.answers is None else int(np.count_nonzero(self.answers[1:]))
 
-    def begins(self, part: slice) -> np.ndarray:
-        """Whether a document begins at each token of a part: an answer ends in end-of-text, too."""
-        ends = self.ids[part] == tokenizer.EOT
-        return ends if self.answers is None else ends & (self.answers[part] == 0)
-
 
 def open_tokens(folder: Path, split: str, *, verify: bool = True) -> Tokens:
     """Map a split that `write_tokens` wrote; `verify` reads it once for its hash and contents.

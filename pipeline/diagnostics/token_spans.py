@@ -17,7 +17,7 @@ from pipeline.config import TrainConfig
 from pipeline.data import token_files
 from pipeline.data.batches import check_length
 from pipeline.data.token_files import Tokens
-from pipeline.data.tokenizer import gpt2
+from pipeline.data.tokenizer import EOT, gpt2
 from pipeline.errors import InputError
 from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
 from pipeline.records.run_data import Experiment
@@ -91,12 +91,16 @@ def _command(tokens: Tokens, span: Span, options: str = "") -> str:
 def documents_at(tokens: Tokens, offsets: np.ndarray) -> np.ndarray:
     """(n,) the number, from 1, of the document that each of the (n,) offsets lies in.
 
-    Every document begins with an end-of-text token: these are counted up to the last offset, CHUNK
-    tokens at a time.
+    Every document begins with an end-of-text token that ends no answer: these are counted up to the
+    last offset, CHUNK tokens at a time.
     """
     numbers, before = np.zeros(len(offsets), dtype=np.int64), 0
     for start in range(0, int(offsets.max()) + 1, CHUNK):
-        begins = start + np.flatnonzero(tokens.begins(slice(start, start + CHUNK)))
+        part = slice(start, start + CHUNK)
+        ends = tokens.ids[part] == EOT
+        if tokens.answers is not None:
+            ends &= tokens.answers[part] == 0
+        begins = start + np.flatnonzero(ends)
         inside = (offsets >= start) & (offsets < start + CHUNK)
         numbers[inside] = before + np.searchsorted(begins, offsets[inside], side="right")
         before += len(begins)

@@ -424,7 +424,7 @@ MESSAGE = {"role": "assistant", "content": "x"}
 BAD = [
     ("{", "line 2: not JSON"),
     ("[]", "line 2: an object is expected, got list"),
-    ({"text": "x"}, "line 2: messages: a list of them is expected, got none"),
+    ({"text": "x"}, "line 2: messages: a list of them is expected, got NoneType"),
     ({"messages": "x"}, "line 2: messages: a list of them is expected, got str"),
     ({"messages": []}, "line 2: no answer"),
     (said("user: x"), "line 2: no answer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from pipeline import config as configuration
 from pipeline.compute.precision import choose_precision
 from pipeline.config import Config
+from pipeline.data.sources import chat
+from pipeline.data.text_files import Line
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.hf_layout import outline
 from pipeline.model.model_dir import save_model
@@ -27,6 +30,7 @@ PARAMETERS = {  # with 50304 rows
     "gpt2-large": 774_090_240,
     "gpt2-xl": 1_557_686_400,
     "gpt2-124m-continue": 124_475_904,
+    "gpt2-124m-finetune": 124_475_904,
 }
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 pytestmark = pytest.mark.filterwarnings("ignore:train.compile=true runs eagerly:UserWarning")
@@ -97,3 +101,14 @@ def test_a_step_is_half_a_million_tokens_as_published(name: str) -> None:
     train = recipe(name).train
     assert train.batch_size * train.accumulate * train.sequence_length == 524_288
     assert (train.steps, train.warmup_steps) == (19_073, 715)
+
+
+def test_prompts_of_fine_tuning_end_where_an_answer_of_its_text_begins() -> None:
+    config = recipe("gpt2-124m-finetune")
+    assert config.corpus.source == "chat"
+    for prompt in config.sample.prompts:
+        turns = [line.split(": ") for line in prompt.removesuffix("\nAssistant:").split("\n")]
+        messages = [{"role": role.lower(), "content": content} for role, content in turns]
+        messages.append({"role": "assistant", "content": "Yes."})
+        line = Line("line 1", 1, 0, json.dumps({"messages": messages}).encode())
+        assert chat.parts(line) == [(prompt, False), (" Yes.", True)]

@@ -53,7 +53,7 @@ def parts(line: Line) -> list[tuple[str, bool]]:
     """
     messages = json_object(line).get("messages")
     if not isinstance(messages, list):
-        got = type(messages).__name__ if messages is not None else "none"
+        got = type(messages).__name__
         raise InputError(f"{line.where}: messages: a list of them is expected, got {got}")
     found, text = [], ""
     for number, message in enumerate(messages, 1):
@@ -66,8 +66,7 @@ def parts(line: Line) -> list[tuple[str, bool]]:
             text += f" {content}"
     if not found:
         raise InputError(f"{line.where}: no answer: a message with role=assistant is expected")
-    if text:
-        found.append((text, False))
+    found += [(text, False)] * bool(text)
     if max(len(part) for part, _ in found) > PART_CHARACTERS:
         raise InputError(
             f"{line.where}: over {PART_CHARACTERS:,} characters in or before an answer"
