@@ -36,10 +36,9 @@ def main(config: Config) -> None:
         announce("evaluate", precision, record)
         shape, longest = config.model, config.train.sequence_length
         context = tasks.Context(precision, config.evaluate.batch_size, longest)
-        many, which = (len(val), "") if val.answers is None else (val.targets, " of answers")
         print(
-            f"evaluate: all {many:,} validation tokens{which} (train looked at the first "
-            f"{min(config.train.val_tokens, many):,}), in sequences of {longest}; the model "
+            f"evaluate: all {len(val):,} validation tokens (train looked at the first "
+            f"{min(config.train.val_tokens, len(val)):,}), in sequences of {longest}; the model "
             f"takes {shape.block_size}"
         )
         results = {"val/unigram_loss": tasks.unigram_loss(train, val)}

@@ -97,13 +97,13 @@ def validation_windows(
     """Consecutive windows as inputs and targets, (B, T) int64 each, the ragged end as (1, t).
 
     Over all ranks every token but the first is a target exactly once, or with `limit` the first
-    `limit` of those, whatever the batch size and `world`. Of conversations these are the answers'
-    tokens, and the others are IGNORE. Ranks take windows in turn, so one may have a batch fewer, or
-    none: add sums and counts over ranks, not means.
+    `limit` of those, whatever the batch size and `world`; of conversations all that are no
+    answer's are IGNORE, and `limit` is stretched to the first that is. Ranks take windows in turn,
+    so one may have a batch fewer, or none: add sums and counts over ranks, not means.
     """
     targets = len(tokens) - 1 if limit is None else min(limit, len(tokens) - 1)
-    if tokens.answers is not None:
-        targets = int(np.flatnonzero(tokens.answers[1:])[:limit][-1]) + 1
+    if tokens.answers is not None:  # at least one of them is a target
+        targets = max(targets, int(np.argmax(tokens.answers[1:])) + 1)
     full, ragged = divmod(targets, sequence_length)
     mine = np.arange(rank, full, world) * sequence_length
     for first in range(0, len(mine), batch_size):
