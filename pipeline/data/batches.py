@@ -71,7 +71,7 @@ def _epoch(
     order = generator.permutation(np.arange(windows, dtype=np.uint32))
     if masked is not None and masked.answers is not None:
         targets = masked.answers[offset + 1 : offset + 1 + windows * length]
-        some = targets.reshape(windows, length).any(axis=1)  # (windows,)
+        some = np.asarray(targets.reshape(windows, length).any(axis=1))  # (windows,)
         order = np.resize(order[some[order]], windows)  # again from its start, where it is shorter
     return offset, order
 

@@ -122,7 +122,7 @@ def _verify(path: Path, record: dict[str, Any]) -> None:
     if "answers" in record:
         ids = np.memmap(path, dtype=DTYPE, mode="r")
         answers = np.memmap(path.with_suffix(ANSWERS), dtype=np.uint8, mode="r")
-        digest.update(answers)
+        digest.update(answers.data)
         found["answers"] = int(np.count_nonzero(answers))
         found["documents"] -= int(np.count_nonzero(answers[ids == tokenizer.EOT]))
     said = {key: record[key] for key in found}
