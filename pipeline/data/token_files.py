@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from pipeline import regular
 from pipeline.data import tokenizer
 from pipeline.errors import InputError, cut, quoted
+from pipeline.storage import verified
 
 SPLITS = ("train", "val")
 DTYPE = np.dtype("<u2")
@@ -51,8 +53,10 @@ class Tokens:
         return len(self) - 1 if self.answers is None else int(np.count_nonzero(self.answers[1:]))
 
 
-def open_tokens(folder: Path, split: str, *, verify: bool = True) -> Tokens:
-    """Map a split that `write_tokens` wrote; `verify` reads it once for its hash and contents.
+def open_tokens(folder: Path, split: str, *, verify: bool = True, anew: bool = False) -> Tokens:
+    """Map a split that `write_tokens` wrote; `verify` reads it for its hash and contents.
+
+    Once: what passed is not read again while it stays as it is, unless `anew`: `verified.once`.
 
     Raises InputError where meta.json or the file is missing, or where the size, the data type,
     the tokenizer, the SHA-256, a token id or a count is not what it has to be.
@@ -69,7 +73,7 @@ def open_tokens(folder: Path, split: str, *, verify: bool = True) -> Tokens:
     if record["tokens"] < 2:
         raise InputError(f"{path}: {record['tokens']} tokens; at least 2 are needed")
     if verify:
-        _verify(path, record)
+        verified.once([path, *masked], record, partial(_verify, path, record), anew=anew)
     ids = np.memmap(path, dtype=DTYPE, mode="r")
     answers = np.memmap(masked[0], dtype=np.uint8, mode="r") if masked else None
     return Tokens(ids, record["bytes"], record["sha256"], record["documents"], path, answers)
@@ -145,7 +149,7 @@ def inspect(folder: Path) -> dict[str, bool]:
     told: dict[str, bool] = {}  # what is wrong with meta.json is told once
     for split in SPLITS:
         try:
-            tokens = open_tokens(folder, split)
+            tokens = open_tokens(folder, split, anew=True)
         except InputError as error:
             told[str(error)] = False
         else:

@@ -20,6 +20,7 @@ from pipeline.model.loss import mean_loss, token_losses
 from pipeline.published import EOT, VOCAB_SIZE
 
 _CHUNK = 1 << 22  # tokens looked at together: bounds memory on a split of any size
+COUNTED = 1 << 28  # training tokens at most, the first ones: more change no frequency to speak of
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,11 @@ def target_bytes(tokens: Tokens) -> int:
 def unigram_loss(train: Tokens, val: Tokens) -> float:
     """Loss in nats/target of a model that knows token frequencies and nothing else.
 
-    Cross-entropy of the training counts, one added to each of them (Laplace), on the same
-    targets as `validation`: what a trained model has to beat to have learnt any order.
+    Cross-entropy of the counts among the first COUNTED training tokens, one added to each of them
+    (Laplace), on the same targets as `validation`: what a trained model has to beat to have learnt
+    any order.
     """
-    seen = _counts(_learned(train)) + 1
+    seen = _counts(_learned(train)[:COUNTED]) + 1
     nats = np.log(seen.sum()) - np.log(seen)
     targets = _counts(_learned(val, 1))
     return float(targets @ nats / targets.sum())

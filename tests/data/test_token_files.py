@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +17,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from pipeline import paths
 from pipeline.__main__ import main as command
 from pipeline.data import batches, corpus, token_files, token_writer, tokenizer
 from pipeline.data.documents import Document
 from pipeline.errors import ConfigError, InputError, together
+from pipeline.storage import verified as verified_files
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -370,6 +374,95 @@ def test_a_mapped_file_truncated_in_place_kills_its_reader(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "x"], capture_output=True)
     assert done.returncode == -signal.SIGBUS
+
+
+@pytest.fixture
+def large(written, monkeypatch):
+    """Token files written an hour ago, taken for large ones; and how often each was read."""
+    reads, verify = Counter(), token_files._verify
+
+    def counting(path, record):
+        reads[path.name] += 1
+        verify(path, record)
+
+    monkeypatch.setattr(token_files, "_verify", counting)
+    monkeypatch.setattr(verified_files, "LARGE", 1)
+    monkeypatch.setattr(paths, "runs", lambda: written / ".runs")
+    for split in token_files.SPLITS:
+        age(written / f"{split}.bin")
+    return written, reads
+
+
+def age(path, seconds=3600):
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_a_large_file_is_read_once_and_so_is_a_link_to_it(large):
+    folder, reads = large
+    first = token_files.open_tokens(folder, "train")
+    linked = folder / "workspace"
+    linked.mkdir()
+    shutil.copy(folder / "meta.json", linked)
+    os.link(folder / "train.bin", linked / "train.bin")
+    for place in (folder, linked):
+        assert token_files.open_tokens(place, "train").ids.tolist() == first.ids.tolist()
+    assert reads == {"train.bin": 1}
+
+
+@pytest.mark.fault(14)
+def test_a_large_file_that_changed_since_it_was_read_is_read_again(large):
+    folder, reads = large
+    path = folder / "train.bin"
+    token_files.open_tokens(folder, "train")
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+    age(path, 60)
+    for _ in range(2):  # what failed is not remembered
+        with pytest.raises(InputError, match="train.bin: SHA-256 is"):
+            token_files.open_tokens(folder, "train")
+    assert reads == {"train.bin": 3}
+
+
+def test_a_large_file_is_read_again_for_another_record(large):
+    folder, _ = large
+    token_files.open_tokens(folder, "train")
+    rewrite(folder, "val", b"\x50\xc4\x05\x00")  # leaves train.bin as it is
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["splits"]["train"]["sha256"] = "0" * 64
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="train.bin: SHA-256 is"):
+        token_files.open_tokens(folder, "train")
+
+
+@pytest.mark.parametrize("why", ["small", "just written"])
+def test_a_file_that_is_small_or_was_just_written_is_read_each_time(large, monkeypatch, why):
+    """The clock of a file's time may not have moved on since: another write would not be seen."""
+    folder, reads = large
+    if why == "small":
+        monkeypatch.setattr(verified_files, "LARGE", 1 << 28)
+    else:
+        (folder / "train.bin").touch()
+    for _ in range(2):
+        token_files.open_tokens(folder, "train")
+    assert reads == {"train.bin": 2}
+
+
+@pytest.mark.fault(54)
+def test_verify_reads_what_was_remembered_and_finds_what_kept_size_and_time(large, caplog):
+    folder, reads = large
+    path = folder / "train.bin"
+    token_files.open_tokens(folder, "train")
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    token_files.open_tokens(folder, "train")  # the risk
+    code, lines = verified(folder, caplog)
+    assert code == 3 and "train.bin: SHA-256 is" in lines[0]
+    with pytest.raises(InputError, match="train.bin: SHA-256 is"):
+        token_files.open_tokens(folder, "train")
 
 
 def verified(folder, caplog):

@@ -193,6 +193,12 @@ def test_unigram_loss_is_the_cross_entropy_of_smoothed_training_counts():
     assert unigram_loss(train, val) == pytest.approx(sum(nats) / 3, rel=1e-12)
 
 
+def test_unigram_loss_counts_the_first_training_tokens_of_a_large_split(monkeypatch):
+    monkeypatch.setattr(evaluation, "COUNTED", 3)
+    val = split_of([5, 7, 9, 5])
+    assert unigram_loss(split_of([7, 7, 7, 9]), val) == unigram_loss(split_of([7, 7, 7]), val)
+
+
 def test_figures_over_a_split_do_not_depend_on_the_piece_looked_at(monkeypatch):
     train, val = few_tokens(50), few_tokens(31)
     whole = unigram_loss(train, val), evaluation.target_bytes(val)
