@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -11,9 +14,12 @@ from pipeline import paths
 from pipeline.config import Config
 from pipeline.data import contamination, corpus, token_writer
 from pipeline.data.token_files import SPLITS, open_tokens
-from pipeline.records import git
+from pipeline.records import git, provenance
+from pipeline.resume import run_folder
 from pipeline.tracking import recording
 from stages.common import run
+
+KEPT_FROM = 1 << 28  # bytes of the corpus's files
 
 
 def main(config: Config) -> None:
@@ -24,16 +30,14 @@ def main(config: Config) -> None:
                 config.corpus.path,
                 lambda path: corpus.files(replace(config.corpus, path=path)),
             )
-        with tqdm(unit="B", unit_scale=True, desc="check", mininterval=0.5) as bar:
-            counts = corpus.check(config.corpus, bar.update)
-        show_left_out(corpus.left_out(config.corpus), counts["empty"])
-        token_writer.refuse_empty(counts)
-        started = time.perf_counter()
-        with tqdm(unit="B", unit_scale=True, desc="tokenize", mininterval=0.5) as bar:
-            documents = corpus.documents(config.corpus)
-            meta = token_writer.write_tokens(
-                documents, paths.TOKENS, progress=bar.update, source=corpus.describe(config.corpus)
-            )
+        with kept(config) as folder:
+            before = check(config, folder)
+            started = time.perf_counter()
+            with tqdm(unit="B", unit_scale=True, desc="tokenize", mininterval=0.5) as bar:
+                documents, about = corpus.documents(config.corpus), corpus.describe(config.corpus)
+                meta = token_writer.write_tokens(
+                    documents, paths.TOKENS, progress=bar.update, source=about, kept=folder
+                )
         seconds = time.perf_counter() - started
         for split in SPLITS:
             facts = meta["splits"][split]
@@ -45,13 +49,41 @@ def main(config: Config) -> None:
                 f"{facts['tokens']:,} tokens"
                 + (f", {facts['answers']:,} of answers" if "answers" in facts else "")
             )
-        text_bytes = sum(meta["splits"][split]["bytes"] for split in SPLITS)
+        text_bytes = sum(meta["splits"][split]["bytes"] for split in SPLITS) - before
         record.metrics({"perf/tokenize_mb_per_second": text_bytes / 1e6 / seconds})
         splits = [open_tokens(paths.TOKENS, split, verify=False) for split in SPLITS]
         shared = contamination.overlap(*splits)
         record.metrics({"data/val_overlap": shared})
         passages = f"{contamination.LENGTH}-token validation passages"
         print(f"tokenize: {shared:.1%} of {passages} also occur in the training text")
+
+
+@contextlib.contextmanager
+def kept(config: Config) -> Iterator[Path | None]:
+    """The folder for unfinished tokens of a large corpus; a small one takes half a minute."""
+    stamps = provenance.input_stamps("tokenize", config)
+    if sum(size for size, _ in stamps.values()) < KEPT_FROM:
+        yield None
+        return
+    identity = run_folder.identity("tokenize", config, stamps)
+    with run_folder.scratch(identity, token_writer.JOURNAL) as folder:
+        yield folder
+
+
+def check(config: Config, folder: Path | None) -> int:
+    """All of the text is checked before any work, unless an earlier process did and was stopped.
+
+    Returns the bytes of text whose tokens that one has left.
+    """
+    if folder and (begun := token_writer.begun(folder)):
+        done = sum(facts.get("bytes", 0) for facts in begun["splits"].values())
+        print(f"tokenize: goes on after {done:,} bytes of text, once it has read past them")
+        return done
+    with tqdm(unit="B", unit_scale=True, desc="check", mininterval=0.5) as bar:
+        counts = corpus.check(config.corpus, bar.update)
+    show_left_out(corpus.left_out(config.corpus), counts["empty"])
+    token_writer.refuse_empty(counts)
+    return 0
 
 
 def show_left_out(files: str, documents: int) -> None:

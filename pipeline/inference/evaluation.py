@@ -95,7 +95,7 @@ def unigram_loss(train: Tokens, val: Tokens) -> float:
     (Laplace), on the same targets as `validation`: what a trained model has to beat to have learnt
     any order.
     """
-    seen = _counts(_learned(train)[:COUNTED]) + 1
+    seen = _counts(_learned(train, 0, COUNTED)) + 1
     nats = np.log(seen.sum()) - np.log(seen)
     targets = _counts(_learned(val, 1))
     return float(targets @ nats / targets.sum())
@@ -109,10 +109,11 @@ def _counts(parts: Iterator[np.ndarray]) -> np.ndarray:
     return total
 
 
-def _learned(tokens: Tokens, start: int = 0) -> Iterator[np.ndarray]:
-    """The tokens from `start` on, of conversations the answers' alone, a part at a time."""
-    for first in range(start, len(tokens), _CHUNK):
-        part = slice(first, first + _CHUNK)
+def _learned(tokens: Tokens, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+    """The tokens from `start` to `stop`, of conversations the answers' alone, a part at a time."""
+    end = min(len(tokens), len(tokens) if stop is None else stop)
+    for first in range(start, end, _CHUNK):
+        part = slice(first, min(first + _CHUNK, end))
         ids = tokens.ids[part]
         yield ids if tokens.answers is None else ids[tokens.answers[part] != 0]
 

@@ -117,13 +117,15 @@ def claim(identity: dict[str, Any]) -> Iterator[Run]:
             run.say("running")
         except Timeout:
             pid = _json(folder / STATUS).get("pid")
+            who, stage = f"process {pid}" if pid else "another process", identity["stage"]
+            doing = "trains" if stage == "train" else f"runs {stage} with"
             raise BusyError(
-                f"{f'process {pid}' if pid else 'another process'} trains this very configuration; "
+                f"{who} {doing} this very configuration; "
                 "give the same command again once it has ended, and its result is reused"
             ) from None
         except OSError as error:
             raise StorageError(
-                f"{folder}: cannot be written: {error}; checkpoints of training go there"
+                f"{folder}: cannot be written: {error}; what is not finished goes there"
             ) from error
         try:
             yield run
@@ -133,6 +135,22 @@ def claim(identity: dict[str, Any]) -> Iterator[Run]:
             run.say(state, exit_code=code, message=str(error))
             raise
         run.say("finished", exit_code=0)
+
+
+@contextlib.contextmanager
+def scratch(identity: dict[str, Any], worth: str) -> Iterator[Path]:
+    """A folder for work that the next process of the same identity goes on with; see `claim`.
+
+    It goes when the work is done, and after a failure that leaves no file of the name `worth`.
+    """
+    folder, done = _folder(identity), False
+    try:
+        with claim(identity):
+            yield folder
+        done = True
+    finally:
+        if done or not (folder / worth).exists():
+            _drop(folder)
 
 
 def forget_result() -> None:

@@ -1,5 +1,6 @@
 """Claims about token files: how they are written and read."""
 
+import errno
 import hashlib
 import json
 import os
@@ -198,6 +199,96 @@ def test_a_vocabulary_over_uint16_is_refused(tmp_path, monkeypatch):
 @pytest.mark.fault(13, control=True)
 def test_numpy_wraps_a_token_over_uint16_silently():
     assert np.array([69_999]).astype(np.uint16).tolist() == [4463]
+
+
+# --- going on after a kill
+
+
+@pytest.fixture
+def journals(monkeypatch):
+    """Small batches, kept after each."""
+    monkeypatch.setattr(token_writer, "BATCH_BYTES", 10_000)
+    monkeypatch.setattr(token_writer, "KEPT_EVERY", 1)
+
+
+STOPPED = """
+import os, sys
+from pathlib import Path
+from pipeline.data import token_writer
+from tests.data.test_token_files import some_documents
+
+token_writer.BATCH_BYTES, token_writer.KEPT_EVERY = 10_000, 20_000
+kept, left = Path(sys.argv[1]), [int(sys.argv[2])]
+
+def stop(text_bytes):
+    left[0] -= 1
+    if not left[0]:
+        os._exit(9)  # nothing is flushed or tidied up, as by kill -9
+
+token_writer.write_tokens(some_documents(12), kept / "tokens", stop, workers=2, kept=kept)
+"""
+
+
+@pytest.mark.parametrize("stops", [[3], [9], [7, 2, 4]])
+def test_after_a_kill_tokenizing_goes_on_to_the_same_bytes(tmp_path, journals, monkeypatch, stops):
+    """Each stop is counted in batches of the process that it ends."""
+    whole, kept = tmp_path / "whole", tmp_path / "kept"
+    token_writer.write_tokens(some_documents(12), whole)
+    kept.mkdir()
+    for batches_done in stops:
+        words = [sys.executable, "-c", STOPPED, str(kept), str(batches_done)]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 9, done.stderr
+    assert (token_writer.begun(kept) or {"parts": 0})["parts"] > (sum(stops) - len(stops)) // 2
+    encoded, encode = [], token_writer._encode
+    monkeypatch.setattr(token_writer, "_encode", lambda b: encoded.append(len(b)) or encode(b))
+    begun = token_writer.begun(kept)["parts"]
+    token_writer.write_tokens(some_documents(12), tmp_path / "tokens", kept=kept)
+    assert sum(encoded) == len(list(some_documents(12))) - begun
+    for path in whole.iterdir():
+        assert (tmp_path / "tokens" / path.name).read_bytes() == path.read_bytes()
+    assert token_writer.begun(kept) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-3],
+        lambda content: bytes([content[0] ^ 1]) + content[1:],
+    ],
+)
+def test_kept_tokens_that_are_damaged_are_not_used(tmp_path, journals, caplog, damage):
+    class Stop(Exception):
+        pass
+
+    def stop(text_bytes):
+        raise Stop
+
+    whole, kept = tmp_path / "whole", tmp_path / "kept"
+    token_writer.write_tokens(some_documents(6), whole)
+    kept.mkdir()
+    with pytest.raises(Stop):
+        token_writer.write_tokens(some_documents(6), tmp_path / "tokens", stop, kept=kept)
+    path = kept / "val.bin.partial"
+    path.write_bytes(damage(path.read_bytes()))
+    token_writer.write_tokens(some_documents(6), tmp_path / "tokens", kept=kept)
+    assert "what was kept is damaged; tokenizing starts anew" in caplog.text
+    for path in whole.iterdir():
+        assert (tmp_path / "tokens" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_kept_tokens_may_lie_on_another_disk_than_the_finished_ones(tmp_path, monkeypatch):
+    replace, kept = os.replace, tmp_path / "kept"
+    kept.mkdir()
+
+    def refusing(source, target):
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refusing)
+    token_writer.write_tokens(SMALL, tmp_path / "tokens", kept=kept)
+    assert len(token_files.open_tokens(tmp_path / "tokens", "train")) > 9
 
 
 def test_tokenizing_does_without_torch():

@@ -355,6 +355,96 @@ def test_a_corpus_is_looked_at_as_a_whole_before_any_of_it_is_tokenized(
         tokenize_corpus.main(given)
 
 
+@pytest.fixture
+def large_corpus(make_config, workspace: Path, monkeypatch):
+    """Settings of a corpus that is taken for a large one; its tokens are kept after each batch."""
+    from pipeline.data import token_writer
+    from stages import tokenize_corpus
+
+    monkeypatch.setattr(tokenize_corpus, "KEPT_FROM", 1)
+    monkeypatch.setattr(token_writer, "KEPT_EVERY", 1)
+    monkeypatch.setattr(token_writer, "BATCH_BYTES", 100)
+    Path("text").mkdir()
+    for number in range(40):
+        Path("text", f"{number}.txt").write_text(f"some text {number} " * 20, "utf-8")
+    return make_config(corpus__source="text", corpus__path="text", corpus__val_fraction=0.2)
+
+
+def stopped(config, monkeypatch, after: int) -> None:
+    """Tokenize until somebody says stop, after so many batches."""
+    from pipeline.data import token_writer
+    from stages import tokenize_corpus
+
+    add, left = token_writer._Growing.add, [after]
+
+    def stopping(*words) -> None:
+        add(*words)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(token_writer._Growing, "add", stopping)
+        tokenize_corpus.main(config)
+
+
+def test_tokenizing_a_large_corpus_goes_on_where_it_was_stopped(
+    large_corpus, monkeypatch, capsys
+) -> None:
+    from pipeline.data import corpus
+    from pipeline.experiments import trainings
+    from stages import tokenize_corpus
+
+    stopped(large_corpus, monkeypatch, 25)
+    assert not any(paths.TOKENS.glob("*.bin"))
+    (left,) = trainings.kept()
+    assert (left.name, left.state) == ("workspace: tokenize", "interrupted")
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "check", lambda *_: pytest.fail("all of it was checked before"))
+        tokenize_corpus.main(large_corpus)
+    assert "tokenize: goes on after" in capsys.readouterr().out
+    assert not trainings.kept() and not any(p.is_dir() for p in paths.runs().iterdir())
+    found = {path.name: path.read_bytes() for path in paths.TOKENS.iterdir()}
+    monkeypatch.setattr(tokenize_corpus, "KEPT_FROM", 1 << 28)
+    tokenize_corpus.main(large_corpus)
+    assert "goes on" not in capsys.readouterr().out
+    assert found == {path.name: path.read_bytes() for path in paths.TOKENS.iterdir()}
+
+
+@pytest.mark.parametrize("change", ["file", "setting"])
+def test_tokenizing_starts_anew_for_another_corpus(
+    large_corpus, make_config, monkeypatch, capsys, change: str
+) -> None:
+    from stages import tokenize_corpus
+
+    stopped(large_corpus, monkeypatch, 25)
+    given = large_corpus
+    if change == "file":
+        Path("text/0.txt").write_text("another text", "utf-8")
+    else:
+        given = make_config(corpus__source="text", corpus__path="text", corpus__val_fraction=0.3)
+    tokenize_corpus.main(given)
+    assert "goes on" not in capsys.readouterr().out
+    assert "another" in decoded() or change == "setting"
+
+
+def decoded() -> str:
+    from pipeline.data import token_files, tokenizer
+
+    splits = (token_files.open_tokens(paths.TOKENS, split) for split in token_files.SPLITS)
+    return "".join(tokenizer.gpt2().decode(split.ids.tolist()) for split in splits)
+
+
+def test_a_large_corpus_that_is_refused_leaves_no_folder(large_corpus) -> None:
+    from pipeline.experiments import trainings
+    from stages import tokenize_corpus
+
+    Path("text/0.txt").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="invalid UTF-8"):
+        tokenize_corpus.main(large_corpus)
+    assert not trainings.kept()
+
+
 @pytest.mark.fault(65)
 def test_what_a_corpus_passes_over_is_said_on_the_terminal(
     make_config, workspace: Path, capsys
