@@ -207,7 +207,7 @@ def page(size: int, text: int, source: Path, place: Path, ran: list[Ran]) -> str
         + markdown(("measured", "", "and", " "), rows)
         + "\nThe unbroken run and the one that was killed and given again wrote the same bytes.\n"
         f"The second process said: `{again.said.splitlines()[0]}`\n\n"
-        "By arithmetic from these rates, not measured (the order in the last two columns is):\n\n"
+        "By arithmetic from these rates, not measured; the last two columns are:\n\n"
         + markdown(columns, later)
         + "\nText is read twice, by one thread: first to check it, then to encode it. On 16 cores "
         "reading bounds\nthe second pass, too. A kill costs reading past what is done, and some "
