@@ -143,7 +143,7 @@ def scratch(identity: dict[str, Any], worth: str) -> Iterator[Path]:
 
     It goes when the work is done, and after a failure that leaves no file of the name `worth`.
     """
-    folder, done = _folder(identity), False
+    folder, done = folder_of(identity), False
     try:
         with claim(identity):
             yield folder
