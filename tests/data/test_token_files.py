@@ -280,6 +280,34 @@ def test_kept_tokens_that_are_damaged_are_not_used(tmp_path, journals, caplog, d
         assert (tmp_path / "tokens" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_tokenizing_conversations_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(text_bytes):
+        done.append(text_bytes)
+        if len(done) == 5:
+            raise Stop
+
+    monkeypatch.setattr(token_writer, "BATCH_BYTES", 100)
+    monkeypatch.setattr(token_writer, "KEPT_EVERY", 1)
+    whole, kept, done = tmp_path / "whole", tmp_path / "kept", []
+    documents = [
+        Document(f"d{i}", "val" if i % 3 else "train", f"{answer} words " * 20, not answer, answer)
+        for i in range(9)
+        for answer in (False, True)
+    ]
+    token_writer.write_tokens(documents, whole)
+    kept.mkdir()
+    with pytest.raises(Stop):
+        token_writer.write_tokens(documents, tmp_path / "tokens", stop, kept=kept)
+    assert token_writer.begun(kept)["parts"] == 5
+    token_writer.write_tokens(documents, tmp_path / "tokens", kept=kept)
+    assert (whole / "val.answers").stat().st_size > 99
+    for path in whole.iterdir():
+        assert (tmp_path / "tokens" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_kept_tokens_may_lie_on_another_disk_than_the_finished_ones(tmp_path, monkeypatch):
     replace, kept = os.replace, tmp_path / "kept"
     kept.mkdir()
