@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -321,9 +322,12 @@ def describe() -> list[tuple[str, str, str]]:
     return [(name, _accepted(hint, known), known["doc"]) for name, hint, known in _settings()]
 
 
-def kinds() -> dict[str, type]:
-    """The type of every setting by its dotted name; `tuple` for a list of texts."""
-    return {name: get_origin(hint) or hint for name, hint, _ in _settings()}
+def kinds() -> dict[str, tuple[type, ...]]:
+    """The types that a setting may have, by its dotted name; `tuple` for a list of texts."""
+    return {
+        name: get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
+        for name, hint, _ in _settings()
+    }
 
 
 def _settings(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -234,7 +234,10 @@ def _check_settings(values: Event) -> None:
 @functools.cache
 def _types() -> dict[str, tuple[type, ...]]:
     wide = {float: (int, float), tuple: (list, tuple)}
-    return {name: wide.get(kind, (kind,)) for name, kind in config.kinds().items()}
+    return {
+        name: tuple(type_ for kind in kinds for type_ in wide.get(kind, (kind,)))
+        for name, kinds in config.kinds().items()
+    }
 
 
 def _is_plain(value: Any) -> bool:

@@ -612,7 +612,7 @@ def test_memory_that_does_not_suffice_names_the_micro_batch(
     assert as_a_stage(limit) == code
     told = "error: out of memory" in (said := capfd.readouterr().err)
     assert told == (code == 5)
-    assert ("halve train.batch_size and double train.accumulate" in said) == told
+    assert ("train.batch_size=512 train.accumulate=" in said) == told
     if told:
         state = json.loads((the_run() / "run_status.json").read_text())
         assert (state["state"], state["exit_code"]) == ("failed", 5)

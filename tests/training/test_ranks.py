@@ -48,6 +48,7 @@ class Made:
     """400 tokens, in the place of a token file."""
 
     ids = np.random.default_rng(0).integers(0, 97, 400).astype(np.uint16)
+    answers = None
 
     def __len__(self) -> int:
         return len(self.ids)
