@@ -64,6 +64,14 @@ def make_config() -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _compiler_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Two processes that compile the same code into one cache may load a file half written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _unbounded() -> Iterator[None]:
     """A limit of memory would stay for every test after the one that asked a server."""
     from pipeline.tracking import mlflow_store

@@ -140,7 +140,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "READ", 4)
 
 
-def compare(decoder: Decoder, padding: list[int] | None = None, compile: bool = False) -> Step:
+def compare(
+    decoder: Decoder, padding: list[int] | None = None, compile: bool = False, near: float = 1e-5
+) -> Step:
     """Seven steps behind a prompt of five, each against one of the growing cache."""
     rows = 1 if padding is None else len(padding)
     idx = ids(rows, 12).to(decoder.precision.device)
@@ -152,7 +154,7 @@ def compare(decoder: Decoder, padding: list[int] | None = None, compile: bool = 
     for column in range(5, 12):
         token = idx[:, column : column + 1]
         expected = decoder.logits(decoder.hidden(token, growing[0])[:, -1]).cpu()
-        torch.testing.assert_close(step(token, column).cpu(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(step(token, column).cpu(), expected, rtol=near, atol=near)
     return step
 
 
@@ -232,7 +234,9 @@ def test_a_compiled_step_equals_an_eager_one(weights: str, small_pieces, monkeyp
         pytest.skip(reason)
     torch._dynamo.reset()
     counters.clear()
-    compare(Decoder(tiny(), FP32, weights), compile=True)
+    # int8 products take activations in 16 bits, whose last one a fused kernel may round otherwise.
+    near = 1e-4 if weights == "int8" else 1e-5
+    compare(Decoder(tiny(), FP32, weights), compile=True, near=near)
     assert counters["stats"]["unique_graphs"] == 1, "it ran eagerly"
 
 
