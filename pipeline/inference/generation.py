@@ -70,8 +70,8 @@ def stream(
     `Decoder` once (with its own precision): reordering or rounding weights takes as long as some
     tokens.
 
-    Raises InputError for an empty prompt or an id beyond the vocabulary, NumericsError where the
-    prompt's logits are not finite.
+    Raises InputError for an empty prompt or an id beyond the vocabulary, NumericsError where logits
+    are not finite: at once for those of the prompt, later on a GPU with the last token.
     """
     _check_prompt(model, idx, padding)
     if padding is not None and not padding.any():
@@ -83,10 +83,14 @@ def stream(
         precision = choose_precision(config.precision, idx.device)
         model = Decoder(model, precision, config.weights, len(idx))
     window = Window(model, idx, config, padding)
+    finite = torch.ones((), dtype=torch.bool, device=idx.device)
+    looks = {0, config.max_new_tokens - 1}  # on a GPU each look waits for it
     for step in range(config.max_new_tokens):
         logits = window.next_logits()  # (B, V)
-        if step == 0 and not logits.isfinite().all():  # once: on a GPU each look waits for it
-            raise NumericsError("the logits of the prompt are not finite: the weights are broken")
+        finite = finite & logits.isfinite().all()
+        if (step in looks or idx.device.type == "cpu") and not finite:
+            whose = "a continuation" if step else "the prompt"
+            raise NumericsError(f"the logits of {whose} are not finite: the weights are broken")
         column = choose(logits, config, generator)  # (B,)
         yield column
         window.append(column)

@@ -1,3 +1,4 @@
+import contextlib
 import math
 import warnings
 from dataclasses import replace
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
 from pipeline.config import SampleConfig
 from pipeline.data.tokenizer import EOT, gpt2
@@ -389,6 +391,22 @@ def test_broken_weights_are_reported_and_not_sampled_from():
     for temperature in (0.0, 1.0):
         with pytest.raises(NumericsError, match="not finite"):
             generate(model, prompts(), settings(temperature=temperature), seeded())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_numbers_that_break_behind_the_prompt_are_reported(
+    temperature: float, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, idx = tiny(), prompts()
+    with torch.no_grad():
+        model.transformer.wpe.weight[idx.size(1) + 1] = torch.nan
+    config = settings(temperature=temperature, max_new_tokens=4)
+    with stand_in.gpu(monkeypatch) if gpu else contextlib.nullcontext():
+        device = "cuda" if gpu else "cpu"
+        chance = runtime.generator(0, "sample", device)
+        with pytest.raises(NumericsError, match="of a continuation are not finite"):
+            generate(model.to(device), idx.to(device), config, chance)
 
 
 # --- text
