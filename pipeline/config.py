@@ -204,6 +204,10 @@ class DistributedConfig:
     timeout: float = setting(
         "minutes that processes wait for one of them before the training fails", above=0, high=1e4
     )
+    launcher: str = setting(
+        "who starts the processes: local, on this machine, or a command such as srun, to which the "
+        "stage's own is added"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

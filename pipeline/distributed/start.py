@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +24,7 @@ from pipeline.compute.runtime import choose_device
 from pipeline.config import Config
 from pipeline.distributed import team
 from pipeline.errors import ConfigError, PeerError
+from pipeline.resume.interruption import SIGNALS
 
 # Who starts processes says so in these: torchrun and all that do as it does, or Slurm's srun. A
 # Slurm job that starts no step has some of its names, too, but not the middle one.
@@ -26,6 +32,7 @@ STARTERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
+LAUNCHED = "PIPELINE_LAUNCHED"  # set for the processes that distributed.launcher starts
 
 
 class Place(NamedTuple):
@@ -38,14 +45,24 @@ class Place(NamedTuple):
 def run(config: Config, work: Callable[[], None]) -> None:
     """Do a training's `work` in as many processes as there are to be.
 
-    Started by torchrun or srun, this process joins the others. Else it starts
-    distributed.processes of them, which run its own command, waits, and ends as they do.
+    Started with others, by torchrun or srun, this process joins them. Else it has them started,
+    by distributed.launcher, waits, and ends as they do.
     """
-    given = place(os.environ)
+    given, launched = place(os.environ), LAUNCHED in os.environ
     if given and given.ranks.world > 1:
         check(config, given.ranks.world)
+        os.environ.update(meeting_point(os.environ))
+        if hasattr(signal, "SIGUSR1"):  # see `by_command`; an Interruption listens to SIGTERM
+            signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
         team.run(config, given.ranks, given.local, work)
-    elif not given and (count := processes(config)) > 1:
+    elif launched and not given:
+        raise ConfigError(
+            f"distributed.launcher={config.distributed.launcher}: expected a command that tells "
+            "each process its place, in RANK and WORLD_SIZE or as srun does"
+        )
+    elif not launched and config.distributed.launcher != "local":
+        by_command(config)
+    elif not launched and (count := processes(config)) > 1:
         check(config, count)
         launch(config, count)
     else:
@@ -59,6 +76,20 @@ def place(environment: Mapping[str, str]) -> Place | None:
             found = Ranks(int(environment[rank]), int(environment[world]))
             return Place(found, int(environment.get(local, found.rank)))
     return None
+
+
+def meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
+    """Where a Slurm step's tasks meet: at its first task's machine, by a port of the step's own.
+
+    Nothing where somebody has said it, or where Slurm has not started them.
+    """
+    if "MASTER_ADDR" in environment or "SLURM_STEP_NODELIST" not in environment:
+        return {}
+    nodes = environment["SLURM_STEP_NODELIST"]  # such as gpu[003-010,012],cpu5
+    first = re.sub(r"\[(\d+)[^]]*]", r"\1", nodes).partition(",")[0]
+    step = 100 * int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+    # Below the ports that systems hand out by themselves.
+    return {"MASTER_ADDR": first, "MASTER_PORT": str(20000 + step % 12000)}
 
 
 def processes(config: Config) -> int:
@@ -129,6 +160,51 @@ def launch(config: Config, count: int) -> None:
             return
     if said:
         raise PeerError(said, code)
+    sys.exit(code)
+
+
+def by_command(config: Config) -> None:
+    """Run distributed.launcher with this process's command behind it, and end as it does.
+
+    A signal is handed on to it, and it is waited for. Raises ConfigError where it is no command.
+    """
+    said = f"distributed.launcher={config.distributed.launcher}"
+    try:
+        words = shlex.split(config.distributed.launcher, posix=sys.platform != "win32")
+    except ValueError as error:
+        raise ConfigError(f"{said}: expected local or a command: {error}") from None
+    if not words or not shutil.which(words[0]):
+        raise ConfigError(f"{said}: expected local or a command; there is none of this name")
+    if config.distributed.processes not in (1, "auto"):
+        raise ConfigError(
+            f"distributed.processes={config.distributed.processes}: expected 1 or auto, since "
+            f"{said} says how many"
+        )
+    # Of SIGTERM srun kills its tasks at once; this one it hands on to them.
+    number = signal.SIGUSR1 if Path(words[0]).name == "srun" else signal.SIGTERM
+    asked: list[int] = []
+    started: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(came: int, _: object) -> None:
+        asked.append(came)
+        for process in started:
+            process.send_signal(number)
+
+    for each in SIGNALS:
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, hand_on)
+    process = subprocess.Popen(
+        [*words, sys.executable, *sys.orig_argv[1:]],
+        # Once one task has ended, srun gives the others so many seconds.
+        env={"SLURM_WAIT": "30", **os.environ, LAUNCHED: "1"},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C comes to it from here alone
+    )
+    started.append(process)
+    if asked:  # before there was a process
+        process.send_signal(number)
+    if (code := process.wait()) < 0:
+        raise PeerError(f"{said} was ended by {signal.Signals(-code).name}", 128 - code)
     sys.exit(code)
 
 

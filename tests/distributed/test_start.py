@@ -68,17 +68,23 @@ class Workspace:
         initialize(model, configuration.from_dict(params()).init, generator(0, "init"))
         save_model(model, folder / paths.INIT)
 
-    def start(self, processes: int | str, fault: str = "", **changes: Any) -> subprocess.Popen:
-        """`fault` as in tests/helpers/rank_job.py; changed settings as in `params`."""
+    def configure(self, processes: int | str, **changes: Any) -> None:
+        """Changed settings as in `params`."""
         changes = SMALL | changes | {"distributed__processes": processes}
         OmegaConf.save(OmegaConf.create(params(**changes)), self.folder / "params.yaml")
+
+    def environment(self, fault: str = "") -> dict[str, str]:
+        """`fault` as in tests/helpers/rank_job.py."""
         env = {k: v for k, v in os.environ.items() if k not in ("DVC_ROOT", "NAIVE")}
         env |= {"PYTHONPATH": str(ROOT), "FAULT": fault.replace("naive", "")}
-        env |= {"NAIVE": "1"} if "naive" in fault else {}
+        return env | ({"NAIVE": "1"} if "naive" in fault else {})
+
+    def start(self, processes: int | str, fault: str = "", **changes: Any) -> subprocess.Popen:
+        self.configure(processes, **changes)
         return subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.rank_job"],
             cwd=self.folder,
-            env=env,
+            env=self.environment(fault),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -11,20 +11,21 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.compute import machine
 from pipeline.diagnostics import doctor, forecast
-from pipeline.distributed import team
+from pipeline.distributed import start, team
 from pipeline.errors import StorageError
 from pipeline.records import record_file
 from pipeline.tracking import recording
 from pipeline.training import training_step
 from pipeline.training.history import History
 from stages import common, train
-from tests.conftest import NoCourier
+from tests.conftest import NoCourier, wait_for
 
 
 def raises(error: Exception) -> Callable[[Any], None]:
@@ -46,6 +47,7 @@ FAULTS: dict[str, Callable[[training_step.TrainState], None]] = {
     "leave": lambda _: os._exit(0),
     "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
     "hang": lambda _: time.sleep(600),
+    "hold": lambda _: wait_for(Path("go").exists, 300),
     "SIGTERM": lambda _: os.kill(os.getpid(), signal.SIGTERM),
     "SIGINT": lambda _: os.kill(os.getpid(), signal.SIGINT),
     "spoil": spoil,
@@ -53,7 +55,8 @@ FAULTS: dict[str, Callable[[training_step.TrainState], None]] = {
 
 
 def main() -> None:
-    rank = int(os.environ.get("RANK", 0))
+    place = start.place(os.environ)
+    rank = place.ranks.rank if place else 0
     faults = [fault.split(":") for fault in os.environ.get("FAULT", "").split(",") if fault]
     original, add = training_step.gradients, History.add
 
