@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -180,6 +181,20 @@ class Board:
         return f"rank {rank} of {self.ranks.world}{where}"
 
     def settle(self, error: Exception, where: str = "") -> Exception:
+        """What `_settle` finds; a machine that is cut off waits for no answer that cannot come."""
+        found: list[Exception] = []
+        asking = threading.Thread(
+            target=lambda: found.append(self._settle(error, where)), daemon=True
+        )
+        asking.start()
+        asking.join(2 * GRACE_SECONDS)
+        if found:
+            return found[0]
+        self.first = True
+        cut_off = f"{where}rank 0 of {self.ranks.world} is out of reach"
+        return PeerError(cut_off) if isinstance(error, PeerError) else error
+
+    def _settle(self, error: Exception, where: str) -> Exception:
         """Of an error in this process, the one to end with: its own, or what caused it elsewhere.
 
         The first to come here with an error of its own tells the others.

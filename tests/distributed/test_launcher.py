@@ -14,10 +14,11 @@ from pipeline.distributed import start
 from pipeline.errors import ConfigError
 from tests.conftest import wait_for
 from tests.distributed.test_start import Workspace
-from tests.helpers import slurm
+from tests.helpers import machines, slurm
 
 slow = pytest.mark.slow
 needs_slurm = pytest.mark.skipif(bool(slurm.lacking()), reason=slurm.lacking())
+needs_machines = pytest.mark.skipif(bool(machines.lacking()), reason=machines.lacking())
 
 # As docs/distributed.md has it, with the stage alone in the place of `dvc repro`.
 JOB = f"""#!/bin/bash
@@ -48,7 +49,7 @@ def held(workspace: Workspace, step: int) -> bool:
 def test_srun_starts_the_processes_whose_failures_and_signals_end_as_ever(
     workspace: Workspace, cluster: None
 ) -> None:
-    srun = {"distributed__launcher": "srun --ntasks 2"}
+    srun = {"distributed__launcher": "srun --ntasks 2", "distributed__timeout": 10.0}
     code, said = workspace.train(1, "1:4:crash", **srun)
     assert code == 1 and "error: rank 1 of 2 (" in said and "): KeyError: 'a bug'" in said, said
     assert workspace.saved() == [3]
@@ -69,7 +70,7 @@ def test_srun_starts_the_processes_whose_failures_and_signals_end_as_ever(
 def test_a_slurm_job_that_is_warned_of_its_end_saves_and_goes_on_when_it_is_requeued(
     workspace: Workspace, cluster: None
 ) -> None:
-    workspace.configure(1, distributed__launcher="srun")
+    workspace.configure(1, distributed__launcher="srun", distributed__timeout=10.0)
     (workspace.folder / "job.sh").write_text(JOB)
     env = workspace.environment("0:7:hold")
     job = slurm.said("sbatch", "--parsable", "job.sh", cwd=workspace.folder, env=env).strip()
@@ -79,7 +80,7 @@ def test_a_slurm_job_that_is_warned_of_its_end_saves_and_goes_on_when_it_is_requ
     elapsed = slurm.said("squeue", "--noheader", f"--jobs={job}", "--format=%M").strip()
     minutes = int(elapsed.split(":")[-2]) + 2
     slurm.said("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
-    wait_for(lambda: log.read_text().count("SIGTERM: this step and a checkpoint first") == 2, 180)
+    wait_for(lambda: "SIGTERM: this step and a checkpoint first" in log.read_text(), 180)
     (workspace.folder / "go").touch()
     wait_for(lambda: "JobState=COMPLETED" in slurm.said("scontrol", "show", "job", job), 300)
     said = log.read_text()
@@ -92,7 +93,8 @@ def test_a_slurm_job_that_is_warned_of_its_end_saves_and_goes_on_when_it_is_requ
 @slow
 def test_any_command_that_tells_each_process_its_place_may_start_them(workspace: Workspace) -> None:
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --no-python"
-    changes = {"distributed__launcher": f"{torchrun} --nproc-per-node 2"}
+    launcher = f"{torchrun} --nproc-per-node 2"
+    changes = {"distributed__launcher": launcher, "distributed__timeout": 10.0}
     process = workspace.start("auto", "0:4:hold", **changes)
     wait_for(lambda: held(workspace, 4), 120)
     process.send_signal(signal.SIGTERM)
@@ -102,6 +104,40 @@ def test_any_command_that_tells_each_process_its_place_may_start_them(workspace:
     code, said = workspace.train("auto", **changes)
     assert code == 0 and "2 processes (2 x cpu" in said, said
     assert list(workspace.losses()) == list(range(14))
+
+
+@slow
+@needs_machines
+@pytest.mark.fault(50)
+def test_of_two_machines_cut_off_from_one_another_both_end_and_the_training_goes_on(
+    workspace: Workspace,
+) -> None:
+    workspace.configure(1, distributed__timeout=0.2)
+    job = ["-m", "tests.helpers.rank_job"]
+    torchrun = "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d"
+    meet = [*torchrun.split(), "--rdzv-endpoint", f"{machines.NAMES[0]}:29400"]
+    env = {"MASTER_ADDR": machines.NAMES[0], "MASTER_PORT": "29500", "WORLD_SIZE": "2"}
+    env |= workspace.environment("1:7:hold") | {"LOCAL_RANK": "0"}
+    with machines.Machines(workspace.folder).made() as two:
+        both = [two.start(n, [sys.executable, *job], env | {"RANK": str(n)}) for n in (0, 1)]
+        wait_for(lambda: held(workspace, 7), 120)
+        two.cable("down")
+        (workspace.folder / "go").touch()
+        (first, said), (second, beyond) = map(workspace.ended, both)
+        assert first == second == 1
+        assert "error: step 7: rank 1 of 2 (second, process" in said, said
+        assert "gave no answer (within 0.2 min)" in said and said.count("error:") == 1, said
+        assert "error: rank 0 of 2 is out of reach" in beyond, beyond
+        assert beyond.count("error:") == 1 and "Traceback" not in said + beyond
+        assert workspace.saved() == [3, 6] and not workspace.at_work()
+        two.cable("up")
+        workspace.configure(1)
+        env = workspace.environment()
+        both = [two.start(n, [sys.executable, *meet, *job], env) for n in (0, 1)]
+        (first, said), (second, beyond) = map(workspace.ended, both)
+    assert first == second == 0 and "resuming from step 6/14" in said, said + beyond
+    assert "2 processes (1 x cpu" in said and "on second)" in said, said
+    assert list(workspace.losses()) == list(range(14)) and not workspace.at_work()
 
 
 # --- without starting any

@@ -95,8 +95,12 @@ class Workspace:
         return self.end(self.start(processes, fault, **changes))
 
     def end(self, process: subprocess.Popen) -> tuple[int, str]:
-        said, _ = process.communicate(timeout=300)
+        code, said = self.ended(process)
         assert not self.at_work(), said
+        return code, said
+
+    def ended(self, process: subprocess.Popen) -> tuple[int, str]:
+        said, _ = process.communicate(timeout=300)
         return process.returncode, said
 
     def at_work(self) -> list[psutil.Process]:
