@@ -108,7 +108,6 @@ def test_any_command_that_tells_each_process_its_place_may_start_them(workspace:
 
 @slow
 @needs_machines
-@pytest.mark.fault(50)
 def test_of_two_machines_cut_off_from_one_another_both_end_and_the_training_goes_on(
     workspace: Workspace,
 ) -> None:
