@@ -205,7 +205,8 @@ def by_command(config: Config) -> None:
         process.send_signal(number)
     if (code := process.wait()) < 0:
         raise PeerError(f"{said} was ended by {signal.Signals(-code).name}", 128 - code)
-    sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 def verdict(failures: Mapping[int, Any], world: int) -> tuple[int, str]:
