@@ -176,7 +176,8 @@ class Board:
         return [self._get(key) for key in keys]
 
     def name(self, rank: int) -> str:
-        here = self._get(f"here/{rank}") if self._has(f"here/{rank}") else None
+        known = self._store and self._has(f"here/{rank}")
+        here = self._get(f"here/{rank}") if known else None
         where = f" ({here['host']}, process {here['process'].partition('-')[0]})" if here else ""
         return f"rank {rank} of {self.ranks.world}{where}"
 
@@ -190,7 +191,7 @@ class Board:
         asking.join(2 * GRACE_SECONDS)
         if found:
             return found[0]
-        self.first = True
+        self._store, self.first = None, True
         cut_off = f"{where}rank 0 of {self.ranks.world} is out of reach"
         return PeerError(cut_off) if isinstance(error, PeerError) else error
 
@@ -215,7 +216,7 @@ class Board:
             failed = self._get("failed")
             return PeerError(failed["words"], failed["code"])
         except RuntimeError:  # it lay with the first process, where no launcher holds it
-            self.first = True
+            self._store, self.first = None, True
             return PeerError(f"{where}rank 0 of {self.ranks.world} is gone")
 
     def on_signal(self, number: int, _: object) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -242,6 +243,8 @@ def main(words: list[str]) -> None:
     Standard input ends when the stage does. It holds how many seconds the stage will wait, or
     nothing where the stage was killed: then what it has written is shipped all the same.
     """
+    # A cluster ends all processes of a job by it; this one is ended by its standard input.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(AttributeError, OSError):  # Windows has no niceness
         os.nice(NICENESS)
         # Linux weighs sessions against each other first, and this one is a session of its own.

@@ -264,7 +264,10 @@ import concurrent.futures, runpy, sys, time
 from pipeline.tracking import mlflow_run as rows, mlflow_store as store
 pool = concurrent.futures.ThreadPoolExecutor(1)
 store.connect = lambda: None
-rows.open_row = lambda *_: pool.submit(time.sleep, 120).result()
+def hang(*_):
+    open("asked", "w").close()
+    pool.submit(time.sleep, 120).result()
+rows.open_row = hang
 sys.argv.insert(1, "ship")
 runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
 """
@@ -285,3 +288,17 @@ def test_a_store_that_hangs_for_ever_does_not_keep_its_process() -> None:
     assert time.monotonic() - began < 60
     assert done.returncode == 0
     assert "the store did not answer within" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal there")
+def test_a_cluster_s_sigterm_to_all_processes_of_a_job_leaves_it_to_end_with_its_stage() -> None:
+    write_lines(Path("train.jsonl"), [{"kind": "start", "stage": "train", "invocation": "one"}])
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING, "train.jsonl", "1-1.00", "best"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+    )
+    wait_for(Path("asked").exists)
+    process.terminate()
+    process.communicate(b"0.5", timeout=110)
+    assert process.returncode == 0
