@@ -133,9 +133,7 @@ def launch(config: Config, count: int) -> None:
     # What it says of its own is told better below, and by the processes themselves.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
-    # A signal is handed on to the processes, which need time for a step and a checkpoint.
-    seconds = math.ceil(60 * config.distributed.timeout)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(seconds))
+    os.environ.setdefault(*patience(config))
     if sys.platform == "win32":  # torch is built without it there
         os.environ.setdefault("USE_LIBUV", "0")
     with tempfile.TemporaryDirectory() as logs:
@@ -182,12 +180,13 @@ def by_command(config: Config) -> None:
         )
     # Of SIGTERM srun kills its tasks at once; this one it hands on to them.
     number = signal.SIGUSR1 if Path(words[0]).name == "srun" else signal.SIGTERM
-    asked: list[int] = []
-    started: list[subprocess.Popen[bytes]] = []
+    process: subprocess.Popen[bytes] | None = None
+    early = False
 
-    def hand_on(came: int, _: object) -> None:
-        asked.append(came)
-        for process in started:
+    def hand_on(*_: object) -> None:
+        nonlocal early
+        early = not process
+        if process:
             process.send_signal(number)
 
     for each in SIGNALS:
@@ -196,17 +195,24 @@ def by_command(config: Config) -> None:
     process = subprocess.Popen(
         [*words, sys.executable, *sys.orig_argv[1:]],
         # Once one task has ended, srun gives the others so many seconds.
-        env={"SLURM_WAIT": "30", **os.environ, LAUNCHED: "1"},
+        env={"SLURM_WAIT": "30", **dict([patience(config)]), **os.environ, LAUNCHED: "1"},
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C comes to it from here alone
     )
-    started.append(process)
-    if asked:  # before there was a process
+    if early:
         process.send_signal(number)
     if (code := process.wait()) < 0:
         raise PeerError(f"{said} was ended by {signal.Signals(-code).name}", 128 - code)
     if code:
         sys.exit(code)
+
+
+def patience(config: Config) -> tuple[str, str]:
+    """torchrun's variable for how long it waits for processes that it has handed a signal on to.
+
+    They need time for a step and a checkpoint.
+    """
+    return "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(60 * config.distributed.timeout))
 
 
 def verdict(failures: Mapping[int, Any], world: int) -> tuple[int, str]:
