@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.compute.runtime import derived_seed
 from pipeline.errors import PeerError, out_of_memory
 
-START, STEP, VALIDATE, LEAVE = range(4)  # what the first process has the others do
+START, STEP, VALIDATE, GATHER, LEAVE = range(5)  # what the first process has the others do
 LARGE = 1 << 20  # numbers of a gradient that is summed by itself; smaller ones go together
 
 
@@ -24,8 +24,10 @@ class Ranks:
     another process has failed, is gone or stays silent for longer than distributed.timeout.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1):
+    def __init__(self, rank: int = 0, world: int = 1, sharded: bool = False):
         self.rank, self.world = rank, world
+        self.sharded = sharded  # parameters lie in parts over all: see `sharding`
+        self.beside = world  # processes on this machine, with this one
         self.asked = 0  # a signal to end that came to this process, or to one that it has met
 
     def share(self, batch_size: int, accumulate: int) -> tuple[int, int]:
@@ -50,12 +52,13 @@ class Ranks:
     def add_up(self, total: Tensor, parameters: Iterable[Tensor]) -> None:
         """Replace a 0-dim tensor and every parameter's gradient by their sums over all processes.
 
+        Gradients in parts are sums already.
         Not while the backward pass runs: the look-up adds to the tied gradient after autograd has,
         and a compiled backward pass hands out all gradients at its end.
         """
         if self.world == 1:
             return
-        grads = [p.grad for p in parameters if p.grad is not None]
+        grads = [p.grad for p in parameters if p.grad is not None and not self.sharded]
         alone = [g for g in grads if g.numel() >= LARGE and g.is_contiguous()]
         chosen = {id(grad) for grad in alone}
         together = [total, *(grad for grad in grads if id(grad) not in chosen)]
@@ -107,6 +110,13 @@ def join(ranks: Ranks) -> None:
     """From now on this process has a place among others."""
     global _here
     _here = ranks
+
+
+def lost(error: Exception) -> bool:
+    """Whether it is another process that is gone, also where FSDP has met it by itself."""
+    by_torch = isinstance(error, RuntimeError) and not out_of_memory(error)
+    talking = isinstance(error, dist.DistError) or "gloo" in str(error)  # where gloo failed
+    return isinstance(error, PeerError) or (by_torch and talking)
 
 
 def _do(call: Callable[..., Any], *given: Any, **more: Any) -> Any:

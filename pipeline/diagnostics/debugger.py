@@ -75,10 +75,9 @@ def attached(
         yield stop_and_look
     except NumericsError as error:
         if state.ranks.world > 1:  # it may be in another process's share: all of it is done again
-            state.ranks, state.batches = (
-                Ranks(),
-                micro_batches(inputs.train, config.train, state.step),
-            )
+            state.batches = micro_batches(inputs.train, config.train, state.step)
+            if not state.ranks.sharded:
+                state.ranks = Ranks()
         if isinstance(error, ValidationError):
             explained = nonfinite.explain_validation(error, state, inputs.val, config.train)
         else:

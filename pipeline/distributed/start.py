@@ -44,6 +44,7 @@ def run(config: Config, work: Callable[[], None]) -> None:
     given = place(os.environ)
     if given and given.ranks.world > 1:
         check(config, given.ranks.world)
+        given.ranks.sharded = config.distributed.strategy == "fsdp"
         team.run(config, given.ranks, given.local, work)
     elif not given and (count := processes(config)) > 1:
         check(config, count)
@@ -84,6 +85,11 @@ def check(config: Config, world: int) -> None:
         problems.append(
             f"debug.interact_at_step={config.debug.interact_at_step}: expected -1 with {world} "
             "processes, since the others would wait; try the step with distributed.processes=1"
+        )
+    if config.distributed.strategy == "fsdp" and train.optimizer == "muon":
+        problems.append(
+            "train.optimizer=muon distributed.strategy=fsdp: Muon needs whole matrices, of which a "
+            "process has some rows; expected train.optimizer=adamw, or distributed.strategy=ddp"
         )
     if not torch.distributed.is_available():
         problems.append(f"{world} processes: this build of torch has no torch.distributed")

@@ -155,7 +155,10 @@ class Board:
             store, *_ = next(rendezvous("env://", rank, world, timeout=within))
             self._store, _board = dist.PrefixStore("pipeline", store), self
             self._put(f"here/{rank}", {"host": socket.gethostname(), "process": this_process()})
-            self._wait([f"here/{other}" for other in range(world)])
+            everyone = [f"here/{other}" for other in range(world)]
+            self._wait(everyone)
+            hosts = [self._get(key)["host"] for key in everyone]
+            self.ranks.beside = hosts.count(socket.gethostname())
             group = dist.PrefixStore("group", store)
             dist.init_process_group(
                 backend, store=group, rank=rank, world_size=world, timeout=within
@@ -187,7 +190,7 @@ class Board:
         if not self._store:
             return error
         try:
-            if not isinstance(error, PeerError):
+            if not places.lost(error):
                 why = reason(error).removeprefix("error: ")
                 self._blame(f"{self.name(self.ranks.rank)}: {why}", exit_code(error))
                 return error

@@ -15,15 +15,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pipeline.compute import ranks as places
 from pipeline.compute.ranks import Ranks
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks of a test need fork")
 
 
-def together(world: int, work: Callable[[Ranks], Any]) -> list[Any]:
+def together(world: int, work: Callable[[Ranks], Any], sharded: bool = False) -> list[Any]:
     """What `work` returns in each rank, as JSON has it, and tensors. Fails where one raises."""
     with tempfile.TemporaryDirectory() as folder:
-        children = [_fork(Path(folder), Ranks(rank, world), work) for rank in range(world)]
+        children = [_fork(Path(folder), Ranks(rank, world, sharded), work) for rank in range(world)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         said = [path.read_text() for path in sorted(Path(folder).glob("*.txt"))]
         assert codes == [0] * world, "\n".join([str(codes), *said])
@@ -54,6 +55,7 @@ def _fork(folder: Path, ranks: Ranks, work: Callable[[Ranks], Any]) -> int:
             world_size=ranks.world,
             timeout=datetime.timedelta(seconds=60),
         )
+        places.join(ranks)
         (folder / f"{ranks.rank}.json").write_text(json.dumps(work(ranks), default=_plain))
         dist.barrier()  # so that nobody's end breaks another's last sum
         code = 0
