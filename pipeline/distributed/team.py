@@ -65,6 +65,7 @@ def run(config: Config, ranks: Ranks, local: int, work: Callable[[], None]) -> N
         leave(ranks, max(0, exit_code(error) - 128))
         raise
     except Exception as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in `telling`
         found = board.settle(error)
         if found is error:
             get_error_handler().record_exception(error)  # in the file where torchrun looks for it

@@ -46,5 +46,3 @@ def on_host(ranks: Ranks, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     alone = not ranks.sharded
     made = ((name, whole(tensor)) for name, tensor in tensors.items())
     return {n: t.cpu().contiguous() for n, t in made if alone or ranks.rank == 0}
-
-

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed.fsdp
 import torch.distributed.tensor  # once here, not in every fork
 
@@ -17,23 +18,24 @@ from pipeline.compute import sharding
 from pipeline.compute.ranks import Ranks
 from pipeline.errors import NumericsError
 from pipeline.model.gpt import GPT
+from pipeline.model.init import initialize
 from pipeline.model.loss import IGNORE
 from pipeline.resume import gathering, snapshot
 from pipeline.storage.tensor_files import read_file
 from pipeline.training import loop, training_step, validation
 from pipeline.training.training_step import Batch, TrainState
 from tests.helpers.ranks import together
-from tests.training.test_ranks import (  # noqa: F401  (the fixture `model`)
-    SHAPE,
-    ULP,
-    fit,
-    model,
-    pytestmark,
-    ragged,
-    settings,
-    start,
-    tokens,
-)
+from tests.training import test_ranks
+from tests.training.test_ranks import SHAPE, ULP, fit, ragged, settings, start, tokens
+
+pytestmark = test_ranks.pytestmark
+
+
+@pytest.fixture
+def model(make_config) -> GPT:
+    made = GPT(SHAPE)
+    initialize(made, make_config().init, torch.Generator().manual_seed(0))
+    return made
 
 
 def gathered(state: TrainState, of: str = "grad") -> torch.Tensor:
@@ -106,6 +108,31 @@ def test_steps_are_those_of_one_with_ragged_masks(model, make_config, name: str,
     assert first == second
     assert first[0] == pytest.approx(losses, rel=1e-5)
     assert first[1] == pytest.approx(norms, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # which torch hides
+def test_compiled_blocks_are_one_graph_and_give_the_losses_of_eager_ones(make_config) -> None:
+    deep = GPT(replace(SHAPE, n_layer=10))  # more blocks than a function may have graphs
+    initialize(deep, make_config().init, torch.Generator().manual_seed(0))
+
+    def work(ranks: Ranks) -> tuple[list[float], int, list[str]]:
+        found = []
+        for compiled in (False, True):
+            config = settings(make_config, compile=compiled, steps=3, val_tokens=40)
+            state = start(deep, config, ranks)
+            share = [loop.micro_batches(tokens(), config, step, ranks) for step in range(3)]
+            found.append([report.loss for report in fit(state, config, share.__getitem__)])
+            if ranks.rank:
+                ranks.told()
+            found[-1].append(validation.validate(state, tokens(), config))
+        assert found[0] == pytest.approx(found[1], rel=1e-6)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return found[1], graphs, list(state.model.state_dict())
+
+    first, second = together(2, work, sharded=True, minutes=10)
+    assert first == second
+    assert first[1:] == [1, list(deep.state_dict())]
 
 
 def test_dropout_draws_as_it_does_where_each_has_all_weights(model, make_config) -> None:
