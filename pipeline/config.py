@@ -204,6 +204,9 @@ class DistributedConfig:
     strategy: str = setting(
         "each process has all weights and moments, or a part of them", choices=("ddp", "fsdp")
     )
+    ordered: bool = setting(
+        "add up sequence by sequence: slower, and the same bits for any number of processes"
+    )
     timeout: float = setting(
         "minutes that processes wait for one of them before the training fails", above=0, high=1e4
     )

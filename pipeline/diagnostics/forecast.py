@@ -7,7 +7,7 @@ import contextlib
 import logging
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -72,6 +72,7 @@ class Needs:
     kept_per_sequence: int
     checkpointed_per_sequence: int  # with train.checkpoint_activations
     parts: int = 1  # processes that share weights, gradients and moments
+    in_order: int = 0  # bytes of gradients beside: a process's in one piece, another's, their sum
 
     def at(self, batch_size: int, accumulate: int, checkpointed: bool = False) -> Memory:
         """Memory of an eager step, without what libraries and allocators add; compiled, less."""
@@ -92,7 +93,7 @@ class Needs:
         return Memory(
             weights=weights + at_once,
             moments=self.moments // self.parts,
-            gradients=weights + (parts + bool(earlier)) * embedding,
+            gradients=weights + self.in_order + (parts + bool(earlier)) * embedding,
             activations=activations + earlier,
             head=self._head(batch_size * self.length),
         )
@@ -193,12 +194,12 @@ class Forecast:
     needs: Needs
     free: int  # bytes
     corpus_tokens: int | None  # where known
-    processes: int = 1
+    ranks: Ranks = field(default_factory=Ranks)  # this process among all
 
     @property
     def share(self) -> tuple[int, int]:
         """Of each process: (sequences a micro-batch, micro-batches a step)."""
-        return Ranks(0, self.processes).share(self.config.batch_size, self.config.accumulate)
+        return self.ranks.share(self.config.batch_size, self.config.accumulate)
 
     @property
     def needed(self) -> Memory:
@@ -214,7 +215,7 @@ class Forecast:
         c, n, own = self.config, self.needed, self.config.checkpoint_activations
         tokens = c.steps * c.accumulate * c.batch_size * c.sequence_length
         epochs = f", {tokens / self.corpus_tokens:,.2f} epochs" if self.corpus_tokens else ""
-        each = f"each of {self.processes} processes with " if self.processes > 1 else ""
+        each = f"each of {self.ranks.world} processes with " if self.ranks.world > 1 else ""
         each += "its share of weights and moments and " if self.needs.parts > 1 else ""
         return [
             f"{self.needs.weights // 4:,} parameters; {c.steps:,} steps are {tokens:,} tokens"
@@ -283,13 +284,15 @@ def forecast(
         share = 1 if precision.device.type == "cuda" else beside
         free = free_memory(precision.device) // share
     need = _needs(config, precision, world)
-    return Forecast(train, need, free, corpus_tokens, world)
+    own = Ranks(0, world, ordered=config.distributed.ordered)
+    return Forecast(train, need, free, corpus_tokens, own)
 
 
 def _needs(config: Config, precision: Precision, world: int) -> Needs:
     shape, train = GPTConfig(**asdict(config.model)), config.train
     parts = world if config.distributed.strategy == "fsdp" else 1
-    return needs(shape, precision, train.sequence_length, train.optimizer, parts)
+    found = needs(shape, precision, train.sequence_length, train.optimizer, parts)
+    return replace(found, in_order=3 * found.weights * config.distributed.ordered)
 
 
 def before_training(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.compute.ranks import Ranks
+from pipeline.compute.ranks import Ranks, join
 from pipeline.compute.runtime import choose_device
 from pipeline.config import Config
 from pipeline.distributed import team
@@ -45,11 +45,13 @@ def run(config: Config, work: Callable[[], None]) -> None:
     if given and given.ranks.world > 1:
         check(config, given.ranks.world)
         given.ranks.sharded = config.distributed.strategy == "fsdp"
+        given.ranks.ordered = config.distributed.ordered
         team.run(config, given.ranks, given.local, work)
     elif not given and (count := processes(config)) > 1:
         check(config, count)
         launch(config, count)
     else:
+        join(Ranks(ordered=config.distributed.ordered))
         work()
 
 
@@ -90,6 +92,11 @@ def check(config: Config, world: int) -> None:
         problems.append(
             "train.optimizer=muon distributed.strategy=fsdp: Muon needs whole matrices, of which a "
             "process has some rows; expected train.optimizer=adamw, or distributed.strategy=ddp"
+        )
+    if config.distributed.strategy == "fsdp" and config.distributed.ordered:
+        problems.append(
+            "distributed.ordered=true distributed.strategy=fsdp: FSDP adds up gradients in an "
+            "order of its own; expected distributed.strategy=ddp, or distributed.ordered=false"
         )
     if not torch.distributed.is_available():
         problems.append(f"{world} processes: this build of torch has no torch.distributed")

@@ -169,13 +169,14 @@ def machine(state: TrainState) -> dict[str, str]:
 
     On CUDA that takes `train.deterministic` as well.
     """
-    precision = state.precision
+    precision, ranks = state.precision, state.ranks
+    processes = str(ranks.world) + (" (fsdp)" if ranks.sharded else "")
     return {
         "torch": torch.__version__,
         "device": runtime.device_name(precision.device),  # with the threads of a CPU
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "precision": precision.effective + (" (emulated)" if precision.emulated else ""),
-        "processes": str(state.ranks.world) + (" (fsdp)" if state.ranks.sharded else ""),
+        "processes": "any (ordered)" if ranks.ordered else processes,
     }
 
 

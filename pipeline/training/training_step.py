@@ -214,7 +214,7 @@ def finish(state: TrainState, launched: Launched) -> StepResult:
 def _clear(state: TrainState) -> None:
     """What is left of a step once its update has been launched."""
     state.scaler.update()  # a spike's gradients are finite: the scale was right
-    if not state.ranks.sharded:
+    if not (state.ranks.sharded or state.ranks.ordered):  # else it is a part of something
         hand_back("grad_weight", state.model.transformer.wte.weight.grad)
     state.optimizer.zero_grad(set_to_none=True)
 
@@ -250,7 +250,8 @@ def gradients(
     total = torch.zeros((), device=device)
     state.model.train()
     with state.precision.products():
-        for x, y in batches:
+        for number, (x, y) in enumerate(batches):
+            state.ranks.next_draws(number)
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             with state.precision.autocast():
                 loss = state.loss_function(x, y, factor)
@@ -258,6 +259,7 @@ def gradients(
             total += loss.detach()
             if each:
                 each(loss.detach())
+            state.ranks.add_in_order(loss.detach(), state.model.parameters())
     state.ranks.add_up(total, state.model.parameters())  # an overflow of one is one of all
     scaler.unscale_(state.optimizer)
     return total / scaler.scale(torch.ones((), device=device))

@@ -31,7 +31,7 @@ def windows(held_out: Tokens, config: TrainConfig, ranks: Ranks | None = None) -
     ranks = ranks or Ranks()
     return validation_windows(
         held_out,
-        batch_size=config.batch_size,
+        batch_size=1 if ranks.ordered else config.batch_size,
         sequence_length=config.sequence_length,
         limit=config.val_tokens,
         rank=ranks.rank,

@@ -22,11 +22,11 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks of a test
 
 
 def together(
-    world: int, work: Callable[[Ranks], Any], sharded: bool = False, minutes: float = 1.0
+    world: int, work: Callable[[Ranks], Any], minutes: float = 1.0, **how: bool
 ) -> list[Any]:
     """What `work` returns in each rank, as JSON has it, and tensors. Fails where one raises."""
     with tempfile.TemporaryDirectory() as folder:
-        each = [Ranks(rank, world, sharded) for rank in range(world)]
+        each = [Ranks(rank, world, **how) for rank in range(world)]
         children = [_fork(Path(folder), ranks, work, minutes) for ranks in each]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         said = [path.read_text() for path in sorted(Path(folder).glob("*.txt"))]
