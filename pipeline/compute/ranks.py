@@ -24,9 +24,7 @@ class Ranks:
     another process has failed, is gone or stays silent for longer than distributed.timeout.
     """
 
-    def __init__(
-        self, rank: int = 0, world: int = 1, sharded: bool = False, ordered: bool = False
-    ):
+    def __init__(self, rank: int = 0, world: int = 1, sharded: bool = False, ordered: bool = False):
         self.rank, self.world = rank, world
         self.sharded = sharded  # parameters lie in parts over all: see `sharding`
         self.ordered = ordered  # sums go sequence by sequence, to the same bits for any `world`
