@@ -57,7 +57,7 @@ class Ranks:
             torch.manual_seed(derived_seed(seed, f"dropout of step {step}, rank {self.rank}"))
 
     def next_draws(self, number: int) -> None:
-        """In order, before this process's micro-batch `number`: its sequence has its own dropout."""
+        """In order, before this process's micro-batch `number`: each sequence has its dropout."""
         if self.ordered:
             (seed, step), sequence = self._draws, number * self.world + self.rank
             torch.manual_seed(derived_seed(seed, f"dropout of step {step}, sequence {sequence}"))

@@ -215,12 +215,12 @@ class Forecast:
         c, n, own = self.config, self.needed, self.config.checkpoint_activations
         tokens = c.steps * c.accumulate * c.batch_size * c.sequence_length
         epochs = f", {tokens / self.corpus_tokens:,.2f} epochs" if self.corpus_tokens else ""
-        each = f"each of {self.ranks.world} processes with " if self.ranks.world > 1 else ""
-        each += "its share of weights and moments and " if self.needs.parts > 1 else ""
+        each = f" in each of {self.ranks.world} processes" if self.ranks.world > 1 else ""
+        each += ", which share weights and moments" if self.needs.parts > 1 else ""
         return [
             f"{self.needs.weights // 4:,} parameters; {c.steps:,} steps are {tokens:,} tokens"
             f"{epochs}",
-            f"memory for {each}micro-batches of {self.share[0]}: {size(n.total)} (weights and "
+            f"memory for micro-batches of {self.share[0]}{each}: {size(n.total)} (weights and "
             f"moments {size(n.weights + n.moments)}, activations {size(n.activations)}, output "
             f"layer {size(n.head)}); free: {size(self.free)}, enough for {self.fits(own):,}, "
             f"with {CHECKPOINT}={str(not own).lower()} for {self.fits(not own):,}",
