@@ -59,6 +59,7 @@ class Ranks:
     def next_draws(self, number: int) -> None:
         """In order, before this process's micro-batch `number`: each sequence has its dropout."""
         if self.ordered:
+            self._sum = self._sum if number else None  # what a step that failed has left
             (seed, step), sequence = self._draws, number * self.world + self.rank
             torch.manual_seed(derived_seed(seed, f"dropout of step {step}, sequence {sequence}"))
 

@@ -85,15 +85,14 @@ class Needs:
         each = self.checkpointed_per_sequence if checkpointed else self.kept_per_sequence
         activations = self.kept + batch_size * each + embedding
         # On a GPU the look-up's part of the tied gradient is a matrix, and so is the sum of both.
-        parts = 0 if self.precision.device.type == "cpu" and self.parts == 1 else 2
-        if self.parts > 1:  # it is summed over the processes in one piece more
-            parts += 2
+        pieces = 0 if self.precision.device.type == "cpu" and self.parts == 1 else 2
+        pieces += 2 * (self.parts > 1)  # what is sent, and what has come of it
         if self.precision.emulated:  # an operand and a result of the MLP in fp32, for a moment
             activations += 2 * 4 * batch_size * self.length * 4 * self.shape.n_embd
         return Memory(
             weights=weights + at_once,
             moments=self.moments // self.parts,
-            gradients=weights + self.in_order + (parts + bool(earlier)) * embedding,
+            gradients=weights + self.in_order + (pieces + bool(earlier)) * embedding,
             activations=activations + earlier,
             head=self._head(batch_size * self.length),
         )
@@ -268,24 +267,27 @@ class Forecast:
 
 
 def forecast(
-    config: Config, precision: Precision, corpus_tokens: int | None = None, free: int = 0
+    config: Config,
+    precision: Precision,
+    corpus_tokens: int | None = None,
+    free: int = 0,
+    ranks: Ranks | None = None,
 ) -> Forecast:
-    """What each process of a training needs, beside the bytes that are `free` for it: 0 for those
-    of this machine now, of whose host processes have equal shares.
+    """What a process of a training needs, beside the bytes that are `free` for it: 0 for those of
+    this machine now. `ranks` are those at work, None those that the settings ask for.
 
-    Raises ConfigError where the processes cannot train so.
+    Raises ConfigError where so many cannot train so.
     """
-    given, train = here(), config.train
-    world = given.world if given.world > 1 else processes(config)
-    if world > 1:
-        check(config, world)
-    if not free:
-        beside = given.beside if given.world > 1 else world
-        share = 1 if precision.device.type == "cuda" else beside
-        free = free_memory(precision.device) // share
-    need = _needs(config, precision, world)
-    own = Ranks(0, world, ordered=config.distributed.ordered)
-    return Forecast(train, need, free, corpus_tokens, own)
+    own = ranks or Ranks(0, processes(config), ordered=config.distributed.ordered)
+    if own.world > 1:
+        check(config, own.world)
+    free = free or free_for_each(precision.device, own)
+    return Forecast(config.train, _needs(config, precision, own.world), free, corpus_tokens, own)
+
+
+def free_for_each(device: torch.device, ranks: Ranks) -> int:
+    """Bytes that a process can still allocate: a GPU is its own, the host all share alike."""
+    return free_memory(device) // (1 if device.type == "cuda" else ranks.beside)
 
 
 def _needs(config: Config, precision: Precision, world: int) -> Needs:
@@ -307,7 +309,7 @@ def before_training(
     if slow := slow_fp8(config, precision):
         log.warning("%s", slow)
     try:
-        expected = forecast(config, precision, corpus_tokens)
+        expected = forecast(config, precision, corpus_tokens, ranks=here())
     except RuntimeError as error:  # an operation for which this device has no formula of sizes
         log.warning("no memory forecast on %s: %s", precision.device.type, error)
         return []
@@ -347,7 +349,9 @@ def explaining(config: Config, precision: Precision) -> Iterator[None]:
         device, rss = precision.device, psutil.Process().memory_info().rss
         held = torch.cuda.memory_allocated(device) if device.type == "cuda" else rss
         with contextlib.suppress(RuntimeError, MemoryError):  # of the forecast: see before_training
-            found = forecast(config, precision, free=free_memory(device) + held)
+            own = here()
+            free = free_for_each(device, own) + held
+            found = forecast(config, precision, free=free, ranks=own)
             first = str(error).partition(". ")[0] or "MemoryError"
             raise StorageError(f"out of memory ({first}); {found.problem(True)}") from error
         raise

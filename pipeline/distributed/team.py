@@ -108,6 +108,9 @@ def begin(
     for rank, facts in enumerate(everyone):
         if changed := run_folder.differences(facts["identity"], everyone[0]["identity"]):
             raise ConfigError(f"{_board.name(rank)} would train another model: {changed[0]}")
+        how, first = (found["machine"]["processes"] for found in (facts, everyone[0]))
+        if how != first:
+            raise ConfigError(f"{_board.name(rank)} would train as {how}, the first as {first}")
         if facts["machine"] != everyone[0]["machine"]:
             log.warning("%s computes otherwise: %s", _board.name(rank), facts["machine"])
     counted = Counter(f"{facts['machine']['device']} on {facts['host']}" for facts in everyone)
