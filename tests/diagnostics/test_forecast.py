@@ -388,7 +388,7 @@ def test_a_run_says_where_fp8_is_slow(
     stand_in.pretend(monkeypatch)
     mode = precision.choose_precision(name, CUDA)
     config = make_config(model__n_embd=width, train__compile=compiled)
-    monkeypatch.setattr(forecast, "forecast", lambda *_: SHORT)
+    monkeypatch.setattr(forecast, "forecast", lambda *_, **__: SHORT)
     monkeypatch.setattr(forecast.attention_kernel, "tell", lambda *_: None)
     forecast.before_training(config, mode, Kept(), 671_837)
     assert bool(caplog.messages) is bool(said)
