@@ -72,9 +72,10 @@ def _gpus(device: torch.device) -> dict[int, Any]:
         if device.type != "cuda":
             return {}
         pynvml.nvmlInit()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        beside = here().beside
-        used = range(min(beside, torch.cuda.device_count())) if beside > 1 else (index,)
+        if (beside := here().beside) > 1:
+            used = [*range(min(beside, torch.cuda.device_count()))]
+        else:
+            used = [torch.cuda.current_device() if device.index is None else device.index]
         uuids = {n: torch.cuda.get_device_properties(n).uuid for n in used}
         return {n: pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{u}") for n, u in uuids.items()}
     except ImportError:
