@@ -201,6 +201,12 @@ class DistributedConfig:
     processes: int | str = setting(
         "processes that train together on this machine; auto is one a GPU", choices=("auto",), low=1
     )
+    strategy: str = setting(
+        "each process has all weights and moments, or a part of them", choices=("ddp", "fsdp")
+    )
+    ordered: bool = setting(
+        "add up sequence by sequence: slower, and the same bits for any number of processes"
+    )
     timeout: float = setting(
         "minutes that processes wait for one of them before the training fails", above=0, high=1e4
     )

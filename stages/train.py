@@ -90,7 +90,7 @@ def loop(job: Job, state: TrainState, history: History) -> None:
         if history.validation_due():
             with contextlib.suppress(Stopped):  # somebody asks to stop: the next process does it
                 if history.validated(validate(state, job.inputs.val, config.train, stop.going_on)):
-                    job.checkpoints.keep_best(state.model, state.step)
+                    job.checkpoints.keep_best(state)
                 for line in (history.line(), *glimpse.lines(state, config, record)):
                     common.say(f"train: {line}")
                 edited = common.new_edits("train", config, told)

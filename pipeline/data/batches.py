@@ -93,20 +93,26 @@ def validation_windows(
     limit: int | None = None,
     rank: int = 0,
     world: int = 1,
+    alike: bool = False,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Consecutive windows as inputs and targets, (B, T) int64 each, the ragged end as (1, t).
 
     Over all ranks every token but the first is a target exactly once, or with `limit` the first
     `limit` of those, whatever the batch size and `world`; of conversations all that are no
     answer's are IGNORE, and `limit` is stretched to the first that is. Ranks take windows in turn,
-    so one may have a batch fewer, or none: add sums and counts over ranks, not means.
+    so one may have a batch fewer, or none: add sums and counts over ranks, not means. `alike`
+    gives each as many batches as the first: one without a target in the place of none.
     """
     targets = len(tokens) - 1 if limit is None else min(limit, len(tokens) - 1)
     if tokens.answers is not None:  # at least one of them is a target
         targets = max(targets, int(np.argmax(tokens.answers[1:])) + 1)
     full, ragged = divmod(targets, sequence_length)
     mine = np.arange(rank, full, world) * sequence_length
-    for first in range(0, len(mine), batch_size):
-        yield _gather(tokens, mine[first : first + batch_size], sequence_length)
+    nothing = torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE)
+    for first in range(0, -(-full // world) if alike else len(mine), batch_size):
+        some = mine[first : first + batch_size]
+        yield _gather(tokens, some, sequence_length) if len(some) else nothing
     if ragged and full % world == rank:
         yield _gather(tokens, np.array([full * sequence_length]), ragged)
+    elif ragged and alike:
+        yield nothing

@@ -22,7 +22,6 @@ from pipeline import config as configuration
 from pipeline import paths, terminal
 from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
-from pipeline.compute.ranks import Ranks
 from pipeline.config import Config
 from pipeline.diagnostics import nonfinite, token_spans
 from pipeline.errors import InputError, NumericsError, StorageError, UserError, cut, out_of_memory
@@ -75,10 +74,10 @@ def attached(
         yield stop_and_look
     except NumericsError as error:
         if state.ranks.world > 1:  # it may be in another process's share: all of it is done again
-            state.ranks, state.batches = (
-                Ranks(),
-                micro_batches(inputs.train, config.train, state.step),
-            )
+            alone = state.ranks.alone()
+            state.batches = micro_batches(inputs.train, config.train, state.step, alone)
+            if not state.ranks.sharded:
+                state.ranks = alone
         if isinstance(error, ValidationError):
             explained = nonfinite.explain_validation(error, state, inputs.val, config.train)
         else:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,9 +15,11 @@ import psutil
 import torch
 
 from pipeline.compute.precision import PRECISIONS, Precision
+from pipeline.compute.ranks import Ranks, here
 from pipeline.compute.throughput import WARM_UP_STEPS
 from pipeline.config import Config, TrainConfig
 from pipeline.diagnostics import attention_kernel
+from pipeline.distributed.start import check, processes
 from pipeline.errors import StorageError, out_of_memory
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import MAX_LOGIT_BYTES
@@ -34,6 +36,8 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's limits, on Linux
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 # Where fp8 loses against bf16, by arithmetic from one H100 (benchmarks/results/fp8_expectation.md).
 FP8_PAYS_FROM = 1280  # channels
+# Blocks that FSDP has whole at a time: at work, gathered, on the way, and a gradient.
+BLOCKS_AT_ONCE = 4
 CHECKPOINT = "train.checkpoint_activations"
 TOO_LARGE = "not even one sequence fits; try a smaller model or train.sequence_length"
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
@@ -67,21 +71,28 @@ class Needs:
     kept: int  # for the backward pass, whatever the micro-batch (weights in a low format, say)
     kept_per_sequence: int
     checkpointed_per_sequence: int  # with train.checkpoint_activations
+    parts: int = 1  # processes that share weights, gradients and moments
+    in_order: int = 0  # bytes of gradients beside: a process's in one piece, another's, their sum
 
     def at(self, batch_size: int, accumulate: int, checkpointed: bool = False) -> Memory:
         """Memory of an eager step, without what libraries and allocators add; compiled, less."""
         embedding = 4 * self.shape.vocab_rows * self.shape.n_embd
-        earlier = self.weights if accumulate > 1 else 0  # gradients of the micro-batches before
+        weights, at_once = self.weights // self.parts, 0
+        if self.parts > 1:  # whole beside the shares: the embedding, and blocks on their way
+            block = (self.weights - embedding) // self.shape.n_layer
+            at_once = embedding + BLOCKS_AT_ONCE * block
+        earlier = weights if accumulate > 1 else 0  # gradients of the micro-batches before
         each = self.checkpointed_per_sequence if checkpointed else self.kept_per_sequence
         activations = self.kept + batch_size * each + embedding
         # On a GPU the look-up's part of the tied gradient is a matrix, and so is the sum of both.
-        parts = 0 if self.precision.device.type == "cpu" else 2
+        pieces = 0 if self.precision.device.type == "cpu" and self.parts == 1 else 2
+        pieces += 2 * (self.parts > 1)  # what is sent, and what has come of it
         if self.precision.emulated:  # an operand and a result of the MLP in fp32, for a moment
             activations += 2 * 4 * batch_size * self.length * 4 * self.shape.n_embd
         return Memory(
-            weights=self.weights,
-            moments=self.moments,
-            gradients=self.weights + (parts + bool(earlier)) * embedding,
+            weights=weights + at_once,
+            moments=self.moments // self.parts,
+            gradients=weights + self.in_order + (pieces + bool(earlier)) * embedding,
             activations=activations + earlier,
             head=self._head(batch_size * self.length),
         )
@@ -104,7 +115,9 @@ class Needs:
         return at_once * c.vocab_rows * (4 + low) + operands + 4 * rows * c.n_embd
 
 
-def needs(shape: GPTConfig, precision: Precision, length: int, optimizer: str = "adamw") -> Needs:
+def needs(
+    shape: GPTConfig, precision: Precision, length: int, optimizer: str = "adamw", parts: int = 1
+) -> Needs:
     """Memory needs, measured by the model's own forward pass on tensors without contents.
 
     Two models of one block and of two tell what every block adds. Autocast keeps low weights until
@@ -131,6 +144,7 @@ def needs(shape: GPTConfig, precision: Precision, length: int, optimizer: str = 
         kept_per_sequence=for_each[0] + more * (for_each[1] - for_each[0]),
         # One block is made again at a time; of the others the input is kept, which is fp32.
         checkpointed_per_sequence=for_each[0] + more * 4 * length * shape.n_embd,
+        parts=parts,
     )
 
 
@@ -179,11 +193,16 @@ class Forecast:
     needs: Needs
     free: int  # bytes
     corpus_tokens: int | None  # where known
+    ranks: Ranks = field(default_factory=Ranks)  # this process among all
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Of each process: (sequences a micro-batch, micro-batches a step)."""
+        return self.ranks.share(self.config.batch_size, self.config.accumulate)
 
     @property
     def needed(self) -> Memory:
-        c = self.config
-        return self.needs.at(c.batch_size, c.accumulate, c.checkpoint_activations)
+        return self.needs.at(*self.share, self.config.checkpoint_activations)
 
     def fits(self, checkpointed: bool) -> int:
         """The largest micro-batch within the free memory; 0: not even one sequence."""
@@ -195,10 +214,12 @@ class Forecast:
         c, n, own = self.config, self.needed, self.config.checkpoint_activations
         tokens = c.steps * c.accumulate * c.batch_size * c.sequence_length
         epochs = f", {tokens / self.corpus_tokens:,.2f} epochs" if self.corpus_tokens else ""
+        each = f" in each of {self.ranks.world} processes" if self.ranks.world > 1 else ""
+        each += ", which share weights and moments" if self.needs.parts > 1 else ""
         return [
             f"{self.needs.weights // 4:,} parameters; {c.steps:,} steps are {tokens:,} tokens"
             f"{epochs}",
-            f"memory for micro-batches of {c.batch_size}: {size(n.total)} (weights and "
+            f"memory for micro-batches of {self.share[0]}{each}: {size(n.total)} (weights and "
             f"moments {size(n.weights + n.moments)}, activations {size(n.activations)}, output "
             f"layer {size(n.head)}); free: {size(self.free)}, enough for {self.fits(own):,}, "
             f"with {CHECKPOINT}={str(not own).lower()} for {self.fits(not own):,}",
@@ -246,13 +267,34 @@ class Forecast:
 
 
 def forecast(
-    config: Config, precision: Precision, corpus_tokens: int | None = None, free: int = 0
+    config: Config,
+    precision: Precision,
+    corpus_tokens: int | None = None,
+    free: int = 0,
+    ranks: Ranks | None = None,
 ) -> Forecast:
-    """What a training needs, beside the bytes that are `free`: 0 for those of this machine now."""
-    shape = GPTConfig(**asdict(config.model))
-    train = config.train
-    need = needs(shape, precision, train.sequence_length, train.optimizer)
-    return Forecast(train, need, free or free_memory(precision.device), corpus_tokens)
+    """What a process of a training needs, beside the bytes that are `free` for it: 0 for those of
+    this machine now. `ranks` are those at work, None those that the settings ask for.
+
+    Raises ConfigError where so many cannot train so.
+    """
+    own = ranks or Ranks(0, processes(config), ordered=config.distributed.ordered)
+    if own.world > 1:
+        check(config, own.world)
+    free = free or free_for_each(precision.device, own)
+    return Forecast(config.train, _needs(config, precision, own.world), free, corpus_tokens, own)
+
+
+def free_for_each(device: torch.device, ranks: Ranks) -> int:
+    """Bytes that a process can still allocate: a GPU is its own, the host all share alike."""
+    return free_memory(device) // (1 if device.type == "cuda" else ranks.beside)
+
+
+def _needs(config: Config, precision: Precision, world: int) -> Needs:
+    shape, train = GPTConfig(**asdict(config.model)), config.train
+    parts = world if config.distributed.strategy == "fsdp" else 1
+    found = needs(shape, precision, train.sequence_length, train.optimizer, parts)
+    return replace(found, in_order=3 * found.weights * config.distributed.ordered)
 
 
 def before_training(
@@ -267,7 +309,7 @@ def before_training(
     if slow := slow_fp8(config, precision):
         log.warning("%s", slow)
     try:
-        expected = forecast(config, precision, corpus_tokens)
+        expected = forecast(config, precision, corpus_tokens, ranks=here())
     except RuntimeError as error:  # an operation for which this device has no formula of sizes
         log.warning("no memory forecast on %s: %s", precision.device.type, error)
         return []
@@ -307,7 +349,9 @@ def explaining(config: Config, precision: Precision) -> Iterator[None]:
         device, rss = precision.device, psutil.Process().memory_info().rss
         held = torch.cuda.memory_allocated(device) if device.type == "cuda" else rss
         with contextlib.suppress(RuntimeError, MemoryError):  # of the forecast: see before_training
-            found = forecast(config, precision, free=free_memory(device) + held)
+            own = here()
+            free = free_for_each(device, own) + held
+            found = forecast(config, precision, free=free, ranks=own)
             first = str(error).partition(". ")[0] or "MemoryError"
             raise StorageError(f"out of memory ({first}); {found.problem(True)}") from error
         raise
@@ -330,8 +374,8 @@ def after_first_steps(step_seconds: list[float], config: TrainConfig, record: Re
 
 def table(config: Config, precisions: Iterable[Precision]) -> str:
     """A Markdown table of peak memory by micro-batch and precision."""
-    shape, train = GPTConfig(**asdict(config.model)), config.train
-    modes = [needs(shape, p, train.sequence_length, train.optimizer) for p in precisions]
+    train, world = config.train, processes(config)
+    modes = [_needs(config, p, world) for p in precisions]
     own = train.accumulate, train.checkpoint_activations
     rows = [(n, *(size(m.at(n, *own).total) for m in modes)) for n in MICRO_BATCHES]
     return markdown(("micro-batch", *PRECISIONS), rows)

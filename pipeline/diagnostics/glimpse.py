@@ -10,6 +10,7 @@ from pipeline.data import tokenizer
 from pipeline.inference.generation import stream_text
 from pipeline.model.gpt import GPT
 from pipeline.records.record_file import Record
+from pipeline.resume.gathering import model_of
 from pipeline.training.training_step import TrainState
 
 TOKENS = 24
@@ -20,7 +21,7 @@ def lines(state: TrainState, config: Config, record: Record) -> list[str]:
     """The `text`, put on record as well, where sample.while_training asks for it."""
     if not config.sample.while_training:
         return []
-    said = text(state.model, config)
+    said = text(model_of(state), config)
     record.text(state.step, said[:LONGEST])
     return [f"  {said}"]
 

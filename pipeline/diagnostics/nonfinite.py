@@ -43,6 +43,11 @@ class Place:
         return f"First not finite: {self.what}{',' if some else ''} in {some}{batch}"
 
 
+IN_PARTS = (
+    "The weights lie in parts over processes, so the layer was not sought: the kept step has all "
+    "of them, and opens in one process"
+)
+
 Text = Callable[[int, Place | None], str]  # (step, place) -> where the step's tokens lie
 
 
@@ -55,7 +60,10 @@ def explain(error: NumericsError, state: TrainState, text: Text) -> NumericsErro
     seen = not (math.isfinite(state.loss) and math.isfinite(state.norm))
     lines = [str(error)]
     try:
-        if place := trace(state):
+        if state.ranks.sharded:
+            place = None
+            lines.append(IN_PARTS)
+        elif place := trace(state):
             sequences, count = len(state.batches[place.batch][0]), len(state.batches)
             lines.append(place.words(sequences, f"micro-batch {place.batch + 1} of {count}"))
         elif seen:
@@ -106,6 +114,8 @@ def explain_validation(
     The first batch without a finite loss is left as the step at work, for a look at it.
     """
     lines = [str(error)]
+    if state.ranks.sharded:
+        return NumericsError(f"{error}\n{IN_PARTS}")
     for number, batch in enumerate(validation.windows(held_out, config)):
         with _Watch(state.model) as watch:
             loss = mean_loss(state.model, [batch], state.precision, state.precision.device)

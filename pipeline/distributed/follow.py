@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import paths
 from pipeline.compute.precision import choose_precision
-from pipeline.compute.ranks import LEAVE, STEP, VALIDATE
+from pipeline.compute.ranks import GATHER, LEAVE, STEP, VALIDATE
 from pipeline.compute.runtime import choose_device
 from pipeline.errors import InputError, NumericsError
-from pipeline.resume import checkpoints, run_folder
+from pipeline.resume import checkpoints, run_folder, snapshot
 from pipeline.resume.interruption import Interruption
 from pipeline.training.inputs import open_inputs
 from pipeline.training.loop import fit, micro_batches
@@ -42,6 +42,9 @@ def follow(config: Config, tell: Callable[[TrainState, dict[str, Any]], None]) -
 
     def next_order() -> tuple[int, int]:
         order, value = ranks.told()
+        while order == GATHER:
+            snapshot.take_part(state, value)
+            order, value = ranks.told()
         if order == LEAVE:
             raise _Left(value)
         return order, value
@@ -63,7 +66,7 @@ def follow(config: Config, tell: Callable[[TrainState, dict[str, Any]], None]) -
             for _ in fit(state, config.train, batches, steps_at=steps_at, pause=lambda _: False):
                 pass
         except (NumericsError, InputError):
-            ranks.told()  # the first one explains it, and is gone then
+            next_order()  # the first one explains it, and is gone then
         except _Left as left:
             if number := left.args[0]:
                 sys.exit(128 + number)

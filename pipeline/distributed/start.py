@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.compute.ranks import Ranks
+from pipeline.compute.ranks import Ranks, join
 from pipeline.compute.runtime import choose_device
 from pipeline.config import Config
 from pipeline.distributed import team
@@ -54,6 +54,8 @@ def run(config: Config, work: Callable[[], None]) -> None:
         os.environ.update(meeting_point(os.environ))
         if hasattr(signal, "SIGUSR1"):  # see `by_command`; an Interruption listens to SIGTERM
             signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
+        given.ranks.sharded = config.distributed.strategy == "fsdp"
+        given.ranks.ordered = config.distributed.ordered
         team.run(config, given.ranks, given.local, work)
     elif launched and not given:
         raise ConfigError(
@@ -66,6 +68,7 @@ def run(config: Config, work: Callable[[], None]) -> None:
         check(config, count)
         launch(config, count)
     else:
+        join(Ranks(ordered=config.distributed.ordered))
         work()
 
 
@@ -115,6 +118,16 @@ def check(config: Config, world: int) -> None:
         problems.append(
             f"debug.interact_at_step={config.debug.interact_at_step}: expected -1 with {world} "
             "processes, since the others would wait; try the step with distributed.processes=1"
+        )
+    if config.distributed.strategy == "fsdp" and train.optimizer == "muon":
+        problems.append(
+            "train.optimizer=muon distributed.strategy=fsdp: Muon needs whole matrices, of which a "
+            "process has some rows; expected train.optimizer=adamw, or distributed.strategy=ddp"
+        )
+    if config.distributed.strategy == "fsdp" and config.distributed.ordered:
+        problems.append(
+            "distributed.ordered=true distributed.strategy=fsdp: FSDP adds up gradients in an "
+            "order of its own; expected distributed.strategy=ddp, or distributed.ordered=false"
         )
     if not torch.distributed.is_available():
         problems.append(f"{world} processes: this build of torch has no torch.distributed")

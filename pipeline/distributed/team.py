@@ -66,6 +66,7 @@ def run(config: Config, ranks: Ranks, local: int, work: Callable[[], None]) -> N
         leave(ranks, max(0, exit_code(error) - 128))
         raise
     except Exception as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in `telling`
         found = board.settle(error)
         if found is error:
             get_error_handler().record_exception(error)  # in the file where torchrun looks for it
@@ -108,6 +109,9 @@ def begin(
     for rank, facts in enumerate(everyone):
         if changed := run_folder.differences(facts["identity"], everyone[0]["identity"]):
             raise ConfigError(f"{_board.name(rank)} would train another model: {changed[0]}")
+        how, first = (found["machine"]["processes"] for found in (facts, everyone[0]))
+        if how != first:
+            raise ConfigError(f"{_board.name(rank)} would train as {how}, the first as {first}")
         if facts["machine"] != everyone[0]["machine"]:
             log.warning("%s computes otherwise: %s", _board.name(rank), facts["machine"])
     counted = Counter(f"{facts['machine']['device']} on {facts['host']}" for facts in everyone)
@@ -156,7 +160,10 @@ class Board:
             store, *_ = next(rendezvous("env://", rank, world, timeout=within))
             self._store, _board = dist.PrefixStore("pipeline", store), self
             self._put(f"here/{rank}", {"host": socket.gethostname(), "process": this_process()})
-            self._wait([f"here/{other}" for other in range(world)])
+            everyone = [f"here/{other}" for other in range(world)]
+            self._wait(everyone)
+            hosts = [self._get(key)["host"] for key in everyone]
+            self.ranks.beside = hosts.count(socket.gethostname())
             group = dist.PrefixStore("group", store)
             dist.init_process_group(
                 backend, store=group, rank=rank, world_size=world, timeout=within
@@ -203,7 +210,7 @@ class Board:
         if not self._store:
             return error
         try:
-            if not isinstance(error, PeerError):
+            if not places.lost(error):
                 why = reason(error).removeprefix("error: ")
                 self._blame(f"{self.name(self.ranks.rank)}: {why}", exit_code(error))
                 return error

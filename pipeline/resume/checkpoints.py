@@ -15,8 +15,8 @@ import torch
 from pipeline.compute import runtime
 from pipeline.config import CheckpointConfig
 from pipeline.errors import InputError, StorageError
-from pipeline.model.gpt import GPT
 from pipeline.model.model_dir import save_model
+from pipeline.resume.gathering import model_of
 from pipeline.resume.snapshot import read_facts, read_tensors, restore, save_snapshot
 from pipeline.storage.folders import SUMS, check, copy, discard, recover_all
 from pipeline.training.training_step import TrainState
@@ -90,10 +90,10 @@ class Checkpoints:
                 discard(old)
         self._prune_best(facts["best_step"])
 
-    def keep_best(self, model: GPT, step: int) -> None:
+    def keep_best(self, state: TrainState) -> None:
         """The best model so far; those before it go, unless a checkpoint names them."""
-        save_model(model, self.best(step))
-        self._prune_best(step)
+        save_model(model_of(state), self.best(state.step))
+        self._prune_best(state.step)
 
     def _prune_best(self, newest: int) -> None:
         named = {_name(newest)}
@@ -109,7 +109,7 @@ class Checkpoints:
 
     def write_models(self, last: Path, best: Path, state: TrainState, best_step: int) -> None:
         """Write the training's result: the model as it stands, and the best one."""
-        save_model(state.model, last)
+        save_model(model_of(state), last)
         copy(self.best(best_step), best)
 
     def best(self, step: int) -> Path:
@@ -169,13 +169,14 @@ def machine(state: TrainState) -> dict[str, str]:
 
     On CUDA that takes `train.deterministic` as well.
     """
-    precision = state.precision
+    precision, ranks = state.precision, state.ranks
+    processes = str(ranks.world) + (" (fsdp)" if ranks.sharded else "")
     return {
         "torch": torch.__version__,
         "device": runtime.device_name(precision.device),  # with the threads of a CPU
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "precision": precision.effective + (" (emulated)" if precision.emulated else ""),
-        "processes": str(state.ranks.world),
+        "processes": "any (ordered)" if ranks.ordered else processes,
     }
 
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import regular
+from pipeline.compute.sharding import is_shared, own, own_rows, shared
 from pipeline.errors import InputError
+from pipeline.resume import gathering
 from pipeline.storage.folders import check, writing
 from pipeline.storage.tensor_files import read_file, write_tensors
 from pipeline.training.training_step import TrainState
@@ -38,17 +40,16 @@ def save_snapshot(folder: Path, state: TrainState, facts: dict[str, Any]) -> Non
     themselves, those of another device one file at a time. Raises StorageError as
     `folders.writing`, InputError for an optimizer whose state is not tensors and plain values.
     """
-    parameters = dict(state.model.named_parameters())  # tied ones once
-    optimizer, parts = _packed(state.optimizer, parameters)
-    rest = {f"rng.{kind}": value for kind, value in state.rng.items()} | parts.pop("rest", {})
+    optimizer, kinds = parts(state)
+    rest = {f"rng.{kind}": value for kind, value in state.rng.items()} | kinds.pop("rest", {})
     for n, (x, y) in enumerate(state.batches):  # views into larger tensors: not their own memory
         rest |= {f"x.{n}": x.clone(), f"y.{n}": y.clone()}
-    model = {f"model.{name}": p.detach() for name, p in parameters.items()}
-    kinds = {"model": model, **parts, "rest": rest}
+    kinds["rest"] = rest
     needed = sum(tensor.nbytes for kind in kinds.values() for tensor in kind.values())
     with writing(folder, needed) as partial:
+        gathering.ask(state.ranks, gathering.ALL)
         for kind, tensors in kinds.items():
-            own = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            own = gathering.on_host(state.ranks, tensors)
             write_tensors(own, partial / f"{kind}.safetensors")
         own_facts = {
             "step": state.step,
@@ -59,6 +60,20 @@ def save_snapshot(folder: Path, state: TrainState, facts: dict[str, Any]) -> Non
         }
         text = json.dumps({**facts, **own_facts}, indent=1) + "\n"
         (partial / FACTS).write_text(text, "utf-8")
+
+
+def parts(state: TrainState) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """(the optimizer's facts, {kind: {name: tensor}} of weights and moments), no memory copied."""
+    optimizer, kinds = _packed(state.optimizer, dict(state.model.named_parameters()))
+    model = {f"model.{name}": p for name, p in gathering.weights(state.model).items()}
+    return optimizer, {"model": model, **kinds}
+
+
+def take_part(state: TrainState, what: int) -> None:
+    """What all but the first process do where that one puts together a state in parts."""
+    kinds = parts(state)[1] if what else {"model": gathering.weights(state.model)}
+    for tensors in kinds.values():
+        gathering.on_host(state.ranks, tensors)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -89,7 +104,7 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], facts: dict[str, A
     parameters = dict(state.model.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"model.{name}"])
+            own(parameter).copy_(own_rows(tensors[f"model.{name}"], parameter))
     _unpack(facts["optimizer"], tensors, state.optimizer, parameters)
     if facts["scaler"]:
         state.scaler.load_state_dict(facts["scaler"])
@@ -160,7 +175,8 @@ def _unpack(
     for name, state in facts["state"].items():
         parameter = parameters[name]
         optimizer.state[parameter] = {
-            key: _unpacked(value, tensors, parameter.device) for key, value in state.items()
+            key: _unpacked(value, tensors, parameter.device, parameter)
+            for key, value in state.items()
         }
 
 
@@ -193,11 +209,12 @@ class _Parts:
         )
 
     def _tensor(self, value: Tensor, name: str, parameter: Tensor | None) -> dict[str, str]:
-        if value.layout is not torch.strided or hasattr(value, "__tensor_flatten__"):  # of parts
+        of_parts = hasattr(value, "__tensor_flatten__") and not is_shared(value)
+        if value.layout is not torch.strided or of_parts:
             raise InputError(f"the optimizer's {name} is not a plain dense tensor: cannot be saved")
         alike = parameter is not None and value.shape == parameter.shape and value.dim() > 0
         kind = name.partition(".")[0] if alike else "rest"
-        memory = value.untyped_storage().data_ptr()
+        memory = own(value).untyped_storage().data_ptr()
         value = value.detach()
         if memory in self._memory:  # a file holds nothing twice
             value = value.clone()
@@ -207,15 +224,23 @@ class _Parts:
         return {"tensor" if beside else "host": name}
 
 
-def _unpacked(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+def _unpacked(
+    value: Any,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    parameter: Tensor | None = None,
+) -> Any:
     if isinstance(value, list):
-        return [_unpacked(part, tensors, device) for part in value]
+        return [_unpacked(part, tensors, device, parameter) for part in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind in ("tensor", "host"):  # a copy: what was read may be the file, mapped into memory
-        return tensors[content].to(device if kind == "tensor" else "cpu", copy=True)
-    parts = _unpacked(content, tensors, device)
+        tensor = tensors[content]
+        if parameter is not None and is_shared(parameter) and tensor.shape == parameter.shape:
+            return shared(tensor, parameter)
+        return tensor.to(device if kind == "tensor" else "cpu", copy=True)
+    parts = _unpacked(content, tensors, device, parameter)
     return tuple(parts) if kind == "tuple" else dict(parts)
 
 

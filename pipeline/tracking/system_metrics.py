@@ -59,17 +59,25 @@ def _host(process: psutil.Process) -> dict[str, float]:
 
 
 def _gpus(device: torch.device) -> dict[int, Any]:
-    """NVML's handle of the card in use by CUDA's index: NVML counts in another order."""
+    """NVML's handles of the cards in use by CUDA's index: NVML counts in another order.
+
+    Of several processes these are the cards of all on this machine.
+    """
     try:
         import pynvml
         import torch
 
+        from pipeline.compute.ranks import here
+
         if device.type != "cuda":
             return {}
         pynvml.nvmlInit()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        uuid = torch.cuda.get_device_properties(index).uuid
-        return {index: pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")}
+        if (beside := here().beside) > 1:
+            used = [*range(min(beside, torch.cuda.device_count()))]
+        else:
+            used = [torch.cuda.current_device() if device.index is None else device.index]
+        uuids = {n: torch.cuda.get_device_properties(n).uuid for n in used}
+        return {n: pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{u}") for n, u in uuids.items()}
     except ImportError:
         return {}
     except pynvml.NVMLError:  # a card of another maker, or a slice of one

@@ -13,11 +13,13 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from pipeline.compute.sharding import is_shared
 from pipeline.model.loss import (
     Passes,
     fusible_passes,
@@ -45,10 +47,11 @@ def loss_of(
     `hidden` stands for `model.hidden`, `passes` for those of `linear_cross_entropy`.
     """
     hidden, wte, vocab_size = hidden or model.hidden, model.transformer.wte, model.config.vocab_size
+    in_parts = is_shared(wte.weight)  # whole from when `hidden` begins
 
     def loss(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
         return linear_cross_entropy(
-            hidden(x, None, look_up(wte, x)),
+            hidden(x, None, None if in_parts else look_up(wte, x)),
             wte.weight,
             y,
             precision,
@@ -70,11 +73,33 @@ def compiled_loss(
     None its default. Shapes are fixed: a training has one.
     """
     plain = model.hidden
-    hidden = compiled(plain, plain, precision, "train.compile", mode=mode)
+    if is_shared(model.transformer.wte.weight):  # between blocks torch sends and receives
+        hidden = _by_blocks(model, precision, mode)
+    else:
+        hidden = compiled(plain, plain, precision, "train.compile", mode=mode)
     if hidden is plain:
         return eager
     passes = compiled(fusible_passes, softmax_passes, precision, "train.compile")
     return loss_of(model, precision, hidden, passes)
+
+
+def _by_blocks(model: GPT, precision: Precision, mode: str | None) -> Callable[..., Tensor]:
+    """`model.hidden` with each block compiled by itself, all to the same kernels."""
+    forward = type(model.transformer.h[0]).forward
+    fast = compiled(forward, forward, precision, "train.compile", mode=mode)
+    if fast is forward:
+        return model.hidden
+
+    def hidden(*given: Any) -> Tensor:
+        for block in model.transformer.h:
+            block.forward = partial(fast, block)
+        try:
+            return model.hidden(*given)
+        finally:
+            for block in model.transformer.h:
+                del block.forward
+
+    return hidden
 
 
 def compiled(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.compute import runtime, throughput
 from pipeline.compute.runtime import Numbers
+from pipeline.compute.sharding import own
 from pipeline.errors import InputError
 from pipeline.tables import write_csv, write_curve
 from pipeline.training.loop import StepReport
@@ -44,7 +45,7 @@ class History:
         self._earlier: dict[int, StepReport] = {}
         self._warned = False
         blocks = model.transformer.h
-        self._weight = blocks[len(blocks) // 2].mlp.c_fc.weight.detach()
+        self._weight = own(blocks[len(blocks) // 2].mlp.c_fc.weight.detach())
         self._before = self._weight.clone()
         self._ratio: Numbers | None = None  # of the step at work
 

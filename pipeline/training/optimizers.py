@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.compute import sharding
 from pipeline.training.muon import Muon
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Update:
         # Whether the optimizer's kernel reads on the device whether to make the step.
         self.alone = bool(optimizer.defaults.get("fused")) and device in SKIPPING
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        self.norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        self.norm = sharding.whole(nn.utils.get_total_norm([p.grad for p in parameters]))
         if limit and not self.alone:
             nn.utils.clip_grads_with_norm_(parameters, limit, self.norm)
 

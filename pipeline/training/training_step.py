@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pipeline.compute import sharding
 from pipeline.compute.buffers import hand_back
 from pipeline.compute.ranks import Ranks, here
 from pipeline.compute.runtime import Numbers, derived_seed, rng_state
@@ -112,7 +113,7 @@ def from_folder(
         vocab_rows=shape.vocab_rows,
         dropout=shape.dropout,
         attention=shape.attention,
-        device=precision.device,
+        device="cpu" if here().sharded else precision.device,  # which may have no room for it
     )
     return start(model, config, precision)
 
@@ -121,6 +122,8 @@ def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
     """The state before the first step."""
     precision.prepare(model)
     activations.mark(model, checkpointed=config.checkpoint_activations)
+    if here().sharded:
+        sharding.shard(model, model.transformer.h, precision.device)
     scaler = precision.make_scaler()
     eager = loss_of(model, precision)
     return TrainState(
@@ -211,7 +214,8 @@ def finish(state: TrainState, launched: Launched) -> StepResult:
 def _clear(state: TrainState) -> None:
     """What is left of a step once its update has been launched."""
     state.scaler.update()  # a spike's gradients are finite: the scale was right
-    hand_back("grad_weight", state.model.transformer.wte.weight.grad)
+    if not (state.ranks.sharded or state.ranks.ordered):  # else it is a part of something
+        hand_back("grad_weight", state.model.transformer.wte.weight.grad)
     state.optimizer.zero_grad(set_to_none=True)
 
 
@@ -246,7 +250,8 @@ def gradients(
     total = torch.zeros((), device=device)
     state.model.train()
     with state.precision.products():
-        for x, y in batches:
+        for number, (x, y) in enumerate(batches):
+            state.ranks.next_draws(number)
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             with state.precision.autocast():
                 loss = state.loss_function(x, y, factor)
@@ -254,6 +259,7 @@ def gradients(
             total += loss.detach()
             if each:
                 each(loss.detach())
+            state.ranks.add_in_order(loss.detach(), state.model.parameters())
     state.ranks.add_up(total, state.model.parameters())  # an overflow of one is one of all
     scaler.unscale_(state.optimizer)
     return total / scaler.scale(torch.ones((), device=device))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from pipeline.compute import sharding
 from pipeline.compute.ranks import VALIDATE, Ranks
 from pipeline.data.batches import validation_windows
 from pipeline.errors import NumericsError
@@ -30,11 +31,12 @@ def windows(held_out: Tokens, config: TrainConfig, ranks: Ranks | None = None) -
     ranks = ranks or Ranks()
     return validation_windows(
         held_out,
-        batch_size=config.batch_size,
+        batch_size=1 if ranks.ordered else config.batch_size,
         sequence_length=config.sequence_length,
         limit=config.val_tokens,
         rank=ranks.rank,
         world=ranks.world,
+        alike=ranks.sharded,
     )
 
 
@@ -54,6 +56,7 @@ def validate(
     batches = windows(held_out, config, ranks)
     batches = while_(batches) if ranks.world == 1 else batches
     loss = mean_loss(state.model, batches, state.precision, device, sums=ranks.sums)
+    sharding.close(state.model)
     if not math.isfinite(loss):
         raise ValidationError(loss)
     return loss

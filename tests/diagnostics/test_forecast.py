@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline import config as configuration
 from pipeline.compute import precision
 from pipeline.diagnostics import forecast
-from pipeline.errors import StorageError, to_user
+from pipeline.errors import ConfigError, StorageError, to_user
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.records.run_data import Log
@@ -212,6 +212,32 @@ def test_a_card_gets_settings_that_fit_and_keep_the_tokens_of_a_step(
     assert told in found.advice()
 
 
+def test_processes_share_weights_and_the_memory_of_one_machine(make_config, monkeypatch) -> None:
+    """GPT-2 XL: what 2 and 8 processes hold of its 6.2 GB of weights, twice that of moments."""
+
+    def of(processes: int, **changes: Any) -> forecast.Forecast:
+        config = configuration.load(ROOT / "recipes/gpt2-xl.yaml", ["device=cpu"])
+        several = replace(config.distributed, processes=processes, **changes)
+        mode = precision.choose_precision("fp32", CPU)
+        return forecast.forecast(replace(config, distributed=several), mode)
+
+    monkeypatch.setattr(forecast, "free_memory", lambda _: 80 << 30)
+    one, two, eight = of(1), of(2, strategy="fsdp"), of(8, strategy="fsdp")
+    assert (one.free, two.free, eight.free) == (80 << 30, 40 << 30, 10 << 30)
+    weights = 4 * 1_557_686_400
+    for found, parts in ((two, 2), (eight, 8)):
+        assert found.needed.moments == 2 * weights // parts
+        whole = found.needed.weights - weights // parts  # the embedding, and a few blocks
+        assert whole < 0.15 * weights
+        assert found.needed.gradients < weights // parts + 0.3 * weights
+    assert " in each of 8 processes, which share weights and moments: " in eight.lines()[1]
+    alike = of(8)
+    assert alike.needed == one.needed and " in each of 8 processes: " in alike.lines()[1]
+    assert of(1, ordered=True).share == (1, 512)
+    with pytest.raises(ConfigError, match="cannot be dealt out to 3 processes"):
+        of(3)
+
+
 def test_the_forecast_of_a_card_is_that_of_the_card_it_was_measured_on() -> None:
     """GPT-2 124M, bf16, in micro-batches of 16: 8,660 MiB were forecast on an H100."""
     found = on_a_card("gpt2-124m", 80, accumulate=1)
@@ -362,7 +388,7 @@ def test_a_run_says_where_fp8_is_slow(
     stand_in.pretend(monkeypatch)
     mode = precision.choose_precision(name, CUDA)
     config = make_config(model__n_embd=width, train__compile=compiled)
-    monkeypatch.setattr(forecast, "forecast", lambda *_: SHORT)
+    monkeypatch.setattr(forecast, "forecast", lambda *_, **__: SHORT)
     monkeypatch.setattr(forecast.attention_kernel, "tell", lambda *_: None)
     forecast.before_training(config, mode, Kept(), 671_837)
     assert bool(caplog.messages) is bool(said)

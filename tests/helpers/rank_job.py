@@ -36,9 +36,16 @@ def raises(error: Exception) -> Callable[[Any], None]:
 
 
 def spoil(state: training_step.TrainState) -> None:
-    """A gradient that is not finite, in this rank alone, from now on until the step is over."""
-    weight, step = state.model.transformer.ln_f.bias, state.step
-    weight.register_hook(lambda g: torch.full_like(g, math.inf) if state.step == step else g)
+    """Gradients that are not finite, in this rank alone, until the step is over."""
+    original, step = state.loss_function, state.step
+
+    def loss(*given: torch.Tensor) -> torch.Tensor:
+        made = original(*given)
+        if state.step == step:
+            made.register_hook(lambda grad: grad * math.inf)
+        return made
+
+    state.loss_function = loss
 
 
 FAULTS: dict[str, Callable[[training_step.TrainState], None]] = {

@@ -15,15 +15,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pipeline.compute import ranks as places
 from pipeline.compute.ranks import Ranks
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks of a test need fork")
 
 
-def together(world: int, work: Callable[[Ranks], Any]) -> list[Any]:
+def together(
+    world: int, work: Callable[[Ranks], Any], minutes: float = 1.0, **how: bool
+) -> list[Any]:
     """What `work` returns in each rank, as JSON has it, and tensors. Fails where one raises."""
     with tempfile.TemporaryDirectory() as folder:
-        children = [_fork(Path(folder), Ranks(rank, world), work) for rank in range(world)]
+        each = [Ranks(rank, world, **how) for rank in range(world)]
+        children = [_fork(Path(folder), ranks, work, minutes) for ranks in each]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         said = [path.read_text() for path in sorted(Path(folder).glob("*.txt"))]
         assert codes == [0] * world, "\n".join([str(codes), *said])
@@ -41,7 +45,7 @@ def _tensor(found: dict[str, Any]) -> Any:
     return torch.tensor(found["numbers"], dtype=getattr(torch, found["dtype"]))
 
 
-def _fork(folder: Path, ranks: Ranks, work: Callable[[Ranks], Any]) -> int:
+def _fork(folder: Path, ranks: Ranks, work: Callable[[Ranks], Any], minutes: float) -> int:
     if child := os.fork():
         return child
     code = 1
@@ -52,8 +56,9 @@ def _fork(folder: Path, ranks: Ranks, work: Callable[[Ranks], Any]) -> int:
             store=store,
             rank=ranks.rank,
             world_size=ranks.world,
-            timeout=datetime.timedelta(seconds=60),
+            timeout=datetime.timedelta(minutes=minutes),
         )
+        places.join(ranks)
         (folder / f"{ranks.rank}.json").write_text(json.dumps(work(ranks), default=_plain))
         dist.barrier()  # so that nobody's end breaks another's last sum
         code = 0

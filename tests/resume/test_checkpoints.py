@@ -724,7 +724,7 @@ def test_the_newest_are_kept_and_the_best_models_that_they_name(
     for step, best in [(1, 1), (2, 1), (3, 3), (4, 3), (5, 5)]:
         small_state.step = step
         if step == best:
-            saved.keep_best(small_state.model, step)
+            saved.keep_best(small_state)
         saved.save(small_state, {"best_step": best})
     names = [p.name for p in sorted((tmp_path / "checkpoints").iterdir())]
     assert names == ["step-00000004", "step-00000005"]
@@ -739,10 +739,11 @@ def test_best_models_do_not_pile_up_between_checkpoints(
 ) -> None:
     saved = kept(tmp_path, make_config)
     small_state.step = 1
-    saved.keep_best(small_state.model, 1)
+    saved.keep_best(small_state)
     saved.save(small_state, {"best_step": 1})
     for step in (2, 3, 4):
-        saved.keep_best(small_state.model, step)
+        small_state.step = step
+        saved.keep_best(small_state)
     assert sorted(p.name for p in (tmp_path / "best").iterdir()) == [
         "step-00000001",
         "step-00000004",

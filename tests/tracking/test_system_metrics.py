@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipeline import paths
+from pipeline.compute import ranks
 from pipeline.records import record_file
 from pipeline.tracking import system_metrics
 from tests.conftest import wait_for
@@ -168,6 +169,16 @@ def test_the_card_in_use_is_asked_by_cuda_s_number_for_what_it_tells(
     values = loads(record)[0]["values"]
     assert values.items() >= {f"system/gpu_1_{name}": CARD[name] for name in left}.items()
     assert len(values) == len(HOST) + len(left)
+
+
+def test_of_several_processes_all_cards_of_the_machine_are_asked(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    properties = SimpleNamespace(uuid=UUID)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(ranks, "_here", ranks.Ranks(0, 8))
+    ranks.here().beside = 3  # the others are on another machine
+    assert [*system_metrics._gpus(torch.device("cuda"))] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("missing", ["card", "library", "driver"])

@@ -247,6 +247,53 @@ def test_dropout_differs_by_rank_and_step_and_comes_again(model, make_config) ->
     assert torch.equal(torch.get_rng_state(), before), "alone the generators run on"
 
 
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_in_order_every_bit_is_the_same_for_any_number_of_processes(
+    model, make_config, name: str
+) -> None:
+    """Dropout, masks, overflows of fp16, clipping, validation; and without order they differ."""
+    config = settings(make_config, batch_size=2, accumulate=6, grad_clip=0.5)
+    dropped = GPT(replace(SHAPE, dropout=0.3))
+    dropped.load_state_dict(model.state_dict())
+
+    def work(ranks: Ranks) -> tuple[list[float], list[float], torch.Tensor, float]:
+        def batches(step: int) -> list[Batch]:
+            made = []
+            for number, (x, y) in enumerate(loop.micro_batches(tokens(), config, step, ranks)):
+                y, first = y.clone(), number * ranks.world + ranks.rank
+                for row in range(len(y)):
+                    y[row, : (15, 3, 0, 7)[(first + row + step) % 4]] = IGNORE
+                made.append((x, y))
+            return made
+
+        state = start(dropped, config, ranks, name)
+        reports = fit(state, config, batches)
+        if ranks.rank:
+            ranks.told()
+        loss = validation.validate(state, tokens(), config)
+        return [r.loss for r in reports], [r.grad_norm for r in reports], weights(state), loss
+
+    torch.manual_seed(1)
+    expected = work(Ranks(ordered=True))
+    for world in (2, 4):
+        for losses, norms, found, validated in together(world, work, ordered=True):
+            assert (losses, norms, validated) == (expected[0], expected[1], expected[3])
+            assert torch.equal(found, expected[2])
+    assert not torch.equal(together(2, work)[0][2], expected[2])
+
+
+def test_in_order_the_training_is_the_same_but_for_rounding(model, make_config) -> None:
+    config = settings(make_config, batch_size=2, accumulate=3)
+
+    def losses(ranks: Ranks) -> list[float]:
+        share = [loop.micro_batches(tokens(), config, step, ranks) for step in range(6)]
+        reports = loop.fit(start(model, config, ranks), config, share.__getitem__)
+        return [report.loss for report in reports]
+
+    found = losses(Ranks(ordered=True))
+    assert found == pytest.approx(losses(Ranks()), rel=1e-5) and found != losses(Ranks())
+
+
 @pytest.mark.parametrize("targets", [170, 31, 16, 5])
 def test_validation_of_two_ranks_equals_that_of_one(model, make_config, targets: int) -> None:
     """A ragged end, ranks of unequal and of no batches; each batch rounds its sum to fp32."""
