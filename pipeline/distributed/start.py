@@ -35,8 +35,10 @@ class Place(NamedTuple):
     local: int
 
 
-def run(config: Config, work: Callable[[], None]) -> None:
-    """Do a training's `work` in as many processes as there are to be.
+def run(
+    config: Config, work: Callable[[], None], others: Callable[[Config], None] | None = None
+) -> None:
+    """Do a stage's `work` in as many processes as there are to be; for `others` see `team.run`.
 
     Started by torchrun or srun, this process joins the others. Else it starts
     distributed.processes of them, which run its own command, waits, and ends as they do.
@@ -44,7 +46,7 @@ def run(config: Config, work: Callable[[], None]) -> None:
     given = place(os.environ)
     if given and given.ranks.world > 1:
         check(config, given.ranks.world)
-        team.run(config, given.ranks, given.local, work)
+        team.run(config, given.ranks, given.local, work, others)
     elif not given and (count := processes(config)) > 1:
         check(config, count)
         launch(config, count)
