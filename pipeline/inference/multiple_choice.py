@@ -37,7 +37,7 @@ ENDING_TOKENS = 16
 _POOL = 4  # endings gathered for each item asked for, so that wrong ones come from far and wide
 HELLASWAG_BYTES = 1 << 28  # its largest split has 48 MB
 EDITED = ("activity_label", "ctx_a", "ctx_b")  # what lm-evaluation-harness makes a context of
-HEAD_ROWS = 1024  # of logits held at once: 200 MB
+HEAD_ROWS = 256  # of logits held at once, 51 MB: more take longer on a CPU
 
 log = logging.getLogger(__name__)
 

@@ -626,7 +626,7 @@ def test_the_harness_puts_the_activity_first_and_takes_marks_out(tmp_path):
     assert gpt2().decode(item.context) == "Sitting: How to sit. Find a chair. Now A man"
     texts = [gpt2().decode(ending) for ending in item.endings]
     assert texts == ["  sits.", " stands up.", " is tall", " "]
-    assert item.characters() == [6, 9, 7, 0]  # an ending without words is never chosen
+    assert item.characters() == [6, 10, 7, 0]  # an ending without words is never chosen
 
 
 def test_white_space_at_the_end_of_the_harness_context_is_scored_and_not_counted(tmp_path):
