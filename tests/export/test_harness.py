@@ -57,7 +57,11 @@ def harness(task: dict[str, Any], model: Path, work: Path) -> tuple[dict[str, fl
     (work / "tasks").mkdir()
     (work / "tasks/local.yaml").write_text(yaml.safe_dump({"task": "local"} | task), "utf-8")
     given = {"model": "hf", "model_args": f"pretrained={model},dtype=float32", "device": "cpu"}
-    given |= {"tasks": "local", "include_path": str(work / "tasks"), "output_path": str(work / "out")}
+    given |= {
+        "tasks": "local",
+        "include_path": str(work / "tasks"),
+        "output_path": str(work / "out"),
+    }
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "home")}
     done = subprocess.run(

@@ -14,6 +14,7 @@ import torch
 from pipeline import config as configuration
 from pipeline.compute.precision import choose_precision
 from pipeline.config import Config
+from pipeline.data import conversation
 from pipeline.data.sources import chat
 from pipeline.data.text_files import Line
 from pipeline.model.gpt import GPT, GPTConfig
@@ -106,7 +107,8 @@ def test_a_step_is_half_a_million_tokens_as_published(name: str) -> None:
 def test_prompts_of_fine_tuning_end_where_an_answer_of_its_text_begins() -> None:
     config = recipe("gpt2-124m-finetune")
     assert config.corpus.source == "chat"
-    for prompt in config.sample.prompts:
+    for prompt in conversation.prompts(config.sample.prompts, config.corpus.source):
+        assert prompt.endswith("\nAssistant:")
         turns = [line.split(": ") for line in prompt.removesuffix("\nAssistant:").split("\n")]
         messages = [{"role": role.lower(), "content": content} for role, content in turns]
         messages.append({"role": "assistant", "content": "Yes."})
