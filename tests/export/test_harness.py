@@ -37,7 +37,20 @@ pytestmark = [
 def items(path: Path, count: int) -> None:
     """A file as published: marks of WikiHow, double blanks, capitals, empty second parts."""
     draw = random.Random(3)
-    words = "the man walks Up a hill and Sees [step] his dog . (barking) at 2 ducks naïve".split()
+    words = [
+        "the",
+        "man",
+        "walks",
+        "Up",
+        "and",
+        "Sees",
+        "[step]",
+        "his",
+        ".",
+        "(dog)",
+        "2",
+        "naïve",
+    ]
 
     def text(low: int, high: int, *marks: str) -> str:
         said = draw.choices([*words, *marks], k=draw.randint(low, high))
