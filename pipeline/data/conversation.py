@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
@@ -16,6 +18,6 @@ def prompt(text: str) -> str:
     return said if begun and said.endswith(answer) else f"{said}\n{answer}"
 
 
-def prompts(texts: tuple[str, ...], source: str) -> list[str]:
+def prompts(texts: Iterable[str], source: str) -> list[str]:
     """sample.prompts as a model trained on `source` reads them."""
     return [prompt(text) if source == "chat" else text for text in texts]

@@ -262,7 +262,7 @@ def test_evaluation_by_two_processes_has_the_bits_of_one_and_their_tag(
     code, said = workspace.evaluate(1)
     assert code == 0, said
     alone = workspace.results()
-    assert {"val/loss", "init_val/hellaswag_harness_acc", "val/choice_acc_norm"} <= {*alone}
+    assert {"val/loss", "init_val/hellaswag_harness_acc", "val/hellaswag_nanogpt_acc"} <= {*alone}
     code, said = workspace.evaluate(2)
     assert code == 0 and "evaluate: by 2 processes" in said, said
     assert workspace.results() == alone
