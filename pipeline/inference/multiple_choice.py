@@ -24,6 +24,7 @@ from pipeline.model.loss import IGNORE, evaluating, token_losses
 from pipeline.published import EOT
 
 if TYPE_CHECKING:
+    from pipeline.compute.precision import Precision
     from pipeline.data.token_files import Tokens
     from pipeline.inference.evaluation import Context
     from pipeline.model.gpt import GPT
@@ -121,7 +122,7 @@ def ending_nats(model: GPT, items: Sequence[Choice], context: Context) -> np.nda
     precision, ranks = context.precision, context.ranks
     for number in range(ranks.rank, len(batches), ranks.world):
         with evaluating(model), precision.products(), precision.autocast():
-            found = _nats(model, batches[number], precision.device)
+            found = _nats(model, batches[number], precision)
         nats[[row for part in batches[number] for row in part.rows]] = found
         context.progress(work[number] / work[-1])
     return np.array(ranks.sums(nats.tolist())).reshape(len(items), -1)
@@ -152,16 +153,17 @@ def _batches(parts: Sequence[_Behind], most: int) -> Iterator[list[_Behind]]:
             left = left[size:]
 
 
-def _nats(model: GPT, batch: Sequence[_Behind], device: torch.device) -> np.ndarray:
+def _nats(model: GPT, batch: Sequence[_Behind], precision: Precision) -> np.ndarray:
     """The summed loss of every ending, part by part."""
+    device, dtype = precision.device, precision.dtype  # of keys and values, which products give
     starts = torch.tensor([part.start for part in batch], device=device)  # (N, S)
     each = len(batch[0].endings)
     endings = [torch.tensor(ending) for part in batch for ending in part.endings]
     y = pad_sequence(endings, True, IGNORE).to(device)  # (M, E): M = N * each
     more = y[:, :-1].clamp(min=0)  # the last one is only predicted; padding is seen by no ending
     config, length = model.config, starts.size(1)
-    cache = KVCache(config, len(batch), device, capacity=length)
-    wide = KVCache(config, len(y), device, capacity=length + more.size(1))
+    cache = KVCache(config, len(batch), device, dtype, capacity=length)
+    wide = KVCache(config, len(y), device, dtype, capacity=length + more.size(1))
     hidden = model.hidden(starts, cache)[:, -1:].repeat_interleave(each, 0)  # (M, 1, C)
     if more.size(1):
         both = zip(cache.keys + cache.values, wide.keys + wide.values, strict=True)
@@ -327,6 +329,8 @@ def _hellaswag_item(line: text_files.Line, edited: bool) -> Choice | None:
         # It has white space at the context's end go before each ending.
         context = whole.rstrip()
         space = whole[len(context) :]
+        if not context:
+            raise InputError(f"{where}: ctx_a: expected text that does not stand in brackets")
     texts = (_tokens(f"{space} {ending}", f"{where}: endings") for ending in endings)
     return Choice(_tokens(context, f"{where}: ctx"), tuple(texts), int(str(label)), len(space))
 

@@ -8,8 +8,9 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -119,7 +120,7 @@ def test_every_stage_runs_with_a_recipes_settings_on_a_tiny_model(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(recording, "Courier", NoCourier)
     Path(".dvc").mkdir()
-    raw = asdict(recipe(name))
+    raw: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "recipes" / f"{name}.yaml"))
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 64}
     raw["model"] |= sizes
     raw["train"] |= {"steps": 6, "warmup_steps": 1, "batch_size": 2, "sequence_length": 64}
@@ -137,7 +138,9 @@ def test_every_stage_runs_with_a_recipes_settings_on_a_tiny_model(
             {"role": "assistant", "content": "Yes."},
         ]
         (corpus / "talk.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 40)
-        published = build(configuration.from_dict(raw | {"init": asdict(recipe("gpt2-xl").init)}))
+        published = build(
+            configuration.from_dict(raw | {"init": raw["init"] | {"source": "random"}})
+        )
         save_model(published, tmp_path / "published")
         raw["init"]["hf_model"] = str(tmp_path / "published")
     else:
