@@ -138,11 +138,10 @@ def test_every_stage_runs_with_a_recipes_settings_on_a_tiny_model(
             {"role": "assistant", "content": "Yes."},
         ]
         (corpus / "talk.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 40)
-        published = build(
-            configuration.from_dict(raw | {"init": raw["init"] | {"source": "random"}})
-        )
-        save_model(published, tmp_path / "published")
-        raw["init"]["hf_model"] = str(tmp_path / "published")
+        raw["init"]["source"] = "random"  # a folder of these sizes stands in for the hub
+        save_model(build(configuration.from_dict(raw)), tmp_path / "published")
+        folder = str(tmp_path / "published")
+        raw["init"] |= {"source": "hf", "hf_model": folder, "hf_watch": folder}
     else:
         texts = [" ".join(words[n:] + words[:n]) for n in range(60)]
         pq.write_table(pa.table({raw["corpus"]["field"]: texts}), corpus / "000_00000.parquet")
@@ -153,8 +152,7 @@ def test_every_stage_runs_with_a_recipes_settings_on_a_tiny_model(
     OmegaConf.save(OmegaConf.create(raw), "params.yaml")
     config = configuration.load("params.yaml")
     tokenize_corpus.main(config)
-    with pytest.warns() if config.init.source == "hf" else contextlib.nullcontext():
-        import_hf_weights.main(config)
+    import_hf_weights.main(config)
     for stage in ("train", "evaluate"):
         words = [sys.executable, "-m", "tests.helpers.rank_job", *([stage] * (stage != "train"))]
         env = os.environ | {"PYTHONPATH": str(ROOT)}
