@@ -162,13 +162,15 @@ class EvaluateConfig:
     )
     batch_size: int = setting("sequences a forward pass", low=1)
     choice_items: int = setting("multiple-choice items made from validation; 0 for none", low=0)
-    hellaswag: str = setting("a HellaSwag .jsonl file; DVC watches it")
+    hellaswag: str = setting("a HellaSwag .jsonl file, scored in two ways; DVC watches it")
     seed: int = setting("of the multiple-choice items", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    prompts: tuple[str, ...] = setting("texts to continue")
+    prompts: tuple[str, ...] = setting(
+        "texts to continue; of a model of conversations what a user says"
+    )
     samples: int = setting("continuations a prompt", low=1)
     max_new_tokens: int = setting("tokens a continuation", low=1)
     temperature: float = setting("0 is greedy", low=0, high=100)

@@ -54,12 +54,17 @@ BESIDE = re.compile(
 )
 
 
-def run(main: Callable[[Config], None], stage: str = "") -> None:
+def run(
+    main: Callable[[Config], None],
+    stage: str = "",
+    others: Callable[[Config], None] | None = None,
+) -> None:
     """A stage as a process: checked settings in, an exit code out.
 
     A mistake that the user can mend ends in one message; a bug keeps its traceback, a crash in a
     library's machine code too. With the name of a `stage` in dvc.yaml its result is handed to DVC
-    only if it rests on what DVC will file it under, see `held`.
+    only if it rests on what DVC will file it under, see `held`. `others` is what processes but the
+    first do, for a stage beside `train` that works in several.
     """
     terminal.guard()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -76,10 +81,10 @@ def run(main: Callable[[Config], None], stage: str = "") -> None:
             )
         config = configuration.load()
         work = partial(begun, main, stage, config)
-        if stage == "train":
+        if stage == "train" or others:
             from pipeline.distributed import start  # which imports torch
 
-            start.run(config, work)
+            start.run(config, work, others)
         else:
             work()
     except (Exception, KeyboardInterrupt) as error:
@@ -174,7 +179,7 @@ def several(
 
     for line in team.begin(state, identity, newest, record):
         print(f"train: {line}", flush=True)
-    with team.telling(state):
+    with team.telling(lambda: f"step {state.step}: "):
         yield
 
 

@@ -13,6 +13,7 @@ from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
 from pipeline.config import Config
 from pipeline.data import batches, token_files, tokenizer
+from pipeline.data.conversation import prompts
 from pipeline.errors import together
 from pipeline.inference.decoding import Decoder, mean_loss
 from pipeline.inference.generation import generate, pad, until_eot
@@ -57,7 +58,7 @@ def main(config: Config) -> None:
             f"{config.sample.weights} weights, over the first {LOSS_TOKENS} tokens at most"
         )
     print(f"sample: the whole run on one page: {paths.REPORT}")
-    prompt = config.sample.prompts[0]
+    prompt, *_ = prompts(config.sample.prompts, config.corpus.source)
     after = [s["text"] for s in samples if (s["when"], s["prompt"]) == ("after", prompt)]
     most = max(after, key=lambda text: len(text.split()))
     print(f"sample: {len(samples)} texts in {paths.SAMPLES_MD}, one of them after training:")
@@ -72,19 +73,19 @@ def load(folder: Path, config: Config) -> GPT:
 def continuations(model: GPT, config: Config) -> Iterator[dict[str, Any]]:
     """`samples` continuations of every prompt, the same draws for every model."""
     device = next(model.parameters()).device
-    numbered = list(enumerate(config.sample.prompts))
+    numbered = list(enumerate(prompts(config.sample.prompts, config.corpus.source)))
     together = max(1, ROWS // config.sample.samples)
     for first in range(0, len(numbered), together):
         part = numbered[first : first + together]
-        prompts = [prompt for _, prompt in part for _ in range(config.sample.samples)]
-        ids = [tokenizer.gpt2().encode_ordinary(prompt) for prompt in prompts]
+        given = [prompt for _, prompt in part for _ in range(config.sample.samples)]
+        ids = [tokenizer.gpt2().encode_ordinary(prompt) for prompt in given]
         idx, padding = pad(ids, device)  # (B, T), (B,)
         # One generator a prompt: what others stand beside it changes none of its draws.
         generators = [
             runtime.generator(config.sample.seed, f"sample {number}", device) for number, _ in part
         ]
         tokens = generate(model, idx, config.sample, generators, padding)
-        for prompt, row in zip(prompts, tokens[:, idx.size(1) :].tolist(), strict=True):
+        for prompt, row in zip(given, tokens[:, idx.size(1) :].tolist(), strict=True):
             new = until_eot(row)
             yield {"prompt": prompt, "text": tokenizer.gpt2().decode(new), "tokens": new}
 
@@ -110,7 +111,8 @@ def readable(samples: list[dict[str, Any]], config: Config) -> str:
         "# Samples\n\n"
         f"temperature {c.temperature:g}, top-k {c.top_k}, top-p {c.top_p:g}, seed {c.seed}\n"
     ]
-    for prompt in dict.fromkeys(c.prompts):  # one that is there twice has all its texts together
+    given = prompts(c.prompts, config.corpus.source)
+    for prompt in dict.fromkeys(given):  # one that is there twice has all its texts together
         parts.append(f"\n## {terminal.in_markdown(prompt)}\n")
         for when in MODELS:
             parts.append(f"\n### {when} training\n")

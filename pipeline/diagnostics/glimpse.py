@@ -7,6 +7,7 @@ from dataclasses import replace
 from pipeline.compute import runtime
 from pipeline.config import Config
 from pipeline.data import tokenizer
+from pipeline.data.conversation import prompts
 from pipeline.inference.generation import stream_text
 from pipeline.model.gpt import GPT
 from pipeline.records.record_file import Record
@@ -35,7 +36,7 @@ def text(model: GPT, config: Config) -> str:
     device = next(model.parameters()).device
     sampling = replace(config.sample, max_new_tokens=TOKENS, kv_cache=False)
     sampling = replace(sampling, weights="fp32", precision="fp32")
-    prompt = config.sample.prompts[0]
+    prompt, *_ = prompts(config.sample.prompts, config.corpus.source)
     draws = runtime.generator(config.sample.seed, "glimpse", device)
     pieces = stream_text(model, tokenizer.gpt2(), prompt, sampling, draws)
     return " / ".join(f"{prompt}{''.join(pieces)}".split("\n"))

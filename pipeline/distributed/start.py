@@ -42,8 +42,10 @@ class Place(NamedTuple):
     local: int
 
 
-def run(config: Config, work: Callable[[], None]) -> None:
-    """Do a training's `work` in as many processes as there are to be.
+def run(
+    config: Config, work: Callable[[], None], others: Callable[[Config], None] | None = None
+) -> None:
+    """Do a stage's `work` in as many processes as there are to be; for `others` see `team.run`.
 
     Started with others, by torchrun or srun, this process joins them. Else it has them started,
     by distributed.launcher, waits, and ends as they do.
@@ -56,7 +58,7 @@ def run(config: Config, work: Callable[[], None]) -> None:
             signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
         given.ranks.sharded = config.distributed.strategy == "fsdp"
         given.ranks.ordered = config.distributed.ordered
-        team.run(config, given.ranks, given.local, work)
+        team.run(config, given.ranks, given.local, work, others)
     elif launched and not given:
         raise ConfigError(
             f"distributed.launcher={config.distributed.launcher}: expected a command that tells "

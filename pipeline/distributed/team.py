@@ -42,9 +42,16 @@ log = logging.getLogger(__name__)
 _board: Board | None = None  # of a process that is one of several
 
 
-def run(config: Config, ranks: Ranks, local: int, work: Callable[[], None]) -> None:
+def run(
+    config: Config,
+    ranks: Ranks,
+    local: int,
+    work: Callable[[], None],
+    others: Callable[[Config], None] | None = None,
+) -> None:
     """The part of one of several processes: the first does `work`, the others what it tells them.
 
+    That is a training's, if not `others`, who listen to the first one until it has them leave.
     `local` is this process's number on its machine, and that of its GPU there. One that fails says
     so to all, and the first one says it to the user. Raises PeerError in the others, or leaves
     with the exit code of the one that failed.
@@ -57,8 +64,11 @@ def run(config: Config, ranks: Ranks, local: int, work: Callable[[], None]) -> N
         places.join(ranks)
         if ranks.rank:
             logging.getLogger().setLevel(logging.ERROR)  # the first one warns
-            with deterministic(config.train.deterministic, choose_device(config.device)):
-                follow(config, board.tell_facts)
+            if others:
+                others(config)
+            else:
+                with deterministic(config.train.deterministic, choose_device(config.device)):
+                    follow(config, board.tell_facts)
         else:
             work()
             leave(ranks)
@@ -128,8 +138,8 @@ def begin(
 
 
 @contextlib.contextmanager
-def telling(state: TrainState) -> Iterator[None]:
-    """Inside, an error that another process caused becomes what that one failed of."""
+def telling(where: Callable[[], str]) -> Iterator[None]:
+    """Inside, an error that another process caused becomes what that one failed of, and `where`."""
     try:
         yield
     except Exception as error:
@@ -137,7 +147,7 @@ def telling(state: TrainState) -> Iterator[None]:
             raise
         # The launcher ends all where one has failed; this one is at it, and says why first.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        found = _board.settle(error, f"step {state.step}: ")
+        found = _board.settle(error, where())
         if found is error:
             raise
         raise found from None

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline import tables
 from pipeline.config import UNSET_PATH
+from pipeline.data.conversation import prompts
 from pipeline.diagnostics import doctor
 from pipeline.model.gpt import GPT
 from pipeline.published import MODELS
@@ -52,6 +53,7 @@ def card(run: Experiment, title: str, model: GPT, step: int, weights: str) -> st
         results=tables.markdown(("measured", "value", ""), key_numbers(run)),
         verdict=as_code("\n".join(doctor.lines(doctor.examine(run)))),
         data=tables.markdown(SIZES, [(row[1], *row[3:]) for row in data_sets(run)]),
+        prompt=prompts(run.params["sample.prompts"], source)[0],
         settings={name: public(value) for name, value in run.params.items()},
     )
     return str(made)

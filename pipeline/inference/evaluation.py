@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from pipeline.compute.precision import Precision
+from pipeline.compute.ranks import Ranks
 from pipeline.data.batches import validation_windows
 from pipeline.data.token_files import Tokens
 from pipeline.data.tokenizer import token_byte_lengths
-from pipeline.inference.multiple_choice import multiple_choice
+from pipeline.inference.multiple_choice import Choice, multiple_choice
 from pipeline.model.gpt import GPT
 from pipeline.model.loss import mean_loss, token_losses
 from pipeline.published import EOT, VOCAB_SIZE
@@ -25,15 +28,21 @@ COUNTED = 1 << 28  # training tokens at most, the first ones: more change no fre
 
 @dataclass(frozen=True)
 class Context:
-    """How a task runs the model: precision, sequences at a time.
+    """How a task runs the model: precision, sequences at a time, its share among processes.
 
     `sequence_length` is the longest context the model is judged at, as a rule the one it was
-    trained at: later rows of the position embedding may never have been trained.
+    trained at: later rows of the position embedding may never have been trained. `progress` hears
+    the share of a task that is done, behind the task's name where there are several.
+
+    Several processes all call `evaluate` on the same, and each has the results. They take whole
+    batches, so what is summed is what one process sums, in double precision.
     """
 
     precision: Precision
     batch_size: int
     sequence_length: int
+    ranks: Ranks = field(default_factory=Ranks)
+    progress: Callable[..., None] = lambda *_: None
 
 
 Task = Callable[[GPT, Any, Context], Iterator[tuple[str, float]]]
@@ -47,7 +56,8 @@ def evaluate(model: GPT, tasks: Mapping[str, Any], context: Context) -> dict[str
     context.precision.prepare(model)
     results = {}
     for name, material in tasks.items():
-        for key, value in TASKS[name](model, material, context):
+        its = replace(context, progress=partial(context.progress, name))
+        for key, value in TASKS[name](model, material, its):
             results[f"{name}/{key}"] = value
     return results
 
@@ -64,9 +74,15 @@ def validation(model: GPT, tokens: Tokens, context: Context) -> Iterator[tuple[s
     which makes models with different tokenizers comparable (Gao et al. 2020, The Pile, 3.1).
     End-of-text is no text: as in nanochat, neither its nats nor a byte for it are counted.
     """
-    windows = validation_windows(
-        tokens, batch_size=context.batch_size, sequence_length=context.sequence_length
-    )
+    size, length, ranks = context.batch_size, context.sequence_length, context.ranks
+    windows = validation_windows(tokens, batch_size=size, sequence_length=length)
+    mine = islice(enumerate(windows, 1), ranks.rank, None, ranks.world)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in mine:
+            yield batch
+            context.progress(min(1.0, number * size * length / len(tokens)))
+
     borders = 0.0  # nats of the targets that are end-of-text
 
     def look(hidden: Tensor, targets: Tensor) -> None:
@@ -75,7 +91,9 @@ def validation(model: GPT, tokens: Tokens, context: Context) -> Iterator[tuple[s
         logits = model.logits(hidden[wanted])  # (M, V): one a document, so M is small
         borders += token_losses(logits, targets[wanted]).sum().item()
 
-    loss = mean_loss(model, windows, context.precision, context.precision.device, look)
+    precision = context.precision
+    loss = mean_loss(model, batches(), precision, precision.device, look, ranks.sums)
+    [borders] = ranks.sums([borders])
     yield "loss", loss
     yield "perplexity", math.exp(loss) if loss < 700 else math.inf  # exp(710) is no double
     nats = loss * tokens.targets - borders
@@ -120,6 +138,11 @@ def _learned(tokens: Tokens, start: int = 0, stop: int | None = None) -> Iterato
 
 TASKS: dict[str, Task] = {
     "validation": validation,
-    "choice": multiple_choice,
-    "hellaswag": multiple_choice,
+    "choice": partial(
+        multiple_choice, norms={"acc_norm": Choice.characters, "acc_per_token": Choice.tokens}
+    ),
+    # HellaSwag by two methods, with what each calls acc_norm: of GPT-2 124M build-nanogpt's
+    # hellaswag.py says 0.2859 and 0.2955, lm-evaluation-harness 0.2892 and 0.3114.
+    "hellaswag_nanogpt": partial(multiple_choice, norms={"acc_norm": Choice.tokens}),
+    "hellaswag_harness": partial(multiple_choice, norms={"acc_norm": Choice.characters}),
 }

@@ -184,11 +184,12 @@ def key_numbers(run: Experiment) -> list[tuple[str, str, str]]:
         ("Peak memory", last("perf/peak_memory_mib", ",.0f"), "MiB"),
         ("Duration", clock(sum(seconds)) if any(seconds) else "", "of all stages"),
     ]
-    for task in ("choice", "hellaswag"):
+    tasks = {"choice": "Choice", "hellaswag_nanogpt": "HellaSwag as build-nanogpt's"}
+    for task, title in (tasks | {"hellaswag_harness": "HellaSwag as lm-eval's"}).items():
         error, items = last(f"val/{task}_acc_norm_stderr", ".2f"), last(f"val/{task}_count", ",.0f")
         beside = f"± {error} over {items} items (chance 0.25)" if error else ""
         share = change(f"{task}_acc_norm", "{:.2f}".format)
-        rows.insert(4, (f"{task.capitalize()} accuracy", share, beside))
+        rows.insert(4, (f"{title} accuracy", share, beside))
     return [row for row in rows if row[1]]
 
 

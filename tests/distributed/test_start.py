@@ -68,6 +68,33 @@ class Workspace:
         initialize(model, configuration.from_dict(params()).init, generator(0, "init"))
         save_model(model, folder / paths.INIT)
 
+    def evaluate(self, processes: int, fault: str = "") -> tuple[int, str]:
+        """The stage `evaluate` of the initial model and another one; see `train`."""
+        model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
+        initialize(model, configuration.from_dict(params()).init, generator(1, "init"))
+        save_model(model, self.folder / paths.MODEL)
+        items = [
+            {
+                "ctx": "on off",
+                "ctx_a": "on",
+                "ctx_b": "off",
+                "activity_label": "walk",
+                "label": n % 4,
+            }
+            | {"endings": [f"{'up ' * (k + n % 3)}in" for k in range(4)]}
+            for n in range(9)
+        ]
+        text = "".join(json.dumps(item) + "\n" for item in items)
+        (self.folder / "items.jsonl").write_text(text)
+        given = {"evaluate__batch_size": 1, "evaluate__hellaswag": "items.jsonl"}
+        return self.end(self.start(processes, fault, "evaluate", **given))
+
+    def results(self) -> dict[str, float]:
+        """What `evaluate` has put on record, to the bit."""
+        record = record_file.read(self.folder / paths.record("evaluate"))
+        points = {k: v for point in record.of_kind("metrics") for k, v in point["values"].items()}
+        return {name: value for name, value in points.items() if "val/" in name}
+
     def configure(self, processes: int | str, **changes: Any) -> None:
         """Changed settings as in `params`."""
         changes = SMALL | changes | {"distributed__processes": processes}
@@ -79,10 +106,12 @@ class Workspace:
         env |= {"PYTHONPATH": str(ROOT), "FAULT": fault.replace("naive", "")}
         return env | ({"NAIVE": "1"} if "naive" in fault else {})
 
-    def start(self, processes: int | str, fault: str = "", **changes: Any) -> subprocess.Popen:
+    def start(
+        self, processes: int | str, fault: str = "", *stage: str, **changes: Any
+    ) -> subprocess.Popen:
         self.configure(processes, **changes)
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.rank_job"],
+            [sys.executable, "-m", "tests.helpers.rank_job", *stage],
             cwd=self.folder,
             env=self.environment(fault),
             stdout=subprocess.PIPE,
@@ -234,6 +263,33 @@ def test_a_stopped_training_goes_on_with_another_number_of_processes(workspace: 
     tags = record_file.read(workspace.folder / paths.record("train")).of_kind("tags")
     assert {t["values"].get("distributed.processes") for t in tags} == {None, "2", "4"}
     workspace.forget()
+
+
+@slow
+def test_evaluation_by_two_processes_has_the_bits_of_one_and_their_tag(
+    workspace: Workspace,
+) -> None:
+    code, said = workspace.evaluate(1)
+    assert code == 0, said
+    alone = workspace.results()
+    assert {"val/loss", "init_val/hellaswag_harness_acc", "val/hellaswag_nanogpt_acc"} <= {*alone}
+    code, said = workspace.evaluate(2)
+    assert code == 0 and "evaluate: by 2 processes" in said, said
+    assert workspace.results() == alone
+    assert said.count("hellaswag_nanogpt_acc_norm ") == 1  # the first one prints
+    tags = record_file.read(workspace.folder / paths.record("evaluate")).of_kind("tags")
+    assert "2" in [event["values"].get("evaluate.processes") for event in tags]
+
+
+@slow
+def test_a_rank_that_fails_while_it_evaluates_ends_all_and_says_why(workspace: Workspace) -> None:
+    for fault, code, words in [
+        ("1:1:crash", 1, "KeyError: 'a bug'"),
+        ("1:1:refuse", 5, "no room on this rank"),
+        ("1:1:kill", 137, "was ended by SIGKILL"),
+    ]:
+        found, said = workspace.evaluate(2, fault)
+        assert found == code and "rank 1 of 2 (" in said and words in said, said
 
 
 # --- without starting any

@@ -15,6 +15,7 @@ from pipeline.data import token_writer, tokenizer
 from pipeline.data.batches import validation_windows
 from pipeline.data.documents import Document
 from pipeline.data.token_files import open_tokens
+from pipeline.diagnostics import glimpse
 from pipeline.inference.generation import generate
 from pipeline.model import loss
 from stages import import_hf_weights, sample
@@ -50,6 +51,24 @@ def test_a_prompt_given_twice_has_every_text_shown_once(make_config) -> None:
     shown = sample.readable(found, config)
     assert len(found) == shown.count("\n```text\n") == 12
     assert [line for line in shown.splitlines() if line.startswith("## ")] == ["## A", "## B"]
+
+
+def test_prompts_of_a_model_of_conversations_end_where_an_answer_begins(make_config) -> None:
+    """A user's words, a conversation as text, and one that has its end already."""
+    words = ["What is 2 + 2?", "System: Be brief.\nUser: Hi!", "User: Hi!\nAssistant:"]
+    asked = ["User: What is 2 + 2?", "System: Be brief.\nUser: Hi!", "User: Hi!"]
+    expected = [f"{text}\nAssistant:" for text in asked]
+    files = {"corpus__source": "chat", "corpus__path": "talks.jsonl"}
+    config = make_config(**SMALL, **files, sample__prompts=words)
+    found = list(sample.continuations(import_hf_weights.build(config), config))
+    assert [text["prompt"] for text in found[::2]] == expected
+    assert sample.readable([{"when": "after", **text} for text in found], config).count("## ") >= 3
+    assert glimpse.text(import_hf_weights.build(config), config).startswith(
+        "User: What is 2 + 2? / Assistant:"
+    )
+    plain = make_config(**SMALL, sample__prompts=words)
+    found = list(sample.continuations(import_hf_weights.build(plain), plain))
+    assert [text["prompt"] for text in found[::2]] == words
 
 
 def test_the_cost_of_int8_weights_is_two_validation_losses(

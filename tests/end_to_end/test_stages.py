@@ -241,7 +241,7 @@ def test_a_precision_that_is_not_in_effect_is_one_warning_and_in_the_row(
     [
         ("val", "validation/loss", "val/loss"),
         ("init_val", "choice/acc_norm", "init_val/choice_acc_norm"),
-        ("val", "hellaswag/acc", "val/hellaswag_acc"),
+        ("val", "hellaswag_harness/acc", "val/hellaswag_harness_acc"),
     ],
 )
 def test_metrics_are_named_by_model_and_task(group: str, key: str, name: str) -> None:
@@ -273,8 +273,9 @@ def test_a_hellaswag_file_becomes_a_task_beside_the_made_items(
     multiple_choice.write_hellaswag(items, "hellaswag.jsonl")
     given = make_config(evaluate__choice_items=2, evaluate__hellaswag="hellaswag.jsonl")
     found = evaluate.materials(given, val) | evaluate.hellaswag(given)
-    assert list(found) == ["validation", "choice", "hellaswag"]
-    assert found["hellaswag"] == items and len(found["choice"]) == 2
+    assert list(found) == ["validation", "choice", "hellaswag_nanogpt"]
+    assert found["hellaswag_nanogpt"] == items and len(found["choice"]) == 2
+    evaluate.keep(found["choice"])
     assert len(paths.ARTIFACTS.joinpath("choice_items.jsonl").read_text().splitlines()) == 2
     assert list(evaluate.materials(make_config(), val)) == ["validation", "choice"]
     assert evaluate.hellaswag(make_config()) == {}

@@ -2,6 +2,7 @@
 
 `python -m tests.helpers.rank_job` in a workspace trains like `python -m stages.train`. FAULT is
 RANK:STEP:KIND, one of FAULTS that befalls that rank in that step; several stand between commas.
+With `evaluate` behind it, it is that stage, and a step is a batch of items.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +22,12 @@ from pipeline.compute import machine
 from pipeline.diagnostics import doctor, forecast
 from pipeline.distributed import start, team
 from pipeline.errors import StorageError
+from pipeline.inference import multiple_choice
 from pipeline.records import record_file
 from pipeline.tracking import recording
 from pipeline.training import training_step
 from pipeline.training.history import History
-from stages import common, train
+from stages import common, evaluate, train
 from tests.conftest import NoCourier, wait_for
 
 
@@ -88,7 +91,21 @@ def main() -> None:
     doctor.judge = lambda *_: ({}, [])
     doctor.Rounds.look = lambda *_: []
     machine.matrix_rate = lambda *_: 1e9
-    common.run(train.main, "train")
+    if "evaluate" in sys.argv[1:]:
+        sys.argv[1:] = []
+        score, done = multiple_choice._nats, iter(range(1 << 30))
+
+        def faulty(*given: Any) -> Any:
+            batch = next(done)
+            for who, step, kind in faults:
+                if (int(who), int(step)) == (rank, batch):
+                    FAULTS[kind](given[0])
+            return score(*given)
+
+        multiple_choice._nats = faulty
+        common.run(evaluate.main, "evaluate", evaluate.follow)
+    else:
+        common.run(train.main, "train")
 
 
 if __name__ == "__main__":

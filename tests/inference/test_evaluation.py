@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -27,12 +28,12 @@ from pipeline.inference.multiple_choice import (
     choice_items,
     ending_nats,
     hellaswag_items,
-    multiple_choice,
     write_hellaswag,
 )
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import IGNORE, mean_loss
 from pipeline.model.model_dir import save_model
+from tests.helpers.ranks import needs_fork, together
 
 VOCABULARY = 61
 BLOCK = 16
@@ -221,7 +222,8 @@ def toy_items() -> list[Choice]:
 
 
 def test_acc_and_acc_norm_of_a_hand_computed_model():
-    values = dict(multiple_choice(unigram_model([1 / 2, 1 / 4, 1 / 8, 1 / 8]), toy_items(), at()))
+    model = unigram_model([1 / 2, 1 / 4, 1 / 8, 1 / 8])
+    values = dict(TASKS["choice"](model, toy_items(), at()))
     assert values == {
         "count": 5,
         "acc": pytest.approx(2 / 5),
@@ -245,7 +247,7 @@ def test_acc_norm_counts_characters_without_the_first_space_and_acc_per_token_to
     model = unigram_model([2 ** -bits[token] if token in bits else rest for token in range(263)])
     shares = []
     for label in range(4):
-        values = dict(multiple_choice(model, [Choice((5,), endings, label)], at()))
+        values = dict(TASKS["choice"](model, [Choice((5,), endings, label)], at()))
         shares.append(values[metric])
     assert shares == [float(label == chosen) for label in range(4)]
 
@@ -299,28 +301,94 @@ def test_a_context_that_does_not_fit_is_cropped_from_the_left():
 def test_an_ending_that_does_not_fit_is_refused():
     item = Choice((1,), ((1,), (2,), (3,), (4,) * 17), 0)
     with pytest.raises(InputError, match="17 tokens, expected at most sequence_length=16"):
-        dict(multiple_choice(tiny(), [item], at()))
+        dict(TASKS["choice"](tiny(), [item], at()))
 
 
 def test_no_items_have_a_count_and_no_accuracy():
-    assert dict(multiple_choice(tiny(), [], at())) == {"count": 0}
+    assert dict(TASKS["choice"](tiny(), [], at())) == {"count": 0}
 
 
 def test_results_are_named_after_task_and_metric():
-    names = evaluate(tiny(), {"validation": few_tokens(), "hellaswag": toy_items()}, at())
+    tasks = {"validation": few_tokens(), "hellaswag_nanogpt": toy_items(), "choice": toy_items()}
+    names = evaluate(tiny(), tasks, at())
+    accuracies = ["count", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr"]
     assert list(names) == [
         "validation/loss",
         "validation/perplexity",
         "validation/bits_per_byte",
-        "hellaswag/count",
-        "hellaswag/acc",
-        "hellaswag/acc_stderr",
-        "hellaswag/acc_norm",
-        "hellaswag/acc_norm_stderr",
-        "hellaswag/acc_per_token",
-        "hellaswag/acc_per_token_stderr",
+        *(f"hellaswag_nanogpt/{name}" for name in accuracies),
+        *(f"choice/{name}" for name in accuracies),
+        "choice/acc_per_token",
+        "choice/acc_per_token_stderr",
     ]
-    assert set(TASKS) == {"validation", "choice", "hellaswag"}
+    assert set(TASKS) == {"validation", "choice", "hellaswag_nanogpt", "hellaswag_harness"}
+
+
+def test_hellaswags_acc_norm_is_by_tokens_as_build_nanogpt_and_by_characters_as_the_harness():
+    """The toy of a hand-computed model: each ending has tokens of one character, but the last."""
+    model = unigram_model([1 / 2, 1 / 4, 1 / 8, 1 / 8])
+    items, by_two = toy_items(), [replace(item, moved=1) for item in toy_items()]
+    nanogpt, harness = TASKS["hellaswag_nanogpt"], TASKS["hellaswag_harness"]
+    assert dict(nanogpt(model, items, at())) == dict(harness(model, items, at()))
+    # One character less of each ending: those of a single token have none, and are never chosen.
+    assert dict(nanogpt(model, by_two, at())) == dict(nanogpt(model, items, at()))
+    assert dict(harness(model, by_two, at()))["acc_norm"] == pytest.approx(3 / 5)
+
+
+def alike_and_not() -> list[Choice]:
+    """Items of many lengths, some that have to be cropped, some there twice."""
+    return [*some_items(), *some_items(longest_context=30), *some_items()[:2]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_order_of_the_items_changes_no_bit(batch_size):
+    items = alike_and_not()
+    nats = ending_nats(tiny(), items, at(batch_size))
+    order = np.random.default_rng(0).permutation(len(items))
+    again = ending_nats(tiny(), [items[place] for place in order], at(batch_size))
+    assert (again == nats[order]).all()
+
+
+def test_padding_is_behind_endings_alone_and_a_batch_holds_no_more_tokens_than_asked():
+    parts = [*choices._parts(alike_and_not(), BLOCK)]
+    batches = [*choices._batches(parts, 4 * BLOCK)]
+    assert sorted(row for batch in batches for part in batch for row in part.rows) == list(
+        range(4 * len(alike_and_not()))
+    )
+    for batch in batches:
+        assert len({(len(part.start), len(part.endings)) for part in batch}) == 1
+        width = len(batch[0].start) + max(len(e) for part in batch for e in part.endings)
+        rows = sum(len(part.endings) for part in batch)
+        assert width <= BLOCK + 1 and (len(batch) == 1 or rows * width <= 4 * BLOCK)
+    assert len(batches) < len(parts)
+
+
+def test_the_share_that_is_done_grows_to_the_whole():
+    heard: list[tuple[str, float]] = []
+    watched = replace(at(), progress=lambda *said: heard.append(said))
+    evaluate(tiny(), {"validation": few_tokens(), "choice": alike_and_not()}, watched)
+    for task in ("validation", "choice"):
+        shares = [share for name, share in heard if name == task]
+        assert shares == sorted(shares) and 0 < shares[0] < shares[-1] == 1
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_have_the_bits_of_one_and_share_the_work(world):
+    tasks = {"validation": few_tokens(200), "choice": alike_and_not()}
+
+    def work(ranks):
+        counted: list[float] = []
+        its = replace(at(2), ranks=ranks, progress=lambda _, share: counted.append(share))
+        return [evaluate(tiny(), tasks, its), len(counted)]
+
+    alone: list[float] = []
+    one = evaluate(tiny(), tasks, replace(at(2), progress=lambda _, share: alone.append(share)))
+    found = together(world, work)
+    assert [results for results, _ in found] == [one] * world
+    assert sum(count for _, count in found) == len(alone)
+    assert max(count for _, count in found) <= len(alone) / world + 2
 
 
 # --- items made offline
@@ -540,6 +608,39 @@ def test_a_file_larger_than_hellaswag_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(choices, "HELLASWAG_BYTES", 300)
     with pytest.raises(InputError, match="expected at most 300 bytes"):
         hellaswag_items(file_of(tmp_path, *[row()] * 5))
+
+
+def published(**changes: object) -> dict[str, object]:
+    """An item with marks of WikiHow and all that the harness makes a context of."""
+    parts = {
+        "ctx": "unused",
+        "ctx_a": "[header] How to sit [title] Find a chair.  Now",
+        "ctx_b": "a Man",
+    }
+    endings = ["[step] sits.", " stands [substeps] up. ", "is  tall", "[step] "]
+    return row(activity_label="Sitting", endings=endings, **parts) | changes
+
+
+def test_the_harness_puts_the_activity_first_and_takes_marks_out(tmp_path):
+    (item,) = hellaswag_items(file_of(tmp_path, published()), edited=True)
+    assert gpt2().decode(item.context) == "Sitting: How to sit. Find a chair. Now A man"
+    texts = [gpt2().decode(ending) for ending in item.endings]
+    assert texts == ["  sits.", " stands up.", " is tall", " "]
+    assert item.characters() == [6, 10, 7, 0]  # an ending without words is never chosen
+
+
+def test_white_space_at_the_end_of_the_harness_context_is_scored_and_not_counted(tmp_path):
+    (item,) = hellaswag_items(file_of(tmp_path, published(ctx_b="he [step]")), edited=True)
+    assert gpt2().decode(item.context).endswith("Now He")
+    assert gpt2().decode(item.endings[2]) == "  is tall"
+    assert item.moved == 1 and item.characters()[2] == 7
+
+
+def test_a_file_without_what_the_harness_needs_has_no_such_items_and_a_warning(tmp_path, caplog):
+    path = file_of(tmp_path, published(), row())
+    assert len(hellaswag_items(path)) == 2
+    assert hellaswag_items(path, edited=True) == []
+    assert "line 2: expected activity_label, ctx_a, ctx_b as texts" in caplog.text
 
 
 def test_labels_as_text_and_blank_lines_are_taken(tmp_path):

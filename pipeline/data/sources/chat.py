@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data.conversation import ROLES
 from pipeline.data.documents import PART_CHARACTERS, Document, document, share
 from pipeline.data.listing import files, packed
 from pipeline.data.text_files import Line, checked, json_object, lines, plain_object
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
 
 SUFFIXES = packed(".jsonl")
-ROLES = {"system": "System", "user": "User", "assistant": "Assistant"}
 TEMPLATE = "System: ...\nUser: ...\nAssistant: ...<|endoftext|>\nUser: ..."
 # Keys that say that words are not to be learned, or are none: not heeded, so not passed over.
 UNHEEDED = ("weight", "tool_calls", "function_call")
