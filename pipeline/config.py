@@ -29,6 +29,7 @@ PLAIN_NAME = re.compile(r"/?\w[\w .,()@+=-]*(/\w[\w .,()@+=-]*)*")
 LONGEST = 1000  # characters of another's message
 MOST_UNKNOWN = 20  # settings named at once
 LARGEST = 1 << 63  # of whole numbers: what numpy, torch and MLflow can hold
+MASKED = ("sdpa", "naive")  # kinds of attention that take a mask
 CHOICE_ENDING = 16  # tokens of an ending in evaluate's multiple choice
 
 
@@ -103,6 +104,10 @@ class TrainConfig:
     )
     batch_size: int = setting("sequences a micro-batch", low=1)
     sequence_length: int = setting("tokens a sequence, at most model.block_size", low=2)
+    mask_documents: bool = setting(
+        "compute each document as if it were alone, however many a sequence holds; validation "
+        "while training, too; with model.attention sdpa or naive"
+    )
     accumulate: int = setting("micro-batches an optimizer step", low=1)
     optimizer: str = setting(
         "AdamW; or Muon for the blocks' matrices and AdamW for the rest", choices=("adamw", "muon")
@@ -434,6 +439,16 @@ def _inconsistencies(config: Config) -> list[str]:
         problems.append(
             f"train.sequence_length={train.sequence_length}: expected at least {CHOICE_ENDING}, "
             "the length of an ending, or evaluate.choice_items=0"
+        )
+    if train.mask_documents and model.attention not in MASKED:
+        problems.append(
+            f"train.mask_documents=true: expected model.attention={' or '.join(MASKED)}, got "
+            f"{model.attention}, whose kernel takes no mask"
+        )
+    if train.mask_documents and corpus.source == "chat":
+        problems.append(
+            "train.mask_documents=true: expected false with corpus.source=chat, in which the "
+            "token between documents ends an answer, too"
         )
     if train.min_lr > train.lr:
         problems.append(f"train.min_lr={train.min_lr}: expected at most train.lr={train.lr}")

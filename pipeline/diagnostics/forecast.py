@@ -19,6 +19,7 @@ from pipeline.compute.throughput import WARM_UP_STEPS
 from pipeline.config import Config, TrainConfig
 from pipeline.diagnostics import attention_kernel
 from pipeline.errors import StorageError, out_of_memory
+from pipeline.model import borders
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import MAX_LOGIT_BYTES
 from pipeline.records.record_file import Record
@@ -104,7 +105,13 @@ class Needs:
         return at_once * c.vocab_rows * (4 + low) + operands + 4 * rows * c.n_embd
 
 
-def needs(shape: GPTConfig, precision: Precision, length: int, optimizer: str = "adamw") -> Needs:
+def needs(
+    shape: GPTConfig,
+    precision: Precision,
+    length: int,
+    optimizer: str = "adamw",
+    documents_apart: bool = False,
+) -> Needs:
     """Memory needs, measured by the model's own forward pass on tensors without contents.
 
     Two models of one block and of two tell what every block adds. Autocast keeps low weights until
@@ -113,7 +120,7 @@ def needs(shape: GPTConfig, precision: Precision, length: int, optimizer: str = 
     kept, for_each = [], []
     for blocks in (1, 2):
         few = replace(shape, n_layer=blocks)
-        one, two = (_kept_by_forward(few, precision, n, length) for n in (1, 2))
+        one, two = (_kept_by_forward(few, precision, n, length, documents_apart) for n in (1, 2))
         kept.append(2 * one - two)
         for_each.append(two - one)
     with torch.device("meta"):
@@ -134,7 +141,9 @@ def needs(shape: GPTConfig, precision: Precision, length: int, optimizer: str = 
     )
 
 
-def _kept_by_forward(shape: GPTConfig, precision: Precision, batch_size: int, length: int) -> int:
+def _kept_by_forward(
+    shape: GPTConfig, precision: Precision, batch_size: int, length: int, documents_apart: bool
+) -> int:
     """Bytes that autograd keeps for the backward pass, without parameters and the head."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -148,6 +157,7 @@ def _kept_by_forward(shape: GPTConfig, precision: Precision, batch_size: int, le
         precision = replace(precision, device=torch.device("cpu"))
     with FakeTensorMode(), torch.device(precision.device):
         model = GPT(shape)
+        borders.mark(model, documents_apart=documents_apart)
         idx = torch.zeros(batch_size, length, dtype=torch.long)
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
         with hooks, precision.autocast():
@@ -251,7 +261,8 @@ def forecast(
     """What a training needs, beside the bytes that are `free`: 0 for those of this machine now."""
     shape = GPTConfig(**asdict(config.model))
     train = config.train
-    need = needs(shape, precision, train.sequence_length, train.optimizer)
+    length, apart = train.sequence_length, train.mask_documents
+    need = needs(shape, precision, length, train.optimizer, apart)
     return Forecast(train, need, free or free_memory(precision.device), corpus_tokens)
 
 
@@ -263,7 +274,7 @@ def before_training(
     Logs a warning where memory is short, or cannot be forecast, and where fp8 is slow: that must
     stop no training.
     """
-    attention_kernel.tell(config.model, precision, config.train.sequence_length, record)
+    attention_kernel.tell(config.model, precision, config.train, record)
     if slow := slow_fp8(config, precision):
         log.warning("%s", slow)
     try:
@@ -331,7 +342,8 @@ def after_first_steps(step_seconds: list[float], config: TrainConfig, record: Re
 def table(config: Config, precisions: Iterable[Precision]) -> str:
     """A Markdown table of peak memory by micro-batch and precision."""
     shape, train = GPTConfig(**asdict(config.model)), config.train
-    modes = [needs(shape, p, train.sequence_length, train.optimizer) for p in precisions]
+    given = train.sequence_length, train.optimizer, train.mask_documents
+    modes = [needs(shape, p, *given) for p in precisions]
     own = train.accumulate, train.checkpoint_activations
     rows = [(n, *(size(m.at(n, *own).total) for m in modes)) for n in MICRO_BATCHES]
     return markdown(("micro-batch", *PRECISIONS), rows)
