@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -22,6 +23,8 @@ from pipeline.published import VOCAB_SIZE
 UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
 
 WITHOUT_FILES = ("shakespeare", "python-docs")  # sources that read no corpus.path
+FILE_KINDS = ("text", "jsonl", "parquet")  # those that may be part of a mix
+NO_MIX = "none"  # as corpus.mix
 
 # As in MLflow's paths; no part can be `..`, nor an escape that a URI turns into it.
 PLAIN_NAME = re.compile(r"/?\w[\w .,()@+=-]*(/\w[\w .,()@+=-]*)*")
@@ -53,12 +56,41 @@ def setting(
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
     source: str = setting(
-        "where text comes from", choices=(*WITHOUT_FILES, "text", "jsonl", "parquet", "chat")
+        "where text comes from", choices=(*WITHOUT_FILES, *FILE_KINDS, "chat", "mix")
     )
     path: str = setting("a file or folder, for text, jsonl, parquet and chat; DVC watches it")
     pattern: str = setting("which files to take when `path` is a folder, as a glob")
     field: str = setting("the field or column that holds the text, for jsonl and parquet")
+    mix: str = setting(
+        "for mix: shares of the tokens, as `0.7 shakespeare + 0.3 python-docs`, or of files and "
+        "folders in `path`, as `0.9 parquet:web + 0.1 text:notes`"
+    )
     val_fraction: float = setting("share of documents for validation", above=0, high=0.5)
+
+    def parts(self) -> dict[str, tuple[float, CorpusConfig]]:
+        """{name of a source of the mix: its share of the tokens, and the corpus that it is}.
+
+        Raises ConfigError for anything else than shares of different sources that make 1.
+        """
+        parts: dict[str, tuple[float, CorpusConfig]] = {}
+        for part in self.mix.split(" + "):
+            share, _, name = part.strip().partition(" ")
+            kind, _, place = name.partition(":")
+            known = kind in (WITHOUT_FILES if not place else FILE_KINDS)
+            with contextlib.suppress(ValueError):
+                if known and float(share) > 0 and PLAIN_NAME.fullmatch(place or kind):
+                    path = f"{self.path}/{place}" if place else self.path
+                    own = replace(self, source=kind, path=path, mix=NO_MIX)
+                    parts[name] = float(share), own
+        whole = math.isclose(sum(share for share, _ in parts.values()), 1)
+        if whole and len(parts) == len(self.mix.split(" + ")) > 1:
+            return parts
+        raise ConfigError(
+            f"corpus.mix={cut(self.mix)}: with corpus.source=mix, shares above 0 that make 1 are "
+            "expected of two or more different sources, as `0.7 shakespeare + 0.3 python-docs`, or "
+            f"of files and folders in corpus.path by their kind ({', '.join(FILE_KINDS)}), as "
+            "`0.9 parquet:web + 0.1 text:notes`"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -461,7 +493,15 @@ def _inconsistencies(config: Config) -> list[str]:
             f"debug.interact_at_step={config.debug.interact_at_step}: expected less than "
             f"train.steps={train.steps}, or -1 for never"
         )
-    if corpus.source not in WITHOUT_FILES and corpus.path == UNSET_PATH:
+    kinds = [corpus.source]
+    if corpus.source == "mix":
+        try:
+            kinds = [part.source for _, part in corpus.parts().values()]
+        except ConfigError as error:
+            problems.append(str(error))
+    elif corpus.mix != NO_MIX:
+        problems.append(f"corpus.mix={corpus.mix}: expected corpus.source=mix, or {NO_MIX}")
+    if set(kinds) - {*WITHOUT_FILES, "mix"} and corpus.path == UNSET_PATH:
         problems.append(
             f"corpus.path={corpus.path}: expected a file or folder, "
             f"since corpus.source={corpus.source}"

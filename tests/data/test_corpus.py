@@ -27,7 +27,7 @@ def settings(source="text", path="", pattern="**/*", field="text", val_fraction=
 def read(config):
     """{document name: (split, text)}, parts put together."""
     found = {}
-    for name, split, text, starts, _ in corpus.documents(config):
+    for name, split, text, starts, *_ in corpus.documents(config):
         assert starts == (name not in found)
         found[name] = (split, found.get(name, ("", ""))[1] + text)
     return found
