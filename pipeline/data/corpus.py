@@ -167,6 +167,6 @@ SOURCES = {
     "text": Source(text.documents, text.SUFFIXES, text.RULE),
     "jsonl": Source(jsonl.documents, jsonl.SUFFIXES, about=lambda c: {"field": c.field}),
     "parquet": Source(parquet.documents, parquet.SUFFIXES, about=lambda c: {"field": c.field}),
-    "mix": Source(_mixed, about=_about_mix),
     "chat": Source(chat.documents, chat.SUFFIXES, about=lambda c: {"template": chat.TEMPLATE}),
+    "mix": Source(_mixed, about=_about_mix),
 }
