@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
 
 
+CALIBRATED = 1 << 20  # characters of each source in a mix that say how many a token has
+
+
 class Source(NamedTuple):
     """A kind of corpus.
 
@@ -90,18 +93,18 @@ def reads_files(config: CorpusConfig) -> bool:
 # --- a mix
 
 
-CALIBRATED = 1 << 20  # characters of each source that say how many a token has
-
-
 def _parts(config: CorpusConfig) -> dict[str, tuple[float, CorpusConfig]]:
     """The sources of a mix with their shares, or the one that there is, by no name."""
     return config.parts() if config.source == "mix" else {"": (1.0, config)}
 
 
 def times_read(config: CorpusConfig, counts: dict[str, int]) -> dict[str, float]:
-    """How often a mix takes the text of each source; `counts` are those of `check`."""
+    """How often a mix takes the text of each source; `counts` are those of `check`.
+
+    Raises InputError where a source has none.
+    """
     parts = _parts(config)
-    least = {name: counts[name] * _rate(name, part) / s for name, (s, part) in parts.items()}
+    least = {n: _rate(n, part) * counts[n] / share for n, (share, part) in parts.items()}
     return {name: max(least.values()) / tokens for name, tokens in least.items()}
 
 
@@ -111,7 +114,7 @@ def _mixed(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
     So every part of the file has these shares, its beginning, too. It ends with the source that
     lasts longest; the others begin again. Tokens are estimated, by a rate for each source.
     """
-    parts, running, unread = config.parts(), {}, set(config.parts())
+    parts, unread = config.parts(), set(config.parts())
     weights = {name: _rate(name, part) / share for name, (share, part) in parts.items()}
 
     def begin(name: str) -> tuple[Iterator[Document], Document]:
