@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -22,6 +23,8 @@ from pipeline.published import VOCAB_SIZE
 UNSET_PATH = "data/unset"  # DVC needs every dep to exist; this tracked folder means "no path given"
 
 WITHOUT_FILES = ("shakespeare", "python-docs")  # sources that read no corpus.path
+FILE_KINDS = ("text", "jsonl", "parquet")  # those that may be part of a mix
+NO_MIX = "none"  # as corpus.mix
 
 # As in MLflow's paths; no part can be `..`, nor an escape that a URI turns into it.
 PLAIN_NAME = re.compile(r"/?\w[\w .,()@+=-]*(/\w[\w .,()@+=-]*)*")
@@ -29,6 +32,7 @@ PLAIN_NAME = re.compile(r"/?\w[\w .,()@+=-]*(/\w[\w .,()@+=-]*)*")
 LONGEST = 1000  # characters of another's message
 MOST_UNKNOWN = 20  # settings named at once
 LARGEST = 1 << 63  # of whole numbers: what numpy, torch and MLflow can hold
+MASKED = ("sdpa", "naive")  # kinds of attention that take a mask
 CHOICE_ENDING = 16  # tokens of an ending in evaluate's multiple choice
 
 
@@ -52,12 +56,41 @@ def setting(
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
     source: str = setting(
-        "where text comes from", choices=(*WITHOUT_FILES, "text", "jsonl", "parquet", "chat")
+        "where text comes from", choices=(*WITHOUT_FILES, *FILE_KINDS, "chat", "mix")
     )
     path: str = setting("a file or folder, for text, jsonl, parquet and chat; DVC watches it")
     pattern: str = setting("which files to take when `path` is a folder, as a glob")
     field: str = setting("the field or column that holds the text, for jsonl and parquet")
+    mix: str = setting(
+        "for mix: shares of the tokens, as `0.7 shakespeare + 0.3 python-docs`, or of files and "
+        "folders in `path`, as `0.9 parquet:web + 0.1 text:notes`"
+    )
     val_fraction: float = setting("share of documents for validation", above=0, high=0.5)
+
+    def parts(self) -> dict[str, tuple[float, CorpusConfig]]:
+        """{name of a source of the mix: its share of the tokens, and the corpus that it is}.
+
+        Raises ConfigError for anything else than shares of different sources that make 1.
+        """
+        parts: dict[str, tuple[float, CorpusConfig]] = {}
+        for part in self.mix.split(" + "):
+            share, _, name = part.strip().partition(" ")
+            kind, _, place = name.partition(":")
+            known = kind in (WITHOUT_FILES if not place else FILE_KINDS)
+            with contextlib.suppress(ValueError):
+                if known and float(share) > 0 and PLAIN_NAME.fullmatch(place or kind):
+                    path = f"{self.path}/{place}" if place else self.path
+                    own = replace(self, source=kind, path=path, mix=NO_MIX)
+                    parts[name] = float(share), own
+        whole = math.isclose(sum(share for share, _ in parts.values()), 1)
+        if whole and len(parts) == len(self.mix.split(" + ")) > 1:
+            return parts
+        raise ConfigError(
+            f"corpus.mix={cut(self.mix)}: with corpus.source=mix, shares above 0 that make 1 are "
+            "expected of two or more different sources, as `0.7 shakespeare + 0.3 python-docs`, or "
+            f"of files and folders in corpus.path by their kind ({', '.join(FILE_KINDS)}), as "
+            "`0.9 parquet:web + 0.1 text:notes`"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +136,10 @@ class TrainConfig:
     )
     batch_size: int = setting("sequences a micro-batch", low=1)
     sequence_length: int = setting("tokens a sequence, at most model.block_size", low=2)
+    mask_documents: bool = setting(
+        "compute each document as if it were alone, however many a sequence holds; validation "
+        "while training, too; with model.attention sdpa or naive"
+    )
     accumulate: int = setting("micro-batches an optimizer step", low=1)
     optimizer: str = setting(
         "AdamW; or Muon for the blocks' matrices and AdamW for the rest", choices=("adamw", "muon")
@@ -447,6 +484,16 @@ def _inconsistencies(config: Config) -> list[str]:
             f"train.sequence_length={train.sequence_length}: expected at least {CHOICE_ENDING}, "
             "the length of an ending, or evaluate.choice_items=0"
         )
+    if train.mask_documents and model.attention not in MASKED:
+        problems.append(
+            f"train.mask_documents=true: expected model.attention={' or '.join(MASKED)}, got "
+            f"{model.attention}, whose kernel takes no mask"
+        )
+    if train.mask_documents and corpus.source == "chat":
+        problems.append(
+            "train.mask_documents=true: expected false with corpus.source=chat, in which the "
+            "token between documents ends an answer, too"
+        )
     if train.min_lr > train.lr:
         problems.append(f"train.min_lr={train.min_lr}: expected at most train.lr={train.lr}")
     if train.warmup_steps >= train.steps:
@@ -458,7 +505,15 @@ def _inconsistencies(config: Config) -> list[str]:
             f"debug.interact_at_step={config.debug.interact_at_step}: expected less than "
             f"train.steps={train.steps}, or -1 for never"
         )
-    if corpus.source not in WITHOUT_FILES and corpus.path == UNSET_PATH:
+    kinds = [corpus.source]
+    if corpus.source == "mix":
+        try:
+            kinds = [part.source for _, part in corpus.parts().values()]
+        except ConfigError as error:
+            problems.append(str(error))
+    elif corpus.mix != NO_MIX:
+        problems.append(f"corpus.mix={corpus.mix}: expected corpus.source=mix, or {NO_MIX}")
+    if set(kinds) - {*WITHOUT_FILES, "mix"} and corpus.path == UNSET_PATH:
         problems.append(
             f"corpus.path={corpus.path}: expected a file or folder, "
             f"since corpus.source={corpus.source}"

@@ -24,7 +24,7 @@ KEPT_FROM = 1 << 28  # bytes of the corpus's files
 
 def main(config: Config) -> None:
     with recording.record("tokenize", config) as record:
-        if corpus.SOURCES[config.corpus.source].suffixes:
+        if corpus.reads_files(config.corpus):
             git.check_whole(
                 "corpus.path",
                 config.corpus.path,
@@ -41,13 +41,17 @@ def main(config: Config) -> None:
         seconds = time.perf_counter() - started
         for split in SPLITS:
             facts = meta["splits"][split]
-            counts = {name: facts[name] for name in facts if name != "sha256"}
-            record.metrics({f"data/{split}_{name}": count for name, count in counts.items()})
+            of, rest = token_writer.TOKENS_OF, {n: c for n, c in facts.items() if n != "sha256"}
+            shares = {n.removeprefix(of): rest.pop(n) / facts["tokens"] for n in facts if of in n}
+            record.metrics({f"data/{split}_{name}": count for name, count in rest.items()})
+            for name, share in shares.items():  # MLflow's names take no colon everywhere
+                record.metrics({f"data/{split}_share_{name.replace(':', '_')}": share})
             record.dataset("tokens", facts["sha256"], config.corpus.source, split)
             print(
                 f"tokenize: {split} {facts['documents']:,} documents, {facts['bytes']:,} bytes, "
                 f"{facts['tokens']:,} tokens"
                 + (f", {facts['answers']:,} of answers" if "answers" in facts else "")
+                + "".join(f", {share:.1%} {name}" for name, share in shares.items())
             )
         text_bytes = sum(meta["splits"][split]["bytes"] for split in SPLITS) - before
         record.metrics({"perf/tokenize_mb_per_second": text_bytes / 1e6 / seconds})
@@ -83,6 +87,9 @@ def check(config: Config, folder: Path | None) -> int:
         counts = corpus.check(config.corpus, bar.update)
     show_left_out(corpus.left_out(config.corpus), counts["empty"])
     token_writer.refuse_empty(counts)
+    if config.corpus.source == "mix":
+        for name, times in corpus.times_read(config.corpus, counts).items():
+            print(f"tokenize: {name} is read {times:.2f} times")
     return 0
 
 

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.data import listing
+from pipeline.data import listing, tokenizer
 from pipeline.data.documents import Document
 from pipeline.data.sources import chat, jsonl, parquet, python_docs, shakespeare, text
 from pipeline.errors import InputError, Refuse, collecting
 
 if TYPE_CHECKING:
     from pipeline.config import CorpusConfig
+
+
+CALIBRATED = 1 << 20  # characters of each source in a mix that say how many a token has
 
 
 class Source(NamedTuple):
@@ -43,15 +46,19 @@ def check(
 ) -> dict[str, int]:
     """Read all of the source as `documents` does, before any work.
 
-    Returns the number of documents of each split, and as `empty` of those left out for want of
-    text. Raises one InputError that names everything unusable (see `collecting`). `progress` gets
-    the characters of text read since its last call.
+    Returns the number of documents of each split, as `empty` of those left out for want of text,
+    and by the name of each source of a mix, which is read once, its characters. Raises one
+    InputError that names everything unusable (see `collecting`). `progress` gets the characters of
+    text read since its last call.
     """
     counts = {"train": 0, "val": 0, "empty": 0}
     with collecting() as refuse:
-        for document in SOURCES[config.source].documents(config, refuse):
-            counts[document.split if document.text else "empty"] += document.starts
-            progress(len(document.text))
+        for name, (_, part) in _parts(config).items():
+            for document in SOURCES[part.source].documents(part, refuse):
+                counts[document.split if document.text else "empty"] += document.starts
+                if name:
+                    counts[name] = counts.get(name, 0) + len(document.text)
+                progress(len(document.text))
     return counts
 
 
@@ -61,13 +68,93 @@ def _raise(error: InputError) -> None:
 
 def files(config: CorpusConfig) -> dict[str, Path]:
     """The files that the source reads, as `listing.files` has them; none without suffixes."""
-    suffixes = SOURCES[config.source].suffixes
-    return listing.files(config, suffixes) if suffixes else {}
+    found = {}
+    for name, (_, part) in _parts(config).items():
+        if suffixes := SOURCES[part.source].suffixes:
+            own = listing.files(part, suffixes)
+            found |= {f"{name}/{file}" if name else file: path for file, path in own.items()}
+    return found
 
 
 def left_out(config: CorpusConfig) -> str:
     """The files that the source passes over: see `listing.left_out`."""
-    return listing.left_out(config, SOURCES[config.source].suffixes)
+    said = {
+        name: listing.left_out(part, SOURCES[part.source].suffixes)
+        for name, (_, part) in _parts(config).items()
+    }
+    return "; ".join(f"{name}: {line}" if name else line for name, line in said.items() if line)
+
+
+def reads_files(config: CorpusConfig) -> bool:
+    """Whether the source reads files under corpus.path."""
+    return any(SOURCES[part.source].suffixes for _, part in _parts(config).values())
+
+
+# --- a mix
+
+
+def _parts(config: CorpusConfig) -> dict[str, tuple[float, CorpusConfig]]:
+    """The sources of a mix with their shares, or the one that there is, by no name."""
+    return config.parts() if config.source == "mix" else {"": (1.0, config)}
+
+
+def times_read(config: CorpusConfig, counts: dict[str, int]) -> dict[str, float]:
+    """How often a mix takes the text of each source; `counts` are those of `check`.
+
+    Raises InputError where a source has none.
+    """
+    parts = _parts(config)
+    least = {n: _rate(n, part) * counts[n] / share for n, (share, part) in parts.items()}
+    return {name: max(least.values()) / tokens for name, tokens in least.items()}
+
+
+def _mixed(config: CorpusConfig, refuse: Refuse) -> Iterator[Document]:
+    """Whole documents of all sources, next of the one that is furthest behind its share of tokens.
+
+    So every part of the file has these shares, its beginning, too. It ends with the source that
+    lasts longest; the others begin again. Tokens are estimated, by a rate for each source.
+    """
+    parts, unread = config.parts(), set(config.parts())
+    weights = {name: _rate(name, part) / share for name, (share, part) in parts.items()}
+
+    def begin(name: str) -> tuple[Iterator[Document], Document]:
+        part = parts[name][1]
+        stream = (d for d in SOURCES[part.source].documents(part, refuse) if d.text)
+        return stream, next(stream)  # `_rate` has found text
+
+    running = {name: begin(name) for name in parts}
+    done = dict.fromkeys(parts, 0.0)
+    while unread:
+        name = min(done, key=done.__getitem__)
+        stream, document = running[name]
+        following: Document | None = document
+        while following and (following is document or not following.starts):
+            yield following._replace(source=name)
+            done[name] += len(following.text) * weights[name]
+            following = next(stream, None)
+        if following is None:
+            unread.discard(name)
+        running[name] = (stream, following) if following else begin(name)
+
+
+def _rate(name: str, part: CorpusConfig) -> float:
+    """Tokens a character, by the first text of the source; raises InputError where it has none."""
+    texts, size = [], 0
+    for document in SOURCES[part.source].documents(part, _raise):
+        texts += [document.text] * bool(document.text)
+        size += len(document.text)
+        if size >= CALIBRATED:
+            break
+    if not size:
+        raise InputError(f"corpus.mix: {name}: no text is there")
+    return len(tokenizer.encode_documents(texts)) / size
+
+
+def _about_mix(config: CorpusConfig) -> dict[str, str]:
+    facts = {"mix": config.mix}
+    for name, (_, part) in config.parts().items():
+        facts |= {f"{name} {key}": said for key, said in SOURCES[part.source].about(part).items()}
+    return facts
 
 
 def describe(config: CorpusConfig) -> dict[str, Any]:
@@ -84,4 +171,5 @@ SOURCES = {
     "jsonl": Source(jsonl.documents, jsonl.SUFFIXES, about=lambda c: {"field": c.field}),
     "parquet": Source(parquet.documents, parquet.SUFFIXES, about=lambda c: {"field": c.field}),
     "chat": Source(chat.documents, chat.SUFFIXES, about=lambda c: {"template": chat.TEMPLATE}),
+    "mix": Source(_mixed, about=_about_mix),
 }

@@ -19,7 +19,7 @@ class Document(NamedTuple):
 
     A part ends where the encoding cannot tell (see `_cut`) and holds at most PART_CHARACTERS. Of a
     conversation `answer` says whether the part is a whole answer, which end-of-text will follow and
-    which alone is to be learned; None where all text is.
+    which alone is to be learned; None where all text is. `source` is a name in a mix, else "".
     """
 
     name: str
@@ -27,6 +27,7 @@ class Document(NamedTuple):
     text: str
     starts: bool = True
     answer: bool | None = None
+    source: str = ""
 
 
 def no_field(field: str, names: Iterable[str], where: str) -> InputError:

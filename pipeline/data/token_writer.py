@@ -25,6 +25,7 @@ from pipeline.storage import folders
 
 BATCH_BYTES = 1 << 18  # of text in one task of a worker: 15 ms and a few MB; 1 MB was no faster
 KEPT_EVERY = 1 << 26  # bytes of tokens, a few seconds of work, that a kill costs at most
+TOKENS_OF = "tokens of "  # and a source of a mix: a count in meta.json
 JOURNAL = "tokens.json"  # beside unfinished files: what of them is on the disk
 
 FILES = [split + suffix for split in SPLITS for suffix in (".bin", ANSWERS)]
@@ -253,6 +254,8 @@ def _encode(batch: list[Document]) -> Encoded:
             else:  # parts that go on, each by itself
                 end = np.array([tokenizer.EOT] * bool(answer), DTYPE)
                 own = [np.append(tokenizer.encode(text), end) for text in texts]
+            if starts and documents[0].source:  # of a mix, what each source gives is counted
+                own = np.split(own[0], np.flatnonzero(own[0] == tokenizer.EOT)[1:])
             pieces += own
             if answer is not None:
                 answers += (np.full(len(piece), answer, np.uint8) for piece in own)
@@ -263,6 +266,10 @@ def _encode(batch: list[Document]) -> Encoded:
             "documents": sum(document.starts for document in documents),
             "bytes": sum(len(document.text.encode()) for document in documents),
         }
+        if documents[0].source:
+            for document, piece in zip(documents, pieces, strict=True):
+                key = TOKENS_OF + document.source
+                sizes[key] = sizes.get(key, 0) + len(piece)
         if answers:
             told = np.concatenate(answers)
             assert len(told) == len(tokens), "a corpus is of conversations, or none of it is"

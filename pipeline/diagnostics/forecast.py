@@ -21,6 +21,7 @@ from pipeline.config import Config, TrainConfig
 from pipeline.diagnostics import attention_kernel
 from pipeline.distributed.start import check, processes
 from pipeline.errors import StorageError, out_of_memory
+from pipeline.model import borders
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import MAX_LOGIT_BYTES
 from pipeline.records.record_file import Record
@@ -116,7 +117,12 @@ class Needs:
 
 
 def needs(
-    shape: GPTConfig, precision: Precision, length: int, optimizer: str = "adamw", parts: int = 1
+    shape: GPTConfig,
+    precision: Precision,
+    length: int,
+    optimizer: str = "adamw",
+    documents_apart: bool = False,
+    parts: int = 1,
 ) -> Needs:
     """Memory needs, measured by the model's own forward pass on tensors without contents.
 
@@ -126,7 +132,7 @@ def needs(
     kept, for_each = [], []
     for blocks in (1, 2):
         few = replace(shape, n_layer=blocks)
-        one, two = (_kept_by_forward(few, precision, n, length) for n in (1, 2))
+        one, two = (_kept_by_forward(few, precision, n, length, documents_apart) for n in (1, 2))
         kept.append(2 * one - two)
         for_each.append(two - one)
     with torch.device("meta"):
@@ -148,7 +154,9 @@ def needs(
     )
 
 
-def _kept_by_forward(shape: GPTConfig, precision: Precision, batch_size: int, length: int) -> int:
+def _kept_by_forward(
+    shape: GPTConfig, precision: Precision, batch_size: int, length: int, documents_apart: bool
+) -> int:
     """Bytes that autograd keeps for the backward pass, without parameters and the head."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -162,6 +170,7 @@ def _kept_by_forward(shape: GPTConfig, precision: Precision, batch_size: int, le
         precision = replace(precision, device=torch.device("cpu"))
     with FakeTensorMode(), torch.device(precision.device):
         model = GPT(shape)
+        borders.mark(model, documents_apart=documents_apart)
         idx = torch.zeros(batch_size, length, dtype=torch.long)
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
         with hooks, precision.autocast():
@@ -293,7 +302,8 @@ def free_for_each(device: torch.device, ranks: Ranks) -> int:
 def _needs(config: Config, precision: Precision, world: int) -> Needs:
     shape, train = GPTConfig(**asdict(config.model)), config.train
     parts = world if config.distributed.strategy == "fsdp" else 1
-    found = needs(shape, precision, train.sequence_length, train.optimizer, parts)
+    given = train.sequence_length, train.optimizer, train.mask_documents
+    found = needs(shape, precision, *given, parts)
     return replace(found, in_order=3 * found.weights * config.distributed.ordered)
 
 
@@ -305,7 +315,7 @@ def before_training(
     Logs a warning where memory is short, or cannot be forecast, and where fp8 is slow: that must
     stop no training.
     """
-    attention_kernel.tell(config.model, precision, config.train.sequence_length, record)
+    attention_kernel.tell(config.model, precision, config.train, record)
     if slow := slow_fp8(config, precision):
         log.warning("%s", slow)
     try:

@@ -12,10 +12,12 @@ from pipeline.model.gpt import GPT, Block, KVCache
 class CheckpointedBlock(Block):
     """A block of which only the input is kept: see `mark`. Without gradients, as any other."""
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, layer: int, cache: KVCache | None, mask: Tensor | None = None
+    ) -> Tensor:
         # The second time dropout draws the same numbers; without dropout there are none to keep.
         again = {"use_reentrant": False, "preserve_rng_state": self.attn.dropout > 0}
-        return checkpoint(Block.forward, self, x, layer, cache, **again)
+        return checkpoint(Block.forward, self, x, layer, cache, mask, **again)
 
 
 def mark(model: GPT, *, checkpointed: bool) -> None:

@@ -107,17 +107,17 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, layer: int, cache: KVCache | None, mask: Tensor | None = None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C); reads and extends this layer's part of the cache."""
         batch, tokens, channels = x.shape
         q, k, v = (
             part.view(batch, tokens, self.n_head, channels // self.n_head).transpose(1, 2)
             for part in self.c_attn(x).split(channels, dim=2)
         )  # each (B, H, T, D)
-        mask = None
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, H, S, D)
-            mask = cache.mask
         y = self.attend(q, k, v, self.dropout if self.training else 0.0, mask)
         y = y.transpose(1, 2).reshape(batch, tokens, channels)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -149,9 +149,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, layer: int, cache: KVCache | None, mask: Tensor | None = None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C)"""
-        x = x + self.attn(self.ln_1(x), layer, cache)
+        x = x + self.attn(self.ln_1(x), layer, cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -161,6 +163,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        # idx -> positions and mask of a pass without a cache; None: each token sees all before it.
+        self.layout: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_rows, config.n_embd),
@@ -185,15 +189,18 @@ class GPT(nn.Module):
                 f"{tokens} tokens behind {past} cached ones: "
                 f"expected at most block_size={self.config.block_size} together"
             )
+        mask = None  # (B, 1, T, S)
         if cache is not None:
-            positions = cache.begin(tokens)  # (T,), or (B, T) where rows are padded
+            positions, mask = cache.begin(tokens), cache.mask  # (T,), or (B, T) with padded rows
+        elif self.layout is not None:
+            positions, mask = self.layout(idx)  # (B, T)
         else:
             positions = torch.arange(tokens, device=idx.device)
         x = self.transformer.wte(idx) if looked_up is None else looked_up
         x = x + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, layer, cache)
+            x = block(x, layer, cache, mask)
         if cache is not None:
             cache.length += tokens
         return self.transformer.ln_f(x)

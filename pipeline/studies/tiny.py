@@ -27,6 +27,7 @@ TRAIN = TrainConfig(
     time_budget=0.0,
     batch_size=4,
     sequence_length=SHAPE.block_size,
+    mask_documents=False,
     accumulate=1,
     optimizer="adamw",
     muon_lr_factor=1.0,

@@ -17,7 +17,7 @@ from pipeline.compute.buffers import hand_back
 from pipeline.compute.ranks import Ranks, here
 from pipeline.compute.runtime import Numbers, derived_seed, rng_state
 from pipeline.errors import InputError, NumericsError
-from pipeline.model import activations
+from pipeline.model import activations, borders
 from pipeline.model.loss import IGNORE
 from pipeline.model.model_dir import load_model
 from pipeline.training.compiling import LossFunction, compiled_loss, loss_of
@@ -122,6 +122,7 @@ def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
     """The state before the first step."""
     precision.prepare(model)
     activations.mark(model, checkpointed=config.checkpoint_activations)
+    borders.mark(model, documents_apart=config.mask_documents)
     if here().sharded:
         sharding.shard(model, model.transformer.h, precision.device)
     scaler = precision.make_scaler()

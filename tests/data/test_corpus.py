@@ -4,13 +4,13 @@ import json
 import subprocess
 import sys
 import tracemalloc
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline import config as configuration
+from pipeline.config import CorpusConfig
 from pipeline.data import corpus, documents, text_files, tokenizer
 from pipeline.data.sources import python_docs, shakespeare
 from pipeline.data.sources import text as text_source
@@ -19,15 +19,15 @@ from tests.conftest import ROOT
 
 
 def settings(source="text", path="", pattern="**/*", field="text", val_fraction=0.1):
-    return SimpleNamespace(
-        source=source, path=str(path), pattern=pattern, field=field, val_fraction=val_fraction
-    )
+    place = {"path": str(path), "pattern": pattern, "field": field}
+    mix = "0.5 shakespeare + 0.5 python-docs"
+    return CorpusConfig(source=source, **place, mix=mix, val_fraction=val_fraction)
 
 
 def read(config):
     """{document name: (split, text)}, parts put together."""
     found = {}
-    for name, split, text, starts, _ in corpus.documents(config):
+    for name, split, text, starts, *_ in corpus.documents(config):
         assert starts == (name not in found)
         found[name] = (split, found.get(name, ("", ""))[1] + text)
     return found
@@ -480,7 +480,8 @@ def test_a_literal_end_of_text_is_plain_text_in_every_source(tmp_path, monkeypat
     monkeypatch.setattr(shakespeare, "scenes", lambda: scenes)
     found = texts(settings(source, tmp_path)).values()
     whole = "User: {0}\nAssistant: {0}" if source == "chat" else "{0}"
-    assert [text.strip() for text in found] == [whole.format("before <|endoftext|> after")] * 3
+    count = 6 if source == "mix" else 3  # of two sources
+    assert [text.strip() for text in found] == [whole.format("before <|endoftext|> after")] * count
     for text in found:
         assert tokenizer.EOT not in tokenizer.encode(text).tolist()
 

@@ -19,13 +19,20 @@ CPU = torch.device("cpu")
 
 
 def told(
-    make_config, caplog, attention: str, dropout: float, mode: Any = None, **shape: int
+    make_config,
+    caplog,
+    attention: str,
+    dropout: float,
+    mode: Any = None,
+    apart: bool = False,
+    **shape: int,
 ) -> tuple[str, str]:
     """(what is on record, the warning or "")."""
     kept: dict[str, str] = {}
     record: Any = SimpleNamespace(tags=kept.update)
     model = replace(make_config().model, n_head=4, attention=attention, dropout=dropout, **shape)
-    attention_kernel.tell(model, mode or choose_precision("fp32", CPU), 16, record)
+    train = replace(make_config().train, sequence_length=16, mask_documents=apart)
+    attention_kernel.tell(model, mode or choose_precision("fp32", CPU), train, record)
     return kept["attention.ran"], "\n".join(caplog.messages)
 
 
@@ -53,6 +60,22 @@ def test_a_cpu_has_flash_without_dropout_and_the_formula_with_it(
     assert "model.dropout=0.1" in said or not (warned and dropout)
 
 
+@pytest.mark.parametrize(("attention", "ran"), [("sdpa", "flash"), ("naive", "naive")])
+def test_with_documents_apart_the_kernel_is_one_that_takes_the_mask(
+    make_config, caplog, monkeypatch, attention: str, ran: str
+) -> None:
+    masks = []
+    real = attention_kernel.ATTENTION[attention]
+
+    def spy(*given):
+        masks.append(given[-1])
+        return real(*given)
+
+    monkeypatch.setitem(attention_kernel.ATTENTION, attention, spy)
+    assert told(make_config, caplog, attention, 0.0, apart=True) == (ran, "")
+    assert all(mask.shape == (1, 1, 16, 16) and not mask[0, 0, 0, 1] for mask in masks)
+
+
 @pytest.mark.parametrize(
     ("width", "dropout", "warned"),
     [
@@ -73,7 +96,8 @@ def test_what_turns_the_fastest_kernel_off_is_said_in_torchs_words(
         warnings.warn("and no more", stacklevel=1)
         return False
 
-    def ran(name: str, query: torch.Tensor, p: float) -> str:
+    def ran(name: str, query: torch.Tensor, p: float, mask: Any) -> str:
+        assert mask is None
         assert query.device.type == "cuda" and query.requires_grad
         return "cudnn" if query.size(-1) <= 128 and 16 * p % 1 == 0 else "flash"
 

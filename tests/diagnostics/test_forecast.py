@@ -32,6 +32,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPE = GPTConfig(2, 2, 32, 64, 97, 128)
 WIDE = {"n_head": 2, "block_size": 64, "vocab_size": 97, "vocab_rows": 128}
 HEADY = {"n_head": 2, "block_size": 32, "vocab_size": 7000, "vocab_rows": 7040}
+LONG = {"n_head": 1, "block_size": 512, "vocab_size": 97, "vocab_rows": 128}
+CHECKPOINTED, MASKED = "checkpoint_activations", "mask_documents"
 
 
 class Held(TorchDispatchMode):
@@ -54,29 +56,31 @@ class Held(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("shape", "name", "batch_size", "accumulate", "checkpointed"),
+    ("shape", "name", "batch_size", "accumulate", "also"),
     [
-        (GPTConfig(n_layer=4, n_embd=64, **WIDE), "fp32", 16, 1, False),
-        (GPTConfig(n_layer=4, n_embd=64, **WIDE), "bf16", 16, 1, False),
-        (GPTConfig(n_layer=4, n_embd=64, attention="naive", **WIDE), "fp32", 16, 1, False),
-        (GPTConfig(n_layer=2, n_embd=192, **WIDE), "fp32", 2, 1, False),
-        (GPTConfig(n_layer=2, n_embd=192, **WIDE), "fp32", 2, 3, False),
-        (GPTConfig(n_layer=1, n_embd=64, **HEADY), "fp32", 8, 1, False),
-        (GPTConfig(n_layer=1, n_embd=64, **HEADY), "tf32", 8, 1, False),
-        (GPTConfig(n_layer=8, n_embd=64, **WIDE), "fp32", 16, 1, True),
-        (GPTConfig(n_layer=8, n_embd=64, **WIDE), "fp32", 16, 3, True),
-        (GPTConfig(n_layer=8, n_embd=64, dropout=0.1, **WIDE), "bf16", 16, 1, True),
+        (GPTConfig(n_layer=4, n_embd=64, **WIDE), "fp32", 16, 1, ""),
+        (GPTConfig(n_layer=4, n_embd=64, **WIDE), "bf16", 16, 1, ""),
+        (GPTConfig(n_layer=4, n_embd=64, attention="naive", **WIDE), "fp32", 16, 1, ""),
+        (GPTConfig(n_layer=2, n_embd=192, **WIDE), "fp32", 2, 1, ""),
+        (GPTConfig(n_layer=2, n_embd=192, **WIDE), "fp32", 2, 3, ""),
+        (GPTConfig(n_layer=1, n_embd=64, **HEADY), "fp32", 8, 1, ""),
+        (GPTConfig(n_layer=1, n_embd=64, **HEADY), "tf32", 8, 1, ""),
+        (GPTConfig(n_layer=8, n_embd=64, **WIDE), "fp32", 16, 1, CHECKPOINTED),
+        (GPTConfig(n_layer=8, n_embd=64, **WIDE), "fp32", 16, 3, CHECKPOINTED),
+        (GPTConfig(n_layer=8, n_embd=64, dropout=0.1, **WIDE), "bf16", 16, 1, CHECKPOINTED),
+        (GPTConfig(n_layer=4, n_embd=32, **LONG), "fp32", 2, 1, MASKED),
     ],
 )
 def test_the_memory_forecast_is_what_tensors_of_real_steps_hold(
-    make_config, monkeypatch, shape, name: str, batch_size: int, accumulate: int, checkpointed: bool
+    make_config, monkeypatch, shape, name: str, batch_size: int, accumulate: int, also: str
 ) -> None:
     monkeypatch.setattr(precision, "_cpu_capabilities", dict)  # the same CPU everywhere
     mode = precision.choose_precision(name, CPU)
-    changes = {"train__warmup_steps": 0, "train__checkpoint_activations": checkpointed}
+    changes = {"train__warmup_steps": 0} | ({f"train__{also}": True} if also else {})
     config = make_config(train__steps=3, **changes).train
     length = shape.block_size
-    expected = forecast.needs(shape, mode, length).at(batch_size, accumulate, checkpointed).total
+    needs = forecast.needs(shape, mode, length, documents_apart=also == MASKED)
+    expected = needs.at(batch_size, accumulate, also == CHECKPOINTED).total
     ids = torch.randint(97, (batch_size, length + 1))
     batches = [(ids[:, :-1], ids[:, 1:])] * accumulate
     release()
