@@ -25,6 +25,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "fetch": fetch.fetch,
     "forecast": runs.forecast,
     "sweep": experiments.sweep,
+    "fork": experiments.fork,
     "ls": manage.ls,
     "watch": manage.watch,
     "show": experiments.show,

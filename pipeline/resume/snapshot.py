@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +80,26 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in file.items()}
 
 
-def restore(state: TrainState, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+def restore(
+    state: TrainState, tensors: Mapping[str, Tensor], facts: dict[str, Any], forked: bool = False
+) -> list[str]:
     """Put a snapshot into a fresh state; the generators stay: see `runtime.set_rng_state`.
 
     NaN and infinite weights are put back as they were: they may be what one wants to look at.
-    Raises InputError where the snapshot is of another optimizer.
+    Raises InputError where the snapshot is of another optimizer. One that is `forked` keeps its
+    own optimizer with its options; the names of the parameters that it moves in another way than
+    the snapshot's come back, whose moments begin at zero.
     """
     parameters = dict(state.model.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"model.{name}"])
-    _unpack(facts["optimizer"], tensors, state.optimizer, parameters)
+    if forked:
+        anew = _moved_anew(facts["optimizer"], state.optimizer, parameters)
+    else:
+        anew = []
+        _put_options(facts["optimizer"], tensors, state.optimizer, parameters)
+    _put_state(facts["optimizer"], tensors, state.optimizer, parameters, anew)
     if facts["scaler"]:
         state.scaler.load_state_dict(facts["scaler"])
     for name in state.before.keys() - {"scaler"} | {"step"}:
@@ -100,6 +109,7 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], facts: dict[str, A
     names = [name for name in tensors if name.startswith("rng.")]
     state.rng = {name.removeprefix("rng."): tensors[name].clone() for name in names}
     state.loss = float(facts["loss"])
+    return anew
 
 
 # --- any torch optimizer's state as named tensors and JSON, and back to the bit
@@ -134,20 +144,17 @@ def _packed(
     return {"kind": kind, "groups": groups, "state": states}, parts.kinds
 
 
-def _unpack(
+def _put_options(
     facts: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
 ) -> None:
-    """Put what `_packed` gave into a fresh optimizer of the same kind over the same parameters.
+    """Put the options that `_packed` gave, but for MACHINE, into an optimizer of the same kind.
 
-    The tensors are copied, to the device of their parameter or the host, where they lay, and in
-    their own dtype, which `load_state_dict` would change. Options are put back but for MACHINE.
     Raises InputError where the optimizer is another one.
     """
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    own = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+    own = _members(optimizer, parameters)
     then, now = facts["kind"], type(optimizer).__name__
     if then != now or own != [group["params"] for group in facts["groups"]]:
         differs = f"{then} then, {now} now" if then != now else "its groups hold other parameters"
@@ -156,12 +163,51 @@ def _unpack(
     for group, saved in zip(optimizer.param_groups, facts["groups"], strict=True):
         options = {k: v for k, v in saved["options"].items() if k not in MACHINE}
         group.update({k: _unpacked(v, tensors, device) for k, v in options.items()})
+
+
+def _moved_anew(
+    facts: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+) -> list[str]:
+    """The parameters that an optimizer moves in another way than the one of the `facts`.
+
+    That shows in the names of their group's options, to which a newer torch may have added some.
+    """
+    then = {name: set(g["options"]) for g in facts["groups"] for name in g["params"]}
+    anew = []
+    for names, group in zip(_members(optimizer, parameters), optimizer.param_groups, strict=True):
+        now = group.keys() - {"params"}
+        anew += [name for name in names if not (now <= then[name] or then[name] <= now)]
+    return anew
+
+
+def _members(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> list[list[str]]:
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return [[_named(names, p) for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _put_state(
+    facts: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    without: Sequence[str],
+) -> None:
+    """Put the moments that `_packed` gave into a fresh optimizer, but for those parameters'.
+
+    The tensors are copied, to the device of their parameter or the host, where they lay, and in
+    their own dtype, which `load_state_dict` would change.
+    """
     optimizer.state.clear()
     for name, state in facts["state"].items():
-        parameter = parameters[name]
-        optimizer.state[parameter] = {
-            key: _unpacked(value, tensors, parameter.device) for key, value in state.items()
-        }
+        if name not in without:
+            parameter = parameters[name]
+            optimizer.state[parameter] = {
+                key: _unpacked(value, tensors, parameter.device) for key, value in state.items()
+            }
 
 
 class _Parts:
