@@ -1,0 +1,77 @@
+"""Forks as experiments: planned from a kept state of a training, and the tree of all of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pipeline import paths
+from pipeline.config import Config, flatten, load
+from pipeline.errors import ConfigError, InputError
+from pipeline.experiments import sweep
+from pipeline.records import dvc_history, git, provenance
+from pipeline.records.run_data import RunData
+from pipeline.resume import fork
+from pipeline.resume.snapshot import read_facts
+
+log = logging.getLogger(__name__)
+
+
+def parse(text: str) -> tuple[str, int]:
+    """("lr-0.002", 100) of "lr-0.002@100"; raises InputError."""
+    name, at, step = text.rpartition("@")
+    if not at or not name or not (step.isascii() and step.isdigit()):
+        raise InputError(f"{text}: expected RUN@STEP, as lr-0.002@100")
+    return name, int(step)
+
+
+def plan(kept: fork.Kept, step: int, name: str = "", changes: Sequence[str] = ()) -> sweep.Member:
+    """A fork as an experiment that can be run, its state written below `data/forks`.
+
+    Its settings are its parent's with the `changes`, each as "train.lr=0.001". Raises ConfigError naming every problem, InputError for a
+    state that is not there.
+    """
+    params = paths.root() / paths.PARAMS
+    here = flatten(load(params))
+    # Some settings may be of another version; those that decide nothing stay as they are here.
+    theirs = {n: v for n, v in kept.params.items() if n in here and not n.startswith("debug.")}
+    config = _checked(changes, theirs)
+    place = fork.export(kept, step)
+    config = _checked([*changes, f"train.fork={place.as_posix()}"], theirs)
+    if said := fork.problem(config, read_facts(paths.root() / place)):
+        raise ConfigError(said)
+    if said := "\n".join(sweep.machine_problems(config)):
+        raise ConfigError(said)
+    if kept.record[0]["code"] != provenance.code_digest():
+        log.warning(
+            "%s was trained by other code than there is now: its own continuation may differ",
+            kept.name,
+        )
+    flat = flatten(config)
+    name = sweep.new_name(sweep.dvc_name(name or f"{kept.name}-fork-{step}"), dvc_history.names())
+    changed = {n: value for n, value in flat.items() if value != here[n]}
+    return sweep.Member(name, changed, config, tuple(git.to_take_along(config)))
+
+
+def _checked(changes: Iterable[str], theirs: dict[str, Any]) -> Config:
+    params = paths.root() / paths.PARAMS
+    try:
+        return load(params, changes, theirs)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"{params}: ", "")) from None
+
+
+def run(member: sweep.Member) -> None:
+    """Run a fork; raises InputError where it fails."""
+    if code := sweep.run(member):
+        raise InputError(f"{member.name}: failed (exit code {code}), see its output above")
+
+
+def lineage(run: RunData) -> list[dict[str, Any]]:
+    """The trainings that a run was forked from, the oldest first: name, step, record, tokens."""
+    try:
+        return [dict(one) for one in json.loads(run.tags.get("fork.lineage", "[]"))]
+    except (ValueError, TypeError):
+        return []
