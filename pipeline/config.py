@@ -138,9 +138,7 @@ class TrainConfig:
     skip_spikes: float = setting(
         "skip a step whose gradient norm is this many times the recent median; 0 for never", low=0
     )
-    fork: str = setting(
-        "a state to go on from, as `python -m pipeline fork` writes; DVC watches it"
-    )
+    fork: str = setting("a state to go on from, as `python -m pipeline fork` writes it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +249,8 @@ def load(
 ) -> Config:
     """Read and check a params file, with settings changed as by `-S`: "train.lr=0.001".
 
-    Settings that `over` has by their dotted name stand instead of the file's. Raises ConfigError naming every problem found: setting, value and what is accepted.
+    Settings that `over` has by their dotted name stand instead of the file's. Raises ConfigError
+    naming every problem found: setting, value and what is accepted.
     """
     text, changes = yaml_text.read(Path(path)), list(changes)
     problems = yaml_text.check(text, str(path)) + yaml_text.check_changes(changes)

@@ -30,8 +30,8 @@ def parse(text: str) -> tuple[str, int]:
 def plan(kept: fork.Kept, step: int, name: str = "", changes: Sequence[str] = ()) -> sweep.Member:
     """A fork as an experiment that can be run, its state written below `data/forks`.
 
-    Its settings are its parent's with the `changes`, each as "train.lr=0.001". Raises ConfigError naming every problem, InputError for a
-    state that is not there.
+    Its settings are its parent's with the `changes`, each as "train.lr=0.001". Raises ConfigError
+    naming every problem, InputError for a state that is not there.
     """
     params = paths.root() / paths.PARAMS
     here = flatten(load(params))
