@@ -23,6 +23,7 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import MAX_LOGIT_BYTES
 from pipeline.records.record_file import Record
 from pipeline.records.run_data import RunData
+from pipeline.resume.checkpoints import staying
 from pipeline.tables import markdown
 from pipeline.training.time_budget import validation_seconds
 
@@ -179,6 +180,7 @@ class Forecast:
     needs: Needs
     free: int  # bytes
     corpus_tokens: int | None  # where known
+    staying: int = 0  # checkpoints of checkpoint.keep_every
 
     @property
     def needed(self) -> Memory:
@@ -191,7 +193,7 @@ class Forecast:
         return self.needs.largest(2, free, checkpointed)  # a smaller one means accumulation
 
     def lines(self) -> list[str]:
-        """Two lines for the terminal: what is to be trained, and its memory."""
+        """Lines for the terminal: what is to be trained, its memory, and what stays on the disk."""
         c, n, own = self.config, self.needed, self.config.checkpoint_activations
         tokens = c.steps * c.accumulate * c.batch_size * c.sequence_length
         epochs = f", {tokens / self.corpus_tokens:,.2f} epochs" if self.corpus_tokens else ""
@@ -202,7 +204,12 @@ class Forecast:
             f"moments {size(n.weights + n.moments)}, activations {size(n.activations)}, output "
             f"layer {size(n.head)}); free: {size(self.free)}, enough for {self.fits(own):,}, "
             f"with {CHECKPOINT}={str(not own).lower()} for {self.fits(not own):,}",
+            *([self._stays()] if self.staying else []),
         ]
+
+    def _stays(self) -> str:
+        each = self.needs.weights + self.needs.moments
+        return f"{self.staying:,} checkpoints stay to fork from: {size(self.staying * each)}"
 
     def proposal(self, most: int) -> tuple[str, int]:
         """Settings that fit, tokens/step the same, and the bytes then needed; "" where none do.
@@ -252,7 +259,8 @@ def forecast(
     shape = GPTConfig(**asdict(config.model))
     train = config.train
     need = needs(shape, precision, train.sequence_length, train.optimizer)
-    return Forecast(train, need, free or free_memory(precision.device), corpus_tokens)
+    kept = staying(config.checkpoint, train.steps)
+    return Forecast(train, need, free or free_memory(precision.device), corpus_tokens, kept)
 
 
 def before_training(

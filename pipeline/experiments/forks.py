@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline import paths
@@ -12,7 +11,7 @@ from pipeline.config import Config, flatten, load
 from pipeline.errors import ConfigError, InputError
 from pipeline.experiments import sweep
 from pipeline.records import dvc_history, git, provenance
-from pipeline.records.run_data import RunData
+from pipeline.records.run_data import Experiment
 from pipeline.resume import fork
 from pipeline.resume.snapshot import read_facts
 
@@ -69,9 +68,48 @@ def run(member: sweep.Member) -> None:
         raise InputError(f"{member.name}: failed (exit code {code}), see its output above")
 
 
-def lineage(run: RunData) -> list[dict[str, Any]]:
-    """The trainings that a run was forked from, the oldest first: name, step, record, tokens."""
-    try:
-        return [dict(one) for one in json.loads(run.tags.get("fork.lineage", "[]"))]
-    except (ValueError, TypeError):
-        return []
+def tree(shown: Sequence[Experiment], known: Iterable[Experiment]) -> list[str]:
+    """The runs that the `shown` ones were forked from, and all their forks: a line each, indented.
+
+    Nothing where none of them is a fork or has one. What is not known any more has its name alone.
+    """
+    names: dict[str, str] = {}  # by the id of the training's record
+    lines: dict[str, str] = {}
+    parents: dict[str, tuple[str, int]] = {}
+    for run in [*shown, *known]:
+        if "train" in run.records and (own := run.records["train"][0]["id"]) not in lines:
+            chain = run.lineage
+            names |= {one["record"]: names.get(one["record"], one["name"]) for one in chain}
+            names[own], lines[own] = run.name, _line(run)
+            ids = [*(one["record"] for one in chain), own]
+            steps = (one["step"] for one in chain)
+            parents |= dict(zip(ids[1:], zip(ids, steps, strict=False), strict=False))
+    family = {id_ for id_ in names if id_ in parents or id_ in {p for p, _ in parents.values()}}
+    roots = {_root(run.records["train"][0]["id"], parents) for run in shown if run.records}
+    return [
+        line for root in roots if root in family for line in _below(root, names, lines, parents)
+    ]
+
+
+def _root(id_: str, parents: Mapping[str, tuple[str, int]]) -> str:
+    return _root(parents[id_][0], parents) if id_ in parents else id_
+
+
+def _below(
+    id_: str,
+    names: Mapping[str, str],
+    lines: Mapping[str, str],
+    parents: Mapping[str, tuple[str, int]],
+    depth: int = 0,
+) -> Iterator[str]:
+    at = f"@{parents[id_][1]:,} " if id_ in parents else ""
+    yield f"{'    ' * depth}{at}{names[id_]}{lines.get(id_, '')}"
+    children = [(step, child) for child, (parent, step) in parents.items() if parent == id_]
+    for _, child in sorted(children):
+        yield from _below(child, names, lines, parents, depth + 1)
+
+
+def _line(run: Experiment) -> str:
+    loss = run.last("val/loss") or run.last("train/val_loss")
+    steps = run.params.get("train.steps")
+    return f": {steps:,} steps" + ("" if loss is None else f", validation loss {loss:.3f}")

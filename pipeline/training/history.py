@@ -30,9 +30,10 @@ class History:
     """Steps and validations of one training, also those of processes before this one.
 
     `curve` holds a report for every step, of a fork those of its parents first (`lineage`). A step
-    that is done again after the last checkpoint keeps its first report. Every step and validation goes to the record at once.
-    `budget` says how many steps there are to be; its clock starts when this is made. By how much a step changes
-    the weights is measured: one matrix in the middle of `model` speaks for all.
+    that is done again after the last checkpoint keeps its first report. Every step and validation
+    goes to the record at once. `budget` says how many steps there are to be; its clock starts when
+    this is made. By how much a step changes the weights is measured: one matrix in the middle of
+    `model` speaks for all.
     """
 
     def __init__(self, config: TrainConfig, record: Record, model: GPT):
