@@ -31,6 +31,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "show": experiments.show,
     "compare": experiments.compare,
     "doctor": runs.doctor,
+    "explain": runs.explain,
     "report": experiments.report,
     "ui": experiments.ui,
     "sample": models.sample,

@@ -34,8 +34,7 @@ def plan(kept: fork.Kept, step: int, name: str = "", changes: Sequence[str] = ()
     """
     params = paths.root() / paths.PARAMS
     here = flatten(load(params))
-    # Some settings may be of another version; those that decide nothing stay as they are here.
-    theirs = {n: v for n, v in kept.params.items() if n in here and not n.startswith("debug.")}
+    theirs = kept.settings
     config = _checked(changes, theirs)
     place = fork.export(kept, step)
     config = _checked([*changes, f"train.fork={place.as_posix()}"], theirs)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import config as configuration
 from pipeline import paths
 from pipeline.config import UNSET_PATH, Config
 from pipeline.errors import ConfigError, InputError
@@ -42,6 +43,12 @@ class Kept:
     @property
     def params(self) -> dict[str, Any]:
         return self.record[0]["params"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its settings that this version knows, but for the debugger's, which are not its own."""
+        known = configuration.kinds()
+        return {n: v for n, v in self.params.items() if n in known and not n.startswith("debug.")}
 
     def before(self, step: int) -> int:
         """The newest state from which `step`, counted from 0, is still to be made.
