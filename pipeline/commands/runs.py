@@ -53,6 +53,9 @@ def explain(
     ways = spikes.explain(kept, step, after, lambda paragraph: log.info("%s\n", paragraph))
     first = spikes.start(kept, step)
     for way in ways if forks else ():
+        if not way.changes and way is not ways[0]:
+            log.info("%s: no setting skips it, as its gradient does not stand out", way.name)
+            continue
         member = experiments.plan(kept, first, f"{name}-{way.name}", way.changes)
         log.info("%s, a fork of %s@%d: %s", member.name, name, first, member.shown())
         experiments.run(member)

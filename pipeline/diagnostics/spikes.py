@@ -21,7 +21,8 @@ from pipeline.tables import markdown
 from pipeline.training.loop import StepReport, micro_batches
 from pipeline.training.training_step import ENOUGH, TrainState
 
-GREW = 3.0  # times its usual norm
+GREW = 2.0  # times the largest norm before
+ENOUGH_BEFORE = 5  # steps that say how large norms are
 LOWER = 0.5  # of the rate
 SHOWN = 3  # sequences with the largest losses
 LAYERS = 6
@@ -35,12 +36,13 @@ COLUMNS = (
     "largest norm after",
 )
 
+SKIP = "skip"
 Norms = dict[str, float]  # by layer, in the model's order
 
 
 @dataclass(frozen=True)
 class Way:
-    """One of the forks from before a spike, by the settings that it changes."""
+    """One of the forks from before a spike; none but the first can do without `changes`."""
 
     name: str
     changes: tuple[str, ...] = ()
@@ -92,24 +94,25 @@ def explain(kept: Kept, step: int, after: int, tell: Callable[[str], None]) -> l
         found = ways(kept, reports[-1].grad_norm, usual)
         reports += again.steps(last)
     rows = [_row(found[0].name, reports, step)]
-    rows += [_row(way.name, _walk(kept, first, last, way), step) for way in found[1:]]
+    for way in found[1:]:
+        rows.append(_row(way.name, _walk(kept, first, step, last, way), step))
     tell(f"Forks of {kept.name}@{first}, {after:,} steps past it:\n\n{markdown(COLUMNS, rows)}")
     return found
 
 
 def ways(kept: Kept, norm: float, usual: float) -> list[Way]:
-    """As it was; past a step with a gradient of this norm skipped, where it stands out; slower.
+    """As it was, without the step, and at a lower rate.
 
-    `usual` is the median norm that the step's own skipping would go by, 0 where it is not known.
+    As an experiment a step can be skipped where its gradient's norm stands out; `usual` is the
+    median that this goes by, 0 where it is not known.
     """
-    found = [Way("as it was")]
+    limit: tuple[str, ...] = ()
     if usual and norm > 2 * usual:
-        limit = min(rules.NORM_LEAP, float(f"{math.sqrt(norm / usual):.2g}"))
-        found.append(Way("skip", (f"train.skip_spikes={limit:g}",)))
-    lower = [
-        f"train.{name}={kept.params[f'train.{name}'] * LOWER:.6g}" for name in ("lr", "min_lr")
-    ]
-    return [*found, Way("lower rate", tuple(lower))]
+        times = min(rules.NORM_LEAP, float(f"{math.sqrt(norm / usual):.2g}"))
+        limit = (f"train.skip_spikes={times:g}",)
+    rates = {name: kept.params[f"train.{name}"] * LOWER for name in ("lr", "min_lr")}
+    lower = tuple(f"train.{name}={rate:.6g}" for name, rate in rates.items())
+    return [Way("as it was"), Way(SKIP, limit), Way("lower rate", lower)]
 
 
 def layers(state: TrainState) -> Norms:
@@ -134,10 +137,14 @@ def sequence_losses(again: replay.Replay, step: int) -> list[float]:
     ]
 
 
-def _walk(kept: Kept, first: int, last: int, way: Way) -> list[StepReport]:
+def _walk(kept: Kept, first: int, step: int, last: int, way: Way) -> list[StepReport]:
     """The steps of a way, as far as its numbers stay finite."""
     reports: list[StepReport] = []
-    with replay.opened(kept, first, way.changes) as again, contextlib.suppress(NumericsError):
+    changes = () if way.name == SKIP else way.changes
+    with replay.opened(kept, first, changes) as again, contextlib.suppress(NumericsError):
+        if way.name == SKIP:
+            reports += again.steps(step)
+            again.state.step = step + 1
         for report in again.steps(last):
             reports.append(report)
     return reports
@@ -147,7 +154,8 @@ def _row(name: str, reports: Sequence[StepReport], step: int) -> tuple[object, .
     """One tuple of COLUMNS."""
     at = next((report for report in reports if report.step == step), None)
     later = [report for report in reports if report.step > step]
-    said = "not reached" if at is None else "skipped" if at.skipped else "made"
+    past = any(report.step > step for report in reports)
+    said = "made" if at and not at.skipped else "skipped" if at or past else "not reached"
     if not later:
         return name, said, at and at.loss, None, None, None
     losses = [report.loss for report in later]
@@ -188,22 +196,30 @@ def _documents(again: replay.Replay, step: int, losses: Sequence[float]) -> str:
 
 
 def _growth(norms: Mapping[int, Norms], step: int) -> str:
-    """Which layer's gradient first was far from usual, and the largest in the step."""
-    before = [norms[number] for number in sorted(norms) if number < step]
-    if len(before) < 2:
-        most = sorted(norms[step], key=lambda layer: -norms[step][layer])[:LAYERS]
-        said = ", ".join(f"{layer} {norms[step][layer]:.3g}" for layer in most)
-        return f"No state lies far enough before it to say what is usual. Gradient norms: {said}."
-    usual = {layer: statistics.median(one[layer] for one in before) for layer in norms[step]}
-    for number in sorted(norms):
-        grown = {layer: norms[number][layer] / u for layer, u in usual.items() if u}
-        if max(grown.values(), default=0) > GREW:
+    """Which layer's gradient was the first beyond all before it, and the largest in that step."""
+    for number in range(min(norms) + ENOUGH_BEFORE, step + 1):
+        before = [norms[earlier] for earlier in range(min(norms), number)]
+        times = {layer: _times(norm, layer, before) for layer, norm in norms[number].items()}
+        first, *_ = most = sorted(times, key=lambda layer: -times[layer])[:LAYERS]
+        if times[first] > GREW:
             break
-    most = sorted(grown, key=lambda layer: -grown[layer])[:LAYERS]
+    else:
+        kept = step - min(norms) >= ENOUGH_BEFORE
+        return (
+            f"No layer's gradient was {GREW:g} times as large as ever since step {min(norms):,}."
+            if kept
+            else f"Fewer than {ENOUGH_BEFORE} steps lie between the state and the step: nobody can "
+            "say which layer grew. A smaller checkpoint.keep_every helps."
+        )
     when = "in that very step" if number == step else f"in step {number:,}"
-    lines = [f"First beyond {GREW:g} times its usual gradient: {most[0]}, {when}."]
-    if grown[most[0]] <= GREW:
-        lines = [f"No layer's gradient is beyond {GREW:g} times its usual one."]
-    rows = [(layer, usual[layer], norms[number][layer], grown[layer]) for layer in most]
-    table = markdown(("layer", "usual norm", f"in step {number}", "times"), rows)
-    return "\n".join([*lines, "", table]).rstrip()
+    rows = [
+        (n, statistics.median(one[n] for one in before), norms[number][n], times[n]) for n in most
+    ]
+    columns = ("layer", "usual norm", f"in step {number}", "times the largest before")
+    head = f"The first gradient beyond {GREW:g} times all before it: {first}, {when}."
+    return f"{head}\n\n{markdown(columns, rows)}".rstrip()
+
+
+def _times(norm: float, layer: str, before: Sequence[Norms]) -> float:
+    largest = max(one[layer] for one in before)
+    return norm / largest if largest else 0.0
