@@ -27,6 +27,7 @@ from pipeline.storage.folders import SUMS, check, copy, problems, writing
 
 POINTS = "parent.jsonl"  # beside a forked state: the record of its training up to there
 SHAPE = (*SIZES, "vocab_rows")
+ID_DIGITS = 4  # of an id of `ls` at least
 STEP_TOKENS = ("batch_size", "sequence_length", "accumulate")  # whose product a step has
 
 
@@ -83,43 +84,37 @@ class Kept:
 
 
 def find(name: str) -> Kept:
-    """The training of a name: as `show` lists it, or as `ls` does, by its name or its id.
+    """The training of a name, as `show` or `ls` lists it, or of the beginning of an id of `ls`.
 
     Of several with states to start from the one that is at work or was interrupted comes first.
     Raises InputError where there is none.
     """
     there: dict[str, None] = {}
-    without = None
-    for one in _every():
-        there[one.name] = None
-        if name == one.name or (one.folder and _is_id(name, one.folder)):
-            if one.steps:
-                return one
-            without = without or one
-    if without:
-        return without
-    raise InputError(f"{name}: no training of that name; there are: {', '.join(there) or 'none'}")
-
-
-def _is_id(name: str, folder: Path) -> bool:
-    return len(name) >= 4 and folder.parent.name.startswith(name)
-
-
-def _every() -> Iterator[Kept]:
+    found: list[Kept] = []
     for left in run_folder.every():
-        journal, folder = left.folder / run_folder.JOURNAL, left.folder / "checkpoints"
-        if left.identity.get("stage") == "train" and journal.exists() and folder.is_dir():
-            found = sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
-            record = record_reader.read(journal, "train", whole=False)
-            name = left.status.get("name") or dvc_history.WORKSPACE
-            if len(record):
-                yield Kept(name, record, tuple(found), folder)
+        if left.identity.get("stage") == "train":
+            own = left.status.get("name") or dvc_history.WORKSPACE
+            there[own] = None
+            if name == own or (len(name) >= ID_DIGITS and left.folder.name.startswith(name)):
+                found += _of_folder(own, left.folder)
     for one in dvc_history.experiments(("train",)):
-        if record := one.records.get("train"):
+        there[one.name] = None
+        if name == one.name and (record := one.records.get("train")):
             said = dvc_history.read_file(one, paths.CHECKPOINTS / KEPT, paths.root())
-            steps = tuple(sorted(json.loads(said))) if said else ()
             here = None if one.rev else paths.root() / paths.CHECKPOINTS
-            yield Kept(one.name, Log.of(record), steps, here, one.rev)
+            steps = tuple(sorted(json.loads(said))) if said else ()
+            found.append(Kept(one.name, Log.of(record), steps, here, one.rev))
+    if not found:
+        known = ", ".join(there)
+        raise InputError(f"{name}: no training of that name; there are: {known or 'none'}")
+    return next((one for one in found if one.steps), found[0])
+
+
+def _of_folder(name: str, folder: Path) -> Iterator[Kept]:
+    journal, states = folder / run_folder.JOURNAL, folder / "checkpoints"
+    if journal.exists() and (record := record_reader.read(journal, "train", whole=False)):
+        steps = sorted(int(path.name.removeprefix("step-")) for path in states.glob("step-*"))
+        yield Kept(name, record, tuple(steps), states)
 
 
 def _listed(steps: Iterable[int]) -> str:

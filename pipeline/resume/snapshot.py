@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,7 @@ def restore(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"model.{name}"])
-    if forked:
-        anew = _moved_anew(facts["optimizer"], state.optimizer, parameters)
-    else:
-        anew = []
-        _put_options(facts["optimizer"], tensors, state.optimizer, parameters)
-    _put_state(facts["optimizer"], tensors, state.optimizer, parameters, anew)
+    anew = _unpack(facts["optimizer"], tensors, state.optimizer, parameters, forked)
     if facts["scaler"]:
         state.scaler.load_state_dict(facts["scaler"])
     for name in state.before.keys() - {"scaler"} | {"step"}:
@@ -144,70 +139,43 @@ def _packed(
     return {"kind": kind, "groups": groups, "state": states}, parts.kinds
 
 
-def _put_options(
+def _unpack(
     facts: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
-) -> None:
-    """Put the options that `_packed` gave, but for MACHINE, into an optimizer of the same kind.
+    forked: bool,
+) -> list[str]:
+    """Put what `_packed` gave into a fresh optimizer of the same kind over the same parameters.
 
-    Raises InputError where the optimizer is another one.
+    The tensors are copied, to the device of their parameter or the host, where they lay, and in
+    their own dtype, which `load_state_dict` would change. Options are put back but for MACHINE.
+    Raises InputError where the optimizer is another one, unless `forked`: see `restore`.
     """
-    own = _members(optimizer, parameters)
+    groups = optimizer.param_groups
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    own = [[names.get(id(p), "") for p in group["params"]] for group in groups]
     then, now = facts["kind"], type(optimizer).__name__
-    if then != now or own != [group["params"] for group in facts["groups"]]:
+    anew = []
+    if forked:  # what moves a parameter shows in its group's options; a newer torch may know more
+        options = {name: set(g["options"]) for g in facts["groups"] for name in g["params"]}
+        for members, group in zip(own, groups, strict=True):
+            mine = group.keys() - {"params"}
+            anew += [n for n in members if not (mine <= options[n] or options[n] <= mine)]
+    elif then != now or own != [group["params"] for group in facts["groups"]]:
         differs = f"{then} then, {now} now" if then != now else "its groups hold other parameters"
         raise InputError(f"the snapshot is of another optimizer: {differs}")
     device = next(iter(parameters.values())).device
-    for group, saved in zip(optimizer.param_groups, facts["groups"], strict=True):
+    for group, saved in zip(groups, [] if forked else facts["groups"], strict=not forked):
         options = {k: v for k, v in saved["options"].items() if k not in MACHINE}
         group.update({k: _unpacked(v, tensors, device) for k, v in options.items()})
-
-
-def _moved_anew(
-    facts: Mapping[str, Any],
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-) -> list[str]:
-    """The parameters that an optimizer moves in another way than the one of the `facts`.
-
-    That shows in the names of their group's options, to which a newer torch may have added some.
-    """
-    then = {name: set(g["options"]) for g in facts["groups"] for name in g["params"]}
-    anew = []
-    for names, group in zip(_members(optimizer, parameters), optimizer.param_groups, strict=True):
-        now = group.keys() - {"params"}
-        anew += [name for name in names if not (now <= then[name] or then[name] <= now)]
-    return anew
-
-
-def _members(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> list[list[str]]:
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    return [[_named(names, p) for p in group["params"]] for group in optimizer.param_groups]
-
-
-def _put_state(
-    facts: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    without: Sequence[str],
-) -> None:
-    """Put the moments that `_packed` gave into a fresh optimizer, but for those parameters'.
-
-    The tensors are copied, to the device of their parameter or the host, where they lay, and in
-    their own dtype, which `load_state_dict` would change.
-    """
     optimizer.state.clear()
     for name, state in facts["state"].items():
-        if name not in without:
-            parameter = parameters[name]
-            optimizer.state[parameter] = {
-                key: _unpacked(value, tensors, parameter.device) for key, value in state.items()
+        if name not in anew:
+            optimizer.state[parameters[name]] = {
+                key: _unpacked(v, tensors, parameters[name].device) for key, v in state.items()
             }
+    return anew
 
 
 class _Parts:
