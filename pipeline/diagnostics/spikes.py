@@ -28,14 +28,9 @@ SHOWN = 3  # sequences with the largest losses
 LAYERS = 6
 EXCERPT = 160  # characters
 COLUMNS = (
-    "fork",
-    "the step",
-    "its loss",
-    "mean loss after",
-    "of the last ten",
+    *("fork", "the step", "its loss", "mean loss after", "of the last ten"),
     "largest norm after",
 )
-
 SKIP = "skip"
 Norms = dict[str, float]  # by layer, in the model's order
 
@@ -140,9 +135,10 @@ def sequence_losses(again: replay.Replay, step: int) -> list[float]:
 def _walk(kept: Kept, first: int, step: int, last: int, way: Way) -> list[StepReport]:
     """The steps of a way, as far as its numbers stay finite."""
     reports: list[StepReport] = []
-    changes = () if way.name == SKIP else way.changes
-    with replay.opened(kept, first, changes) as again, contextlib.suppress(NumericsError):
-        if way.name == SKIP:
+    skips = way.name == SKIP
+    opened = replay.opened(kept, first, () if skips else way.changes)
+    with opened as again, contextlib.suppress(NumericsError):
+        if skips:
             reports += again.steps(step)
             again.state.step = step + 1
         for report in again.steps(last):
@@ -154,8 +150,7 @@ def _row(name: str, reports: Sequence[StepReport], step: int) -> tuple[object, .
     """One tuple of COLUMNS."""
     at = next((report for report in reports if report.step == step), None)
     later = [report for report in reports if report.step > step]
-    past = any(report.step > step for report in reports)
-    said = "made" if at and not at.skipped else "skipped" if at or past else "not reached"
+    said = "made" if at and not at.skipped else "skipped" if at or later else "not reached"
     if not later:
         return name, said, at and at.loss, None, None, None
     losses = [report.loss for report in later]
@@ -173,7 +168,7 @@ def _opening(again: replay.Replay, reports: Sequence[StepReport], usual: float) 
     differ = again.differences(reports)
     if not differ:
         return f"{said}All {len(reports):,} steps are equal to the record."
-    why = "; ".join(again.elsewhere) or "the machine says nothing of it"
+    why = "; ".join(again.elsewhere) or "on what seems to be the same machine"
     return f"{said}NOT equal to the record: {differ[0]} ({why}). What follows is of this replay."
 
 
@@ -204,12 +199,11 @@ def _growth(norms: Mapping[int, Norms], step: int) -> str:
         if times[first] > GREW:
             break
     else:
-        kept = step - min(norms) >= ENOUGH_BEFORE
+        if step - min(norms) >= ENOUGH_BEFORE:
+            return f"No layer's gradient was {GREW:g} times all since step {min(norms):,}."
         return (
-            f"No layer's gradient was {GREW:g} times as large as ever since step {min(norms):,}."
-            if kept
-            else f"Fewer than {ENOUGH_BEFORE} steps lie between the state and the step: nobody can "
-            "say which layer grew. A smaller checkpoint.keep_every helps."
+            f"Fewer than {ENOUGH_BEFORE} steps lie between the state and the step: nobody can say "
+            "which layer grew. A smaller checkpoint.keep_every helps."
         )
     when = "in that very step" if number == step else f"in step {number:,}"
     rows = [
