@@ -43,8 +43,8 @@ class Checkpoint:
     @property
     def is_forked(self) -> bool:
         """Whether it is another training's, which this one begins with."""
-        lineage = self.facts.get("lineage")  # those of earlier versions have none
-        return bool(lineage) and lineage[-1]["step"] == self.step
+        lineage = self.facts.get("lineage") or [{"step": -1}]  # earlier versions had none
+        return bool(lineage[-1]["step"] == self.step)
 
     def restore(self, state: TrainState) -> None:
         """Put it into a fresh state and into torch's generators.
