@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.experiments import forks, sweep
-from pipeline.records.run_data import Experiment
+from pipeline.records import dvc_history
+from pipeline.records.run_data import Experiment, Log
 from pipeline.tracking import run_note
 
 
@@ -72,3 +73,15 @@ def test_a_rows_note_names_and_links_the_parent() -> None:
         note = run_note.note(head, run_note.Facts("n", {}, known), None)
         assert f"**Forked** from {said}." in note
     assert "Forked" not in run_note.note(head, run_note.Facts("n", {}, {}), None)
+
+
+def test_an_unchanged_fork_keeps_the_evaluation_that_dvc_gives_it_and_another_does_not() -> None:
+    params = {"train.fork": "data/unset", "checkpoint.keep_every": 0, "train.lr": 0.1}
+    evaluated = Log([{"kind": "start", "stage": "evaluate", "params": params}])
+    for changes, belongs in (
+        ({"train.fork": "data/forks/x", "checkpoint.keep_every": 5}, True),
+        ({"train.fork": "data/forks/x", "train.lr": 0.2}, False),
+    ):
+        head = {"kind": "start", "stage": "train", "params": params | changes}
+        trained = Log([head, {"kind": "end", "status": "FINISHED"}])
+        assert dvc_history._builds_on(evaluated, trained) == belongs
