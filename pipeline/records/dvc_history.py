@@ -117,7 +117,7 @@ def _of_one_chain(name: str, found: dict[str, Log]) -> dict[str, Log]:
 def _builds_on(record: Log, upstream: Log) -> bool:
     """Whether `upstream` came to its end, with the settings that `record` knows it by.
 
-    A fork of unchanged settings has the model of its parent, and DVC gives it that one's evaluation.
+    A fork of unchanged settings has its parent's model, and DVC gives it that one's evaluation.
     """
     head, here = upstream[0], record[0]["params"]
     read = stage_graph.settings_of(head["stage"], head["params"])
