@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -175,6 +175,7 @@ class TrainConfig:
     skip_spikes: float = setting(
         "skip a step whose gradient norm is this many times the recent median; 0 for never", low=0
     )
+    fork: str = setting("a state to go on from, as `python -m pipeline fork` writes it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +185,9 @@ class CheckpointConfig:
         "minutes between training checkpoints; 0 for none by time", low=0, high=1e6
     )
     keep: int = setting("newest training checkpoints kept while training goes on", low=1)
+    keep_every: int = setting(
+        "steps between checkpoints that stay, also afterwards, to fork from; 0 for none", low=0
+    )
     resume: str = setting(
         "go on from an interrupted training's newest checkpoint: where there is one, never, or "
         "nothing else",
@@ -287,15 +291,20 @@ class Config:
     tracking: TrackingConfig
 
 
-def load(path: str | Path = "params.yaml", changes: Iterable[str] = ()) -> Config:
+def load(
+    path: str | Path = "params.yaml",
+    changes: Iterable[str] = (),
+    over: Mapping[str, Any] | None = None,
+) -> Config:
     """Read and check a params file, with settings changed as by `-S`: "train.lr=0.001".
 
-    Raises ConfigError naming every problem found: setting, value and what is accepted.
+    Settings that `over` has by their dotted name stand instead of the file's. Raises ConfigError
+    naming every problem found: setting, value and what is accepted.
     """
     text, changes = yaml_text.read(Path(path)), list(changes)
     problems = yaml_text.check(text, str(path)) + yaml_text.check_changes(changes)
     try:
-        config = from_dict(_raw(text, str(path), changes), str(path))
+        config = from_dict(_raw(text, str(path), changes, over or {}), str(path))
     except ConfigError as error:
         problems.append(str(error))
     if problems:
@@ -315,10 +324,14 @@ def settings_of(text: str) -> dict[str, Any]:
         return _flat(raw)
 
 
-def _raw(text: str, where: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+def _raw(
+    text: str, where: str, changes: Sequence[str] = (), over: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Nested plain values out of YAML; raises ConfigError."""
     try:
         raw = OmegaConf.load(io.StringIO(text))
+        for name, value in (over or {}).items():
+            OmegaConf.update(raw, name, value)
         for change in changes if not isinstance(raw, ListConfig) else ():
             raw = OmegaConf.merge(raw, _change(change))
         plain = OmegaConf.to_container(raw, resolve=False)

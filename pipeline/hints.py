@@ -101,6 +101,7 @@ def of_files(config: Config) -> list[str]:
         "corpus.path": config.corpus.path,
         "init.hf_model": init.hf_model,
         "init.hf_watch": init.hf_watch,
+        "train.fork": config.train.fork,
         "evaluate.hellaswag": config.evaluate.hellaswag,
     }
     lines = [said for name, value in names.items() if (said := _unfindable(name, value))]

@@ -30,7 +30,8 @@ from pipeline.tracking import notify
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
     from pipeline.records.record_file import Record
-    from pipeline.resume.checkpoints import Checkpoint
+    from pipeline.resume.checkpoints import Checkpoint, Checkpoints
+    from pipeline.resume.run_folder import Run
     from pipeline.training.loop import StepReport
     from pipeline.training.training_step import TrainState
 
@@ -168,6 +169,18 @@ def warn(config: Config, warnings: Iterable[object]) -> None:
     for warning in map(str, warnings):
         log.warning("%s", warning)
         notify.tell(config.tracking, warning)
+
+
+def start_of(run: Run, checkpoints: Checkpoints, config: Config) -> Checkpoint | None:
+    """The checkpoint that a training starts from, a fork's first one among them; aloud, which."""
+    from pipeline.resume import fork  # which imports torch
+
+    forked = fork.begin(run, config)
+    newest = checkpoints.newest()
+    where = run_folder.where_to_start(run, newest.step if newest else None, config)
+    if said := forked or where:
+        print(f"train: {said}", flush=True)
+    return newest
 
 
 @contextlib.contextmanager

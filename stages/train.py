@@ -34,7 +34,7 @@ class Job:
 
 
 def main(config: Config) -> None:
-    inputs = open_inputs(config.train.sequence_length)
+    inputs = open_inputs(config.train)
     with run_folder.claim(run_folder.identity("train", config, inputs.digests())) as run:
         if config.checkpoint.resume == "never":
             run.start_over()
@@ -42,9 +42,7 @@ def main(config: Config) -> None:
             print("train: identical training already finished; reusing its verified result")
             return
         checkpoints = Checkpoints(run.folder, config.checkpoint)
-        newest = checkpoints.newest()
-        if where := run_folder.where_to_start(run, newest.step if newest else None, config):
-            print(f"train: {where}")
+        newest = common.start_of(run, checkpoints, config)
         computing = measured(config.precision, config.device, config.train.deterministic)
         with computing as machine, recording.record("train", config, run.journal) as record:
             record.dataset("tokens", inputs.train.sha256, str(inputs.train.path), "train")
@@ -60,7 +58,7 @@ def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
         print(f"train: {line}", flush=True)
     state = from_folder(paths.INIT, config.model, config.train, precision)
     history = History(config.train, record, state.model)
-    job.checkpoints.check_room(state.model.parameter_count())
+    job.checkpoints.check_room(state.model.parameter_count(), config.train.steps)
     if newest:
         newest.restore(state)
         history.restore(newest.path, newest.facts, state.step)
@@ -69,6 +67,7 @@ def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
     with several, watched, forecast.explaining(config, precision):
         loop(job, state, history)
     job.checkpoints.write_models(paths.LAST, paths.MODEL, state, history.best_step)
+    job.checkpoints.write_kept(paths.CHECKPOINTS)
     record.checkpoint("best", paths.MODEL, history.best_step)
     record.checkpoint("last", paths.LAST, state.step)
     summary = history.summary(state, machine.matrix_rate)

@@ -235,7 +235,7 @@ def test_an_input_may_be_anywhere_but_is_text(name: str) -> None:
         assert configuration.from_dict(params(**{name: value}))
 
 
-PATHS = ["corpus__path", "init__hf_model", "init__hf_watch", "evaluate__hellaswag"]
+PATHS = ["corpus__path", "init__hf_model", "init__hf_watch", "train__fork", "evaluate__hellaswag"]
 
 
 @pytest.mark.parametrize("name", PATHS)

@@ -52,6 +52,33 @@ def _seeds(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]
 
 
+def fork(
+    state: Annotated[str, Argument(metavar="RUN@STEP", help="A run, and the steps it had done")],
+    name: Annotated[str, Option("-n", "--name", help="Of the new experiment")] = "",
+    changes: Annotated[
+        list[str] | None, Option("-S", metavar="SETTING=VALUE", help="Else as in RUN; repeatable")
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check and show, run nothing")] = False,
+) -> None:
+    """Run an experiment from the middle of another one, with changed settings.
+
+    python -m pipeline fork RUN@200 -n cooled -S train.schedule=linear -S train.steps=250
+
+    RUN is named as `show` or `ls` names it. The states that there are to start from are those of
+    checkpoint.keep_every and, while a training is at work or stopped, its newest ones.
+    """
+    from pipeline.experiments import forks, sweep
+    from pipeline.resume import fork
+
+    if name != sweep.dvc_name(name):
+        raise BadParameter(f"{name}: expected letters, digits, _ and -", param_hint="-n")
+    parent, step = forks.parse(state)
+    member = forks.plan(fork.find(parent), step, name, changes or [])
+    log.info("%s, a fork of %s: %s", member.name, state, member.shown())
+    if not dry_run:
+        forks.run(member)
+
+
 def compare(
     setting: Annotated[str, Argument(metavar="SETTING", help="Such as precision or init.std")],
     steps: Annotated[int, Option(min=0, help="The first steps only; 0 for all")] = 0,

@@ -30,6 +30,39 @@ def doctor(
         log.info("%s\n%s", found.name, said)
 
 
+def explain(
+    run: Annotated[str, Argument(metavar="RUN[@STEP]", help="As `show` or `ls` names it")],
+    after: Annotated[int, Option(min=1, help="Steps past it, of each way on")] = 20,
+    forks: Annotated[bool, Option("--forks", help="Run the ways on as experiments, too")] = False,
+) -> None:
+    """Explain a spike: its documents, the layer that grew first, and three ways past it.
+
+    python -m pipeline explain RUN           the step that stands out most
+    python -m pipeline explain RUN@437       that very step, counted from 0
+
+    It is made again from the newest state before it that checkpoint.keep_every has left.
+    """
+    from pipeline.diagnostics import spikes
+    from pipeline.experiments import forks as experiments
+    from pipeline.records.run_data import RunData
+    from pipeline.resume import fork
+
+    name, step = experiments.parse(run) if "@" in run else (run, None)
+    kept = fork.find(name)
+    step = spikes.worst_step(RunData({"train": kept.record})) if step is None else step
+    ways = spikes.explain(kept, step, after, lambda paragraph: log.info("%s\n", paragraph))
+    first = spikes.start(kept, step)
+    for way in ways if forks else ():
+        if not way.changes and way is not ways[0]:
+            log.info("%s: no setting skips it, as its gradient does not stand out", way.name)
+            continue
+        member = experiments.plan(kept, first, f"{name}-{way.name}", way.changes)
+        log.info("%s, a fork of %s@%d: %s", member.name, name, first, member.shown())
+        experiments.run(member)
+    if not forks:
+        log.info("--forks runs each as an experiment, to its end.")
+
+
 def forecast(
     params: Annotated[Path, Argument(metavar="FILE", help="A recipe, say")] = Path("params.yaml"),
     memory: Annotated[float, Option(metavar="GB", min=0, help="Of a card, here or not")] = 0.0,

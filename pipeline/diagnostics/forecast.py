@@ -26,6 +26,7 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import MAX_LOGIT_BYTES
 from pipeline.records.record_file import Record
 from pipeline.records.run_data import RunData
+from pipeline.resume.checkpoints import staying
 from pipeline.tables import markdown
 from pipeline.training.time_budget import validation_seconds
 
@@ -202,6 +203,7 @@ class Forecast:
     needs: Needs
     free: int  # bytes
     corpus_tokens: int | None  # where known
+    staying: int = 0  # checkpoints of checkpoint.keep_every
     ranks: Ranks = field(default_factory=Ranks)  # this process among all
 
     @property
@@ -219,7 +221,7 @@ class Forecast:
         return self.needs.largest(2, free, checkpointed)  # a smaller one means accumulation
 
     def lines(self) -> list[str]:
-        """Two lines for the terminal: what is to be trained, and its memory."""
+        """Lines for the terminal: what is to be trained, its memory, and what stays on the disk."""
         c, n, own = self.config, self.needed, self.config.checkpoint_activations
         tokens = c.steps * c.accumulate * c.batch_size * c.sequence_length
         epochs = f", {tokens / self.corpus_tokens:,.2f} epochs" if self.corpus_tokens else ""
@@ -232,7 +234,12 @@ class Forecast:
             f"moments {size(n.weights + n.moments)}, activations {size(n.activations)}, output "
             f"layer {size(n.head)}); free: {size(self.free)}, enough for {self.fits(own):,}, "
             f"with {CHECKPOINT}={str(not own).lower()} for {self.fits(not own):,}",
+            *([self._stays()] if self.staying else []),
         ]
+
+    def _stays(self) -> str:
+        each = self.needs.weights + self.needs.moments
+        return f"{self.staying:,} checkpoints stay to fork from: {size(self.staying * each)}"
 
     def proposal(self, most: int) -> tuple[str, int]:
         """Settings that fit, tokens/step the same, and the bytes then needed; "" where none do.
@@ -291,7 +298,9 @@ def forecast(
     if own.world > 1:
         check(config, own.world)
     free = free or free_for_each(precision.device, own)
-    return Forecast(config.train, _needs(config, precision, own.world), free, corpus_tokens, own)
+    kept = staying(config.checkpoint, config.train.steps)
+    need = _needs(config, precision, own.world)
+    return Forecast(config.train, need, free, corpus_tokens, kept, own)
 
 
 def free_for_each(device: torch.device, ranks: Ranks) -> int:

@@ -101,6 +101,20 @@ def largest_leap(run: RunData) -> tuple[int, float, float]:
     return worst
 
 
+def largest_jump(run: RunData) -> tuple[int, float, float]:
+    """(step, loss, usual loss) of the largest jump of the loss; zeros where none stands out."""
+    losses, worst = run.values("train/loss"), (0.0, 0, 0.0)
+    for step in range(max(BEFORE_SPIKE, run.params["train.warmup_steps"]), len(losses)):
+        before = losses[step - BEFORE_SPIKE : step]
+        usual = statistics.median(before)
+        above = losses[step] - usual
+        # In this order: the deviation is exact and slow, and few steps come as far.
+        if above > max(SPIKE, worst[0]) and above > SPIKE_NOISE * statistics.stdev(before):
+            worst = above, step, usual
+    above, step, usual = worst
+    return (step, losses[step], usual) if above else (0, 0.0, 0.0)
+
+
 def smoothed(losses: list[float]) -> list[float]:
     """Running means over a twentieth of the run, at least five steps."""
     width = max(5, len(losses) // 20)
@@ -169,16 +183,9 @@ def dead_scaler(run: RunData) -> Finding | None:
 
 
 def spike(run: RunData) -> Finding | None:
-    losses, worst = run.values("train/loss"), (0.0, 0, 0.0)
-    for step in range(max(BEFORE_SPIKE, run.params["train.warmup_steps"]), len(losses)):
-        before = losses[step - BEFORE_SPIKE : step]
-        usual = statistics.median(before)
-        above = losses[step] - usual
-        # In this order: the deviation is exact and slow, and few steps come as far.
-        if above > max(SPIKE, worst[0]) and above > SPIKE_NOISE * statistics.stdev(before):
-            worst = above, step, usual
-    above, step, usual = worst
-    if not above:
+    step, _, usual = largest_jump(run)
+    losses = run.values("train/loss")
+    if not usual:
         return None
     later = losses[step + 1 :]
     back = next((n for n, loss in enumerate(later, 1) if loss < usual + SPIKE / 2), None)

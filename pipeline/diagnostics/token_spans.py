@@ -121,6 +121,17 @@ def text(tokens: Tokens, first: int, last: int) -> str:
     return f"{line.strip()}\n{said}"
 
 
+def of_sequences(tokens: Tokens, config: TrainConfig, step: int) -> list[Span]:
+    """Where the sequences of a step lie, in their order."""
+    return [span for spans in _by_micro_batch(tokens, config, step).values() for span in spans]
+
+
+def place(tokens: Tokens, span: Span) -> str:
+    """Such as 224-256 (document 3 of 8)."""
+    (line,) = _lines(tokens, {"": [span]})
+    return line.strip(" :")
+
+
 def _by_micro_batch(tokens: Tokens, config: TrainConfig, step: int) -> dict[str, list[Span]]:
     """Every sequence of a step."""
     batches = loop.micro_batches(_positions(tokens), config, step)

@@ -33,7 +33,7 @@ def follow(config: Config, tell: Callable[[TrainState, dict[str, Any]], None]) -
     Everything is computed here as it is there, but for records, checkpoints and words. So what is
     wrong with the numbers is known to both, and that one says it.
     """
-    inputs = open_inputs(config.train.sequence_length)
+    inputs = open_inputs(config.train)
     identity = run_folder.identity("train", config, inputs.digests())
     precision = choose_precision(config.precision, choose_device(config.device))
     state = from_folder(paths.INIT, config.model, config.train, precision)

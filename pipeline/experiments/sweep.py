@@ -183,6 +183,8 @@ def _plain(value: Any) -> str:
 
 
 def _quoted(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_quoted, value))}]"
     if not isinstance(value, str):
         return _plain(value)
     # In quotes of Hydra's, a backslash is one of two only before a quote.

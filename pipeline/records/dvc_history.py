@@ -115,11 +115,15 @@ def _of_one_chain(name: str, found: dict[str, Log]) -> dict[str, Log]:
 
 
 def _builds_on(record: Log, upstream: Log) -> bool:
-    """Whether `upstream` came to its end, with the settings that `record` knows it by."""
+    """Whether `upstream` came to its end, with the settings that `record` knows it by.
+
+    A fork of unchanged settings has its parent's model, and DVC gives it that one's evaluation.
+    """
     head, here = upstream[0], record[0]["params"]
     read = stage_graph.settings_of(head["stage"], head["params"])
+    deciding = (n for n in read if n != "train.fork" and not n.startswith("checkpoint."))
     finished = upstream[-1].get("status") == "FINISHED"
-    return finished and all(here.get(name) == value for name, value in read.items())
+    return finished and all(here.get(name) == read[name] for name in deciding)
 
 
 def names() -> set[str]:

@@ -108,6 +108,7 @@ def local_inputs(config: Config) -> dict[str, str]:
         given["corpus.path"] = config.corpus.path
     if config.init.source == "hf" and (paths.root() / config.init.hf_watch).exists():
         given["init.hf_watch"] = config.init.hf_watch
+    given["train.fork"] = config.train.fork
     return {name: path for name, path in given.items() if path != UNSET_PATH}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from array import array
 from collections import UserDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 from pipeline.records import stage_graph
 
 Event = dict[str, Any]
+ID = re.compile("[0-9a-f]{32}")  # of a record
 
 
 class Curve(Sequence[tuple[int, float]]):
@@ -201,6 +203,20 @@ class RunData:
     def events(self, kind: str) -> Iterator[Event]:
         """The events of one kind, in the order of dvc.yaml's stages."""
         return (event for record in self._in_order() for event in record.of_kind(kind))
+
+    @functools.cached_property
+    def lineage(self) -> list[dict[str, Any]]:
+        """The trainings that it was forked from, the oldest first: name, step, record's id."""
+        try:
+            told = json.loads(self.tags.get("fork.lineage", "[]"))
+            kept = [
+                {"name": one["name"], "step": one["step"], "record": one["record"]} for one in told
+            ]
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return []  # written by another version
+        kinds = {"name": str, "step": int, "record": str}
+        whole = all(type(one[key]) is kind for one in kept for key, kind in kinds.items())
+        return kept if whole and all(ID.fullmatch(one["record"]) for one in kept) else []
 
     @property
     def texts(self) -> dict[int, str]:

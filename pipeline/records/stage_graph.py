@@ -57,9 +57,9 @@ def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changes_training(setting: str) -> bool:
-    """Whether the trained weights depend on a setting; those of the debugger change none."""
+    """Whether the trained weights depend on a setting: not on the debugger, nor on what is kept."""
     read = any(stages()[stage].reads(setting) for stage in (*upstream("train"), "train"))
-    return read and not setting.startswith("debug.")
+    return read and not setting.startswith(("debug.", "checkpoint."))
 
 
 def sources(stage: str) -> tuple[str, ...]:

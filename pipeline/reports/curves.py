@@ -137,6 +137,9 @@ def _mark(axis: Any, run: Experiment, key: str) -> None:
             _line(axis, held_out, gid="curve1", label="validation", **style)
         if (unigram := run.last("val/unigram_loss")) is not None:
             axis.axhline(unigram, color=BLACK, ls=":", lw=1, label="unigram baseline")
+        if run.lineage:
+            parent = run.lineage[-1]
+            axis.axvline(parent["step"], color=BLACK, lw=0.8, label=f"forked from {parent['name']}")
     elif key == "train/grad_norm" and (clip := run.params.get("train.grad_clip", 0)):
         axis.axhline(clip, color=ORANGE, ls="--", lw=1, label=f"clipped above {clip:g}")
     elif key == "train/loss_scale":

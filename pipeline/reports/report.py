@@ -16,6 +16,7 @@ from markupsafe import Markup
 from pipeline import config as configuration
 from pipeline import paths, tables, terminal
 from pipeline.errors import InputError
+from pipeline.experiments import forks
 from pipeline.experiments.comparison import Pair, Run, pairs, run_of, runs_of
 from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
 from pipeline.records.record_file import Event
@@ -39,15 +40,21 @@ def report(names: Sequence[str], everyone: bool) -> str:
     root = paths.root()
     if not names and not everyone:
         (run,) = choose([of_workspace(root)], [WORKSPACE])
-        return of_one(run, root)
+        may_fork = run.lineage or run.params.get("checkpoint.keep_every")
+        others = experiments(("train", "evaluate"), brief=True) if may_fork else ()
+        return of_one(run, root, known=list(others))
     known = list(experiments())
     runs = choose(known, (all_of(known) or [WORKSPACE]) if everyone else names)
-    return of_several(runs, known, root) if len(runs) > 1 else of_one(runs[0], root)
+    return of_several(runs, known, root) if len(runs) > 1 else of_one(runs[0], root, known=known)
 
 
-def of_one(run: Experiment, workspace: Path, at_work: str = "") -> str:
+def of_one(
+    run: Experiment, workspace: Path, at_work: str = "", known: Sequence[Experiment] = ()
+) -> str:
     """The page of one run, whose files lie in `workspace` unless DVC keeps them."""
-    return page([RunPage(titled(run), workspace, recipe(workspace), at_work)], {})
+    run = titled(run)
+    tree = forks.tree([run], known)
+    return page([RunPage(run, workspace, recipe(workspace), at_work, tree=tree)], {})
 
 
 def of_chain(chain: Iterable[Sequence[Event]]) -> str:
@@ -137,6 +144,7 @@ def side_by_side(
         "words": [(pair.run.name, pair.words()) for pair in ranked if pair.run is not pair.base],
         "noise": list(dict.fromkeys(pair.seeds.words() for pair in compared if pair.seeds)),
         "notes": list(cautions(runs, trained)),
+        "tree": forks.tree(runs, known),
         "curves": charts([(by_name[name], looks[name]) for name in trained])
         + ([distances([(p, looks[p.run.name]) for p in compared])] if len(compared) > 1 else []),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -67,8 +67,9 @@ class RunPage:
         recipe: dict[str, Any],
         at_work: str = "",
         draw: bool = True,
+        tree: Sequence[str] = (),
     ):
-        """Without its curves where they are not to `draw`.
+        """Without its curves where they are not to `draw`; `tree` has the lines of its forks.
 
         `recipe` holds the settings that others are marked against, and `at_work` is the stage that
         writes this very page: its record is not closed yet.
@@ -86,6 +87,7 @@ class RunPage:
         self.curves = charts([(run, ALONE)]) if draw else []
         self.samples = samples_of(read)
         self.texts = [(step, line) for step, line in run.texts.items()]
+        self.tree = tree
         self.notes = list(missing(run, statuses, bool(self.samples)))
         self.studies = list(studies(run, read))
         self.settings = settings(run.params)

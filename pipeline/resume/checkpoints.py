@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 import time
@@ -18,10 +19,13 @@ from pipeline.errors import InputError, StorageError
 from pipeline.model.model_dir import save_model
 from pipeline.resume.gathering import model_of
 from pipeline.resume.snapshot import read_facts, read_tensors, restore, save_snapshot
-from pipeline.storage.folders import SUMS, check, copy, discard, recover_all
+from pipeline.storage.folders import SUMS, check, copy, discard, recover_all, writing
 from pipeline.training.training_step import TrainState
 
 log = logging.getLogger(__name__)
+
+KEPT = "kept.json"  # beside the checkpoints that stay: a list of their steps
+FORKS_CHOOSE = ("precision", "processes")  # of `machine`, what a fork may have changed
 
 
 @dataclass(frozen=True)
@@ -36,23 +40,40 @@ class Checkpoint:
         """Steps done when it was written."""
         return self.facts["step"]
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether it is another training's, which this one begins with."""
+        lineage = self.facts.get("lineage") or [{"step": -1}]  # earlier versions had none
+        return bool(lineage[-1]["step"] == self.step)
+
     def restore(self, state: TrainState) -> None:
         """Put it into a fresh state and into torch's generators.
 
-        Warns where the machine is another one than the one that saved.
+        Warns where the machine is another one than the one that saved, and where a fork's optimizer
+        moves parameters in another way, so that their moments begin at zero.
         """
-        restore(state, read_tensors(self.path), self.facts)
+        anew = restore(state, read_tensors(self.path), self.facts, self.is_forked)
         runtime.set_rng_state(state.rng, state.precision.device)
+        if anew:
+            count = sum(1 for _ in state.model.parameters())
+            said = f"{len(anew)} of {count} parameters begin with moments at zero ({anew[0]}, ...)"
+            log.warning("the forked state is of another optimizer: %s", said)
         then, now = self.facts["machine"], machine(state)
-        changed = [f"{k}: {then.get(k)} then, {now[k]} now" for k in now if then.get(k) != now[k]]
+        aside = FORKS_CHOOSE if self.is_forked else ()
+        changed = [
+            f"{key}: {then.get(key)} then, {now[key]} now"
+            for key in now
+            if then.get(key) != now[key] and key not in aside
+        ]
         if changed:
+            does = "forks" if self.is_forked else "resumes"
             said = "; ".join(changed)
-            log.warning("this training resumes, but not bit-equal to an unbroken one: %s", said)
+            log.warning("this training %s, but not bit-equal to an unbroken one: %s", does, said)
 
 
 def at(run: Path, step: int) -> Checkpoint:
     """The checkpoint after so many steps in a run's folder."""
-    path = run / "checkpoints" / _name(step)
+    path = run / "checkpoints" / name_of(step)
     return Checkpoint(path, read_facts(path))
 
 
@@ -71,9 +92,10 @@ class Checkpoints:
 
     def due(self, done: int) -> bool:
         """Whether it is time to save after so many steps."""
-        steps, minutes = self._settings.every_steps, self._settings.every_minutes
+        minutes = self._settings.every_minutes
         by_time = minutes and time.monotonic() - self._saved >= 60 * minutes
-        return bool(by_time or (steps and done % steps == 0))
+        each = (self._settings.every_steps, self._settings.keep_every)
+        return bool(by_time or any(steps and done % steps == 0 for steps in each))
 
     def save(self, state: TrainState, facts: dict[str, Any]) -> None:
         """Write a checkpoint of the state as it stands after a step; old ones go once it is there.
@@ -83,11 +105,12 @@ class Checkpoints:
         """
         state.begin([])
         facts = {**facts, "machine": machine(state)}
-        save_snapshot(self.folder / _name(state.step), state, facts)
+        save_snapshot(self.folder / name_of(state.step), state, facts)
         self._saved = time.monotonic()
         with contextlib.suppress(OSError):  # where somebody reads an old one, the next save tries
             for old in self._all()[: -self._settings.keep]:
-                discard(old)
+                if not self._stays(old):
+                    discard(old)
         self._prune_best(facts["best_step"])
 
     def keep_best(self, state: TrainState) -> None:
@@ -96,10 +119,10 @@ class Checkpoints:
         self._prune_best(state.step)
 
     def _prune_best(self, newest: int) -> None:
-        named = {_name(newest)}
+        named = {name_of(newest)}
         for path in self._all():
             try:
-                named.add(_name(read_facts(path)["best_step"]))
+                named.add(name_of(read_facts(path)["best_step"]))
             except (InputError, KeyError):  # damaged since: which one it names is not known
                 return
         with contextlib.suppress(OSError):
@@ -107,14 +130,28 @@ class Checkpoints:
                 if model.name not in named:
                     discard(model)
 
+    def _stays(self, path: Path) -> bool:
+        """Whether a checkpoint is one of checkpoint.keep_every."""
+        every = self._settings.keep_every
+        return bool(every) and int(path.name.removeprefix("step-")) % every == 0
+
     def write_models(self, last: Path, best: Path, state: TrainState, best_step: int) -> None:
         """Write the training's result: the model as it stands, and the best one."""
         save_model(model_of(state), last)
         copy(self.best(best_step), best)
 
+    def write_kept(self, folder: Path) -> None:
+        """Write the checkpoints that stay, and `kept.json`, which lists their steps."""
+        kept = [path for path in self._all() if self._stays(path)]
+        steps = [read_facts(path)["step"] for path in kept]
+        with writing(folder, 0, sums=False) as partial:
+            (partial / KEPT).write_text(json.dumps(steps) + "\n", "utf-8")
+            for path in kept:
+                copy(path, partial / path.name, link=True)
+
     def best(self, step: int) -> Path:
         """Where the best model of that step lies."""
-        return self._best / _name(step)
+        return self._best / name_of(step)
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; None where there never was one.
@@ -143,25 +180,33 @@ class Checkpoints:
             )
         return None
 
-    def check_room(self, parameters: int) -> None:
+    def check_room(self, parameters: int, steps: int) -> None:
         """Raise StorageError where the disk cannot take what this training will keep at a time.
 
         A checkpoint holds three times the weights and may name a best model of its own; one more
         than `keep` lies there while it is written, beside the last model and the copies of both
-        for the pipeline.
+        for the pipeline. Of `steps` some stay; what the pipeline gets of those is links.
         """
-        run = self.folder.parent
+        run, c = self.folder.parent, self._settings
         there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
-        needed = (4 * (self._settings.keep + 1) + 5) * 4 * parameters - there
+        kept = c.keep + 1 + staying(c, steps)
+        needed = (4 * kept + 5) * 4 * parameters - there
         free = shutil.disk_usage(run).free
         if free < needed:
+            lower = f"lower checkpoint.keep={c.keep}"
+            lower = f"raise checkpoint.keep_every={c.keep_every}" if c.keep_every else lower
             raise StorageError(
                 f"{run}: checkpoints and models of this training need {needed:,} more bytes, "
-                f"{free:,} are free; make room, or lower checkpoint.keep={self._settings.keep}"
+                f"{free:,} are free; make room, or {lower}"
             )
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))
+
+
+def staying(settings: CheckpointConfig, steps: int) -> int:
+    """How many checkpoints of so many steps stay; there is none after the last one."""
+    return (steps - 1) // settings.keep_every if settings.keep_every else 0
 
 
 def machine(state: TrainState) -> dict[str, str]:
@@ -187,5 +232,5 @@ def _check(folder: Path) -> None:
     check(folder)
 
 
-def _name(step: int) -> str:
+def name_of(step: int) -> str:
     return f"step-{step:08}"

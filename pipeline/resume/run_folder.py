@@ -91,7 +91,7 @@ class Run:
         """Leave the result for DVC's next try, if this one is stopped before DVC has kept it."""
         for output in self.outputs:
             recover(self.folder / output)
-            copy(output, self.folder / output)
+            copy(output, self.folder / output, link=output == paths.CHECKPOINTS)
         digests = {output.as_posix(): tree_digest(output) for output in self.outputs}
         made = {"digests": digests, "md5": dvc_md5(self.outputs[0]), "by_dvc": _under_dvc()}
         _write(self.folder / RESULT, made)

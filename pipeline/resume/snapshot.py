@@ -95,17 +95,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in file.items()}
 
 
-def restore(state: TrainState, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+def restore(
+    state: TrainState, tensors: Mapping[str, Tensor], facts: dict[str, Any], forked: bool = False
+) -> list[str]:
     """Put a snapshot into a fresh state; the generators stay: see `runtime.set_rng_state`.
 
     NaN and infinite weights are put back as they were: they may be what one wants to look at.
-    Raises InputError where the snapshot is of another optimizer.
+    Raises InputError where the snapshot is of another optimizer. One that is `forked` keeps its
+    own optimizer with its options; the names of the parameters that it moves in another way than
+    the snapshot's come back, whose moments begin at zero.
     """
     parameters = dict(state.model.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
             own(parameter).copy_(own_rows(tensors[f"model.{name}"], parameter))
-    _unpack(facts["optimizer"], tensors, state.optimizer, parameters)
+    anew = _unpack(facts["optimizer"], tensors, state.optimizer, parameters, forked)
     if facts["scaler"]:
         state.scaler.load_state_dict(facts["scaler"])
     for name in state.before.keys() - {"scaler"} | {"step"}:
@@ -115,6 +119,7 @@ def restore(state: TrainState, tensors: Mapping[str, Tensor], facts: dict[str, A
     names = [name for name in tensors if name.startswith("rng.")]
     state.rng = {name.removeprefix("rng."): tensors[name].clone() for name in names}
     state.loss = float(facts["loss"])
+    return anew
 
 
 # --- any torch optimizer's state as named tensors and JSON, and back to the bit
@@ -154,30 +159,40 @@ def _unpack(
     tensors: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
-) -> None:
+    forked: bool,
+) -> list[str]:
     """Put what `_packed` gave into a fresh optimizer of the same kind over the same parameters.
 
     The tensors are copied, to the device of their parameter or the host, where they lay, and in
     their own dtype, which `load_state_dict` would change. Options are put back but for MACHINE.
-    Raises InputError where the optimizer is another one.
+    Raises InputError where the optimizer is another one, unless `forked`: see `restore`.
     """
+    groups = optimizer.param_groups
     names = {id(parameter): name for name, parameter in parameters.items()}
-    own = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+    own = [[names.get(id(p), "") for p in group["params"]] for group in groups]
     then, now = facts["kind"], type(optimizer).__name__
-    if then != now or own != [group["params"] for group in facts["groups"]]:
+    anew = []
+    if forked:  # what moves a parameter shows in its group's options; a newer torch may know more
+        options = {name: set(g["options"]) for g in facts["groups"] for name in g["params"]}
+        for members, group in zip(own, groups, strict=True):
+            mine = group.keys() - {"params"}
+            anew += [n for n in members if not (mine <= options[n] or options[n] <= mine)]
+    elif then != now or own != [group["params"] for group in facts["groups"]]:
         differs = f"{then} then, {now} now" if then != now else "its groups hold other parameters"
         raise InputError(f"the snapshot is of another optimizer: {differs}")
     device = next(iter(parameters.values())).device
-    for group, saved in zip(optimizer.param_groups, facts["groups"], strict=True):
+    for group, saved in zip(groups, [] if forked else facts["groups"], strict=not forked):
         options = {k: v for k, v in saved["options"].items() if k not in MACHINE}
         group.update({k: _unpacked(v, tensors, device) for k, v in options.items()})
     optimizer.state.clear()
     for name, state in facts["state"].items():
-        parameter = parameters[name]
-        optimizer.state[parameter] = {
-            key: _unpacked(value, tensors, parameter.device, parameter)
-            for key, value in state.items()
-        }
+        if name not in anew:
+            parameter = parameters[name]
+            optimizer.state[parameter] = {
+                key: _unpacked(value, tensors, parameter.device, parameter)
+                for key, value in state.items()
+            }
+    return anew
 
 
 class _Parts:

@@ -84,16 +84,17 @@ def check(folder: Path) -> None:
         raise InputError("\n".join(damage))
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy a file or a folder of files; a file or folder of that name is replaced in one go.
+def copy(source: Path, target: Path, link: bool = False) -> None:
+    """Copy a file or a folder; a file or folder of that name is replaced in one go.
 
-    It is not written into: DVC may have linked it to its cache.
+    It is not written into: DVC may have linked it to its cache. With `link` the files of a folder
+    are second names of the same bytes, where the disk can do that.
     """
     if source.is_dir():
-        size = sum(path.stat().st_size for path in source.iterdir())
+        size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+        take = _link if link else shutil.copyfile
         with writing(target, size, sums=False) as partial:
-            for path in source.iterdir():
-                shutil.copyfile(path, partial / path.name)
+            shutil.copytree(source, partial, copy_function=take, dirs_exist_ok=True)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -104,6 +105,13 @@ def copy(source: Path, target: Path) -> None:
             os.replace(partial, target)
         finally:
             remove(partial)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one that knows no second names
+        shutil.copyfile(source, target)
 
 
 def recover(folder: Path) -> None:
@@ -161,6 +169,9 @@ def _sha256(path: Path) -> str:
 def _sync(folder: Path) -> None:
     """Have a folder's files, and their names, on the disk and not only in memory."""
     for path in folder.iterdir():
+        if path.is_dir():
+            _sync(path)
+            continue
         with open(path, "r+b") as file:
             os.fsync(file.fileno())
     _sync_names(folder)

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.compute.precision import choose_precision
 from pipeline.compute.runtime import generator
-from pipeline.config import InitConfig, TrainConfig
+from pipeline.config import UNSET_PATH, InitConfig, TrainConfig
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.training.training_step import Batch, TrainState, start
@@ -48,6 +48,7 @@ TRAIN = TrainConfig(
     val_tokens=1,
     max_skipped=100,
     skip_spikes=0.0,
+    fork=UNSET_PATH,
 )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import paths
 from pipeline.process import is_alive, this_process
 from pipeline.records import record_file
-from pipeline.records.run_data import Event, Log, row_name
+from pipeline.records.run_data import Event, Log, RunData, row_name
 from pipeline.storage import digests
 from pipeline.tracking import mlflow_store, mlflow_view, row_facts, run_note
 from pipeline.tracking.mlflow_models import LoggedModels
@@ -29,6 +29,7 @@ RECORDS, SHIPPED = "pipeline.records", "pipeline.shipped"
 # stage finished, says that the process is a `dvc` command with more of them to come.
 PROCESS = "pipeline.process"
 NOTE = "mlflow.note.content"
+FORKED = run_note.FORKED
 OWN_NOTE = "pipeline.note"  # a mark of what we wrote there last
 TABLES = "mlflow.loggedArtifacts"  # which artifacts the page lays out as tables
 
@@ -154,7 +155,7 @@ class Row:
             case "resume" if name := event["name"]:  # the name that DVC will keep
                 return {"dvc.exp_name": name, "mlflow.runName": name}
             case "tags":
-                return row_facts.shown_tags(event["values"])
+                return row_facts.shown_tags(event["values"]) | self._forked_from(event)
             case "dataset":
                 self._dataset(event)
             case "artifact":
@@ -167,6 +168,14 @@ class Row:
             case "end":
                 facts = row_facts.facts(self._log)
                 self.client.log_dict(self.id, facts, f"facts/{facts['stage']}.json")
+        return {}
+
+    def _forked_from(self, event: Event) -> dict[str, str]:
+        """Where the page shows the run that this one was forked from, if it has a row yet."""
+        lineage = RunData({"train": [event]}).lineage if "fork.lineage" in event["values"] else []
+        parents = _holding(self.client, "train", lineage[-1]["record"]) if lineage else iter(())
+        if parent := next(parents, None):
+            return {FORKED: f"#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}"}
         return {}
 
     def _table(self, name: str, content: dict[str, Any]) -> dict[str, str]:

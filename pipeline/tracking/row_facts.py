@@ -20,7 +20,7 @@ METRICS_ASIDE = re.compile(
     r"|forecast_.*)"
 )
 TAGS_ASIDE = re.compile(
-    r"(env|digest|numerics|evaluate|sample|init)\..*|precision\.(asked|emulated)|torch"
+    r"(env|digest|numerics|evaluate|sample|init|fork)\..*|precision\.(asked|emulated)|torch"
     r"|parameters|health\.grad_norm"
 )
 # Curves that say something only where they leave this value.

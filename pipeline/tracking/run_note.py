@@ -14,6 +14,7 @@ LONGEST = 60  # characters of a setting's value
 MOST = 500  # of all changes in a column: MLflow refuses a row for a tag that is too long
 
 LONGEST_REASON = 2000  # characters of an error: MLflow takes 5000 for the whole note
+FORKED = "fork.parent"  # the tag with the place of the run that a row was forked from
 LOSSES = {"train/loss": "training loss", "train/val_loss": "validation loss"}
 # (metric, label, format of a value, format of a difference)
 RESULTS = (
@@ -71,7 +72,12 @@ def note(head: Event, own: Facts, parent: Facts | None, ended: str = "") -> str:
 
     `parent` is a row with exactly the commit's settings, if there is one.
     """
-    said = [_change(head), ended, _outcome(own, parent, "" if ended else "**No results** yet.")]
+    said = [
+        _change(head),
+        _fork(own),
+        ended,
+        _outcome(own, parent, "" if ended else "**No results** yet."),
+    ]
     return "\n\n".join(filter(None, said)) + "\n"
 
 
@@ -105,6 +111,13 @@ def died(note: str, metrics: Mapping[str, float]) -> str:
 def _losses(values: Mapping[str, float]) -> str:
     found = [f"{words} {values[name]:.4f}" for name, words in LOSSES.items() if name in values]
     return f" ({', '.join(found)})" if found else ""
+
+
+def _fork(own: Facts) -> str:
+    if not (of := own.tags.get("fork")):
+        return ""
+    name = terminal.in_markdown(of)
+    return f"**Forked** from {f'[{name}]({where})' if (where := own.tags.get(FORKED)) else name}."
 
 
 def _change(head: Event) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +30,11 @@ log = logging.getLogger(__name__)
 class History:
     """Steps and validations of one training, also those of processes before this one.
 
-    `curve` holds a report for every step. A step that is done again after the last checkpoint
-    keeps its first report. Every step and validation goes to the record at once. `budget` says
-    how many steps there are to be; its clock starts when this is made. By how much a step changes
-    the weights is measured: one matrix in the middle of `model` speaks for all.
+    `curve` holds a report for every step, of a fork those of its parents first (`lineage`). A step
+    that is done again after the last checkpoint keeps its first report. Every step and validation
+    goes to the record at once. `budget` says how many steps there are to be; its clock starts when
+    this is made. By how much a step changes the weights is measured: one matrix in the middle of
+    `model` speaks for all.
     """
 
     def __init__(self, config: TrainConfig, record: Record, model: GPT):
@@ -41,6 +42,7 @@ class History:
         self.validations: list[tuple[int, float]] = []  # (steps done, loss in nats/token)
         self.best, self.best_step = math.inf, 0
         self.budget = Budget(config)
+        self.lineage: list[dict[str, Any]] = []  # the trainings forked from, the oldest first
         self._config, self._record = config, record
         self._earlier: dict[int, StepReport] = {}
         self._warned = False
@@ -57,7 +59,10 @@ class History:
         Raises InputError where the record lacks one of the `done` steps.
         """
         metrics = list(self._record.so_far().of_kind("metrics"))
-        self._earlier = read_back(metrics, self._config, facts["budget"]["planned"])
+        self.lineage = facts.get("lineage", [])
+        budget = {**facts["budget"]}
+        budget["planned"] = budget["planned"] or self._config.steps  # a fork has a plan of its own
+        self._earlier = read_back(metrics, self._config, budget["planned"], self.lineage)
         if missing := set(range(done)) - self._earlier.keys():
             raise InputError(
                 f"{checkpoint}: the record of this training lacks step {min(missing)}; "
@@ -67,7 +72,7 @@ class History:
         measured = [e for e in metrics if "train/val_loss" in e["values"]][: facts["validations"]]
         self.validations = [(e["step"] + 1, e["values"]["train/val_loss"]) for e in measured]
         self.best, self.best_step = float(facts["best_loss"]), facts["best_step"]
-        self.budget = Budget(self._config, first=done, **facts["budget"])
+        self.budget = Budget(self._config, first=done, **budget)
         self._before.copy_(self._weight)
 
     def facts(self) -> dict[str, Any]:
@@ -77,7 +82,13 @@ class History:
             "best_step": self.best_step,
             "validations": len(self.validations),  # the record may know of later ones
             "budget": self.budget.facts(),
+            "lineage": self.lineage,
         }
+
+    @property
+    def own(self) -> list[StepReport]:
+        """The steps that are not a parent's."""
+        return self.curve[self.lineage[-1]["step"] :] if self.lineage else self.curve
 
     def pause(self) -> bool:
         """What `fit` asks with a step launched that `add` is to get next."""
@@ -145,7 +156,8 @@ class History:
     def summary(self, state: TrainState, matrix_rate: float) -> dict[str, float]:
         """What the whole training came to, in numbers; `matrix_rate` is in FLOP/s."""
         curve, model, precision = self.curve, state.model, state.precision
-        rate = throughput.tokens_per_second([r.seconds for r in curve], curve[0].tokens)
+        seconds = [report.seconds for report in self.own]
+        rate = throughput.tokens_per_second(seconds, self.own[0].tokens)
         peak = throughput.peak_flops(runtime.device_name(precision.device), precision.effective)
         flops = model.flops_per_token(self._config.sequence_length)
         each = rate / state.ranks.world  # of the processes, which have a device each
@@ -159,7 +171,7 @@ class History:
             "model/parameters": float(model.parameter_count()),
             "perf/tokens_per_second": rate,
             "perf/peak_memory_mib": throughput.peak_memory_mib(precision.device),
-            "perf/warm_up_seconds": throughput.warm_up_seconds([r.seconds for r in curve]),
+            "perf/warm_up_seconds": throughput.warm_up_seconds(seconds),
             "perf/matrix_gflops": matrix_rate / 1e9,
             **({"perf/mfu": mfu} if mfu is not None else {}),
             "perf/of_matrix_rate": each * flops / matrix_rate,
@@ -167,11 +179,10 @@ class History:
 
     def lines(self, summary: Mapping[str, float]) -> list[str]:
         """The summary for a person."""
-        steps, budget = len(self.curve), self._config.time_budget
-        tokens = sum(report.tokens for report in self.curve)
-        rate = tokens / sum(report.seconds for report in self.curve)
+        steps, budget, own = len(self.curve), self._config.time_budget, self.own
+        rate = sum(report.tokens for report in own) / sum(report.seconds for report in own)
         lines = [
-            f"loss {self.curve[0].loss:.3f} -> {self.curve[-1].loss:.3f} nats/token, best "
+            f"loss {own[0].loss:.3f} -> {self.curve[-1].loss:.3f} nats/token, best "
             f"validation loss {self.best:.3f}, {rate:,.0f} tokens/s over all steps, "
             f"{summary['perf/tokens_per_second']:,.0f} in the median step, "
             f"{summary['perf/peak_memory_mib']:,.0f} MiB; warm-up "
@@ -208,9 +219,17 @@ def step_metrics(report: StepReport) -> dict[str, float]:
 
 
 def read_back(
-    metrics: Iterable[Mapping[str, Any]], config: TrainConfig, planned: int
+    metrics: Iterable[Mapping[str, Any]],
+    config: TrainConfig,
+    planned: int,
+    lineage: Sequence[Mapping[str, Any]] = (),
 ) -> dict[int, StepReport]:
     """`step_metrics` read from a record's events, by step, to the digits that a record keeps."""
+    own = config.batch_size * config.sequence_length * config.accumulate
+
+    def tokens(step: int) -> int:
+        return next((parent["tokens"] for parent in lineage if step < parent["step"]), own)
+
     by_step = {e["step"]: e["values"] for e in metrics if "train/loss" in e["values"]}
     return {
         step: StepReport(
@@ -222,7 +241,7 @@ def read_back(
             skipped=bool(values["train/skipped"]),
             seconds=values["perf/step_seconds"],
             data_seconds=values["perf/data_seconds"],
-            tokens=config.batch_size * config.sequence_length * config.accumulate,
+            tokens=tokens(step),
             steps=planned,
         )
         for step, values in by_step.items()

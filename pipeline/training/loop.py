@@ -64,15 +64,16 @@ def fit(
     config: TrainConfig,
     batches_of: Callable[[int], list[Batch]],
     look: Look | None = None,
-    look_at: int = -1,
+    look_at: int | range = -1,
     steps_at: Callable[[int], int] | None = None,
     pause: Callable[[int], bool] | None = None,
 ) -> Iterator[StepReport]:
     """One optimizer step and one report at a time, from `state.step` to `config.steps`.
 
-    batches_of(step) gives the step's batches. In step `look_at`, `look` is called between the
-    gradients and the update; its time is not the step's. `steps_at(step)` is asked before each
-    step how many the run is to have, where that is not `config.steps`; the learning rate follows.
+    batches_of(step) gives the step's batches. In `look_at`, a step or several, `look` is called
+    between the gradients and the update; its time is not the step's. `steps_at(step)` is asked
+    before each step how many the run is to have, where that is not `config.steps`; the learning
+    rate follows.
 
     With `pause`, a GPU is given each step before the numbers of the one before it are read, so
     that it never stands idle for them. Such a report is not `settled`: the state is at work on the
@@ -83,7 +84,8 @@ def fit(
     launched by then changes nothing either.
     """
     device = state.precision.device
-    run = _Run(state, config, Prefetch(batches_of, device), Stopwatch(device), look, look_at)
+    looked_at = look_at if isinstance(look_at, range) else range(look_at, look_at + 1)
+    run = _Run(state, config, Prefetch(batches_of, device), Stopwatch(device), look, looked_at)
     steps_at = steps_at or (lambda step: config.steps)
     step = run.launched(steps_at(state.step))
     while step:
@@ -117,7 +119,7 @@ class _Run:
     source: Prefetch
     watch: Stopwatch
     look: Look | None
-    look_at: int
+    look_at: range
 
     def launched(self, steps: int, earlier: Launched | None = None) -> _Step | None:
         """The next of so many steps, if it is one of them; `earlier` has not been read yet."""
@@ -133,7 +135,7 @@ class _Run:
         facts = {"step": number, "steps": steps, "data_seconds": watch.so_far() - asked}
         facts["tokens"] = sum(x.numel() for x, _ in state.batches) * state.ranks.world
         facts["learning_rate"] = rate = learning_rate(number, self.config, steps)
-        look = self._aside if self.look and number == self.look_at else None
+        look = self._aside if self.look and number in self.look_at else None
         work = launch(state, state.batches, rate, self.config, look, earlier)
         self.source.prepare(number + 1, steps)
         return _Step(work, facts)
@@ -145,7 +147,8 @@ class _Run:
             and self.state.precision.device.type in AHEAD
             and not self.config.skip_spikes  # whose limit is that of all norms so far
             and self.state.skipped_in_a_row + 1 < self.config.max_skipped  # or this may be the end
-            and step.facts["step"] + 1 not in (step.facts["steps"], self.look_at)
+            and step.facts["step"] + 1 != step.facts["steps"]
+            and step.facts["step"] + 1 not in self.look_at
         )
 
     def report(self, step: _Step, settled: bool) -> StepReport:

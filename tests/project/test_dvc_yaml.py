@@ -43,13 +43,15 @@ def test_the_settings_aside_decide_nothing_and_all_others_something() -> None:
     decisive = stage_graph.decisive(dict.fromkeys(names))
     assert {name.partition(".")[0] for name in set(names) - set(decisive)} == ASIDE
     assert stage_graph.changes_training("init.std") and stage_graph.changes_training("corpus.path")
-    for name in ("evaluate.seed", "sample.seed", "debug.interact_at_step", "tracking.experiment"):
+    aside = ("checkpoint.keep_every", "evaluate.seed", "sample.seed", "tracking.experiment")
+    for name in (*aside, "debug.interact_at_step"):
         assert not stage_graph.changes_training(name)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_deps_are_code_and_inputs_and_each_is_one_of_both(stage: str) -> None:
     settings = {"corpus.path": "C", "init.hf_watch": "H", "evaluate.hellaswag": "W"}
+    settings["train.fork"] = "F"
     deps = [re.sub(r"\$\{(.*)\}", lambda m: settings[m[1]], d) for d in STAGES[stage]["deps"]]
     both = [*stage_graph.sources(stage), *stage_graph.inputs(stage, settings)]
     assert sorted(both) == sorted(deps)
@@ -83,7 +85,8 @@ def test_deps_name_every_imported_module_that_can_change_a_result(stage: str) ->
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_params_are_the_sections_that_the_stage_reads(stage: str) -> None:
-    listed = {name.partition(".")[0] for name in STAGES[stage].get("params", [])}
+    params = {*STAGES[stage].get("params", [])} - {"checkpoint.keep_every"}  # decides an out alone
+    listed = {name.partition(".")[0] for name in params}
     assert listed == config_sections(ROOT / stage_file(stage)) & SECTIONS
 
 
@@ -102,7 +105,8 @@ def test_numerics_runs_again_for_new_pins_another_device_and_other_shapes_alone(
 
 def test_the_users_paths_are_templated_deps() -> None:
     deps = {dep for stage in STAGES.values() for dep in stage["deps"] if dep.startswith("$")}
-    assert deps == {"${corpus.path}", "${init.hf_watch}", "${evaluate.hellaswag}"}
+    known = ("corpus.path", "init.hf_watch", "train.fork", "evaluate.hellaswag")
+    assert deps == {f"${{{name}}}" for name in known}
 
 
 def test_every_out_is_ignored_by_git_ahead_of_the_first_run() -> None:
