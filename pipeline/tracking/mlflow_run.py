@@ -16,6 +16,7 @@ from pipeline.records.run_data import Event, Log, RunData, row_name
 from pipeline.storage import digests
 from pipeline.tracking import mlflow_store, mlflow_view, row_facts, run_note
 from pipeline.tracking.mlflow_models import LoggedModels
+from pipeline.tracking.thinning import Thinning, is_sampled
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,6 +34,8 @@ FORKED = run_note.FORKED
 OWN_NOTE = "pipeline.note"  # a mark of what we wrote there last
 TABLES = "mlflow.loggedArtifacts"  # which artifacts the page lays out as tables
 
+SYSTEM = "system/"  # metrics of the machine, for as long as a training takes
+
 MOST_POINTS, MOST_TAGS = 900, 100  # per request: MLflow takes 100 tags, and 1000 of both together
 
 Fetch = Callable[[str, str], Path | None]  # (path, sha256) -> where exactly those bytes lie
@@ -46,6 +49,7 @@ class Row:
         self._known: dict[str, str] = dict(tags or {})  # tags that it is known to have
         self._models = LoggedModels(client, run_id, experiment_id)
         self._log = Log()  # what has come of the record that is being written
+        self._thinning = Thinning(0)
 
     def write(self, events: Iterable[Event], checkpoints: str, fetch: Fetch) -> None:
         """Ship events; writing the same ones again changes nothing."""
@@ -56,10 +60,13 @@ class Row:
             has_text |= event["kind"] == "text"
             if event["kind"] == "start":
                 self._log = Log()
+                self._thinning = Thinning(event["params"].get("train.steps", 0))
             self._log.append(event)
             if event["kind"] == "metrics":
-                points += self._models.points(event)
+                points += self._thinned(event)
             else:
+                if event["kind"] == "end":
+                    points += self._thinning.rest()
                 if event["kind"] == "checkpoint":  # it refers to points, which come first
                     self._send(points, tags)
                     points, tags = [], {}
@@ -67,6 +74,15 @@ class Row:
         if has_text:  # the table holds all that have come: one upload, however many are new
             tags |= self._table("while_training.json", row_facts.texts_table(self._log))
         self._send(points, tags)
+
+    def _thinned(self, event: Event) -> list[Metric]:
+        """The points to ship now that this event has come."""
+        points = self._models.points(event)
+        if "train/loss" in event["values"]:
+            return self._thinning.of_step(points)
+        if points and points[0].key.startswith(SYSTEM) and not is_sampled(event["step"]):
+            return []
+        return points
 
     def _send(self, points: Sequence[Metric], tags: Mapping[str, str]) -> None:
         """Log in as few requests as MLflow allows: each costs as much as a hundred points."""
