@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline.compute.precision import choose_precision
+from pipeline.compute.ranks import Ranks
 from pipeline.diagnostics import glimpse
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
@@ -56,7 +57,7 @@ def test_a_glimpse_is_a_line_that_a_setting_turns_off(model: GPT, make_config) -
 
     kept: list[tuple[int, str]] = []
     text = glimpse.text(model, make_config())
-    state = SimpleNamespace(model=model, step=100)
+    state = SimpleNamespace(model=model, step=100, ranks=Ranks())
     assert glimpse.lines(state, make_config(sample__while_training=False), Kept()) == []
     assert kept == []
     assert glimpse.lines(state, make_config(), Kept()) == [f"  {text}"]
