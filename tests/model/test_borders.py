@@ -35,11 +35,11 @@ def tokens() -> torch.Tensor:
     return ids
 
 
-def state_of(apart: bool, name: str = "fp32", attention: str = "sdpa", **settings):
+def state_of(apart: bool, name: str = "fp32", attention: str = "sdpa", device=CPU, **settings):
     model = GPT(GPTConfig(2, 2, 32, LENGTH, attention=attention))
     initialize(model, replace(tiny.INIT, std=0.2), generator(0, "weights"))
     config = replace(tiny.TRAIN, mask_documents=apart, sequence_length=LENGTH, **settings)
-    return training_step.start(model, config, choose_precision(name, CPU))
+    return training_step.start(model.to(device), config, choose_precision(name, device))
 
 
 def alone(model: GPT, ids: torch.Tensor) -> torch.Tensor:
@@ -112,6 +112,16 @@ def test_a_compiled_step_takes_the_mask() -> None:
         state = state_of(True, compile=compiled)
         losses.append(training_step.gradients(state, [(ids[:, :-1], ids[:, 1:])]).item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("name", "near"), [("fp32", 1e-4), ("bf16", 0.02), ("fp16", 0.02)])
+def test_a_card_takes_the_mask(name: str, near: float, compiled: bool) -> None:
+    ids, card = tokens(), torch.device("cuda")
+    states = state_of(True), state_of(True, name, device=card, compile=compiled)
+    losses = [training_step.gradients(s, [(ids[:, :-1], ids[:, 1:])]).item() for s in states]
+    assert losses[1] == pytest.approx(losses[0], rel=near)
 
 
 @pytest.mark.parametrize(
