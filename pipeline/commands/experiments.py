@@ -60,7 +60,7 @@ def fork(
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check and show, run nothing")] = False,
 ) -> None:
-    """Run an experiment from the middle of another one, with changed settings.
+    """Run an experiment from the middle of another one.
 
     python -m pipeline fork RUN@200 -n cooled -S train.schedule=linear -S train.steps=250
 

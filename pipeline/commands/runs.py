@@ -35,7 +35,7 @@ def explain(
     after: Annotated[int, Option(min=1, help="Steps past it, of each way on")] = 20,
     forks: Annotated[bool, Option("--forks", help="Run the ways on as experiments, too")] = False,
 ) -> None:
-    """Explain a spike: its documents, the layer that grew first, and three ways past it.
+    """Explain a spike: its text, the layer that grew, three ways past it.
 
     python -m pipeline explain RUN           the step that stands out most
     python -m pipeline explain RUN@437       that very step, counted from 0
