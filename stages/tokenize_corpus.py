@@ -6,12 +6,13 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from pipeline import paths
-from pipeline.config import Config
+from pipeline.config import Config, CorpusConfig
 from pipeline.data import contamination, corpus, token_writer
 from pipeline.data.token_files import SPLITS, open_tokens
 from pipeline.records import git, provenance
@@ -22,14 +23,16 @@ from stages.common import run
 KEPT_FROM = 1 << 28  # bytes of the corpus's files
 
 
+def names(config: CorpusConfig, path: str) -> list[str]:
+    """The files that the corpus would read at a path, relative to it."""
+    found = corpus.files(replace(config, path=path)).values()
+    return [f.name if f == Path(path) else f.relative_to(path).as_posix() for f in found]
+
+
 def main(config: Config) -> None:
     with recording.record("tokenize", config) as record:
         if corpus.reads_files(config.corpus):
-            git.check_whole(
-                "corpus.path",
-                config.corpus.path,
-                lambda path: corpus.files(replace(config.corpus, path=path)),
-            )
+            git.check_whole("corpus.path", config.corpus.path, partial(names, config.corpus))
         with kept(config) as folder:
             before = check(config, folder)
             started = time.perf_counter()

@@ -58,7 +58,7 @@ def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
         print(f"train: {line}", flush=True)
     state = from_folder(paths.INIT, config.model, config.train, precision)
     history = History(config.train, record, state.model)
-    job.checkpoints.check_room(state.model.parameter_count(), config.train.steps)
+    job.checkpoints.check_room(state.model.parameter_count(), config.train)
     if newest:
         newest.restore(state)
         history.restore(newest.path, newest.facts, state.step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +76,9 @@ def fork(
     parent, step = forks.parse(state)
     member = forks.plan(fork.find(parent), step, name, changes or [])
     log.info("%s, a fork of %s: %s", member.name, state, member.shown())
-    if not dry_run:
+    if dry_run:
+        log.info("%s", shlex.join(["dvc", *member.command("--queue")]))
+    else:
         forks.run(member)
 
 

@@ -33,7 +33,7 @@ def doctor(
 def explain(
     run: Annotated[str, Argument(metavar="RUN[@STEP]", help="As `show` or `ls` names it")],
     after: Annotated[int, Option(min=1, help="Steps past it, of each way on")] = 20,
-    forks: Annotated[bool, Option("--forks", help="Run the ways on as experiments, too")] = False,
+    forks: Annotated[bool, Option("--forks", help="Run the other ways as experiments")] = False,
 ) -> None:
     """Explain a spike: its text, the layer that grew, three ways past it.
 
@@ -51,16 +51,18 @@ def explain(
     kept = fork.find(name)
     step = spikes.worst_step(RunData({"train": kept.record})) if step is None else step
     ways = spikes.explain(kept, step, after, lambda paragraph: log.info("%s\n", paragraph))
-    first = spikes.start(kept, step)
-    for way in ways if forks else ():
-        if not way.changes and way is not ways[0]:
+    if not forks:
+        log.info("--forks runs the others as experiments, to their end.")
+        return
+    first, members = spikes.start(kept, step), []
+    for way in ways[1:]:  # the first one is RUN itself
+        if way.changes:
+            members.append(experiments.plan(kept, first, f"{name}-{way.name}", way.changes))
+        else:
             log.info("%s: no setting skips it, as its gradient does not stand out", way.name)
-            continue
-        member = experiments.plan(kept, first, f"{name}-{way.name}", way.changes)
+    for member in members:
         log.info("%s, a fork of %s@%d: %s", member.name, name, first, member.shown())
         experiments.run(member)
-    if not forks:
-        log.info("--forks runs each as an experiment, to its end.")
 
 
 def forecast(

@@ -298,7 +298,7 @@ def forecast(
     if own.world > 1:
         check(config, own.world)
     free = free or free_for_each(precision.device, own)
-    kept = staying(config.checkpoint, config.train.steps)
+    kept = staying(config.checkpoint, config.train)
     need = _needs(config, precision, own.world)
     return Forecast(config.train, need, free, corpus_tokens, kept, own)
 

@@ -13,12 +13,13 @@ from pipeline import paths
 from pipeline.compute import runtime
 from pipeline.compute.determinism import deterministic
 from pipeline.compute.precision import choose_precision
+from pipeline.compute.ranks import Ranks
 from pipeline.config import Config, load
 from pipeline.data.token_files import Tokens, open_tokens
 from pipeline.errors import InputError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.records.run_data import RunData
-from pipeline.resume.checkpoints import machine
+from pipeline.resume.checkpoints import ORDERED, machine
 from pipeline.resume.fork import Kept
 from pipeline.resume.snapshot import read_facts, read_tensors, restore
 from pipeline.training import training_step
@@ -41,7 +42,7 @@ class Replay:
 
     def steps(self, until: int, look: Look | None = None) -> Iterator[StepReport]:
         """The steps before `until`, counted from 0; `look` is called in each before its update."""
-        batches = partial(micro_batches, self.tokens, self.config.train)
+        batches = partial(micro_batches, self.tokens, self.config.train, ranks=self.state.ranks)
         end = min(until, self.planned)
         reports = fit(
             self.state,
@@ -84,8 +85,9 @@ def opened(kept: Kept, step: int, changes: Sequence[str] = ()) -> Iterator[Repla
             f"{tokens.sha256[:12]}..., there {theirs[:12] or 'not known'}...)"
         )
     device = runtime.choose_device(config.device)
+    paths.runs().mkdir(parents=True, exist_ok=True)
     with (
-        tempfile.TemporaryDirectory() as scratch,
+        tempfile.TemporaryDirectory(dir=paths.runs()) as scratch,
         deterministic(config.train.deterministic, device),
     ):
         precision = choose_precision(config.precision, device)
@@ -93,6 +95,7 @@ def opened(kept: Kept, step: int, changes: Sequence[str] = ()) -> Iterator[Repla
         state = training_step.start(model, config.train, precision)
         folder = kept.copy(step, Path(scratch))
         facts = read_facts(folder)
+        state.ranks = Ranks(ordered=str(facts["machine"].get("processes")).endswith(ORDERED))
         restore(state, read_tensors(folder), facts, forked=True)
         runtime.set_rng_state(state.rng, device)
         then, now = facts["machine"], machine(state)

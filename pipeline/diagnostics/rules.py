@@ -321,7 +321,7 @@ def slow(run: RunData) -> Finding | None:
 
 
 def data_bound(run: RunData) -> Finding | None:
-    waits, steps = run.values("perf/data_seconds"), run.values("perf/step_seconds")
+    waits, steps = _own(run, "perf/data_seconds"), _own(run, "perf/step_seconds")
     # Older records know no waits.
     pairs = [(wait, step) for wait, step in zip(waits, steps, strict=False) if step]
     if len(pairs) < FEW:
@@ -338,8 +338,14 @@ def data_bound(run: RunData) -> Finding | None:
     )
 
 
+def _own(run: RunData, name: str) -> list[float]:
+    """A curve's values, but for those of the steps that a fork has from its parent."""
+    first = run.lineage[-1]["step"] if run.lineage else 0
+    return [value for step, value in run.curves.get(name, []) if step >= first]
+
+
 def uneven(run: RunData) -> Finding | None:
-    seconds = run.values("perf/step_seconds")[FEW:]  # the first ones pay for a warm-up
+    seconds = _own(run, "perf/step_seconds")[FEW:]  # the first ones pay for a warm-up
     if len(seconds) < 2 * FEW:
         return None
     quick, _, slow = statistics.quantiles(seconds, n=4)

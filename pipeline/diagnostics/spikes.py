@@ -82,12 +82,20 @@ def explain(kept: Kept, step: int, after: int, tell: Callable[[str], None]) -> l
         losses = sequence_losses(again, step)
         known = again.state.norms
         usual = statistics.median(known) if len(known) >= ENOUGH else 0.0
-        reports += again.steps(step + 1, look)
-        tell(_opening(again, reports, usual))
+        norm, broke = math.nan, ""
+        try:
+            reports += again.steps(step + 1, look)
+            norm = reports[-1].grad_norm
+        except NumericsError as error:
+            broke = str(error).partition("\n")[0]
+        tell(_opening(again, step, reports, usual, broke))
         tell(_documents(again, step, losses))
         tell(_growth(norms, step))
-        found = ways(kept, reports[-1].grad_norm, usual)
-        reports += again.steps(last)
+        found = ways(kept, norm, usual)
+        if not broke:
+            with contextlib.suppress(NumericsError):  # its row says how far it came
+                reports += again.steps(last)
+    del again  # there is room for one on a device
     rows = [_row(found[0].name, reports, step)]
     for way in found[1:]:
         rows.append(_row(way.name, _walk(kept, first, step, last, way), step))
@@ -159,12 +167,16 @@ def _row(name: str, reports: Sequence[StepReport], step: int) -> tuple[object, .
     return name, said, at and at.loss, statistics.fmean(losses), ended, max(norms)
 
 
-def _opening(again: replay.Replay, reports: Sequence[StepReport], usual: float) -> str:
-    """Which step, from where, and whether it is the very same."""
-    first, last = reports[0].step, reports[-1]
-    beside = f", usual is {usual:.4g}" if usual else ""
-    said = f"{again.kept.name}, step {last.step:,}: loss {last.loss:.4f}, gradient norm "
-    said += f"{last.grad_norm:.4g}{beside}; replayed from the state after {first:,} steps. "
+def _opening(
+    again: replay.Replay, step: int, reports: Sequence[StepReport], usual: float, broke: str
+) -> str:
+    """Which step, from where, and whether it is the very same; `broke` says why it was not made."""
+    first, beside = step - len(reports) + (not broke), f", usual is {usual:.4g}" if usual else ""
+    came = (
+        broke or f"loss {reports[-1].loss:.4f}, gradient norm {reports[-1].grad_norm:.4g}{beside}"
+    )
+    said = f"{again.kept.name}, step {step:,}: {came}; "
+    said += f"replayed from the state after {first:,} steps. "
     differ = again.differences(reports)
     if not differ:
         return f"{said}All {len(reports):,} steps are equal to the record."
@@ -175,8 +187,11 @@ def _opening(again: replay.Replay, reports: Sequence[StepReport], usual: float) 
 def _documents(again: replay.Replay, step: int, losses: Sequence[float]) -> str:
     """The sequences with the largest losses: where they lie, and how they begin."""
     spans = token_spans.of_sequences(again.tokens, again.config.train, step)
-    usual = statistics.median(losses)
-    worst = sorted(range(len(losses)), key=lambda n: -losses[n])[:SHOWN]
+    known = [n for n, loss in enumerate(losses) if not math.isnan(loss)]  # else without a target
+    if not known:
+        return "No sequence of it has a loss that is a number."
+    usual = statistics.median(losses[n] for n in known)
+    worst = sorted(known, key=lambda n: -losses[n])[:SHOWN]
     lines = [f"Its {len(losses):,} sequences, loss {usual:.3f} in the median; the largest losses:"]
     for n in worst:
         said = token_spans.text(again.tokens, *spans[n]).partition("\n")[2]

@@ -32,7 +32,9 @@ def page(found: Iterable[Experiment]) -> str:
     for runs in corpora.values():
         best = sorted(runs.values(), key=_loss)
         params, made = best[0].params, screen.table(COLUMNS, map(row, best), left=3)
-        corpus = f"{params['corpus.source']}, {params['corpus.path']}"
+        source = params["corpus.source"]
+        source = params["corpus.mix"] if source == "mix" else source
+        corpus = f"{source}, {params['corpus.path']}"
         tables.append(f"on {corpus}, the best first:\n\n{made}")
     return "\n\n".join(tables)
 

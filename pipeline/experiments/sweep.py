@@ -43,6 +43,12 @@ class Member:
         """The changes in Hydra's grammar, as `dvc exp run -S` takes them."""
         return [f"{name}={_quoted(value)}" for name, value in self.changes.items()]
 
+    def command(self, *where: str) -> list[str]:
+        """The words of `dvc` that run it: `where` is --temp or --queue."""
+        words = ["exp", "run", *where, "--name", self.name]
+        words += [word for change in self.words() for word in ("-S", change)]
+        return words + [word for path in self.inputs for word in ("--copy-paths", path)]
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -199,16 +205,13 @@ def run(member: Member) -> int:
     reaches DVC and the training, too, as they share the terminal. The training then saves a
     checkpoint, which takes its time: KeyboardInterrupt is raised once they have ended.
     """
-    words = ["exp", "run", "--temp", "--name", member.name]
-    words += [word for change in member.words() for word in ("-S", change)]
-    words += [word for path in member.inputs for word in ("--copy-paths", path)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     above = screen.has_terminal()
     interrupted: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dvc", *words],
+            [sys.executable, "-m", "dvc", *member.command("--temp")],
             cwd=paths.root(),
             env=os.environ | {"PATH": path},  # where the stages find their python
             stdin=subprocess.DEVNULL,

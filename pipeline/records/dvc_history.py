@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -13,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from pipeline import paths, regular
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StorageError
 from pipeline.records import git, record_reader, stage_graph
 from pipeline.records.run_data import Experiment, Log, Unread
 
@@ -185,7 +186,9 @@ def copy_of(rev: str, path: str, folder: str | Path) -> Path | None:
     copy = Path(tempfile.mkdtemp(dir=folder)) / Path(path).name
     try:
         _files(paths.root(), rev).get(path, str(copy), recursive=True)
-    except (OSError, DvcException, RecursionError):  # the last for a list that leads out of itself
+    except (OSError, DvcException, RecursionError) as error:  # the last: a list leads out of itself
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise StorageError(f"{folder}: no room for a copy of {path}") from error
         return None
     return copy if copy.exists() else None
 

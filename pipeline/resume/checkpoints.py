@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.compute import runtime
-from pipeline.config import CheckpointConfig
+from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.errors import InputError, StorageError
 from pipeline.model.model_dir import save_model
 from pipeline.resume.gathering import model_of
@@ -25,7 +25,8 @@ from pipeline.training.training_step import TrainState
 log = logging.getLogger(__name__)
 
 KEPT = "kept.json"  # beside the checkpoints that stay: a list of their steps
-FORKS_CHOOSE = ("precision", "processes")  # of `machine`, what a fork may have changed
+ORDERED = "(ordered)"  # in `machine`
+FORKS_CHOOSE = ("precision",)  # of `machine`, what a fork may have changed
 
 
 @dataclass(frozen=True)
@@ -180,16 +181,16 @@ class Checkpoints:
             )
         return None
 
-    def check_room(self, parameters: int, steps: int) -> None:
+    def check_room(self, parameters: int, train: TrainConfig) -> None:
         """Raise StorageError where the disk cannot take what this training will keep at a time.
 
         A checkpoint holds three times the weights and may name a best model of its own; one more
         than `keep` lies there while it is written, beside the last model and the copies of both
-        for the pipeline. Of `steps` some stay; what the pipeline gets of those is links.
+        for the pipeline. Of those of `train` some stay; what the pipeline gets of those is links.
         """
         run, c = self.folder.parent, self._settings
         there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
-        kept = c.keep + 1 + staying(c, steps)
+        kept = c.keep + 1 + staying(c, train)
         needed = (4 * kept + 5) * 4 * parameters - there
         free = shutil.disk_usage(run).free
         if free < needed:
@@ -204,9 +205,10 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"))
 
 
-def staying(settings: CheckpointConfig, steps: int) -> int:
-    """How many checkpoints of so many steps stay; there is none after the last one."""
-    return (steps - 1) // settings.keep_every if settings.keep_every else 0
+def staying(settings: CheckpointConfig, train: TrainConfig) -> int:
+    """How many checkpoints stay, none after the last step; 0 with a budget, when nobody knows."""
+    known = settings.keep_every and not train.time_budget
+    return (train.steps - 1) // settings.keep_every if known else 0
 
 
 def machine(state: TrainState) -> dict[str, str]:
@@ -221,7 +223,7 @@ def machine(state: TrainState) -> dict[str, str]:
         "device": runtime.device_name(precision.device),  # with the threads of a CPU
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "precision": precision.effective + (" (emulated)" if precision.emulated else ""),
-        "processes": "any (ordered)" if ranks.ordered else processes,
+        "processes": f"any {ORDERED}" if ranks.ordered else processes,
     }
 
 

@@ -86,8 +86,7 @@ class Kept:
 def find(name: str) -> Kept:
     """The training of a name, as `show` or `ls` lists it, or of the beginning of an id of `ls`.
 
-    Of several with states to start from the one that is at work or was interrupted comes first.
-    Raises InputError where there is none.
+    Of several it is the newest with states to start from. Raises InputError where there is none.
     """
     there: dict[str, None] = {}
     found: list[Kept] = []
@@ -97,17 +96,17 @@ def find(name: str) -> Kept:
             there[own] = None
             if name == own or (len(name) >= ID_DIGITS and left.folder.name.startswith(name)):
                 found += _of_folder(own, left.folder)
-    for one in dvc_history.experiments(("train",)):
-        there[one.name] = None
+    others = list(dvc_history.experiments(("train",)))
+    for one in others:
         if name == one.name and (record := one.records.get("train")):
             said = dvc_history.read_file(one, paths.CHECKPOINTS / KEPT, paths.root())
             here = None if one.rev else paths.root() / paths.CHECKPOINTS
             steps = tuple(sorted(json.loads(said))) if said else ()
             found.append(Kept(one.name, Log.of(record), steps, here, one.rev))
     if not found:
-        known = ", ".join(there)
+        known = ", ".join(there | {one.name: None for one in others if "train" in one.records})
         raise InputError(f"{name}: no training of that name; there are: {known or 'none'}")
-    return next((one for one in found if one.steps), found[0])
+    return max(found, key=lambda one: (bool(one.steps), one.record[0]["time"]))
 
 
 def _of_folder(name: str, folder: Path) -> Iterator[Kept]:
@@ -138,8 +137,7 @@ def export(kept: Kept, step: int) -> Path:
         facts |= {"best_loss": "inf", "best_step": 0, "budget": {"spent": 0.0, "planned": 0}}
         tokens = math.prod(kept.params[f"train.{name}"] for name in STEP_TOKENS)
         parent = {"name": kept.name, "step": step, "record": kept.record[0]["id"], "tokens": tokens}
-        earlier = [one for one in facts.get("lineage", []) if one["step"] < step]
-        facts["lineage"] = [*earlier, parent]
+        facts["lineage"] = [*facts.get("lineage", []), parent]
         facts["shape"] = {name: kept.params[f"model.{name}"] for name in SHAPE}
         points = "".join(json.dumps(event) + "\n" for event in _until(kept.record, step))
         digest = digest_of([tree_digest(source / SUMS), facts, points])[:8]

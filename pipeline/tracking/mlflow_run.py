@@ -60,7 +60,9 @@ class Row:
             has_text |= event["kind"] == "text"
             if event["kind"] == "start":
                 self._log = Log()
-                self._thinning = Thinning(event["params"].get("train.steps", 0))
+                settings = event["params"]  # with a budget nobody knows how many steps there are
+                known = not settings.get("train.time_budget")
+                self._thinning = Thinning(settings.get("train.steps", 0) if known else 0)
             self._log.append(event)
             if event["kind"] == "metrics":
                 points += self._thinned(event)

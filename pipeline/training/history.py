@@ -144,6 +144,7 @@ class History:
         """
         done, loss = self.validations[-1]
         since = self.validations[-2][0] if len(self.validations) > 1 else 0
+        since = max(since, len(self.curve) - len(self.own))
         steps = self.curve[since:done]
         train = statistics.fmean(report.loss for report in steps)
         rate = sum(report.tokens for report in steps) / sum(report.seconds for report in steps)

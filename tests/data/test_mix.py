@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.data import corpus, token_files, token_writer, tokenizer
 from pipeline.errors import ConfigError, InputError
+from stages import tokenize_corpus
 
 
 @pytest.fixture
@@ -138,3 +139,9 @@ def test_a_mix_is_refused_where_it_would_not_be_read(make_config) -> None:
         make_config(corpus__mix="0.5 shakespeare + 0.5 python-docs")
     with pytest.raises(ConfigError, match="corpus.path=data/unset: expected a file or folder"):
         make_config(corpus__source="mix", corpus__mix="0.5 shakespeare + 0.5 text:a")
+
+
+def test_its_files_are_told_as_git_knows_them(make_config, folder: Path) -> None:
+    config = mixed(make_config, folder, "0.5 text:sums + 0.5 jsonl:web.jsonl")
+    names = tokenize_corpus.names(config, str(folder))
+    assert sorted(names)[-1] == "web.jsonl" and "sums/7.txt" in names and len(names) == 301

@@ -13,7 +13,7 @@ from pipeline import paths
 from pipeline.data import token_files, token_writer
 from pipeline.data.documents import Document
 from pipeline.diagnostics import replay, spikes, token_spans
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NumericsError
 from pipeline.records import record_file
 from pipeline.records.run_data import Log
 from pipeline.resume import fork
@@ -101,3 +101,30 @@ def test_replayed_steps_are_held_against_the_record(spiked: tuple[fork.Kept, int
     assert f"NOT equal to the record: train/loss of step {step} is " in said[0]
     with pytest.raises(InputError, match=r"no checkpoint before step 5; .* checkpoint.keep_every"):
         spikes.explain(kept, 5, 3, print)
+
+
+def test_a_step_that_breaks_and_one_that_breaks_later_are_told_with_the_ways_past_them(
+    spiked: tuple[fork.Kept, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, step = spiked
+    steps = replay.Replay.steps
+
+    def breaks_at(bad: int):
+        def broken(self, until, look=None):
+            for report in steps(self, until, look):
+                if report.step == bad and self.config.train.lr == kept.params["train.lr"]:
+                    raise NumericsError(f"step {bad}: the loss is nan\nmore")
+                yield report
+
+        return broken
+
+    for bad in (step, step + 2):
+        said: list[str] = []
+        monkeypatch.setattr(replay.Replay, "steps", breaks_at(bad))
+        ways = spikes.explain(kept, step, 6, said.append)
+        assert f"document {MAD} of" in said[1].splitlines()[1]
+        as_it_was, skip, lower = said[-1].splitlines()[4:]
+        assert ("not reached" in as_it_was) == (bad == step) and "made" in lower
+        assert len(ways) == 3
+        broke = "the loss is nan; replayed from the state after" in said[0]
+        assert broke == (bad == step)

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from pipeline import config as configuration
 from pipeline import paths
 from pipeline.errors import ConfigError, InputError
 from pipeline.records import record_file
-from pipeline.records.run_data import RunData
+from pipeline.records.run_data import Log, RunData
 from pipeline.resume import fork, snapshot
 from pipeline.resume.checkpoints import name_of
 from pipeline.storage import folders
@@ -124,10 +125,11 @@ def test_a_fork_of_a_fork_knows_both_parents(
 ) -> None:
     kept = parent(settings)
     child = parent(settings, train__fork=forked(kept, 3), train__seed=5)
-    train.main(settings(train__fork=forked(replace(child, name="child"), 9), train__seed=6))
+    first = child.steps[0]  # that which it was forked from, if it has kept it
+    train.main(settings(train__fork=forked(replace(child, name="child"), first), train__seed=6))
     run = RunData({"train": record_file.read(paths.record("train"))})
     lineage = json.loads(run.tags["fork.lineage"])
-    assert [(one["name"], one["step"]) for one in lineage] == [("base", 3), ("child", 9)]
+    assert [(one["name"], one["step"]) for one in lineage] == [("base", 3), ("child", first)]
     assert [one["record"] for one in lineage] == [kept.record[0]["id"], child.record[0]["id"]]
     assert recorded() == list(range(12))
 
@@ -198,3 +200,18 @@ def test_the_same_state_has_the_same_name(
     assert fork.export(kept, 6) == place and (place / "sha256.json").stat().st_mtime_ns == made
     assert fork.export(kept, 3) != place
     assert snapshot.read_facts(place)["step"] == 6
+
+
+def test_of_two_trainings_of_a_name_the_newest_is_meant(
+    workspace: Path,  # noqa: F811
+    settings: Make,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = parent(settings)
+    old, new = (Log([{**kept.record[0], "time": time}]) for time in (1, 2))
+    found = [replace(kept, record=record) for record in (new, old)]
+    left = [SimpleNamespace(identity={"stage": "train"}, status={}, folder=Path("x"))] * 2
+    monkeypatch.setattr(fork.run_folder, "every", lambda: left)
+    monkeypatch.setattr(fork, "_of_folder", lambda name, _: [found.pop()])
+    monkeypatch.setattr(fork.dvc_history, "experiments", lambda _: [])
+    assert fork.find("workspace").record[0]["time"] == 2
