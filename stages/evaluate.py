@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,8 +81,6 @@ def follow(config: Config) -> None:
             evaluated([*MODELS][number], config, inputs, at)
         elif number != inputs.number:
             raise ConfigError("it has other settings, code, tokens, items or models than the first")
-    if told[1]:  # the signal for which the first one ends
-        sys.exit(128 + told[1])
 
 
 def open_inputs(config: Config) -> Inputs:

@@ -109,9 +109,10 @@ def loop(job: Job, state: TrainState, history: History) -> None:
         validate_if_due()  # a training that was stopped may owe it
         for report in common.progress(steps, config.train.steps, state.step):
             history.add(report)
-            if state.step == forecast.MEASURED_AT:
-                seconds = [report.seconds for report in history.curve]
-                common.say(f"train: {forecast.after_first_steps(seconds, config.train, record)}")
+            if len(history.own) == forecast.MEASURED_AT:
+                times, before = [r.seconds for r in history.own], history.parents_steps
+                said = forecast.after_first_steps(times, config.train, record, before)
+                common.say(f"train: {said}")
             if not report.settled:  # the device is at work on the next one
                 continue
             validate_if_due()

@@ -85,6 +85,9 @@ def forecast(
     modes = {n: of_a_card(n) if memory else choose_precision(n, device) for n in PRECISIONS}
     found = forecast.forecast(config, modes[config.precision], free=int(memory * 2**30))
     log.info("%s, precision %s", where, config.precision)
+    if config.distributed.launcher != "local":
+        many = "distributed.launcher says how many processes there are, this is for %d"
+        log.info(many, found.ranks.world)
     log.info("%s\n", "\n".join([*found.lines(), found.advice()]))
     log.info("%s", forecast.table(config, modes.values()))
 

@@ -22,6 +22,7 @@ from pipeline import config as configuration
 from pipeline import paths, terminal
 from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
+from pipeline.compute.ranks import Ranks
 from pipeline.config import Config
 from pipeline.diagnostics import nonfinite, token_spans
 from pipeline.errors import InputError, NumericsError, StorageError, UserError, cut, out_of_memory
@@ -81,7 +82,8 @@ def attached(
         if isinstance(error, ValidationError):
             explained = nonfinite.explain_validation(error, state, inputs.val, config.train)
         else:
-            text = partial(token_spans.of_step, inputs.train, config.train)
+            mine = partial(token_spans.of_step, ranks=state.ranks.alone())
+            text = partial(mine, inputs.train, config.train)
             explained = nonfinite.explain(error, state, text)
         keep(str(explained))
         raise explained from None
@@ -160,7 +162,9 @@ def open_bundle(folder: Path, device: str = "") -> tuple[dict[str, Any], str]:
         precision = choose_precision(config.precision, where)
         model = GPT(GPTConfig(**facts["gpt"])).to(where)
         state = training_step.start(model, replace(config.train, compile=False), precision)
+        state.ranks = Ranks(ordered=config.distributed.ordered)
         restore(state, read_tensors(folder), facts)
+        state.ranks.seed(config.train.seed, state.step)
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, UserError) or out_of_memory(error):
             raise

@@ -247,6 +247,7 @@ class Forecast:
         Micro-batches are the largest that fit, at most `most`; checkpointed only where they must.
         """
         c, sequences = self.config, self.config.batch_size * self.config.accumulate
+        most = 1 if self.ranks.ordered else most
         for checkpointed in (c.checkpoint_activations, True):
             if fits := min(self.fits(checkpointed), most):
                 micro = max(n for n in range(1, fits + 1) if sequences % n == 0)
@@ -385,10 +386,16 @@ def at_peak(record: Record, summary: Mapping[str, float], precision: Precision) 
     return [f"peak memory {peak:,.0f} MiB, {peak / expected:.2f} times the forecast"]
 
 
-def after_first_steps(step_seconds: list[float], config: TrainConfig, record: Record) -> str:
-    """The line to print after MEASURED_AT steps: when this training ends, put on record as well."""
-    record.metrics({"time/forecast_seconds": run_seconds(step_seconds, config)})
-    return time_words(step_seconds, config)
+def after_first_steps(
+    step_seconds: list[float], config: TrainConfig, record: Record, before: int = 0
+) -> str:
+    """The line to print after MEASURED_AT steps: when this training ends, put on record as well.
+
+    A fork has made none of the steps `before`.
+    """
+    own = replace(config, steps=config.steps - before)
+    record.metrics({"time/forecast_seconds": run_seconds(step_seconds, own)})
+    return time_words(step_seconds, own)
 
 
 def table(config: Config, precisions: Iterable[Precision]) -> str:

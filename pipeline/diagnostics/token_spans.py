@@ -24,6 +24,7 @@ from pipeline.records.run_data import Experiment
 from pipeline.training import loop, validation
 
 if TYPE_CHECKING:
+    from pipeline.compute.ranks import Ranks
     from pipeline.diagnostics.nonfinite import Place
     from pipeline.training.training_step import Batch
 
@@ -54,9 +55,15 @@ def _positions(tokens: Tokens) -> Tokens:
     return replace(tokens, ids=_Positions(len(tokens)))  # type: ignore[arg-type]
 
 
-def of_step(tokens: Tokens, config: TrainConfig, step: int, place: Place | None = None) -> str:
+def of_step(
+    tokens: Tokens,
+    config: TrainConfig,
+    step: int,
+    place: Place | None = None,
+    ranks: Ranks | None = None,
+) -> str:
     """Lines for an error message: the sequences at fault and the others of the step."""
-    batches = _by_micro_batch(tokens, config, step)
+    batches = _by_micro_batch(tokens, config, step, ranks)
     suspects = list(batches.values())[place.batch if place else 0]
     fault = _at_fault(suspects, place)
     shown = ({"at fault": fault} if fault else {}) | dict(islice(batches.items(), SHOWN))
@@ -132,9 +139,11 @@ def place(tokens: Tokens, span: Span) -> str:
     return line.strip(" :")
 
 
-def _by_micro_batch(tokens: Tokens, config: TrainConfig, step: int) -> dict[str, list[Span]]:
+def _by_micro_batch(
+    tokens: Tokens, config: TrainConfig, step: int, ranks: Ranks | None = None
+) -> dict[str, list[Span]]:
     """Every sequence of a step."""
-    batches = loop.micro_batches(_positions(tokens), config, step)
+    batches = loop.micro_batches(_positions(tokens), config, step, ranks)
     return {f"micro-batch {number}": _spans(batch) for number, batch in enumerate(batches, 1)}
 
 

@@ -66,7 +66,8 @@ def follow(config: Config, tell: Callable[[TrainState, dict[str, Any]], None]) -
             for _ in fit(state, config.train, batches, steps_at=steps_at, pause=lambda _: False):
                 pass
         except (NumericsError, InputError):
-            next_order()  # the first one explains it, and is gone then
+            next_order()  # the first one explains it, and is gone then ...
+            raise  # ... or goes on: it has no such error
         except _Left as left:
             if number := left.args[0]:
                 sys.exit(128 + number)

@@ -52,7 +52,7 @@ def run(
     """
     given, launched = place(os.environ), LAUNCHED in os.environ
     if given and given.ranks.world > 1:
-        check(config, given.ranks.world)
+        check(config, given.ranks.world, trains=not others)
         os.environ.update(meeting_point(os.environ))
         if hasattr(signal, "SIGUSR1"):  # see `by_command`; an Interruption listens to SIGTERM
             signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
@@ -67,7 +67,7 @@ def run(
     elif not launched and config.distributed.launcher != "local":
         by_command(config)
     elif not launched and (count := processes(config)) > 1:
-        check(config, count)
+        check(config, count, trains=not others)
         launch(config, count)
     else:
         join(Ranks(ordered=config.distributed.ordered))
@@ -105,8 +105,8 @@ def processes(config: Config) -> int:
     return max(1, torch.cuda.device_count()) if config.device in ("auto", "cuda") else 1
 
 
-def check(config: Config, world: int) -> None:
-    """Raise ConfigError for what so many processes cannot do."""
+def check(config: Config, world: int, trains: bool = True) -> None:
+    """Raise ConfigError for what so many processes cannot do, or cannot train."""
     train, problems = config.train, []
     sequences = train.batch_size * train.accumulate
     if sequences % world:
@@ -131,6 +131,7 @@ def check(config: Config, world: int) -> None:
             "distributed.ordered=true distributed.strategy=fsdp: FSDP adds up gradients in an "
             "order of its own; expected distributed.strategy=ddp, or distributed.ordered=false"
         )
+    problems = problems if trains else []
     if not torch.distributed.is_available():
         problems.append(f"{world} processes: this build of torch has no torch.distributed")
     elif choose_device(config.device).type == "mps":

@@ -73,7 +73,10 @@ def run(
             work()
             leave(ranks)
     except (SystemExit, KeyboardInterrupt) as error:
-        leave(ranks, max(0, exit_code(error) - 128))
+        if ranks.asked:  # all have agreed on it, and the others wait for an order
+            leave(ranks, max(0, exit_code(error) - 128))
+        else:  # they may wait in a sum, where no order is heard: the end of this one ends them
+            board.end(exit_code(error))
         raise
     except Exception as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in `telling`
@@ -241,6 +244,12 @@ class Board:
         if self._store and self._has("failed"):
             raise PeerError("another process has failed")
         sys.exit(128 + number)
+
+    def end(self, code: int) -> None:
+        """A signal ends this process: the others end with its exit code."""
+        with contextlib.suppress(RuntimeError):
+            if self._store:
+                self._blame(f"{self.name(self.ranks.rank)} was ended by a signal", code)
 
     def _blame_the_silent(self, error: Exception, where: str) -> None:
         others = [r for r in range(self.ranks.world) if not self._has(f"lost/{r}")]

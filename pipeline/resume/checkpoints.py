@@ -190,7 +190,8 @@ class Checkpoints:
         """
         run, c = self.folder.parent, self._settings
         there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
-        kept = c.keep + 1 + staying(c, train)
+        first = int(self._all()[0].name.removeprefix("step-")) if self._all() else 0
+        kept = c.keep + 1 + staying(c, train, first)
         needed = (4 * kept + 5) * 4 * parameters - there
         free = shutil.disk_usage(run).free
         if free < needed:
@@ -205,10 +206,13 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"))
 
 
-def staying(settings: CheckpointConfig, train: TrainConfig) -> int:
-    """How many checkpoints stay, none after the last step; 0 with a budget, when nobody knows."""
-    known = settings.keep_every and not train.time_budget
-    return (train.steps - 1) // settings.keep_every if known else 0
+def staying(settings: CheckpointConfig, train: TrainConfig, first: int = 0) -> int:
+    """How many checkpoints stay from `first` on, none after the last step.
+
+    With a time budget nobody knows, and it is 0.
+    """
+    every = 0 if train.time_budget else settings.keep_every
+    return (train.steps - 1) // every - max(0, first - 1) // every if every else 0
 
 
 def machine(state: TrainState) -> dict[str, str]:

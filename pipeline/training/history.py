@@ -86,9 +86,14 @@ class History:
         }
 
     @property
+    def parents_steps(self) -> int:
+        """How many of the first steps were made by the training that this one was forked from."""
+        return self.lineage[-1]["step"] if self.lineage else 0
+
+    @property
     def own(self) -> list[StepReport]:
         """The steps that are not a parent's."""
-        return self.curve[self.lineage[-1]["step"] :] if self.lineage else self.curve
+        return self.curve[self.parents_steps :]
 
     def pause(self) -> bool:
         """What `fit` asks with a step launched that `add` is to get next."""
@@ -144,7 +149,7 @@ class History:
         """
         done, loss = self.validations[-1]
         since = self.validations[-2][0] if len(self.validations) > 1 else 0
-        since = max(since, len(self.curve) - len(self.own))
+        since = max(since, self.parents_steps)
         steps = self.curve[since:done]
         train = statistics.fmean(report.loss for report in steps)
         rate = sum(report.tokens for report in steps) / sum(report.seconds for report in steps)
