@@ -227,7 +227,7 @@ def test_a_stage_that_was_started_by_hand_is_told_of_the_edit_and_keeps_nothing(
 def test_a_full_disk_where_work_is_kept_is_said_and_the_edit_is_told(
     workspace: Path, monkeypatch, caplog
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_folder, "copy", full)
