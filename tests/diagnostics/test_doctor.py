@@ -346,7 +346,8 @@ def trained(folder: Path, monkeypatch, make_config) -> Callable[..., RunData]:
 
 
 def named(found: RunData) -> set[str]:
-    return {finding.rule for finding in doctor.examine(found)} - {"slow for this machine"}
+    of_the_machine = {"slow for this machine", "uneven speed"}  # while something else is at work
+    return {finding.rule for finding in doctor.examine(found)} - of_the_machine
 
 
 def test_all_looks_at_a_training_read_a_constant_number_of_times_its_steps() -> None:
