@@ -109,7 +109,7 @@ def loop(job: Job, state: TrainState, history: History) -> None:
         validate_if_due()  # a training that was stopped may owe it
         for report in common.progress(steps, config.train.steps, state.step):
             history.add(report)
-            if len(history.own) == forecast.MEASURED_AT:
+            if len(history.curve) == history.parents_steps + forecast.MEASURED_AT:
                 times, before = [r.seconds for r in history.own], history.parents_steps
                 said = forecast.after_first_steps(times, config.train, record, before)
                 common.say(f"train: {said}")
