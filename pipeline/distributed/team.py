@@ -132,7 +132,9 @@ def begin(
     world, params = state.ranks.world, identity["params"]
     sizes = params["train.batch_size"], params["train.accumulate"]
     each, count = state.ranks.share(*sizes)
-    record.tags({"distributed.processes": world, "distributed.devices": devices})
+    strategy = "fsdp" if state.ranks.sharded else "ddp"
+    tags = {"processes": world, "devices": devices, "strategy": strategy}
+    record.tags({f"distributed.{name}": value for name, value in tags.items()})
     state.ranks.lead(START, newest.step if newest else -1)
     return [
         f"{world} processes ({devices}); a step has train.batch_size={sizes[0]} times "

@@ -68,7 +68,7 @@ class Workspace:
         initialize(model, configuration.from_dict(params()).init, generator(0, "init"))
         save_model(model, folder / paths.INIT)
 
-    def evaluate(self, processes: int, fault: str = "") -> tuple[int, str]:
+    def evaluate(self, processes: int, fault: str = "", **changes: Any) -> tuple[int, str]:
         """The stage `evaluate` of the initial model and another one; see `train`."""
         model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
         initialize(model, configuration.from_dict(params()).init, generator(1, "init"))
@@ -87,7 +87,7 @@ class Workspace:
         text = "".join(json.dumps(item) + "\n" for item in items)
         (self.folder / "items.jsonl").write_text(text)
         given = {"evaluate__batch_size": 1, "evaluate__hellaswag": "items.jsonl"}
-        return self.end(self.start(processes, fault, "evaluate", **given))
+        return self.end(self.start(processes, fault, "evaluate", **given, **changes))
 
     def results(self) -> dict[str, float]:
         """What `evaluate` has put on record, to the bit."""
@@ -290,6 +290,15 @@ def test_a_rank_that_fails_while_it_evaluates_ends_all_and_says_why(workspace: W
     ]:
         found, said = workspace.evaluate(2, fault)
         assert found == code and "rank 1 of 2 (" in said and words in said, said
+
+
+@slow
+def test_a_signal_to_the_first_rank_ends_an_evaluation_though_the_others_wait_in_a_sum(
+    workspace: Workspace,
+) -> None:
+    """They would wait for distributed.timeout, which is longer than `end` waits."""
+    code, said = workspace.evaluate(2, "0:1:SIGTERM", distributed__timeout=10.0)
+    assert code == 143 and "Traceback" not in said, said
 
 
 # --- without starting any
