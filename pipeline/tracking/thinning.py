@@ -56,5 +56,5 @@ def is_sampled(number: int) -> bool:
 
     All of the first MOST, then every second of as many again, every fourth of twice as many, ...
     """
-    stride = 1 << max(0, (number // MOST).bit_length())
+    stride = 1 << (number // MOST).bit_length()
     return number % stride == 0
