@@ -1,6 +1,6 @@
 """A training with fingerprints (train.fingerprint_every) and without, taking turns; the hash alone.
 
-    python benchmarks/fingerprint.py [--steps 60] [--turns 3] [--every 10]
+    python benchmarks/fingerprint.py [--steps 65] [--turns 3] [--every 10]
 
 The nano recipe on the CPU, one thread, on tokens of chance: A B A B. Then the sums over as many
 parameters as GPT-2 124M has. Writes benchmarks/results/fingerprint.md.
@@ -66,7 +66,7 @@ def seconds_of(parameters: list[Tensor]) -> float:
 
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=65)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--every", type=int, default=10)
     asked = parser.parse_args(words)
