@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import struct
 from collections.abc import Iterable
@@ -74,15 +73,15 @@ def weight_sums(parameters: Iterable[Tensor], ranks: Ranks) -> Tensor:
     the same in any order. Takes 16 MiB beside the parameters. Where these lie in parts over
     processes each adds up its own, and the sums of all are added.
     """
-    made = []
-    shared = False
-    for parameter in parameters:
+    owners, made, shared = list(parameters), [], False
+    odd = _odd(max(owners, key=torch.numel))
+    for parameter in owners:
         part, shared = own(parameter), shared or is_shared(parameter)
         first = 0
         if is_shared(parameter) and len(part):
             row = torch.arange(len(parameter))  # which rows are this process's
             first = int(own_rows(row, parameter)[0]) * (parameter.numel() // len(parameter))
-        made += _sums(part, first, parameter.numel())
+        made += _sums(part, first, parameter.numel(), odd)
     sums = torch.stack(made)
     if shared:
         ranks.add_whole(sums)
@@ -91,13 +90,14 @@ def weight_sums(parameters: Iterable[Tensor], ranks: Ranks) -> Tensor:
 
 def sum_of(values: Tensor) -> int:
     """One number of all bits of a tensor, and of their places; here the host waits."""
-    return sum(torch.stack(_sums(values, 0, values.numel())).tolist()) if values.numel() else 0
+    sums = _sums(values, 0, values.numel(), _odd(values))
+    return sum(torch.stack(sums).tolist()) if sums else 0
 
 
-def _sums(part: Tensor, first: int, whole: int) -> list[Tensor]:
+def _sums(part: Tensor, first: int, whole: int, odd: Tensor) -> list[Tensor]:
     """The sums of a tensor of `whole` numbers, of which `part` holds those from `first` on."""
     bits = part.detach().reshape(-1).view(BITS[part.element_size()])
-    odd, none = _odd(part.device), torch.zeros((), dtype=torch.int64, device=part.device)
+    none = torch.zeros((), dtype=torch.int64, device=part.device)
     made = []
     for start in range(0, whole, CHUNK):
         low, high = max(start, first), min(start + CHUNK, first + len(bits))
@@ -111,9 +111,10 @@ def _sums(part: Tensor, first: int, whole: int) -> list[Tensor]:
     return made
 
 
-@functools.lru_cache(2)
-def _odd(device: torch.device) -> Tensor:
-    return 2 * torch.arange(CHUNK, device=device) + 1
+def _odd(largest: Tensor) -> Tensor:
+    """What the numbers of a chunk are multiplied by, as many as a tensor of this size needs."""
+    size = min(CHUNK, largest.numel())
+    return torch.arange(size, device=largest.device).mul_(2).add_(1)
 
 
 def sequence_marks(batch: Batch) -> list[int]:
