@@ -16,7 +16,7 @@ from pipeline import paths
 from pipeline.diagnostics import replay, token_spans, trace
 from pipeline.diagnostics.replay import Replay
 from pipeline.diagnostics.trace import Key, Trace
-from pipeline.errors import InputError, NumericsError, cut
+from pipeline.errors import InputError, NumericsError, UserError, cut
 from pipeline.records.run_data import RunData
 from pipeline.resume.checkpoints import machine, name_of
 from pipeline.resume.fork import Kept
@@ -59,7 +59,7 @@ def diverge(a: Kept, b: Kept, tell: Callable[[str], None]) -> None:
     try:
         for paragraph in _replayed(both, seen):
             tell(paragraph)
-    except InputError as error:
+    except UserError as error:
         tell(f"Not replayed, so that nobody can say more: {error}")
 
 
@@ -194,7 +194,8 @@ def _replayed(both: Both, seen: Recorded) -> Iterator[str]:
     step, parts = found
     if "batch" in parts:
         yield f"First difference: the batch of step {step:,}.\n{_batches(both, step)}"
-        return
+        if "weights" not in parts:  # else both are others from the start
+            return
     with tempfile.TemporaryDirectory(dir=paths.runs()) as scratch:
         yield _traced((first, second), step, parts, Path(scratch))
 
@@ -258,7 +259,8 @@ def _parting(a: Walk, b: Walk, drawn: bool) -> tuple[int, tuple[str, ...]] | Non
             return step, differ
         if repr((mine.loss, mine.grad_norm)) != repr((theirs.loss, theirs.grad_norm)):
             return step, ()
-    return None
+    ends = {max(walk.reports) for walk in (a, b)}
+    return (min(ends) + 1, ()) if len(ends) > 1 else None  # one of them broke
 
 
 def _batches(both: Both, step: int) -> str:

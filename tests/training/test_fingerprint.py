@@ -88,9 +88,7 @@ def test_a_weight_in_parts_has_the_sums_of_the_whole(monkeypatch: pytest.MonkeyP
     total, odd = 0, fingerprint._odd(whole)
     for first in (0, 4):  # rows, as two processes have them
         part = whole[first : first + 4]
-        total += torch.stack(
-            fingerprint._sums(part, 5 * first, whole.numel(), fingerprint._odd(whole))
-        )
+        total += torch.stack(fingerprint._sums(part, 5 * first, whole.numel(), odd))
     assert total.tolist() == sums(whole)
 
 
