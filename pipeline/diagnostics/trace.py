@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.diagnostics.replay import Replay
 from pipeline.errors import NumericsError
-from pipeline.training.fingerprint import sequence_marks, sum_of
+from pipeline.training.fingerprint import mark_of, sequence_marks
 from pipeline.training.training_step import TrainState
 
 WEIGHTS, FORWARD, LOSS, BACKWARD, GRADIENTS, UPDATE = range(6)  # in the order of a step
@@ -163,7 +163,7 @@ class _Watch(ExitStack):
             by_sequence = phase in (FORWARD, BACKWARD) and exact.dim() == 3
             parts = dict(zip(self._keys, exact, strict=True)) if by_sequence else {WHOLE: exact}
             one = self.made.setdefault(name, Made(phase, place, {}, operations))
-            one.marks |= {key: sum_of(part) for key, part in parts.items()}
+            one.marks |= {key: mark_of(part) for key, part in parts.items()}
             if name == self._wanted:
                 self.values |= {key: part.cpu().clone() for key, part in parts.items()}
 

@@ -61,8 +61,7 @@ class Taken:
         self._random = _random(state, seed)
 
     def read(self) -> Fingerprint:
-        weights = _digest(b"".join(_bytes(number) for number in self._sums.read()))
-        return Fingerprint(weights, _digest(_bytes(self._batch)), self._random)
+        return Fingerprint(_joined(self._sums.read()), _digest(_bytes(self._batch)), self._random)
 
 
 def weight_sums(parameters: Iterable[Tensor], ranks: Ranks) -> Tensor:
@@ -88,10 +87,10 @@ def weight_sums(parameters: Iterable[Tensor], ranks: Ranks) -> Tensor:
     return sums
 
 
-def sum_of(values: Tensor) -> int:
-    """One number of all bits of a tensor, and of their places; here the host waits."""
+def mark_of(values: Tensor) -> int:
+    """A number of 48 bits for a tensor, of all its bits and their places; here the host waits."""
     sums = _sums(values, 0, values.numel(), _odd(values))
-    return sum(torch.stack(sums).tolist()) if sums else 0
+    return _joined(torch.stack(sums).tolist()) if sums else 0
 
 
 def _sums(part: Tensor, first: int, whole: int, odd: Tensor) -> list[Tensor]:
@@ -131,6 +130,10 @@ def _random(state: TrainState, seed: int) -> int:
 
 def _digest(content: bytes) -> int:
     return _number(content, BYTES)
+
+
+def _joined(numbers: Iterable[int]) -> int:
+    return _digest(b"".join(map(_bytes, numbers)))
 
 
 def _number(content: bytes, size: int) -> int:

@@ -63,9 +63,9 @@ def test_each_bit_of_each_parameter_changes_the_sums() -> None:
 def test_two_numbers_in_each_others_place_change_the_sums(other: int) -> None:
     parameter = torch.zeros(CHUNK + 9)
     parameter[0], parameter[other] = 1.0, 2.0
-    before = sums(parameter)
+    before = sums(parameter), fingerprint.mark_of(parameter)
     parameter[0], parameter[other] = 2.0, 1.0
-    assert sums(parameter) != before
+    assert sums(parameter) != before[0] and fingerprint.mark_of(parameter) != before[1]
 
 
 def test_sums_are_those_of_python_integers_and_of_any_number_of_threads() -> None:
@@ -119,8 +119,7 @@ def trained(config, model):  # noqa: F811
 def test_every_nth_step_has_one_of_what_it_begins_with(trained, model) -> None:  # noqa: F811
     found = trained()
     assert [one is not None for one in found] == [True, False] * 3
-    joined = b"".join(map(fingerprint._bytes, sums(*model.parameters())))
-    assert found[0].weights == fingerprint._digest(joined)
+    assert found[0].weights == fingerprint._joined(sums(*model.parameters()))
     for part in PARTS[:2]:  # without dropout nothing is drawn
         assert len({getattr(one, part) for one in found[::2]}) == 3
     assert trained(fingerprint_every=0) == [None] * 6
