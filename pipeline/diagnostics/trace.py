@@ -198,7 +198,8 @@ class _Watch(ExitStack):
         parent = name.rpartition(".")[0]
 
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self._step_on(parent, f"the input of {name}", inputs[0])
+            if inputs[0] is not self._last:  # what the module before has given
+                self._step_on(parent, f"the input of {name}", inputs[0])
 
         def after(_: nn.Module, __: Any, output: Tensor) -> None:
             self._step_on(name, f"the output of {name}", output)
@@ -207,13 +208,14 @@ class _Watch(ExitStack):
         self.callback(module.register_forward_hook(after).remove)
 
     def _step_on(self, place: str, name: str, values: Tensor) -> None:
-        """Going forward: a tensor that a module takes or gives, unless it is the one just noted."""
-        if not self._forward or values is self._last or not values.is_floating_point():
+        """Going forward: a tensor that a module takes or gives, and later its gradient."""
+        if not self._forward or not values.is_floating_point():
             return
-        self._last = values
+        new, self._last = values is not self._last, values
         self.note(FORWARD, place, name, values)
-        if values.requires_grad:
-            values.register_hook(self._going_back(place, f"the gradient of {name[4:]}"))
+        # What is no sequence's own has a gradient that depends on how the step is cut.
+        if new and values.requires_grad and values.dim() == 3:
+            values.register_hook(self._going_back(place, f"the gradient of {name}"))
 
     def _going_back(self, place: str, name: str) -> Callable[[Tensor], None]:
         return lambda grad: self.note(BACKWARD, place, name, grad)

@@ -88,6 +88,7 @@ def _facts(kept: Kept) -> dict[str, Any]:
     head, tags = kept.record[0], RunData({"train": kept.record}).tags
     about = {f"machine.{name}": value for name, value in head["environment"].items()}
     about |= {name: value for name, value in tags.items() if name.startswith(TAGS)}
+    about |= {name: value[:12] for name, value in about.items() if name.startswith("digest.")}
     code = {"code": head["code"][:12], "commit": head["git"].get("commit", "")[:12]}
     return {"distributed.processes": "1", **head["params"], **code, **about}
 
@@ -353,10 +354,10 @@ def _size(
     low = phase in (trace.FORWARD, trace.BACKWARD, trace.GRADIENTS)
     name = max((found.precision if low else "fp32" for found in traces), key=EPSILONS.__getitem__)
     times = relative / EPSILONS[name]
-    verdict = "rounding" if times <= ROUNDING else "more than rounding: another computation"
+    verdict = "rounding" if times <= ROUNDING else "more than rounding, another computation"
     return (
-        f"Largest difference {largest:.3g}, of the largest number {relative:.3g}: {times:,.3g} "
-        f"epsilons of {name} ({EPSILONS[name]:.3g}), {verdict}."
+        f"Largest difference {largest:.3g}, which is {relative:.3g} of the largest number there "
+        f"and {times:,.3g} epsilons of {name} ({EPSILONS[name]:.3g}): {verdict}."
     )
 
 
