@@ -1,14 +1,17 @@
 """A training with fingerprints (train.fingerprint_every) and without, taking turns; the hash alone.
 
-    python benchmarks/fingerprint.py [--steps 65] [--turns 3] [--every 10]
+    python benchmarks/fingerprint.py [--steps 35] [--turns 4] [--every 10]
 
-The nano recipe on the CPU, one thread, on tokens of chance: A B A B. Then the sums over as many
+The nano recipe on the CPU, one thread, on tokens of chance: never, every N steps, in every step,
+then the other way round, and so on. Times are the processor's, which a busy machine changes less.
+Then the sums over as many
 parameters as GPT-2 124M has. Writes benchmarks/results/fingerprint.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -39,7 +42,7 @@ REPEATS = 7
 
 
 def trained(config: Config, every: int) -> list[float]:
-    """Seconds of each step."""
+    """The processor's seconds of each step; other programs' are not among them."""
     settings = replace(config.train, fingerprint_every=every)
     model = GPT(GPTConfig(**asdict(config.model)))
     initialize(model, config.init, generator(0, "weights"))
@@ -50,32 +53,35 @@ def trained(config: Config, every: int) -> list[float]:
         ids = torch.randint(VOCAB_SIZE, shape, generator=generator(step, "ids"))
         return [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
 
-    reports = loop.fit(state, settings, batches)
-    return [report.seconds for report in reports][WARM_UP:]
+    times = [time.process_time()]
+    for _ in loop.fit(state, settings, batches):
+        times.append(time.process_time())
+    return [after - before for before, after in itertools.pairwise(times)][WARM_UP:]
 
 
 def seconds_of(parameters: list[Tensor]) -> float:
     """Of the sums over these, the median of REPEATS."""
     times = []
     for _ in range(REPEATS + 1):
-        began = time.perf_counter()
+        began = time.process_time()
         fingerprint.weight_sums(parameters, Ranks()).tolist()
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
     return statistics.median(times[1:])
 
 
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=65)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=35)
+    parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--every", type=int, default=10)
     asked = parser.parse_args(words)
     torch.set_num_threads(1)
     changes = [f"train.steps={asked.steps}", "train.warmup_steps=2"]
     config = configuration.load(ROOT / "recipes" / "nano.yaml", changes)
-    means: dict[int, list[float]] = {0: [], asked.every: []}
-    for _ in range(asked.turns):
-        for every, found in means.items():
+    means: dict[int, list[float]] = {0: [], asked.every: [], 1: []}
+    trained(config, 1)  # what a process does once
+    for turn in range(asked.turns):
+        for every, found in list(means.items())[:: -1 if turn % 2 else 1]:
             found.append(statistics.fmean(trained(config, every)))
             print(every, found[-1], file=sys.stderr, flush=True)
     off = statistics.median(means[0])
@@ -97,7 +103,8 @@ def page(rows: list[tuple[object, ...]], sums: list[tuple[str, float]], turns: i
     turned = [f"ms a step, turn {n}" for n in range(1, turns + 1)]
     return (
         f"# fingerprints of steps\n\n`{facts['command']}`: {about}\n\n"
-        "The nano recipe, the mean step of each turn, and the median turn by that of 0:\n\n"
+        "The nano recipe, the processor's time of the mean step of each turn, and the median turn "
+        "by that without:\n\n"
         + markdown(("setting", *turned, "of 0"), rows)
         + "\nThe sums over all weights alone, once:\n\n"
         + markdown(("parameters", "ms"), sums)

@@ -175,7 +175,7 @@ class Walk:
 
     def words(self) -> str:
         where = f"the state after {self.start:,} steps" if self.start else "its first weights"
-        said = f"{self.kept.name}, {len(self.reports):,} steps from {where}: "
+        said = f"{self.kept.name}, from {where} up to step {max(self.reports):,}: "
         return said + (self.problem or "equal to its record")
 
 

@@ -149,8 +149,8 @@ def test_a_difference_that_comes_late_is_found_from_the_newest_state_before_it(
     a, b = trained("a", **own), trained("b", **own, train__steps=13)
     *_, by_record, replayed, found = told(a, replace(b, steps=()))
     assert "step 3 is the last that is equal, and step 4 is the first" in by_record
-    assert "a, 3 steps from the state after 2 steps: equal to its record" in replayed
-    assert "b, 5 steps from its first weights: equal to its record" in replayed
+    assert "a, from the state after 2 steps up to step 4: equal to its record" in replayed
+    assert "b, from its first weights up to step 4: equal to its record" in replayed
     assert "step 3, the update: the learning rate" in found
 
 
@@ -207,10 +207,8 @@ def test_a_replay_that_is_not_its_record_is_said_and_the_records_are_compared_al
         b = trained("b", model__dropout=0.1, train__val_every=6)
     *_, by_record, replayed, found = told(a, b)
     assert "step 0 is the first that differs, in random state." in by_record
-    assert "a, 1 steps from its first weights: equal to its record." in replayed
-    assert "b, 1 steps from its first weights: NOT equal to its record: train/loss of step 0" in (
-        replayed
-    )
+    assert "a, from its first weights up to step 0: equal to its record." in replayed
+    assert "b, from its first weights up to step 0: NOT equal to its record: " in replayed
     assert found.startswith("The replays do not differ, up to step 0")
 
 
