@@ -32,6 +32,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "compare": experiments.compare,
     "doctor": runs.doctor,
     "explain": runs.explain,
+    "diverge": runs.diverge,
     "report": experiments.report,
     "ui": experiments.ui,
     "sample": models.sample,

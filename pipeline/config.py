@@ -175,6 +175,10 @@ class TrainConfig:
     skip_spikes: float = setting(
         "skip a step whose gradient norm is this many times the recent median; 0 for never", low=0
     )
+    fingerprint_every: int = setting(
+        "steps between fingerprints of weights, batch and random state in the record; 0 for none",
+        low=0,
+    )
     fork: str = setting("a state to go on from, as `python -m pipeline fork` writes it")
 
 

@@ -65,6 +65,23 @@ def explain(
         experiments.run(member)
 
 
+def diverge(
+    first: Annotated[str, Argument(metavar="A", help="A run, as `show` or `ls` names it")],
+    second: Annotated[str, Argument(metavar="B", help="Another one")],
+) -> None:
+    """Find the first step, layer and operation where two runs part.
+
+    python -m pipeline diverge A B
+
+    By the fingerprints in their records (train.fingerprint_every), then by a replay of both.
+    """
+    from pipeline.experiments import divergence
+    from pipeline.resume import fork
+
+    both = fork.find(first), fork.find(second)
+    divergence.diverge(*both, lambda paragraph: log.info("%s\n", paragraph))
+
+
 def forecast(
     params: Annotated[Path, Argument(metavar="FILE", help="A recipe, say")] = Path("params.yaml"),
     memory: Annotated[float, Option(metavar="GB", min=0, help="Of a card, here or not")] = 0.0,

@@ -54,7 +54,12 @@ class Ranks:
         """
         self._draws = seed, step
         if self.world > 1:
-            torch.manual_seed(derived_seed(seed, f"dropout of step {step}, rank {self.rank}"))
+            self.draw_as(self.rank)
+
+    def draw_as(self, rank: int) -> None:
+        """Have torch's generators begin the step as process `rank` of several does."""
+        seed, step = self._draws
+        torch.manual_seed(derived_seed(seed, f"dropout of step {step}, rank {rank}"))
 
     def next_draws(self, number: int) -> None:
         """In order, before this process's micro-batch `number`: each sequence has its dropout."""
@@ -131,6 +136,11 @@ class Ranks:
         counts, asked = torch.stack(both).unbind(1)
         self.asked = max(self.asked, int(asked.max()))  # another may have come just now
         return int(counts.sum())
+
+    def add_whole(self, numbers: Tensor) -> None:
+        """Replace whole numbers of a device by their sums over all processes, modulo 2^64."""
+        if self.world > 1:
+            _do(dist.all_reduce, numbers)
 
     def lead(self, order: int, value: int = 0) -> None:
         """What the others do next; said by the first process alone, heard by `told`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +34,14 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else "mps"
 
 
-class Numbers:
-    """0-dim tensors of one device on their way to the host, in one transfer.
+class Transfer:
+    """A tensor (n,) on its way to the host.
 
     `read` waits for what was launched before this was made, and for nothing launched since.
     """
 
-    def __init__(self, *numbers: Tensor):
-        self._values = torch.stack([number.float() for number in numbers])
+    def __init__(self, values: Tensor):
+        self._values = values
         self._there: torch.cuda.Event | None = None
         if self._values.device.type == "cuda":
             # Into pinned memory, which torch takes for a copy that nobody waits for.
@@ -48,11 +49,18 @@ class Numbers:
             self._there = torch.cuda.Event()
             self._there.record()
 
-    def read(self) -> list[float]:
+    def read(self) -> list[Any]:
         """The numbers; here the host waits for the device."""
         if self._there:
             self._there.synchronize()
         return self._values.tolist()
+
+
+class Numbers(Transfer):
+    """0-dim tensors of one device on their way to the host, in one transfer."""
+
+    def __init__(self, *numbers: Tensor):
+        super().__init__(torch.stack([number.float() for number in numbers]))
 
 
 @contextmanager

@@ -32,9 +32,10 @@ from pipeline.storage.digests import digest_of, dvc_md5, tree_digest
 
 log = logging.getLogger(__name__)
 
-# Significant digits of a value: the page shows what it is given. No timing repeats to five.
+# Significant digits of a value: the page shows what it is given. No timing repeats to five, and a
+# fingerprint is a whole number below 2^53.
 DIGITS = 6
-DIGITS_OF = {"perf": 4, "time": 4, "system": 4}
+DIGITS_OF = {"perf": 4, "time": 4, "system": 4, "fingerprint": 17}
 EDITED = (
     f"{paths.PARAMS} was edited after this run's {{stage}} stage had begun:{{changed}}\n"
     "The stages that are finished are kept. The same command again goes on with what stands there "

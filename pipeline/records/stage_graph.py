@@ -57,9 +57,9 @@ def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changes_training(setting: str) -> bool:
-    """Whether the trained weights depend on a setting: not on the debugger, nor on what is kept."""
+    """Whether the trained weights depend on a setting: not on what is looked at, or kept."""
     read = any(stages()[stage].reads(setting) for stage in (*upstream("train"), "train"))
-    return read and not setting.startswith(("debug.", "checkpoint."))
+    return read and not setting.startswith(("debug.", "checkpoint.", "train.fingerprint_every"))
 
 
 def sources(stage: str) -> tuple[str, ...]:

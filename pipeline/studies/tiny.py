@@ -48,6 +48,7 @@ TRAIN = TrainConfig(
     val_tokens=1,
     max_skipped=100,
     skip_spikes=0.0,
+    fingerprint_every=0,
     fork=UNSET_PATH,
 )
 

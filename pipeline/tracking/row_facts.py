@@ -14,7 +14,8 @@ from pipeline.records.run_data import Curve, Log, RunData, samples
 # A run's page lists every metric and tag by name alone. These nobody compares runs by: they are
 # the same for all of them, follow from others, or are the noise of a step's parts.
 METRICS_ASIDE = re.compile(
-    r"(data|health|init|init_val|model|numerics|sample|time)/.*|train/(steps|skipped_steps|found_inf"
+    r"(data|fingerprint|health|init|init_val|model|numerics|sample|time)/.*"
+    r"|train/(steps|skipped_steps|found_inf"
     r"|final_loss|best_val_loss)|val/(unigram_loss|perplexity|.*(_count|_acc|_per_token|_stderr))"
     r"|perf/(data_seconds|step_seconds|warm_up_seconds|matrix_gflops|of_matrix_rate|tokenize_.*"
     r"|forecast_.*)"

@@ -14,6 +14,7 @@ from pipeline.compute.runtime import derived_seed
 from pipeline.compute.throughput import Stopwatch
 from pipeline.data.batches import batch_at
 from pipeline.errors import NumericsError
+from pipeline.training.fingerprint import Fingerprint, Taken
 from pipeline.training.optimizers import learning_rate
 from pipeline.training.prefetch import Prefetch
 from pipeline.training.training_step import (
@@ -48,6 +49,7 @@ class StepReport(StepResult):
     tokens: int
     steps: int  # that the run has, as things stand
     settled: bool = True  # the state is that after this step: see `fit`
+    fingerprint: Fingerprint | None = None  # of what it began with, every `fingerprint_every`
 
     @property
     def last(self) -> bool:
@@ -108,6 +110,7 @@ class _Step(NamedTuple):
 
     work: Launched
     facts: dict[str, Any]
+    fingerprint: Taken | None
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,12 @@ class _Run:
         facts = {"step": number, "steps": steps, "data_seconds": watch.so_far() - asked}
         facts["tokens"] = sum(x.numel() for x, _ in state.batches) * state.ranks.world
         facts["learning_rate"] = rate = learning_rate(number, self.config, steps)
+        every = self.config.fingerprint_every
+        taken = Taken(state, self.config.seed) if every and number % every == 0 else None
         look = self._aside if self.look and number in self.look_at else None
         work = launch(state, state.batches, rate, self.config, look, earlier)
         self.source.prepare(number + 1, steps)
-        return _Step(work, facts)
+        return _Step(work, facts, taken)
 
     def can_wait(self, step: _Step) -> bool:
         """Whether nothing of the step after this one depends on what the host is to read of it."""
@@ -155,7 +160,9 @@ class _Run:
         """What came of a step, which is read here; `settled`: no other one has been launched."""
         result = finish(self.state, step.work)
         seconds = self.watch.stop() if settled else self.watch.lap()
-        report = StepReport(**vars(result), **step.facts, seconds=seconds, settled=settled)
+        taken = step.fingerprint.read() if step.fingerprint else None
+        facts = {**vars(result), **step.facts, "fingerprint": taken}
+        report = StepReport(**facts, seconds=seconds, settled=settled)
         _count(self.state, report, self.config)
         return report
 

@@ -177,7 +177,8 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
     inner_args, inner_kwargs = _each((args, kwargs), _on_host)
     result = func(*inner_args, **inner_kwargs)
     if name == "_to_copy" and not made_here and kwargs.get("non_blocking"):
-        LATE.append((torch.full_like(result, torch.nan), result.clone()))
+        nothing = torch.nan if result.is_floating_point() else -1
+        LATE.append((torch.full_like(result, nothing), result.clone()))
         return LATE[-1][0]
     if name in _READS or not made_here:
         _wait(name)
