@@ -21,6 +21,7 @@ from pipeline.ladders.plan import Ladder, Rung, same_training
 from pipeline.ladders.registered import Forecast, Outcome
 from pipeline.ladders.scaling_law import Fit, Point
 from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.model.init import initialize
 from pipeline.records import dvc_history, git, provenance
 from pipeline.records.run_data import Event, Experiment
 from pipeline.resume import fork
@@ -125,11 +126,14 @@ def seconds_per_step(rung: Rung) -> float:
     train = replace(config.train, compile=False, steps=MEASURED)
     precision = choose_precision(config.precision, choose_device(config.device))
     with torch.random.fork_rng(devices=[]):
-        model = GPT(GPTConfig(**asdict(config.model))).to(precision.device)
+        model = GPT(GPTConfig(**asdict(config.model)))
+        initialize(model, config.init, torch.default_generator)
         size = train.batch_size, train.sequence_length + 1
         ids = torch.randint(config.model.vocab_rows, (train.accumulate, *size))
         batches: list[Batch] = [(one[:, :-1], one[:, 1:]) for one in ids]
-        steps = training(start(model, train, precision), train, lambda step: batches)
+        steps = training(
+            start(model.to(precision.device), train, precision), train, lambda step: batches
+        )
         return statistics.median(report.seconds for report in steps)
 
 

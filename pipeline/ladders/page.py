@@ -108,10 +108,7 @@ def answer(asked: str, found: Found, changes: Sequence[str]) -> str:
     base = load(paths.root() / paths.PARAMS, changes)
     asked_for = sized(base, match[1])
     count = parameters(asked_for)
-    rate, largest = (
-        _rate(GPTConfig(**vars(model)), base.train.sequence_length, found),
-        found.largest,
-    )
+    rate, largest = _rate(asked_for, found), found.largest
     amount, timed = float(match[2]) * UNITS[match[3]], match[3] in ("h", "min")
     tokens = amount * rate if timed else amount
     seconds = tokens / rate
