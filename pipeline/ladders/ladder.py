@@ -22,6 +22,7 @@ from pipeline.ladders.registered import Forecast, Outcome
 from pipeline.ladders.scaling_law import Fit, Point
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
+from pipeline.published import VOCAB_SIZE
 from pipeline.records import dvc_history, git, provenance
 from pipeline.records.run_data import Event, Experiment
 from pipeline.resume import fork
@@ -129,7 +130,7 @@ def seconds_per_step(rung: Rung) -> float:
         model = GPT(GPTConfig(**asdict(config.model)))
         initialize(model, config.init, torch.default_generator)
         size = train.batch_size, train.sequence_length + 1
-        ids = torch.randint(config.model.vocab_rows, (train.accumulate, *size))
+        ids = torch.randint(VOCAB_SIZE, (train.accumulate, *size))
         batches: list[Batch] = [(one[:, :-1], one[:, 1:]) for one in ids]
         steps = training(
             start(model.to(precision.device), train, precision), train, lambda step: batches

@@ -6,6 +6,9 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
 
 from pipeline import paths
 from pipeline.config import Config, load
@@ -18,6 +21,10 @@ from pipeline.ladders.plan import Ladder, Rung, flops_per_token, parameters, siz
 from pipeline.ladders.registered import Forecast, Outcome
 from pipeline.ladders.scaling_law import INSIDE, Band, Fit
 from pipeline.tables import markdown
+from pipeline.tracking.mlflow_run import attach
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +81,8 @@ def law_words(found: Found) -> str:
     ]
     said = [
         f"{fit.law.words()}, nats/token; N are all parameters, D the tokens trained on.",
-        f"It leaves {100 * fit.residual:.2g}% of the loss beside it"
-        + (f"; seeds have a std of {found.noise:.2g} nats/token." if found.noise else "."),
+        f"The rungs lie beside it by {fit.residual:.2g} nats/token (root mean square)"
+        + (f"; seeds have a std of {found.noise:.2g}." if found.noise else "."),
         f"{INSIDE:.0%} of {len(fit.draws)} bootstrap draws have E in [{low:.2f}, {high:.2f}], "
         f"{', '.join(ranges)}.",
     ]
@@ -179,6 +186,8 @@ def conclude(found: Found) -> None:
         drawn = figures.ladder(*lines(found.forecast), found.forecast, found.outcome)
         figures.save(drawn, folder / "ladder.png")
         log.info("figure: %s", folder / "ladder.png")
+    if found.outcome:
+        attach([found.outcome.record], folder, "ladder")
 
 
 def lines(forecast: Forecast) -> tuple[dict[str, figures.Points], dict[str, figures.Points]]:
@@ -195,13 +204,20 @@ def lines(forecast: Forecast) -> tuple[dict[str, figures.Points], dict[str, figu
     return {name: sorted(found) for name, found in seen.items()}, fitted
 
 
-def section(known: Iterable[tuple[Forecast, Outcome | None]]) -> list[dict[str, object]]:
-    """What the report shows of each forecast: words, and a figure as SVG."""
+def section(known: Iterable[tuple[Forecast, Outcome | None]]) -> list[dict[str, Any]]:
+    """What the report shows of each forecast: words, and a figure as SVG with words for it."""
     return [
         {
             "name": forecast.name,
             "words": outcome.words() if outcome else f"{forecast.band.words()}; not run yet.",
-            "image": figures.svg(figures.ladder(*lines(forecast), forecast, outcome)).decode(),
+            "alt": f"Loss by tokens of {len(forecast.points)} rungs, the law and the forecast.",
+            "image": _svg(figures.ladder(*lines(forecast), forecast, outcome)),
         }
         for forecast, outcome in known
     ]
+
+
+def _svg(figure: Figure) -> Markup:
+    text = figures.svg(figure).decode()
+    # An id may stand in a page once, and nobody asks for these.
+    return Markup(re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :]))

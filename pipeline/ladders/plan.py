@@ -96,17 +96,15 @@ def plan(
     if problems:
         raise ConfigError("\n".join(problems))
     base = load(paths.root() / paths.PARAMS, changes)
-    if base.init.source != "random":
-        raise ConfigError(f"init.source={base.init.source}: a ladder trains fresh weights")
+    last = int(steps) if steps else horizons[-1]
+    if problems := list(_unusable(base, min(*horizons, last))):
+        raise ConfigError("\n".join(problems))
     rungs: list[Rung] = []
     for size in dict.fromkeys(sizes):
         rungs += _of_size(size, base, horizons, changes)
     small = min(rungs, key=lambda one: (one.parameters, one.steps))
     others = tuple(_seeded(small, seed, changes) for seed in seeds)
-    last = int(steps) if steps else horizons[-1]
     own = _rung(ahead or one_up(rungs[-1].config), base, last, changes, 0, "next")
-    if problems := list(_unusable(base, horizons, own)):
-        raise ConfigError("\n".join(problems))
     return Ladder(tuple(rungs), (small, *others), own, tuple(changes))
 
 
@@ -116,15 +114,18 @@ def _sets(word: str) -> bool:
     return name in (*own, "checkpoint.keep_every", *(f"model.{n}" for n in SIZES[:3]))
 
 
-def _unusable(base: Config, horizons: Sequence[int], own: Rung) -> Iterator[str]:
-    first = min(stable_steps(base, horizons[0]), stable_steps(base, own.steps))
-    if base.train.warmup_steps > first:
+def _unusable(base: Config, shortest: int) -> Iterator[str]:
+    first, train = stable_steps(base, shortest), base.train
+    if first < max(1, train.warmup_steps):
         yield (
-            f"train.warmup_steps={base.train.warmup_steps}: the shortest horizon begins to cool "
-            f"down after {first:,} steps; give longer --horizons or a shorter warm-up"
+            f"train.warmup_steps={train.warmup_steps} train.cooldown={train.cooldown:g}: the "
+            f"horizon of {shortest:,} steps begins to cool down after {first:,}, too soon; "
+            "give longer --horizons, or less of either"
         )
+    if base.init.source != "random":
+        yield f"init.source={base.init.source}: a ladder trains fresh weights, random is expected"
     if base.checkpoint.resume == "require":
-        yield "checkpoint.resume=require: a ladder begins trainings; auto is expected"
+        yield "checkpoint.resume=require: a ladder begins trainings, auto is expected"
 
 
 def _of_size(

@@ -70,6 +70,7 @@ class Outcome:
     """What came of the training, beside its forecast."""
 
     forecast: Forecast
+    record: str  # id of the training's record
     loss: float  # nats/token
     problem: str  # why the forecast does not count as registered before the run; "" where it does
 
@@ -138,7 +139,7 @@ def every(problems: list[str]) -> list[Forecast]:
 
 def outcome(forecast: Forecast, head: Event, loss: float, data: str) -> Outcome:
     """A training, by its record's first event and tokens, held against the forecast of it."""
-    return Outcome(forecast, loss, _problem(forecast, head, data))
+    return Outcome(forecast, head["id"], loss, _problem(forecast, head, data))
 
 
 def _problem(forecast: Forecast, head: Event, data: str) -> str:
