@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -15,7 +17,7 @@ from pipeline.compute.precision import choose_precision
 from pipeline.compute.runtime import choose_device
 from pipeline.config import flatten, load
 from pipeline.errors import InputError
-from pipeline.experiments import forks, sweep, trainings
+from pipeline.experiments import forks, sweep
 from pipeline.ladders import registered, scaling_law
 from pipeline.ladders.plan import Ladder, Rung, same_training
 from pipeline.ladders.registered import Forecast, Outcome
@@ -23,9 +25,10 @@ from pipeline.ladders.scaling_law import Fit, Point
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.published import VOCAB_SIZE
-from pipeline.records import dvc_history, git, provenance
+from pipeline.records import dvc_history, git, provenance, record_reader, stage_graph
 from pipeline.records.run_data import Event, Experiment
-from pipeline.resume import fork
+from pipeline.resume import fork, run_folder
+from pipeline.storage.digests import digest_of, dvc_md5
 from pipeline.training.loop import fit as training
 from pipeline.training.time_budget import validation_seconds
 from pipeline.training.training_step import Batch, start
@@ -73,46 +76,77 @@ class Found:
 # --- what has been trained already
 
 
-def trained() -> list[Experiment]:
-    """Every experiment, and the workspace's run, with a training that has ended."""
-    known = dvc_history.experiments(("tokenize", STAGE))
-    return [
+@dataclass(frozen=True)
+class Trained:
+    """An experiment, or the workspace's run, whose training has ended."""
+
+    run: Experiment
+    code: str  # digest of the code that DVC vouches for
+
+    @property
+    def head(self) -> Event:
+        return self.run.records[STAGE][0]
+
+    @property
+    def data(self) -> str:
+        """Digest of its training tokens."""
+        return self.run.tags.get("digest.train", "")
+
+    def has(self, settings: Mapping[str, Any], code: str) -> bool:
+        return self.code == code and same_training(settings, self.head["params"])
+
+
+def trained() -> list[Trained]:
+    """Every one that there is."""
+    ended = [
         one
-        for one in known
+        for one in dvc_history.experiments(("tokenize", STAGE))
         if one.records.get(STAGE) and one.records[STAGE][-1].get("status") == "FINISHED"
+    ]
+    locks = git.contents("dvc.lock", [one.rev for one in ended if one.rev])
+    here = paths.root() / "dvc.lock"
+    locks[""] = here.read_bytes() if here.exists() else b""
+    return [
+        Trained(one, digest_of(stage_graph.locked_code(locks.get(one.rev, b""), STAGE)))
+        for one in ended
     ]
 
 
-def find(rung: Rung, known: Iterable[Experiment]) -> Done | None:
+@functools.cache
+def code_here() -> str:
+    """Digest of the code that decides a training's result, as it is now; as of `Trained`.
+
+    Not the record's: after an edit of a later stage DVC gives the same training from its cache.
+    """
+    names = stage_graph.code_paths(STAGE)
+    return digest_of({name: dvc_md5(stage_graph.ROOT / name) for name in names})
+
+
+def find(rung: Rung, known: Iterable[Trained]) -> Done | None:
     """The newest finished training of a rung by this very code; None where there is none.
 
     Raises InputError for one whose last validation was not finite.
     """
-    code = provenance.code_digest()
-    mine = [one for one in known if one.records[STAGE][0]["code"] == code and _is(rung, one)]
+    code = code_here()
+    mine = [one for one in known if one.has(rung.settings, code) and _begins_as(rung, one.run)]
     if not mine:
         return None
-    one = max(mine, key=lambda one: one.records[STAGE][0]["time"])
-    loss, speed = one.last("train/val_loss"), one.last("perf/tokens_per_second")
+    one = max(mine, key=lambda one: one.head["time"])
+    run, loss = one.run, one.run.last("train/val_loss")
+    speed = run.last("perf/tokens_per_second")
     if loss is None or not math.isfinite(loss) or not speed:
-        raise InputError(f"{one.name}: its validation loss is {loss}; no law holds such a training")
-    tokens = one.last("data/train_tokens")
-    return Done(rung, one.name, one.records[STAGE][0], loss, speed, _data(one), tokens)
+        raise InputError(f"{run.name}: its validation loss is {loss}; no law holds such a training")
+    return Done(rung, run.name, one.head, loss, speed, one.data, run.last("data/train_tokens"))
 
 
-def _is(rung: Rung, one: Experiment) -> bool:
+def _begins_as(rung: Rung, run: Experiment) -> bool:
     """A fork at the step where a run of its length begins to fall has the same bits as that run."""
-    whole = not one.lineage or (
-        len(one.lineage) == 1 and one.lineage[0]["step"] == rung.begins and rung.parent is not None
-    )
-    return whole and same_training(rung.settings, one.records[STAGE][0]["params"])
+    if not run.lineage:
+        return True
+    return bool(rung.parent) and [one["step"] for one in run.lineage] == [rung.begins]
 
 
-def _data(one: Experiment) -> str:
-    return one.tags.get("digest.train", "")
-
-
-def collect(rungs: Iterable[Rung], known: Sequence[Experiment]) -> tuple[list[Done], list[Rung]]:
+def collect(rungs: Iterable[Rung], known: Sequence[Trained]) -> tuple[list[Done], list[Rung]]:
     """The finished ones, and those that are missing."""
     found = [(rung, find(rung, known)) for rung in rungs]
     return [done for _, done in found if done], [rung for rung, done in found if not done]
@@ -161,7 +195,7 @@ def state_bytes(rungs: Iterable[Rung]) -> int:
     return sum(kept)
 
 
-def run_missing(rungs: Sequence[Rung], known: list[Experiment]) -> list[Done]:
+def run_missing(rungs: Sequence[Rung], known: list[Trained]) -> list[Done]:
     """All of them trained, the missing ones now, one after another.
 
     Raises InputError for one that fails; KeyboardInterrupt leaves the finished ones finished.
@@ -185,7 +219,7 @@ def run(member: sweep.Member) -> None:
         raise
 
 
-def _member(rung: Rung, known: Sequence[Experiment]) -> sweep.Member:
+def _member(rung: Rung, known: Sequence[Trained]) -> sweep.Member:
     """The experiment that trains a rung."""
     if rung.parent:
         parent = find(rung.parent, known)
@@ -212,7 +246,7 @@ def inputs(rung: Rung) -> tuple[str, ...]:
 # --- the law and the forecast
 
 
-def fitted(ladder: Ladder, known: Sequence[Experiment]) -> Found:
+def fitted(ladder: Ladder, known: Sequence[Trained]) -> Found:
     """The law of the finished rungs; raises InputError where one is missing."""
     done, missing = collect(ladder.rungs, known)
     seeds, absent = collect(ladder.seeds, known)
@@ -228,24 +262,33 @@ def fitted(ladder: Ladder, known: Sequence[Experiment]) -> Found:
     return Found(tuple(done), scaling_law.fit([one.point for one in done], noise), noise)
 
 
-def register(own: Rung, found: Found) -> Forecast:
+def register(own: Rung, found: Found, seen: Sequence[Trained]) -> Forecast:
     """The forecast of a training: the one on record, else a new one, written before its run.
 
     Raises InputError where that training has begun without one.
     """
-    code, settings = provenance.code_digest(), own.settings
+    code, settings = code_here(), own.settings
     problems: list[str] = []
     known = registered.of_training(registered.every(problems), settings, code)
     for problem in problems:
         log.warning("%s", problem)
     if known:
         return known
-    begun = [one.record[0] for one in trainings.every() if len(one.record)]
-    registered.check_unseen(settings, code, begun)
+    registered.check_unseen(settings, begun(seen))
     forecast = forecast_of(own, found)
     path = registered.write(forecast)
     log.info("\nforecast registered: %s", path.relative_to(paths.root()))
     return forecast
+
+
+def begun(finished: Iterable[Trained]) -> Iterator[Event]:
+    """The first events of all trainings by this code, of those at work and stopped as well."""
+    yield from (one.head for one in finished if one.code == code_here())
+    for left in run_folder.every():
+        journal = left.folder / run_folder.JOURNAL
+        mine = left.identity.get("stage") == STAGE, left.identity.get("code")
+        if mine == (True, provenance.code_of(STAGE)) and journal.exists():
+            yield from record_reader.ends(journal, STAGE)[:1]
 
 
 def forecast_of(own: Rung, found: Found) -> Forecast:
@@ -262,7 +305,7 @@ def forecast_of(own: Rung, found: Found) -> Forecast:
         run=own.name,
         time=registered.now(),
         commit=git.state()["commit"],
-        code=provenance.code_digest(),
+        code=code_here(),
         data=found.done[0].data,
         settings=own.settings,
         parameters=own.parameters,
@@ -277,7 +320,7 @@ def forecast_of(own: Rung, found: Found) -> Forecast:
     )
 
 
-def run_next(own: Rung, forecast: Forecast, known: list[Experiment]) -> Outcome:
+def run_next(own: Rung, forecast: Forecast, known: list[Trained]) -> Outcome:
     """Train what was forecast, under the name that shows it, and hold it against the forecast."""
     if not find(own, known):
         member = sweep.Member(forecast.name, changes(own), own.config, inputs(own), STAGE)
@@ -289,32 +332,27 @@ def run_next(own: Rung, forecast: Forecast, known: list[Experiment]) -> Outcome:
     return outcome
 
 
-def forecast_and_run(asked: Ladder, known: list[Experiment], register_only: bool) -> Found:
+def forecast_and_run(asked: Ladder, known: list[Trained], register_only: bool) -> Found:
     """The law of the finished rungs, its forecast on record, and what came of it, if it ran."""
     found = fitted(asked, known)
-    forecast = register(asked.next, found)
+    forecast = register(asked.next, found, known)
     if register_only:
         return replace(found, forecast=forecast, outcome=held(forecast, known))
     outcome = run_next(asked.next, forecast, known)
     return replace(found, forecast=forecast, outcome=outcome)
 
 
-def held(forecast: Forecast, known: Iterable[Experiment]) -> Outcome | None:
+def held(forecast: Forecast, known: Iterable[Trained]) -> Outcome | None:
     """A forecast beside the first training that it is of: no later one counts."""
-    runs = [
-        one
-        for one in known
-        if one.records[STAGE][0]["code"] == forecast.code
-        and same_training(forecast.settings, one.records[STAGE][0]["params"])
-    ]
-    one = min(runs, key=lambda one: one.records[STAGE][0]["time"], default=None)
-    loss = one.last("train/val_loss") if one else None
+    runs = [one for one in known if one.has(forecast.settings, forecast.code)]
+    one = min(runs, key=lambda one: one.head["time"], default=None)
+    loss = one.run.last("train/val_loss") if one else None
     if not one or loss is None:
         return None
-    return registered.outcome(forecast, one.records[STAGE][0], loss, _data(one))
+    return registered.outcome(forecast, one.head, loss, one.data)
 
 
-def outcomes(known: Sequence[Experiment]) -> list[tuple[Forecast, Outcome | None]]:
+def outcomes(known: Sequence[Trained]) -> list[tuple[Forecast, Outcome | None]]:
     """Every forecast ever registered here, the oldest first, with what came of it so far."""
     problems: list[str] = []
     found = [(forecast, held(forecast, known)) for forecast in registered.every(problems)]

@@ -34,7 +34,7 @@ class Forecast:
     run: str  # what its experiment's name begins with
     time: int  # of writing, in milliseconds since 1970
     commit: str  # of git; "" without one
-    code: str  # digest of the code that decides results
+    code: str  # digest of the code that decides a training's result
     data: str  # digest of the training tokens
     settings: Mapping[str, Any]  # those of the training, by dotted name
     parameters: int
@@ -148,12 +148,10 @@ def _problem(forecast: Forecast, head: Event, data: str) -> str:
         return f"that training began {began}, which does not end in {forecast.digest}"
     if head["time"] < forecast.time:
         return "by its clock that training began before the forecast was written"
+    if data != forecast.data:
+        return "that training had other tokens"
     differing = [n for n, v in forecast.settings.items() if head["params"].get(n) != v]
-    if differing:
-        return f"that training has another {differing[0]}"
-    if head["code"] != forecast.code:
-        return "that training had other code"
-    return "" if data == forecast.data else "that training had other tokens"
+    return f"that training has another {differing[0]}" if differing else ""
 
 
 def of_training(
@@ -164,14 +162,13 @@ def of_training(
     return min(same, key=lambda one: one.time, default=None)
 
 
-def check_unseen(settings: Mapping[str, Any], code: str, heads: Iterable[Event]) -> None:
+def check_unseen(settings: Mapping[str, Any], heads: Iterable[Event]) -> None:
     """Raises InputError where such a training has begun, so that a forecast would come after it.
 
-    `heads` are the first events of every training that there is, finished or not.
+    `heads` are the first events of every training by this code that there is, finished or not.
     """
     for head in heads:
-        same = all(head["params"].get(name) == value for name, value in settings.items())
-        if same and head["code"] == code:
+        if all(head["params"].get(name) == value for name, value in settings.items()):
             raise InputError(
                 f"{head['name'] or head['id']}: this very training has begun already, without a "
                 "forecast; one made now would come too late. Choose a --next that nobody has seen, "

@@ -12,9 +12,9 @@ from pipeline import config as configuration
 from pipeline.errors import ConfigError, InputError
 from pipeline.experiments.sweep import Member
 from pipeline.ladders import ladder, page, plan
+from pipeline.ladders.ladder import Trained
 from pipeline.ladders.plan import Ladder, Rung
 from pipeline.model.gpt import GPT, GPTConfig
-from pipeline.records import provenance
 from pipeline.records.run_data import Experiment
 from pipeline.training.optimizers import learning_rate
 from tests.conftest import ROOT, recipe
@@ -127,23 +127,26 @@ def test_a_recipe_of_published_weights_makes_no_ladder() -> None:
 # --- what has been trained already
 
 
-def trained(rung: Rung, name: str, loss: float = 6.0, **head: Any) -> Experiment:
+def trained(rung: Rung, name: str, loss: float = 6.0, code: str = "", begins: int = 0) -> Trained:
     """The experiment that a rung's run leaves."""
     start = {
         **{"kind": "start", "stage": "train", "id": name.encode().hex()[:32].ljust(32, "0")},
-        **{"time": 1, "name": name, "code": provenance.code_digest()},
+        **{"time": 1, "name": name},
         **{"params": configuration.flatten(rung.config)},
     }
     tags = {"digest.train": "tokens"}
     if rung.parent:
-        tags["fork.lineage"] = f'[{{"name": "p", "step": {rung.begins}, "record": "{"a" * 32}"}}]'
+        tags["fork.lineage"] = (
+            f'[{{"name": "p", "step": {begins or rung.begins}, "record": "{"a" * 32}"}}]'
+        )
     values = {"train/val_loss": loss, "perf/tokens_per_second": 1000.0}
     events = [
         {"kind": "tags", "values": tags},
         {"kind": "metrics", "step": rung.steps, "time": 2, "values": values},
         {"kind": "end", "status": "FINISHED", "time": 3},
     ]
-    return Experiment(name, "rev", {"train": [start | head, *events]})
+    run = Experiment(name, "rev", {"train": [start, *events]})
+    return Trained(run, code or ladder.code_here())
 
 
 def test_a_ladder_that_was_stopped_runs_only_what_is_missing(monkeypatch, caplog) -> None:
@@ -157,7 +160,7 @@ def test_a_ladder_that_was_stopped_runs_only_what_is_missing(monkeypatch, caplog
         ran.append(member.name)
         there.append(trained(rung, member.name))
 
-    def member(rung: Rung, known: Sequence[Experiment]) -> Member:
+    def member(rung: Rung, known: Sequence[Trained]) -> Member:
         return Member(rung.name, {}, rung.config)
 
     monkeypatch.setattr(ladder.forks, "run", run)
@@ -179,15 +182,10 @@ def test_a_training_counts_by_settings_code_and_the_state_it_began_with() -> Non
     assert not ladder.find(short, [trained(short, "x", code="another")])
     direct = trained(Rung("", short.size, short.config), "whole")
     assert ladder.find(short, [direct]), "a run of that length has the same bits as the fork"
-    lineage = trained(short, "late").records["train"][1]["values"]
-    lineage["fork.lineage"] = lineage["fork.lineage"].replace('"step": 80', '"step": 90')
-    late = trained(short, "late")
-    events = [late.records["train"][0], {"kind": "tags", "values": lineage}]
-    other = Experiment("late", "rev", {"train": [*events, *late.records["train"][2:]]})
-    assert not ladder.find(short, [other])
+    assert not ladder.find(short, [trained(short, "late", begins=90)])
 
 
-def whole(found: Ladder) -> list[Experiment]:
+def whole(found: Ladder) -> list[Trained]:
     """Every rung trained, by a law."""
 
     def loss(rung: Rung) -> float:
@@ -200,9 +198,9 @@ def test_a_rung_that_is_missing_or_saw_other_tokens_is_named(monkeypatch) -> Non
     found = asked()
     known = whole(found)
     with pytest.raises(InputError, match="not trained yet: rung-2x32-200"):
-        ladder.fitted(found, [one for one in known if one.name != "rung-2x32-200"])
+        ladder.fitted(found, [one for one in known if one.run.name != "rung-2x32-200"])
     known = whole(found)
-    known[2].records["train"][1]["values"]["digest.train"] = "others"
+    known[2].run.records["train"][1]["values"]["digest.train"] = "others"
     with pytest.raises(InputError, match="trained on different tokens"):
         ladder.fitted(found, known)
     with pytest.raises(InputError, match="rung-1x16-100: its validation loss is inf"):

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.ladders import ladder, registered
+from pipeline.ladders.ladder import Trained
 from pipeline.ladders.registered import Forecast
 from pipeline.records.run_data import Experiment
 
@@ -67,7 +68,6 @@ def test_a_run_that_began_under_the_digest_counts_and_says_how_far_off_it_was() 
         ({"name": forecast(loss=5.62).name}, "tokens", "which does not end in"),
         ({"time": 999}, "tokens", "began before the forecast"),
         ({"params": SETTINGS | {"train.lr": 0.1}}, "tokens", "has another train.lr"),
-        ({"code": "edited"}, "tokens", "other code"),
         ({}, "others", "other tokens"),
     ],
 )
@@ -115,8 +115,8 @@ def test_what_is_no_forecast_is_one_error() -> None:
 def test_no_forecast_is_written_after_its_run() -> None:
     begun = head(name="lr-0.002")
     with pytest.raises(InputError, match=r"lr-0.002: this very training has begun already"):
-        registered.check_unseen(SETTINGS, "code", [head(code="other"), begun])
-    registered.check_unseen(SETTINGS | {"train.lr": 0.1}, "code", [begun])
+        registered.check_unseen(SETTINGS, [head(params={}), begun])
+    registered.check_unseen(SETTINGS | {"train.lr": 0.1}, [begun])
 
 
 def test_the_first_forecast_of_a_run_is_the_one_that_counts() -> None:
@@ -127,15 +127,16 @@ def test_the_first_forecast_of_a_run_is_the_one_that_counts() -> None:
 
 
 def test_the_first_run_decides_and_every_forecast_is_listed() -> None:
-    def run(name: str, at: int, loss: float) -> Experiment:
+    def run(name: str, at: int, loss: float, code: str = "code") -> Trained:
         start = head(name=name, time=at) | {"kind": "start", "stage": "train"}
         tags = {"kind": "tags", "values": {"digest.train": "tokens"}}
         value = {"kind": "metrics", "step": 1, "time": 1, "values": {"train/val_loss": loss}}
-        return Experiment(name, "rev", {"train": [start, tags, value]})
+        return Trained(Experiment(name, "rev", {"train": [start, tags, value]}), code)
 
     registered.write(forecast())
     registered.write(late := forecast(time=1500, loss=5.3))
-    known = [run(late.name, 3000, 5.31), run(forecast().name, 2000, 5.5)]
+    edited = run("next", 1, 5.9, "other code")
+    known = [edited, run(late.name, 3000, 5.31), run(forecast().name, 2000, 5.5)]
     one, other = ladder.outcomes(known)
     assert one[1] and one[1].problem == "" and one[1].loss == 5.5
     assert other[1] and "does not end in" in other[1].problem, "the first run was another's"
