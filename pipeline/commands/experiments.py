@@ -122,7 +122,7 @@ def ladder(
         found = ladder.fitted(asked, known)
         log.info("%s", "\n\n".join(page.answer(one, found, asked.changes) for one in ask))
         return
-    log.info("%s", page.planned(asked, ladder.collect(asked, known)[1], register_only))
+    log.info("%s", page.planned(asked, known, register_only))
     if dry_run:
         return
     ladder.run_missing(list(asked), known)

@@ -16,7 +16,7 @@ from pipeline.diagnostics.forecast import duration, size
 from pipeline.drawing import figures
 from pipeline.errors import ConfigError
 from pipeline.ladders import ladder
-from pipeline.ladders.ladder import Found
+from pipeline.ladders.ladder import Found, Trained
 from pipeline.ladders.plan import Ladder, Rung, flops_per_token, parameters, sized
 from pipeline.ladders.registered import Forecast, Outcome
 from pipeline.ladders.scaling_law import INSIDE, Band, Fit
@@ -35,9 +35,10 @@ UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "min": 60.0, "h": 3600.0}
 _ASKED = re.compile(r"([^:]+):(\d+(?:\.\d+)?)(k|M|B|min|h|)")
 
 
-def planned(asked: Ladder, missing: Sequence[Rung], registering: bool) -> str:
+def planned(asked: Ladder, known: Sequence[Trained], registering: bool) -> str:
     """What is about to be run, and how long that takes here."""
-    own = [] if registering else [asked.next]
+    missing = ladder.collect(asked, known)[1]
+    own = [] if registering or ladder.find(asked.next, known) else [asked.next]
     seconds = ladder.seconds_of([*missing, *own])
     rows = [
         (rung.name, rung.parameters, rung.tokens, rung.steps - rung.begins, _of(rung, seconds))
