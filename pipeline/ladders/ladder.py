@@ -344,7 +344,8 @@ def forecast_and_run(asked: Ladder, known: list[Trained], register_only: bool) -
 
 def held(forecast: Forecast, known: Iterable[Trained]) -> Outcome | None:
     """A forecast beside the first training that it is of: no later one counts."""
-    runs = [one for one in known if one.has(forecast.settings, forecast.code)]
+    asked = forecast.settings, forecast.code
+    runs = [one for one in known if one.has(*asked) and not one.run.lineage]
     one = min(runs, key=lambda one: one.head["time"], default=None)
     loss = one.run.last("train/val_loss") if one else None
     if not one or loss is None:

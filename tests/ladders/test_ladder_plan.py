@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 from pipeline import config as configuration
 from pipeline.errors import ConfigError, InputError
 from pipeline.experiments.sweep import Member
-from pipeline.ladders import ladder, page, plan
+from pipeline.ladders import ladder, page, plan, registered
 from pipeline.ladders.ladder import Trained
 from pipeline.ladders.plan import Ladder, Rung
 from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.records import record_file
 from pipeline.records.run_data import Experiment
+from pipeline.resume import run_folder
 from pipeline.training.optimizers import learning_rate
 from tests.conftest import ROOT, recipe
 
@@ -183,6 +186,19 @@ def test_a_training_counts_by_settings_code_and_the_state_it_began_with() -> Non
     direct = trained(Rung("", short.size, short.config), "whole")
     assert ladder.find(short, [direct]), "a run of that length has the same bits as the fork"
     assert not ladder.find(short, [trained(short, "late", begins=90)])
+
+
+def test_a_training_that_was_stopped_has_begun_as_well(monkeypatch) -> None:
+    """A forecast made then could know the first part of its curve."""
+    own = asked().next
+    identity = run_folder.identity("train", own.config, {})
+    with run_folder.claim(identity) as run:
+        monkeypatch.setenv("DVC_EXP_NAME", "stopped")
+        start = record_file.start_event("train", own.config)
+        run.journal.write_text(json.dumps(start) + "\n", "utf-8")
+    assert [head["name"] for head in ladder.begun([])] == ["stopped"]
+    with pytest.raises(InputError, match="stopped: this very training has begun already"):
+        registered.check_unseen(own.settings, ladder.begun([]))
 
 
 def whole(found: Ladder) -> list[Trained]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.ladders import ladder, registered
+from pipeline.ladders import ladder, page, registered
 from pipeline.ladders.ladder import Trained
 from pipeline.ladders.registered import Forecast
 from pipeline.records.run_data import Experiment
+from pipeline.reports import report
 
+EMPTY = dict.fromkeys(("notes", "tree", "curves", "samples"), [])
 SETTINGS = {"model.n_embd": 128, "train.lr": 0.002}
 
 
@@ -140,3 +143,17 @@ def test_the_first_run_decides_and_every_forecast_is_listed() -> None:
     one, other = ladder.outcomes(known)
     assert one[1] and one[1].problem == "" and one[1].loss == 5.5
     assert other[1] and "does not end in" in other[1].problem, "the first run was another's"
+
+
+def test_the_report_shows_every_forecast_right_wrong_or_not_run_yet(monkeypatch) -> None:
+    monkeypatch.setattr(ladder, "trained", lambda: [])
+    assert report.forecasts() == []
+    registered.write(forecast())
+    (shown,) = report.forecasts()
+    assert shown["name"] == forecast().name and "not run yet" in shown["words"]
+    said = registered.outcome(forecast(), head(), 5.62, "tokens")
+    (shown,) = page.section([(forecast(), said)])
+    assert shown["words"] == said.words()
+    assert shown["image"].startswith("<svg") and ">outcome<" in shown["image"]
+    text = report.page([], {}, {"outcomes": [], "settings": []} | EMPTY, [shown])
+    assert said.words() in html.unescape(text) and "Forecasts by a ladder" in text
