@@ -146,6 +146,7 @@ def _rung(
     own = [
         *(f"model.{name}={value}" for name, value in shape(size, base).items()),
         *("train.schedule=wsd", f"train.steps={steps}", f"train.val_every={steps}"),
+        *rates(base, size),
         *("train.time_budget=0", f"{FORK}={UNSET_PATH}", f"checkpoint.keep_every={keep}"),
     ]
     config = load(paths.root() / paths.PARAMS, [*changes, *own])
@@ -156,6 +157,17 @@ def _seeded(rung: Rung, seed: int, changes: Sequence[str]) -> Rung:
     words = [f"{name}={seed}" for name in SEEDED]
     own = _rung(rung.size, rung.config, rung.steps, [*changes, *words], 0)
     return Rung(f"{own.name}-seed-{seed}", rung.size, own.config)
+
+
+def rates(base: Config, size: str) -> list[str]:
+    """Learning rates that go with 1 / width, as "train.lr=0.004".
+
+    Those of `base` are for its own width. With Adam the best rate of hidden and output matrices
+    falls so (Yang et al. 2022, Tensor Programs V, table 3): one rate for all would leave the small
+    sizes behind for another reason than their size.
+    """
+    narrower = base.model.n_embd / shape(size, base)["n_embd"]
+    return [f"train.{name}={getattr(base.train, name) * narrower:.6g}" for name in ("lr", "min_lr")]
 
 
 def sized(base: Config, size: str) -> Config:

@@ -73,6 +73,13 @@ def test_a_cool_down_has_the_rates_of_a_run_of_its_length(cooldown: float, make_
     assert rates[1][begins] < train.train.lr
 
 
+def test_learning_rates_are_those_of_params_yaml_at_its_width_and_go_with_one_by_width() -> None:
+    found = asked(beyond="4x128", changes=["train.lr=0.004"])
+    rungs = [found.rungs[0], found.seeds[1], found.rungs[3], found.next]
+    assert [rung.config.train.lr for rung in rungs] == [0.032, 0.032, 0.016, 0.004]
+    assert [rung.config.train.min_lr for rung in rungs] == [0.0016, 0.0016, 0.0008, 0.0002]
+
+
 def test_the_next_size_is_one_up_or_the_one_asked_for() -> None:
     assert (asked().next.size, asked().next.steps) == ("3x64", 400)
     other = asked(beyond="4x128:800").next
