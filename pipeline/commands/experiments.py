@@ -90,7 +90,7 @@ def ladder(
     sizes: Annotated[
         str, Option(metavar="SIZE,...", help="BLOCKSxCHANNELS each")
     ] = "1x16,2x32,3x48,3x64",
-    horizons: Annotated[str, Option(metavar="STEPS,...", help="Of each size")] = "100,200,400",
+    horizons: Annotated[str, Option(metavar="STEPS,...", help="Of each size")] = "200,400,800",
     beyond: Annotated[
         str,
         Option("--next", metavar="SIZE[:STEPS]", help="To forecast; one size up if not said"),
@@ -110,12 +110,12 @@ def ladder(
     python -m pipeline ladder --dry-run                what it trains, and how long that takes
     python -m pipeline ladder                          all of it; given again, what is missing
     python -m pipeline ladder --ask 124m:3h            is that worth it? of the finished rungs
-    python -m pipeline ladder --next 4x128:800 --register-only
+    python -m pipeline ladder --next 4x128:1600 --register-only
     """
     from pipeline.ladders import ladder, page, plan
 
     words = [word for word in sizes.split(",") if word]
-    steps = _numbers(horizons, "--horizons", "100,200,400")
+    steps = _numbers(horizons, "--horizons", "200,400,800")
     asked = plan.plan(words, steps, beyond, _numbers(seeds, "--seeds", "1,2"), changes or [])
     known = ladder.trained()
     if ask:
