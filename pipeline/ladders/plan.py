@@ -103,8 +103,10 @@ def plan(
     for size in dict.fromkeys(sizes):
         rungs += _of_size(size, base, horizons, changes)
     small = min(rungs, key=lambda one: (one.parameters, one.steps))
-    others = tuple(_seeded(small, seed, changes) for seed in seeds)
+    others = tuple(_seeded(small, seed, changes) for seed in dict.fromkeys(seeds))
     own = _rung(ahead or one_up(rungs[-1].config), base, last, changes, 0, "next")
+    if any(one.settings == own.settings for one in rungs):
+        raise ConfigError(f"--next {own.size}:{own.steps}: a rung already, so nothing to forecast")
     return Ladder(tuple(rungs), (small, *others), own, tuple(changes))
 
 

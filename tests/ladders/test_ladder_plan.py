@@ -117,6 +117,7 @@ def test_a_size_is_blocks_by_channels_or_a_published_one(make_config) -> None:
         ),
         ({"beyond": "4x128:70"}, "the horizon of 70 steps begins to cool down after 56"),
         ({"beyond": "4x128:long"}, "--next 4x128:long: expected SIZE or SIZE:STEPS"),
+        ({"beyond": "2x32:200"}, "--next 2x32:200: a rung already, so nothing to forecast"),
         ({"changes": ["checkpoint.resume=require"]}, "checkpoint.resume=require: a ladder begins"),
         ({"changes": ["train.lr=x"]}, "train.lr=x: expected a number above 0"),
     ],
