@@ -282,6 +282,9 @@ def ladder(
         mark = {"color": "#D55E00", "marker": "*", "ms": 14, "linestyle": "none"}
         axis.plot([forecast.tokens], [outcome.loss], label="outcome", **mark)
     axis.set_xscale("log")
+    lengths = sorted({x for points in seen.values() for x, _ in points} | {forecast.tokens})
+    axis.set_xticks(lengths, [f"{tokens:,.0f}" for tokens in lengths])
+    axis.set_xticks([], minor=True)
     logarithmic(axis)
     axis.set(xlabel="tokens trained on", ylabel="validation loss, nats/token")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
