@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -122,13 +122,19 @@ def code_here() -> str:
     return digest_of({name: dvc_md5(stage_graph.ROOT / name) for name in names})
 
 
-def find(rung: Rung, known: Iterable[Trained]) -> Done | None:
+def find(rung: Rung, known: Sequence[Trained]) -> Done | None:
     """The newest finished training of a rung by this very code; None where there is none.
 
     Raises InputError for one whose last validation was not finite.
     """
     code = code_here()
-    mine = [one for one in known if one.has(rung.settings, code) and _begins_as(rung, one.run)]
+    parent = rung.parent and rung.parent.settings
+    begun_with = {one.head["id"] for one in known if parent and one.has(parent, code)}
+    mine = [
+        one
+        for one in known
+        if one.has(rung.settings, code) and _begins_as(rung, one.run, begun_with)
+    ]
     if not mine:
         return None
     one = max(mine, key=lambda one: one.head["time"])
@@ -139,11 +145,12 @@ def find(rung: Rung, known: Iterable[Trained]) -> Done | None:
     return Done(rung, run.name, one.head, loss, speed, one.data, run.last("data/train_tokens"))
 
 
-def _begins_as(rung: Rung, run: Experiment) -> bool:
-    """A fork at the step where a run of its length begins to fall has the same bits as that run."""
+def _begins_as(rung: Rung, run: Experiment, parents: Set[str]) -> bool:
+    """A fork of the long run where one of its length begins to fall has the same bits as that."""
     if not run.lineage:
         return True
-    return bool(rung.parent) and [one["step"] for one in run.lineage] == [rung.begins]
+    (first, *more) = run.lineage
+    return not more and first["step"] == rung.begins and first["record"] in parents
 
 
 def collect(rungs: Iterable[Rung], known: Sequence[Trained]) -> tuple[list[Done], list[Rung]]:

@@ -138,18 +138,22 @@ def test_a_recipe_of_published_weights_makes_no_ladder() -> None:
 # --- what has been trained already
 
 
+def id_of(name: str) -> str:
+    """Of the record of an experiment."""
+    return name.encode().hex()[:32].ljust(32, "0")
+
+
 def trained(rung: Rung, name: str, loss: float = 6.0, code: str = "", begins: int = 0) -> Trained:
     """The experiment that a rung's run leaves."""
     start = {
-        **{"kind": "start", "stage": "train", "id": name.encode().hex()[:32].ljust(32, "0")},
+        **{"kind": "start", "stage": "train", "id": id_of(name)},
         **{"time": 1, "name": name},
         **{"params": configuration.flatten(rung.config)},
     }
     tags = {"digest.train": "tokens"}
     if rung.parent:
-        tags["fork.lineage"] = (
-            f'[{{"name": "p", "step": {begins or rung.begins}, "record": "{"a" * 32}"}}]'
-        )
+        parent = {"name": "p", "step": begins or rung.begins, "record": id_of(rung.parent.name)}
+        tags["fork.lineage"] = json.dumps([parent])
     values = {"train/val_loss": loss, "perf/tokens_per_second": 1000.0}
     events = [
         {"kind": "tags", "values": tags},
@@ -188,12 +192,13 @@ def test_a_ladder_that_was_stopped_runs_only_what_is_missing(monkeypatch, caplog
 def test_a_training_counts_by_settings_code_and_the_state_it_began_with() -> None:
     found = asked()
     long, short = found.rungs[:2]
-    one = trained(short, "any-name")
-    assert ladder.find(short, [one]) and not ladder.find(long, [one])
-    assert not ladder.find(short, [trained(short, "x", code="another")])
+    one, parent = trained(short, "any-name"), trained(long, long.name)
+    assert ladder.find(short, [one, parent]) and not ladder.find(long, [one])
+    assert not ladder.find(short, [trained(short, "x", code="another"), parent])
+    assert not ladder.find(short, [trained(short, "late", begins=90), parent])
+    assert not ladder.find(short, [one, trained(long, "of-other-settings")]), "another's fork"
     direct = trained(Rung("", short.size, short.config), "whole")
     assert ladder.find(short, [direct]), "a run of that length has the same bits as the fork"
-    assert not ladder.find(short, [trained(short, "late", begins=90)])
 
 
 def test_a_training_that_was_stopped_has_begun_as_well(monkeypatch) -> None:
@@ -227,8 +232,8 @@ def test_a_rung_that_is_missing_or_saw_other_tokens_is_named(monkeypatch) -> Non
     known[2].run.records["train"][1]["values"]["digest.train"] = "others"
     with pytest.raises(InputError, match="trained on different tokens"):
         ladder.fitted(found, known)
-    with pytest.raises(InputError, match="rung-1x16-100: its validation loss is inf"):
-        ladder.find(found.rungs[1], [trained(found.rungs[1], "rung-1x16-100", float("inf"))])
+    with pytest.raises(InputError, match="rung-1x16-400: its validation loss is inf"):
+        ladder.find(found.rungs[0], [trained(found.rungs[0], "rung-1x16-400", float("inf"))])
 
 
 def test_a_question_is_answered_with_its_band_and_how_far_out_it_is(monkeypatch) -> None:
