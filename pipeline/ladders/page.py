@@ -46,10 +46,11 @@ def planned(asked: Ladder, known: Sequence[Trained], registering: bool) -> str:
     ]
     columns = ("training", "parameters", "tokens", "steps of its own", "about")
     count, whole = len(list(asked)), duration(sum(seconds.values()))
-    states = size(ladder.state_bytes(missing))
+    states = ladder.state_bytes(missing)
+    kept = f", and {size(states)} of states to fork from" if states else ""
     return (
         f"{count} trainings and the forecast one, {count - len(missing)} of the {count} finished; "
-        f"the rest takes about {whole} here, and {states} of states to fork from\n\n"
+        f"the rest takes about {whole} here{kept}\n\n"
         f"{markdown(columns, rows)}"
     )
 
