@@ -20,7 +20,7 @@ from pipeline.ladders.ladder import Found, Trained
 from pipeline.ladders.plan import Ladder, Rung, flops_per_token, parameters, sized
 from pipeline.ladders.registered import Forecast, Outcome
 from pipeline.ladders.scaling_law import INSIDE, Band, Fit
-from pipeline.tables import markdown
+from pipeline.tables import cell, markdown
 from pipeline.tracking.mlflow_run import attach
 
 if TYPE_CHECKING:
@@ -124,14 +124,17 @@ def answer(asked: str, found: Found, changes: Sequence[str]) -> str:
     band = found.fit.at(count, tokens)
     same = seconds * largest.tokens_per_second
     other = found.fit.at(largest.rung.parameters, same)
+    compared = (
+        f"The same time on {largest.rung.size} is {same:,.0f} tokens, and {other.words()}: "
+        f"{_better(band, other, match[1], largest.rung.size)}."
+    )
     said = [
         f"{match[1]}: {count:,} parameters; {tokens:,.0f} tokens take about {duration(seconds)} "
-        f"here, {rate:,.3g} tokens/s by the FLOP/s of {largest.rung.size}.",
+        f"here, {cell(float(f'{rate:.3g}'))} tokens/s by the FLOP/s of {largest.rung.size}.",
         f"Expected is {band.words()} nats/token.",
         *_reach(count, tokens, found),
-        f"The same time on {largest.rung.size} is {same:,.0f} tokens, and {other.words()}: "
-        f"{_better(band, other, match[1], largest.rung.size)}.",
-        *_epochs(((match[1], tokens), (largest.rung.size, same)), largest.corpus),
+        *([] if count == largest.rung.parameters else [compared]),
+        *_epochs({match[1]: tokens, largest.rung.size: same}, largest.corpus),
     ]
     return "\n".join(said)
 
@@ -160,8 +163,8 @@ def _better(band: Band, other: Band, name: str, rung: str) -> str:
     return "these rungs do not tell which is ahead"
 
 
-def _epochs(trained: Iterable[tuple[str, float]], corpus: float | None) -> Iterator[str]:
-    for name, tokens in trained:
+def _epochs(trained: dict[str, float], corpus: float | None) -> Iterator[str]:
+    for name, tokens in trained.items():
         if corpus and tokens > corpus:
             yield (
                 f"For {name} that is {tokens / corpus:,.1f} times the corpus. The rungs saw each "
