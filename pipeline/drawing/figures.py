@@ -285,7 +285,6 @@ def ladder(
     lengths = sorted({x for points in seen.values() for x, _ in points} | {forecast.tokens})
     axis.set_xticks(lengths, [f"{tokens:,.0f}" for tokens in lengths])
     axis.set_xticks([], minor=True)
-    logarithmic(axis)
     axis.set(xlabel="tokens trained on", ylabel="validation loss, nats/token")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
