@@ -26,6 +26,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "forecast": runs.forecast,
     "sweep": experiments.sweep,
     "fork": experiments.fork,
+    "ladder": experiments.ladder,
     "ls": manage.ls,
     "watch": manage.watch,
     "show": experiments.show,

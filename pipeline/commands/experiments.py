@@ -41,15 +41,16 @@ def sweep(
 
     if name != sweep.dvc_name(name):
         raise BadParameter(f"{name}: expected letters, digits, _ and -", param_hint="--name")
-    planned = sweep.plan(words, _seeds(seeds), name, dvc_history.names())
+    more = _numbers(seeds, "--seeds", "1,2")
+    planned = sweep.plan(words, more, name, dvc_history.names())
     log.info("%s", planned.page())
     if not dry_run:
         sweep.conclude(planned, sweep.run_all(planned))
 
 
-def _seeds(text: str) -> list[int]:
+def _numbers(text: str, option: str, example: str) -> list[int]:
     if text and not re.fullmatch(r"\d+(,\d+)*", text, re.ASCII):
-        raise BadParameter(f"{text}: expected whole numbers, as 1,2", param_hint="--seeds")
+        raise BadParameter(f"{text}: expected whole numbers, as {example}", param_hint=option)
     return [int(number) for number in text.split(",") if number]
 
 
@@ -80,6 +81,52 @@ def fork(
         log.info("%s", shlex.join(["dvc", *member.command("--queue")]))
     else:
         forks.run(member)
+
+
+def ladder(
+    changes: Annotated[
+        list[str] | None, Option("-S", metavar="SETTING=VALUE", help="Of all; repeatable")
+    ] = None,
+    sizes: Annotated[
+        str, Option(metavar="SIZE,...", help="BLOCKSxCHANNELS each")
+    ] = "1x16,2x32,3x48,3x64",
+    horizons: Annotated[str, Option(metavar="STEPS,...", help="Of each size")] = "200,400,800",
+    beyond: Annotated[
+        str,
+        Option("--next", metavar="SIZE[:STEPS]", help="To forecast; one size up if not said"),
+    ] = "",
+    seeds: Annotated[str, Option(help="More seeds of the smallest, for the noise")] = "1,2",
+    ask: Annotated[
+        list[str] | None,
+        Option(metavar="SIZE:TOKENS", help="Or SIZE:3h. Runs nothing; repeatable"),
+    ] = None,
+    register_only: Annotated[
+        bool, Option("--register-only", help="Leave the run that was forecast for later")
+    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check and show, run nothing")] = False,
+) -> None:
+    """Forecast a larger run from small ones, then hold it against that.
+
+    python -m pipeline ladder --dry-run                what it trains, and how long that takes
+    python -m pipeline ladder                          all of it; given again, what is missing
+    python -m pipeline ladder --ask 124m:3h            is that worth it? of the finished rungs
+    python -m pipeline ladder --next 4x128:1600 --register-only
+    """
+    from pipeline.ladders import ladder, page, plan
+
+    words = [word for word in sizes.split(",") if word]
+    steps = _numbers(horizons, "--horizons", "200,400,800")
+    asked = plan.plan(words, steps, beyond, _numbers(seeds, "--seeds", "1,2"), changes or [])
+    known = ladder.trained()
+    if ask:
+        found = ladder.fitted(asked, known)
+        log.info("%s", "\n\n".join(page.answer(one, found, asked.changes) for one in ask))
+        return
+    log.info("%s", page.planned(asked, known, register_only))
+    if dry_run:
+        return
+    ladder.run_missing(list(asked), known)
+    page.conclude(ladder.forecast_and_run(asked, known, register_only))
 
 
 def compare(

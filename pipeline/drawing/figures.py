@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pipeline.experiments.comparison import Comparison
+    from pipeline.ladders.registered import Forecast, Outcome
     from pipeline.studies.init_study import InitStudy
     from pipeline.studies.loss_scaling import Demonstration
     from pipeline.studies.number_formats import Format
@@ -255,6 +256,37 @@ def comparison(found: Comparison) -> Figure:
     distances.set_title(f"distance from {found.setting}={found.base}, same seed")
     if distances.get_legend_handles_labels()[0]:
         distances.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def ladder(
+    seen: dict[str, Points],
+    fitted: dict[str, Points],
+    forecast: Forecast,
+    outcome: Outcome | None,
+) -> Figure:
+    """Losses by tokens of each size, `seen` and `fitted`; the forecast's band, and what came."""
+    figure, (axis,) = sheet(1, width=8, height=4.8)
+    for n, (size, points) in enumerate(seen.items()):
+        colour = OTHERS[n % len(OTHERS)]
+        axis.plot(*_columns(points), "o", color=colour, ms=5, label=size)
+        axis.plot(*_columns(fitted[size]), color=colour, lw=1)
+    tokens, losses, low, high = zip(*forecast.curve, strict=True)
+    count = f"{forecast.parameters / 1e6:,.3g} M parameters"
+    axis.fill_between(tokens, low, high, color="#dddddd", label=f"band for {count}")
+    axis.plot(tokens, losses, "--", color="black", lw=1)
+    error = [[forecast.loss - forecast.low], [forecast.high - forecast.loss]]
+    style = {"color": "black", "capsize": 5, "marker": "_", "ms": 12, "label": "forecast"}
+    axis.errorbar([forecast.tokens], [forecast.loss], yerr=error, linestyle="none", **style)
+    if outcome:
+        mark = {"color": "#D55E00", "marker": "*", "ms": 14, "linestyle": "none"}
+        axis.plot([forecast.tokens], [outcome.loss], label="outcome", **mark)
+    axis.set_xscale("log")
+    lengths = sorted({x for points in seen.values() for x, _ in points} | {forecast.tokens})
+    axis.set_xticks(lengths, [f"{tokens:,.0f}" for tokens in lengths])
+    axis.set_xticks([], minor=True)
+    axis.set(xlabel="tokens trained on", ylabel="validation loss, nats/token")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

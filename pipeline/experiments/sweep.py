@@ -35,6 +35,7 @@ class Member:
     changes: dict[str, Any]  # against params.yaml
     config: Config
     inputs: tuple[str, ...] = ()  # files and folders that git does not carry, for its workspace
+    stage: str = ""  # the last one that is to run; "" for all
 
     def shown(self) -> str:
         return " ".join(f"{name}={_plain(value)}" for name, value in self.changes.items())
@@ -47,7 +48,8 @@ class Member:
         """The words of `dvc` that run it: `where` is --temp or --queue."""
         words = ["exp", "run", *where, "--name", self.name]
         words += [word for change in self.words() for word in ("-S", change)]
-        return words + [word for path in self.inputs for word in ("--copy-paths", path)]
+        words += [word for path in self.inputs for word in ("--copy-paths", path)]
+        return [*words, self.stage] if self.stage else words
 
 
 @dataclass(frozen=True)

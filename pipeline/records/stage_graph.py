@@ -88,3 +88,23 @@ def locked(text: bytes) -> dict[str, str]:
         return {out["path"]: str(out["md5"]) for out in outs if "md5" in out}
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return {}
+
+
+def code_paths(stage: str) -> set[str]:
+    """The files of the project that decide the result of `stage`, those of the ones before too."""
+    return {name for one in (*upstream(stage), stage) for name in sources(one)}
+
+
+@functools.cache
+def locked_code(text: bytes, stage: str) -> dict[str, str]:
+    """DVC's MD5 by path of the `code_paths` that a dvc.lock was made with; empty for a broken one.
+
+    DVC puts them there when it has run a stage, and when it has found the result in its cache.
+    """
+    try:
+        entries = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text).get_single_data()["stages"]
+        deps = [dep for one in (*upstream(stage), stage) for dep in entries[one]["deps"]]
+        known = code_paths(stage)
+        return {dep["path"]: str(dep["md5"]) for dep in deps if dep["path"] in known}
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        return {}

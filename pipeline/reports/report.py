@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ def of_one(
     """The page of one run, whose files lie in `workspace` unless DVC keeps them."""
     run = titled(run)
     tree = forks.tree([run], known)
-    return page([RunPage(run, workspace, recipe(workspace), at_work, tree=tree)], {})
+    pages = [RunPage(run, workspace, recipe(workspace), at_work, tree=tree)]
+    return page(pages, {}, ladders=[] if at_work else forecasts())
 
 
 def of_chain(chain: Iterable[Sequence[Event]]) -> str:
@@ -84,11 +85,26 @@ def of_several(runs: Sequence[Experiment], known: Sequence[Experiment], workspac
     looks = dict(zip(pages, styles(len(pages)), strict=True))
     side = side_by_side(shown, pages, known, looks)
     show_once(pages.values())
-    return page(list(pages.values()), looks, side)
+    return page(list(pages.values()), looks, side, forecasts())
+
+
+def forecasts() -> Sequence[Mapping[str, Any]]:
+    """Every forecast that was registered here, right or wrong, with what came of it."""
+    from pipeline.ladders import registered  # scipy, which a stage's page has no use for
+
+    if not any((paths.root() / registered.FOLDER).glob("*.json")):
+        return []
+    from pipeline.ladders import ladder
+    from pipeline.ladders import page as ladder_page
+
+    return ladder_page.section(ladder.outcomes(ladder.trained()))
 
 
 def page(
-    runs: Sequence[RunPage], looks: dict[str, Style], side: dict[str, Any] | None = None
+    runs: Sequence[RunPage],
+    looks: dict[str, Style],
+    side: dict[str, Any] | None = None,
+    ladders: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The HTML; `side` where there are two runs or more. The same records give the same text."""
     jinja = Environment(
@@ -100,7 +116,13 @@ def page(
     script = TEMPLATE.with_name("report.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     html = template.render(
-        runs=runs, looks=looks, side=side, columns=OUTCOMES, script=Markup(script), digest=digest
+        runs=runs,
+        looks=looks,
+        side=side,
+        ladders=ladders,
+        columns=OUTCOMES,
+        script=Markup(script),
+        digest=digest,
     ).strip()
     return terminal.shown(html) + "\n"
 

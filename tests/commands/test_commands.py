@@ -54,6 +54,7 @@ def test_help_shows_what_a_verb_does_and_how_it_is_called(name: str, capsys) -> 
             "expected folders of tokens or models, and none of the cache",
         ),
         (["sweep", "train.lr=1,2", "--seeds", "x"], "x: expected whole numbers, as 1,2"),
+        (["ladder", "--horizons", "1h"], "1h: expected whole numbers, as 200,400,800"),
         (["sweep", "train.lr=1,2", "--name", "a/b"], "a/b: expected letters, digits, _ and -"),
     ],
 )

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MAKES = ("storage", "compute", "data", "model", "training", "inference", "studies")
 LOOKS = (
     *("records", "drawing", "resume", "distributed", "diagnostics", "tracking", "experiments"),
-    *("reports", "export", "commands"),
+    *("ladders", "reports", "export", "commands"),
 )
 
 

@@ -1,0 +1,1 @@
+"""Small trainings that forecast a larger one: a law, its forecast on record, the outcome."""

@@ -1,0 +1,238 @@
+"""The trainings of a ladder: sizes by horizons, seeds for the noise, and the next size."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from pipeline import paths
+from pipeline.config import UNSET_PATH, Config, flatten, load
+from pipeline.errors import ConfigError
+from pipeline.experiments import sweep
+from pipeline.model.gpt import GPT, GPTConfig
+from pipeline.published import SIZES, sizes_of
+from pipeline.records import stage_graph
+from pipeline.resume.fork import STEP_TOKENS
+
+FORK = "train.fork"
+SEEDED = ("train.seed", "init.seed")  # a size's noise is that of its data order and its weights
+LARGEST = {"124m": "gpt2", "355m": "gpt2-medium", "774m": "gpt2-large", "1558m": "gpt2-xl"}
+_SIZE = re.compile(r"(\d+)x(\d+)")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One training of a ladder."""
+
+    name: str  # of its experiment, if it is to be run
+    size: str  # as it was asked for: 3x64
+    config: Config
+    parent: Rung | None = None  # whose state it goes on from
+
+    @property
+    def steps(self) -> int:
+        return self.config.train.steps
+
+    @property
+    def begins(self) -> int:
+        """The steps that it has from its parent."""
+        return stable_steps(self.config, self.steps) if self.parent else 0
+
+    @property
+    def tokens(self) -> int:
+        """Trained on, its parent's included."""
+        return self.steps * tokens_per_step(self.config)
+
+    @cached_property
+    def parameters(self) -> int:
+        return parameters(self.config)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those by which the same training is known again; the state of a fork is its parent's."""
+        flat = flatten(self.config)
+        return {n: v for n, v in flat.items() if stage_graph.changes_training(n) and n != FORK}
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What is to be trained, in this order: each size's long run, its cool-downs, then seeds."""
+
+    rungs: tuple[Rung, ...]
+    seeds: tuple[Rung, ...]  # of the smallest rung, which is their first
+    next: Rung
+    changes: tuple[str, ...] = field(default=())  # of every training, as "train.lr=0.004"
+
+    def __iter__(self) -> Iterator[Rung]:
+        yield from self.rungs
+        yield from self.seeds[1:]
+
+
+def plan(
+    sizes: Sequence[str],
+    horizons: Sequence[int],
+    beyond: str = "",
+    seeds: Sequence[int] = (),
+    changes: Sequence[str] = (),
+) -> Ladder:
+    """A ladder over params.yaml with the `changes`; raises one ConfigError with every problem.
+
+    Of each size there is one run as long as the last horizon. It keeps its states, and from each
+    of the other horizons' a fork cools down: by `wsd` that is what a run of that length would be.
+    """
+    horizons = sorted(set(horizons))
+    problems = [f"{word}: the ladder sets it itself" for word in changes if _sets(word)]
+    if len(set(sizes)) < 2 or len(horizons) < 2:
+        problems.append("a law of size and length takes two --sizes and two --horizons or more")
+    ahead, _, steps = beyond.partition(":")
+    if steps and not (steps.isascii() and steps.isdigit()):
+        problems.append(f"--next {beyond}: expected SIZE or SIZE:STEPS, as 4x128:400")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    base = load(paths.root() / paths.PARAMS, changes)
+    last = int(steps) if steps else horizons[-1]
+    if problems := list(_unusable(base, min(*horizons, last))):
+        raise ConfigError("\n".join(problems))
+    rungs: list[Rung] = []
+    for size in dict.fromkeys(sizes):
+        rungs += _of_size(size, base, horizons, changes)
+    small = min(rungs, key=lambda one: (one.parameters, one.steps))
+    others = tuple(_seeded(small, seed, changes) for seed in dict.fromkeys(seeds))
+    own = _rung(ahead or one_up(rungs[-1].config), base, last, changes, 0, "next")
+    if any(one.settings == own.settings for one in rungs):
+        raise ConfigError(f"--next {own.size}:{own.steps}: a rung already, so nothing to forecast")
+    return Ladder(tuple(rungs), (small, *others), own, tuple(changes))
+
+
+def _sets(word: str) -> bool:
+    name = word.partition("=")[0]
+    own = ("train.steps", "train.schedule", "train.time_budget", "train.val_every", FORK)
+    return name in (*own, "checkpoint.keep_every", *(f"model.{n}" for n in SIZES[:3]))
+
+
+def _unusable(base: Config, shortest: int) -> Iterator[str]:
+    first, train = stable_steps(base, shortest), base.train
+    if first < max(1, train.warmup_steps):
+        yield (
+            f"train.warmup_steps={train.warmup_steps} train.cooldown={train.cooldown:g}: the "
+            f"horizon of {shortest:,} steps begins to cool down after {first:,}, too soon; "
+            "give longer --horizons, or less of either"
+        )
+    if base.init.source != "random":
+        yield f"init.source={base.init.source}: a ladder trains fresh weights, random is expected"
+    if base.checkpoint.resume == "require":
+        yield "checkpoint.resume=require: a ladder begins trainings, auto is expected"
+
+
+def _of_size(
+    size: str, base: Config, horizons: Sequence[int], changes: Sequence[str]
+) -> Iterator[Rung]:
+    starts = [stable_steps(base, steps) for steps in horizons[:-1]]
+    long = _rung(size, base, horizons[-1], changes, math.gcd(*starts))
+    yield long
+    for steps in horizons[:-1]:
+        short = _rung(size, base, steps, changes, 0)
+        yield Rung(short.name, size, short.config, long)
+
+
+def _rung(
+    size: str, base: Config, steps: int, changes: Sequence[str], keep: int, word: str = "rung"
+) -> Rung:
+    """A training of one size; `changes` hold but for what makes it a rung."""
+    own = [
+        *(f"model.{name}={value}" for name, value in shape(size, base).items()),
+        *("train.schedule=wsd", f"train.steps={steps}", f"train.val_every={steps}"),
+        *rates(base, size),
+        *("train.time_budget=0", f"{FORK}={UNSET_PATH}", f"checkpoint.keep_every={keep}"),
+    ]
+    config = load(paths.root() / paths.PARAMS, [*changes, *own])
+    return Rung(sweep.dvc_name(f"{word}-{size}-{steps}"), size, config)
+
+
+def _seeded(rung: Rung, seed: int, changes: Sequence[str]) -> Rung:
+    words = [f"{name}={seed}" for name in SEEDED]
+    own = _rung(rung.size, rung.config, rung.steps, [*changes, *words], 0)
+    return Rung(f"{own.name}-seed-{seed}", rung.size, own.config)
+
+
+def rates(base: Config, size: str) -> list[str]:
+    """Learning rates that go with 1 / width, as "train.lr=0.004".
+
+    Those of `base` are for its own width. With Adam the best rate of hidden and output matrices
+    falls so (Yang et al. 2022, Tensor Programs V, table 3): one rate for all would leave the small
+    sizes behind for another reason than their size.
+    """
+    narrower = base.model.n_embd / shape(size, base)["n_embd"]
+    return [f"train.{name}={getattr(base.train, name) * narrower:.6g}" for name in ("lr", "min_lr")]
+
+
+def sized(base: Config, size: str) -> Config:
+    """The settings with a model of another size; see `shape`."""
+    return replace(base, model=replace(base.model, **shape(size, base)))  # type: ignore[arg-type]
+
+
+def shape(size: str, base: Config) -> dict[str, int]:
+    """The sizes of a model by the names of `model`'s settings; raises ConfigError.
+
+    "3x64" has 3 blocks of 64 channels, and heads as wide as `base` has them, or as near as their
+    number allows. A published size has its own blocks, heads and channels. The longest sequence
+    stays that of `base`.
+    """
+    name = LARGEST.get(size.lower(), size)
+    if known := sizes_of(name) if not _SIZE.fullmatch(size) else {}:
+        return {key: known[key] for key in SIZES[:3]}
+    found = _SIZE.fullmatch(size)
+    layers, width = map(int, found.groups()) if found else (0, 0)
+    if not (1 <= layers <= 512 and 1 <= width <= 65536):
+        known_words = ", ".join(LARGEST)
+        raise ConfigError(
+            f"{size}: expected a size as BLOCKSxCHANNELS, such as 3x64, or one of {known_words}"
+        )
+    most = max(1, width // (base.model.n_embd // base.model.n_head))
+    heads = max(count for count in range(1, most + 1) if width % count == 0)
+    return dict(zip(SIZES[:3], (layers, heads, width), strict=True))
+
+
+def one_up(config: Config) -> str:
+    """The size after the last one: one block more, and twice the channels."""
+    return f"{config.model.n_layer + 1}x{2 * config.model.n_embd}"
+
+
+def stable_steps(config: Config, steps: int) -> int:
+    """Steps of a `wsd` run before it falls, as `optimizers.learning_rate` has them."""
+    return steps - max(1, round(config.train.cooldown * steps))
+
+
+def tokens_per_step(config: Config) -> int:
+    return math.prod(getattr(config.train, name) for name in STEP_TOKENS)
+
+
+def parameters(config: Config) -> int:
+    """Every parameter, the tied embedding once, padded rows included.
+
+    Embeddings count: in a small GPT-2 most of the work is that of the output layer, which is the
+    embedding, and without them the law bends at small sizes (Pearce and Song 2024).
+    """
+    return _on_paper(config).parameter_count()
+
+
+def flops_per_token(config: Config) -> int:
+    """Of training, for sequences as long as the settings have them."""
+    return _on_paper(config).flops_per_token(config.train.sequence_length)
+
+
+def _on_paper(config: Config) -> GPT:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return GPT(GPTConfig(**asdict(config.model)))
+
+
+def same_training(settings: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
+    """Whether a record's `params` are of a training with these settings."""
+    return all(params.get(name) == value for name, value in settings.items())

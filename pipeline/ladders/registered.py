@@ -1,0 +1,176 @@
+"""Forecasts on record: written before their run, named in the run's own record, never changed.
+
+A forecast's file has its digest in its name. The run is an experiment whose name ends in that
+digest, and the first line of a training's record holds the name that it started under. So that
+line shows that the forecast, as it is, was there when the training began.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import paths, regular
+from pipeline.errors import InputError
+from pipeline.ladders.scaling_law import Band, Law, Point
+from pipeline.records.run_data import Event
+from pipeline.storage.digests import digest_of
+
+FOLDER = Path("ladders")  # below the root, for git to keep: a forecast is made to be shown
+DIGITS = 16  # of the digest in a name: 64 bits, so that no other content is found that has it
+_NAME = re.compile(rf"[\w.-]+-([0-9a-f]{{{DIGITS}}})\.json")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What was expected of a training, by whom and from what, before it began."""
+
+    run: str  # what its experiment's name begins with
+    time: int  # of writing, in milliseconds since 1970
+    commit: str  # of git; "" without one
+    code: str  # digest of the code that decides a training's result
+    data: str  # digest of the training tokens
+    settings: Mapping[str, Any]  # those of the training, by dotted name
+    parameters: int
+    tokens: int
+    loss: float  # expected, nats/token
+    low: float  # of the band
+    high: float
+    noise: float  # std of seeds, nats/token; 0 where it is unknown
+    law: Mapping[str, float]
+    points: Sequence[Mapping[str, Any]]  # that it was fitted to: name, record, size, tokens, loss
+    curve: Sequence[Sequence[float]]  # at this size: tokens, then loss, low and high
+
+    @property
+    def digest(self) -> str:
+        return digest_of(asdict(self))[:DIGITS]
+
+    @property
+    def name(self) -> str:
+        """Of the experiment that this is the forecast of."""
+        return f"{self.run}-{self.digest}"
+
+    @property
+    def band(self) -> Band:
+        return Band(self.loss, self.low, self.high)
+
+    def fitted(self) -> tuple[Law, list[Point]]:
+        points = [Point(p["parameters"], p["tokens"], p["loss"]) for p in self.points]
+        return Law(**self.law), points
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of the training, beside its forecast."""
+
+    forecast: Forecast
+    record: str  # id of the training's record
+    loss: float  # nats/token
+    problem: str  # why the forecast does not count as registered before the run; "" where it does
+
+    @property
+    def inside(self) -> bool:
+        return self.forecast.band.has(self.loss)
+
+    def words(self) -> str:
+        """The verdict, in two sentences."""
+        f = self.forecast
+        off = self.loss - f.loss
+        noise = f", {abs(off) / f.noise:.1f} times the std of seeds" if f.noise else ""
+        where = "inside the band" if self.inside else "outside the band: the forecast was wrong"
+        said = f"{self.loss:.3f} came of a forecast of {f.band.words()}: {where}, {off:+.3f}{noise}"
+        how = "Registered before the run" if not self.problem else "NOT registered before the run"
+        shown = f", as {f.name} in the training's record shows" if not self.problem else ""
+        return f"{said}. {how}{shown}{f': {self.problem}' if self.problem else ''}."
+
+
+def now() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
+def write(forecast: Forecast) -> Path:
+    """Keep a forecast for good; its file. A file that is there is left as it is."""
+    path = paths.root() / FOLDER / f"{forecast.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asdict(forecast), indent=1) + "\n", "utf-8", newline="\n")
+        part.replace(path)
+    return path
+
+
+def read(path: Path) -> Forecast:
+    """The forecast of a file; raises InputError for one that was changed after it was written."""
+    named = _NAME.fullmatch(path.name)
+    try:
+        found = Forecast(**regular.read_json(path))
+        numbers = found.loss, found.low, found.high, found.noise, *found.law.values()
+        whole = all(map(math.isfinite, numbers)) and f"{found.name}.json" == path.name
+        found.fitted()
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: not a forecast that `ladder` wrote ({error})") from None
+    if not named or not whole:
+        raise InputError(
+            f"{path}: changed after it was written: its content has another digest than its name"
+        )
+    return found
+
+
+def every(problems: list[str]) -> list[Forecast]:
+    """All that were ever written here, the oldest first; a phrase in `problems` for those changed.
+
+    So one that was wrong cannot be left out by writing another.
+    """
+    found = []
+    for path in sorted((paths.root() / FOLDER).glob("*.json")):
+        try:
+            found.append(read(path))
+        except InputError as error:
+            problems.append(str(error))
+    return sorted(found, key=lambda one: one.time)
+
+
+def outcome(forecast: Forecast, head: Event, loss: float, data: str) -> Outcome:
+    """A training, by its record's first event and tokens, held against the forecast of it."""
+    return Outcome(forecast, head["id"], loss, _problem(forecast, head, data))
+
+
+def _problem(forecast: Forecast, head: Event, data: str) -> str:
+    if head["name"] != forecast.name:
+        began = f"under the name {head['name']}" if head["name"] else "without a name"
+        return f"that training began {began}, which does not end in {forecast.digest}"
+    if head["time"] < forecast.time:
+        return "by its clock that training began before the forecast was written"
+    if data != forecast.data:
+        return "that training had other tokens"
+    differing = [n for n, v in forecast.settings.items() if head["params"].get(n) != v]
+    return f"that training has another {differing[0]}" if differing else ""
+
+
+def of_training(
+    known: Iterable[Forecast], settings: Mapping[str, Any], code: str
+) -> Forecast | None:
+    """The first forecast of a training of these settings and this code: no later one counts."""
+    same = (one for one in known if dict(one.settings) == dict(settings) and one.code == code)
+    return min(same, key=lambda one: one.time, default=None)
+
+
+def check_unseen(settings: Mapping[str, Any], heads: Iterable[Event]) -> None:
+    """Raises InputError where such a training has begun, so that a forecast would come after it.
+
+    `heads` are the first events of every training by this code that there is, finished or not.
+    """
+    for head in heads:
+        if all(head["params"].get(name) == value for name, value in settings.items()):
+            raise InputError(
+                f"{head['name'] or head['id']}: this very training has begun already, without a "
+                "forecast; one made now would come too late. Choose a --next that nobody has seen, "
+                "or another train.seed"
+            )
