@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pipeline.compute.buffers import reused
 from pipeline.compute.ranks import Ranks
 from pipeline.compute.runtime import Transfer
 from pipeline.compute.sharding import is_shared, own, own_rows
@@ -24,6 +23,7 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by byt
 BYTES = 6  # of a fingerprint: a record's numbers hold 53 bits
 PARTS = ("weights", "batch", "random")
 METRIC = "fingerprint/"  # what their names in a record begin with
+Scratch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ def weight_sums(parameters: Iterable[Tensor], ranks: Ranks) -> Tensor:
 
     It adds up the bits of number i of a chunk, as an integer, times 2 i + 1, modulo 2^64. So one
     changed bit, or two numbers in each other's place, always change a sum; and integers come to
-    the same in any order. Takes 16 MiB beside the parameters. Where these lie in parts over
+    the same in any order. Takes 16 MiB for the moment. Where these lie in parts over
     processes each adds up its own, and the sums of all are added.
     """
     owners, made, shared = list(parameters), [], False
-    odd = _odd(max(owners, key=torch.numel))
+    scratch = _scratch(max(owners, key=torch.numel))
     for parameter in owners:
         part, shared = own(parameter), shared or is_shared(parameter)
         first = 0
         if is_shared(parameter) and len(part):
             row = torch.arange(len(parameter))  # which rows are this process's
             first = int(own_rows(row, parameter)[0]) * (parameter.numel() // len(parameter))
-        made += _sums(part, first, parameter.numel(), odd)
+        made += _sums(part, first, parameter.numel(), scratch)
     sums = torch.stack(made)
     if shared:
         ranks.add_whole(sums)
@@ -89,12 +89,13 @@ def weight_sums(parameters: Iterable[Tensor], ranks: Ranks) -> Tensor:
 
 def mark_of(values: Tensor) -> int:
     """A number of 48 bits for a tensor, of all its bits and their places; here the host waits."""
-    sums = _sums(values, 0, values.numel(), _odd(values))
+    sums = _sums(values, 0, values.numel(), _scratch(values))
     return _joined(torch.stack(sums).tolist()) if sums else 0
 
 
-def _sums(part: Tensor, first: int, whole: int, odd: Tensor) -> list[Tensor]:
+def _sums(part: Tensor, first: int, whole: int, scratch: Scratch) -> list[Tensor]:
     """The sums of a tensor of `whole` numbers, of which `part` holds those from `first` on."""
+    odd, products = scratch
     bits = part.detach().reshape(-1).view(BITS[part.element_size()])
     none = torch.zeros((), dtype=torch.int64, device=part.device)
     made = []
@@ -103,17 +104,17 @@ def _sums(part: Tensor, first: int, whole: int, odd: Tensor) -> list[Tensor]:
         if low >= high:
             made.append(none)
             continue
-        # In memory that is kept: of a fresh tensor the system would clear every page.
-        product = reused("fingerprint", (high - low,), torch.int64, part.device)
-        product.copy_(bits[low - first : high - first])
+        # One for all chunks: of fresh memory the system would clear every page.
+        product = products[: high - low].copy_(bits[low - first : high - first])
         made.append(product.mul_(odd[low - start : high - start]).sum())
     return made
 
 
-def _odd(largest: Tensor) -> Tensor:
-    """What the numbers of a chunk are multiplied by, as many as a tensor of this size needs."""
+def _scratch(largest: Tensor) -> Scratch:
+    """For the chunks of a tensor of this size: what they are multiplied by, and room for that."""
     size = min(CHUNK, largest.numel())
-    return torch.arange(size, device=largest.device).mul_(2).add_(1)
+    odd = torch.arange(size, device=largest.device).mul_(2).add_(1)
+    return odd, torch.empty_like(odd)
 
 
 def sequence_marks(batch: Batch) -> list[int]:

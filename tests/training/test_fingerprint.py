@@ -85,10 +85,10 @@ def test_sums_are_those_of_python_integers_and_of_any_number_of_threads() -> Non
 def test_a_weight_in_parts_has_the_sums_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprint, "CHUNK", 16)
     whole = torch.randn(7, 5)
-    total, odd = 0, fingerprint._odd(whole)
+    total, scratch = 0, fingerprint._scratch(whole)
     for first in (0, 4):  # rows, as two processes have them
         part = whole[first : first + 4]
-        total += torch.stack(fingerprint._sums(part, 5 * first, whole.numel(), odd))
+        total += torch.stack(fingerprint._sums(part, 5 * first, whole.numel(), scratch))
     assert total.tolist() == sums(whole)
 
 
