@@ -72,13 +72,20 @@ def multiply(repo: Checkout, number: int, steps: int) -> None:
     head = repo.run("git", "rev-parse", "HEAD").stdout.strip()
     for n in range(number):
         name, lr = f"lr-{n:04}", round(0.0005 + n * 1e-5, 7)
-        changed = lock.replace("train.lr: 0.002", f"train.lr: {lr}")
-        for stage, made in records_of(events, name, n, {"train.lr": lr}, steps).items():
+        changed = with_settings(lock, lr, steps)
+        asked = {"train.lr": lr, "train.steps": steps}  # by which MLflow's curves are thinned
+        for stage, made in records_of(events, name, n, asked, steps).items():
             md5, size = keep(repo, made)
             pattern = rf"(path: records/{stage}\.jsonl\n\s+hash: md5\n\s+md5: )\w+(\n\s+size: )\d+"
             changed = re.sub(pattern, rf"\g<1>{md5}\g<2>{size}", changed)
-        params = settings.replace("lr: 0.002", f"lr: {lr}")
+        params = with_settings(settings, lr, steps)
         commit(repo, head, name, {"dvc.lock": changed, "params.yaml": params})
+
+
+def with_settings(text: str, lr: float, steps: int) -> str:
+    """`params.yaml` or `dvc.lock` with these in the place of those that ran."""
+    text = text.replace(" lr: 0.002\n", f" lr: {lr}\n")
+    return text.replace(f" steps: {STEPS}\n", f" steps: {steps}\n")
 
 
 def read(repo: Checkout, stage: str) -> Events:
