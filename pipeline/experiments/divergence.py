@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import paths
-from pipeline.diagnostics import replay, rounding, token_spans, trace
+from pipeline.diagnostics import replay, token_spans, trace
 from pipeline.diagnostics.replay import Replay
 from pipeline.diagnostics.trace import Trace
 from pipeline.errors import InputError, NumericsError, UserError
+from pipeline.experiments import rounding
 from pipeline.experiments.record_comparison import (
     Both,
     Recorded,

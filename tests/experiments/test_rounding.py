@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from pipeline.diagnostics import rounding, trace
+from pipeline.diagnostics import trace
 from pipeline.diagnostics.trace import WHOLE, Made, Trace
+from pipeline.experiments import rounding
 
 BOTH = ("a", "b")
 
