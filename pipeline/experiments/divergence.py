@@ -87,15 +87,14 @@ def _answer(both: Both, seen: Recorded) -> Iterator[str]:
     if seen.only_batch:
         yield _batches(both, seen.differs)
         return
-    first, second = (_walked(kept, _start(kept, seen), seen.differs) for kept in both)
+    first, second = _walks(both, seen, seen.differs)
     yield f"Replayed. {first.words()}. {second.words()}."
     found = _parting(first, second, drawn(both))
     if found is None:
         yield _no_difference(first, second)
         return
     step, parts = found
-    begun = max(first.start, second.start)
-    if step == begun > 0 and "weights" in parts:
+    if _too_late(first, second):
         yield (
             f"The weights differ where the replays begin, in step {step:,}: the first difference "
             "lies before it, and there is no earlier state to begin with."
@@ -107,6 +106,22 @@ def _answer(both: Both, seen: Recorded) -> Iterator[str]:
             return
     with tempfile.TemporaryDirectory(dir=paths.runs()) as scratch:
         yield _traced((first, second), step, parts, Path(scratch))
+
+
+def _walks(both: Both, seen: Recorded, last: int) -> tuple[Walk, Walk]:
+    """Both replayed up to a step, from states that were equal as far as there are any."""
+    a, b = (_walked(kept, _start(kept, seen), last) for kept in both)
+    begun = [replay.beginning(kept) for kept in both]
+    if _too_late(a, b) and [a.start, b.start] != begun:  # six digits had not shown it
+        a, b = (_walked(kept, step, last) for kept, step in zip(both, begun, strict=True))
+    return a, b
+
+
+def _too_late(a: Walk, b: Walk) -> bool:
+    """Whether the weights of the two differ where they meet first, past a step that made them."""
+    met = max(a.start, b.start)
+    found = _parting(a, b, drawn=False)
+    return met > 0 and found is not None and found[0] == met and "weights" in found[1]
 
 
 def _start(kept: Kept, seen: Recorded) -> int:

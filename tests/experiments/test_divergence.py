@@ -242,6 +242,19 @@ def test_weights_that_differ_where_replays_begin_are_not_taken_for_the_first_dif
     )
 
 
+def test_states_that_only_six_digits_called_equal_give_way_to_the_first_weights(
+    trained: Train,
+) -> None:
+    a = trained("a", train__fingerprint_every=0)
+    b = trained("b", train__fingerprint_every=0, train__lr=0.003)
+    curves = {e["step"]: e for e in a.record if "train/loss" in e.get("values", {})}
+    alike = [curves[e["step"]] if e.get("step", 9) < 6 else e for e in b.record]
+    *_, by_record, replayed, found = told(a, replace(b, record=Log(alike)))
+    assert "step 5 is the last that is equal" in by_record
+    assert "a, from its first weights up to step 6" in replayed
+    assert "step 0, the update: the learning rate" in found
+
+
 def test_a_plan_by_the_clock_is_not_replayed(trained: Train) -> None:
     a = trained("a", train__time_budget=60.0, train__fingerprint_every=12)
     own = {"train__time_budget": 60.0, "train__fingerprint_every": 12, "train__lr": 0.003}
