@@ -218,6 +218,7 @@ def test_a_fork_is_replayed_from_no_state_later_than_the_difference(trained: Tra
     place = fork.export(a, 6)
     b = trained("b", **own, train__fork=place.as_posix(), train__lr=0.02)
     *_, replayed, found = told(a, b)
+    assert "a, from the state after 5 steps up to step 7: equal to its record" in replayed
     assert "b, from the state after 6 steps up to step 7: equal to its record" in replayed
     assert "step 6, the update: the learning rate" in found
     wanted = (
