@@ -91,14 +91,8 @@ def opened(kept: Kept, step: int, changes: Sequence[str] = ()) -> Iterator[Repla
     processes trained is made by one: see `InTurn`. Raises InputError where the state or the tokens
     are not those.
     """
-    config = load(paths.root() / paths.PARAMS, changes, kept.settings)
+    config, tokens = inputs(kept, changes)
     run = RunData({"train": kept.record})
-    tokens = open_tokens(paths.TOKENS, "train", verify=False)
-    if tokens.sha256 != (theirs := run.tags.get("digest.train", "")):
-        raise InputError(
-            f"{tokens.path}: not the tokens that {kept.name} was trained on (SHA-256 "
-            f"{tokens.sha256[:12]}..., there {theirs[:12] or 'not known'}...)"
-        )
     device = runtime.choose_device(config.device)
     paths.runs().mkdir(parents=True, exist_ok=True)
     with (
@@ -108,11 +102,12 @@ def opened(kept: Kept, step: int, changes: Sequence[str] = ()) -> Iterator[Repla
         precision = choose_precision(config.precision, device)
         folder = _state(kept, step, Path(scratch))
         facts = read_facts(folder) if folder else {}
+        others: tuple[str, ...] = ()
         if folder:
             model = GPT(GPTConfig(**asdict(config.model))).to(device)
             state = training_step.start(model, config.train, precision)
         else:
-            first = _first_model(kept, config, Path(scratch))
+            first, others = _first_model(kept, config, Path(scratch))
             state = training_step.from_folder(first, config.model, config.train, precision)
         processes = int(run.tags.get("distributed.processes", 1))
         state.ranks = _ranks(processes, config)
@@ -121,7 +116,8 @@ def opened(kept: Kept, step: int, changes: Sequence[str] = ()) -> Iterator[Repla
             restore(state, read_tensors(folder), facts, forked=True)
             runtime.set_rng_state(state.rng, device)
         now = machine(state) | {"processes": then.get("processes", "")}
-        elsewhere = [f"{k}: {v} then, {now[k]} now" for k, v in then.items() if v != now.get(k)]
+        elsewhere = [*others]
+        elsewhere += [f"{k}: {v} then, {now[k]} now" for k, v in then.items() if v != now.get(k)]
         if processes > 1 and not config.distributed.ordered:
             elsewhere.append(f"{processes} processes then, one in their place now")
         planned = facts["budget"]["planned"] if facts and config.train.time_budget else 0
@@ -129,9 +125,34 @@ def opened(kept: Kept, step: int, changes: Sequence[str] = ()) -> Iterator[Repla
         yield Replay(kept, config, state, tokens, planned, tuple(elsewhere), processes)
 
 
+def inputs(kept: Kept, changes: Sequence[str] = ()) -> tuple[Config, Tokens]:
+    """The training's settings with these changed, and its tokens.
+
+    Raises InputError where those of the workspace are others.
+    """
+    config = load(paths.root() / paths.PARAMS, changes, kept.settings)
+    tokens = open_tokens(paths.TOKENS, "train", verify=False)
+    theirs = RunData({"train": kept.record}).tags.get("digest.train", "")
+    if tokens.sha256 != theirs:
+        raise InputError(
+            f"{tokens.path}: not the tokens that {kept.name} was trained on (SHA-256 "
+            f"{tokens.sha256[:12]}..., there {theirs[:12] or 'not known'}...)"
+        )
+    return config, tokens
+
+
 def beginning(kept: Kept) -> int:
     """How many steps the very first state has behind it: a fork's has its parent's."""
     return lineage[-1]["step"] if (lineage := RunData({"train": kept.record}).lineage) else 0
+
+
+def check_begun(kept: Kept, step: int) -> None:
+    """Raises InputError where a step was made before the training's own first one."""
+    if (begun := beginning(kept)) > step:
+        raise InputError(
+            f"{kept.name}: step {step:,} was made by the training that it is a fork of, before its "
+            f"own first step {begun:,}: name that one"
+        )
 
 
 def newest(kept: Kept, step: int) -> int:
@@ -139,13 +160,8 @@ def newest(kept: Kept, step: int) -> int:
 
     Raises InputError where a fork is not old enough.
     """
-    there = [done for done in (beginning(kept), *kept.steps) if done <= step]
-    if not there:
-        raise InputError(
-            f"{kept.name}: step {step:,} was made by the training that it is a fork of, before its "
-            f"own first step {beginning(kept):,}: name that one"
-        )
-    return max(there)
+    check_begun(kept, step)
+    return max(done for done in (beginning(kept), *kept.steps) if done <= step)
 
 
 def _state(kept: Kept, step: int, scratch: Path) -> Path | None:
@@ -160,23 +176,28 @@ def _state(kept: Kept, step: int, scratch: Path) -> Path | None:
     return folder
 
 
-def _first_model(kept: Kept, config: Config, scratch: Path) -> Path:
-    """The model directory that a training began with: the workspace's, DVC's, or drawn anew."""
+def _first_model(kept: Kept, config: Config, scratch: Path) -> tuple[Path, tuple[str, ...]]:
+    """The model directory that a training began with: the workspace's, DVC's, or drawn anew.
+
+    And what is different about one that was drawn.
+    """
     wanted = RunData({"train": kept.record}).tags.get("digest.init")
     here = paths.root() / paths.INIT
     if here.is_dir() and tree_digest(here) == wanted:
-        return here
+        return here, ()
+    found = kept.rev and dvc_history.copy_of(kept.rev, paths.INIT.as_posix(), scratch)
+    if found and tree_digest(found) == wanted:
+        return found, ()
     if config.init.source == "random":  # as `import_hf_weights` does
         model = GPT(GPTConfig(**asdict(config.model)))
         initialize(model, config.init, runtime.generator(config.init.seed, "init"))
-        save_model(model, scratch / "init")
-        return scratch / "init"
-    found = kept.rev and dvc_history.copy_of(kept.rev, paths.INIT.as_posix(), scratch)
-    if found and tree_digest(found) == wanted:
-        return found
+        save_model(model, drawn := scratch / "init")
+        same = tree_digest(drawn) == wanted
+        return drawn, () if same else ("its first weights drawn again, not those of its digest",)
+    way = f"; `dvc exp apply {kept.name}` brings them back" if kept.rev else ""
     raise InputError(
         f"{kept.name}: the weights that it began with, init.hf_model={config.init.hf_model}, are "
-        f"neither in {paths.INIT} nor in DVC's cache; `dvc exp apply {kept.name}` brings them back"
+        f"neither in {paths.INIT} nor in DVC's cache{way}"
     )
 
 
@@ -186,15 +207,18 @@ def _first_model(kept: Kept, config: Config, scratch: Path) -> Path:
 class InTurn(Ranks):
     """One process that does what several do, one after the other: dropout and sums are theirs.
 
-    Each has `count` micro-batches of a step. Gradients of a process are added up before those of
-    the next come to them. With two processes that is their sum to the bit; with more, and with
-    FSDP, the order of a sum may be another one.
+    Each has `count` micro-batches of a step. Losses and gradients of a process are added up before
+    those of the next come to them. With two processes that is their sum to the bit; with more, and
+    with FSDP, which adds up over processes after every micro-batch, the order of a sum may be
+    another one.
     """
 
     def __init__(self, count: int):
         super().__init__()
         self._count, self._number = count, 0
         self._grads: list[Tensor | None] = []
+        self._own: Tensor | None = None  # the loss of the process at work
+        self._loss: Tensor | None = None  # of those before it, and then of all
 
     def seed(self, seed: int, step: int) -> None:
         super().seed(seed, step)
@@ -203,13 +227,15 @@ class InTurn(Ranks):
     def next_draws(self, number: int) -> None:
         self._number = number
         if number == 0:
-            self._grads = []
+            self._grads, self._own, self._loss = [], None, None
         if number % self._count == 0:
             self.draw_as(number // self._count)
 
     def add_in_order(self, loss: Tensor, parameters: Iterable[Tensor]) -> None:
+        self._own = _sum(self._own, loss.clone())
         if (self._number + 1) % self._count:
             return
+        self._loss, self._own = _sum(self._loss, self._own), None
         owners = list(parameters)
         own = [owner.grad for owner in owners]
         before = self._grads or [None] * len(own)
@@ -218,6 +244,8 @@ class InTurn(Ranks):
             owner.grad = None
 
     def add_up(self, total: Tensor, parameters: Iterable[Tensor]) -> None:
+        assert self._loss is not None
+        total.copy_(self._loss)
         for parameter, grad in zip(parameters, self._grads, strict=True):
             parameter.grad = grad
 

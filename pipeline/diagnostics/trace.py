@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.diagnostics.replay import Replay
-from pipeline.errors import NumericsError
+from pipeline.errors import InputError, NumericsError
 from pipeline.training.fingerprint import mark_of, sequence_marks
 from pipeline.training.training_step import TrainState
 
@@ -42,6 +42,7 @@ class Made:
     place: str  # the module in which it was made
     marks: dict[Key, int] = field(default_factory=dict)  # equal for equal bits, by sequence
     operations: tuple[str, ...] = ()  # of torch, since what was made before
+    dtype: torch.dtype = torch.float32  # that its numbers were made in
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Trace:
     values: dict[Key, Tensor]  # of what was asked for, on the host
     seen: bool  # whether the layers were: a compiled step's are not
     precision: str  # in effect
+    linear: frozenset[str]  # the layers that multiply in it, where it is fp8
     cut: tuple[int, int]  # micro-batches, and sequences in the first of them
     broke: str = ""  # why the step was not made to its end
 
@@ -59,13 +61,19 @@ class Trace:
 def traced(again: Replay, step: int, wanted: str = "") -> Trace:
     """Make one step, at whose beginning `again` stands; the values of what is `wanted` are kept.
 
-    Numbers are told apart as fp32, -0 being 0, so that a format alone is no difference.
+    Numbers are told apart as fp32, -0 being 0, so that a format alone is no difference. Raises
+    InputError for a step that is none of the training's.
     """
     state, broke = again.state, ""
     with _Watch(state, wanted) as watch:
         watch.note_weights(WEIGHTS, "weight")
         try:
-            (report,) = again.steps(step + 1, watch.look)
+            reports = list(again.steps(step + 1, watch.look))
+            if not reports:
+                raise InputError(
+                    f"{again.kept.name}: step {step:,} is not one of its {again.planned:,} steps"
+                )
+            (report,) = reports
             watch.note(GRADIENTS, "", "the norm of all gradients", _number(report.grad_norm))
             watch.note(UPDATE, "", "the learning rate", _number(report.learning_rate))
             watch.note_weights(UPDATE, "updated weight")
@@ -73,7 +81,9 @@ def traced(again: Replay, step: int, wanted: str = "") -> Trace:
             broke = str(error).partition("\n")[0]
     made = dict(sorted(watch.made.items(), key=lambda item: item[1].phase))
     cut = len(state.batches), len(state.batches[0][0])
-    return Trace(made, watch.values, watch.seen, state.precision.effective, cut, broke)
+    layers = state.model.named_modules()
+    linear = frozenset(name for name, layer in layers if isinstance(layer, nn.Linear))
+    return Trace(made, watch.values, watch.seen, state.precision.effective, linear, cut, broke)
 
 
 def first_difference(a: Trace, b: Trace) -> tuple[str, list[str]] | None:
@@ -162,7 +172,7 @@ class _Watch(ExitStack):
             exact = exact if exact.dtype is torch.float64 else exact.float() + 0.0
             by_sequence = phase in (FORWARD, BACKWARD) and exact.dim() == 3
             parts = dict(zip(self._keys, exact, strict=True)) if by_sequence else {WHOLE: exact}
-            one = self.made.setdefault(name, Made(phase, place, {}, operations))
+            one = self.made.setdefault(name, Made(phase, place, {}, operations, values.dtype))
             one.marks |= {key: mark_of(part) for key, part in parts.items()}
             if name == self._wanted:
                 self.values |= {key: part.cpu().clone() for key, part in parts.items()}

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from pipeline import paths
 from pipeline.diagnostics import replay, token_spans, trace
 from pipeline.diagnostics.replay import Replay
-from pipeline.diagnostics.trace import Key, Trace
-from pipeline.errors import InputError, NumericsError, UserError, cut
+from pipeline.diagnostics.trace import Trace
+from pipeline.errors import InputError, NumericsError, UserError
+from pipeline.experiments import rounding
+from pipeline.experiments.record_comparison import (
+    Both,
+    Recorded,
+    by_clock,
+    circumstances,
+    drawn,
+    recorded,
+)
 from pipeline.records.run_data import RunData
 from pipeline.resume.checkpoints import machine, name_of
 from pipeline.resume.fork import Kept
@@ -24,21 +28,12 @@ from pipeline.resume.snapshot import save_snapshot
 from pipeline.training.fingerprint import METRIC, PARTS
 from pipeline.training.loop import StepReport
 
-NAMES = {"weights": "weights", "batch": "batch", "random": "random state"}
-CURVES = {"train/loss": "loss", "train/grad_norm": "gradient norm"}
-EPSILONS = {  # the gap above 1, of what a product's result or its operands are rounded to
-    "fp32": torch.finfo(torch.float32).eps,
-    "tf32": 2.0**-10,
-    "bf16": torch.finfo(torch.bfloat16).eps,
-    "fp16": torch.finfo(torch.float16).eps,
-    "fp8": torch.finfo(torch.float8_e4m3fn).eps,
-}
-ROUNDING = 16  # epsilons of the largest number up to which a difference is taken for rounding
 MOST_OPERATIONS = 10  # that are named
-# Tags that say where and how a training was computed.
-TAGS = ("env.", "device.", "precision.e", "distributed.", "digest.", "attention.")
 EVERY = ("train.fingerprint_every=1",)
-Both = tuple[Kept, Kept]
+CLOCK = (
+    "Not replayed: train.time_budget fits the number of steps to the clock, and with it the "
+    "learning rate of every step, so a replay would be of another plan."
+)
 
 
 def diverge(a: Kept, b: Kept, tell: Callable[[str], None]) -> None:
@@ -53,112 +48,18 @@ def diverge(a: Kept, b: Kept, tell: Callable[[str], None]) -> None:
     both = a, b
     seen = recorded(both)
     tell(circumstances(both))
-    tell(seen.words() + _losses(both, seen))
+    tell(seen.words())
     if seen.differs is None:
         return
+    if by_clock(both):
+        tell(CLOCK)
+        return
+    told = 0
     try:
-        for paragraph in _replayed(both, seen):
+        for told, paragraph in enumerate(_answer(both, seen), 1):  # noqa: B007
             tell(paragraph)
     except UserError as error:
-        tell(f"Not replayed, so that nobody can say more: {error}")
-
-
-# --- what the records say
-
-
-def circumstances(both: Both) -> str:
-    """Settings, code, versions and machine, as far as they differ: a line each."""
-    a, b = (_facts(kept) for kept in both)
-    lines = [
-        f"  {name}: {_shown(a, name)} in {both[0].name}, {_shown(b, name)} in {both[1].name}"
-        for name in {**a, **b}
-        if a.get(name) != b.get(name)
-    ]
-    head = f"{both[0].name} and {both[1].name}"
-    if not lines:
-        return f"{head} have the same settings, code, versions and machine."
-    return "\n".join([f"{head} differ in", *lines])
-
-
-def _shown(facts: Mapping[str, Any], name: str) -> str:
-    return cut(str(facts.get(name, "not known"))) or "nothing"
-
-
-def _facts(kept: Kept) -> dict[str, Any]:
-    head, tags = kept.record[0], RunData({"train": kept.record}).tags
-    about = {f"machine.{name}": value for name, value in head["environment"].items()}
-    about |= {name: value for name, value in tags.items() if name.startswith(TAGS)}
-    about |= {name: value[:12] for name, value in about.items() if name.startswith("digest.")}
-    code = {"code": head["code"][:12], "commit": head["git"].get("commit", "")[:12]}
-    return {"distributed.processes": "1", **head["params"], **code, **about}
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """The steps that two records have, up to the first one in which they differ."""
-
-    by: str  # by what they were compared
-    equal: int | None  # the last step before that is equal
-    differs: int | None
-    parts: tuple[str, ...]  # that differ in it
-    last: int  # common step
-
-    def words(self) -> str:
-        by = f"By {self.by}, which both records have"
-        if self.differs is None:
-            return f"{by}, they do not differ: compared were steps up to {self.last:,}."
-        first = f"step {self.differs:,} is the first that differs, in {_listed(self.parts)}."
-        if self.equal is None:
-            return f"{by}, {first}"
-        return f"{by}, step {self.equal:,} is the last that is equal, and {first}"
-
-
-def recorded(both: Both) -> Recorded:
-    """The records compared by fingerprints, or where one has none by loss and gradient norm.
-
-    A random state that nothing is drawn from is left aside. Raises InputError where there is no
-    common step.
-    """
-    runs = [RunData({"train": kept.record}) for kept in both]
-    parts = PARTS if _drawn(both) else PARTS[:2]
-    found = _compared(runs, "fingerprints", {METRIC + part: NAMES[part] for part in parts})
-    if found := found or _compared(runs, "loss and gradient norm to six digits", CURVES):
-        return found
-    raise InputError(
-        f"{both[0].name} and {both[1].name} have no step in common: the first has "
-        f"{_span(runs[0])}, the second {_span(runs[1])}"
-    )
-
-
-def _compared(runs: Sequence[RunData], by: str, metrics: Mapping[str, str]) -> Recorded | None:
-    """By metrics with their names; None where no step of both has them."""
-    a, b = ({name: dict(run.curves.get(name, [])) for name in metrics} for run in runs)
-    steps = sorted({step for name in metrics for step in a[name].keys() & b[name].keys()})
-    equal = None
-    for step in steps:
-        # A gradient norm that is not finite has no point: one alone has one.
-        if parts := tuple(metrics[n] for n in metrics if a[n].get(step) != b[n].get(step)):
-            return Recorded(by, equal, step, parts, steps[-1])
-        equal = step
-    return Recorded(by, equal, None, (), steps[-1]) if steps else None
-
-
-def _losses(both: Both, seen: Recorded) -> str:
-    """What the losses say besides, which records have of every step."""
-    runs = [RunData({"train": kept.record}) for kept in both]
-    found = _compared(runs, "loss", {"train/loss": "loss"})
-    if seen.differs is None or not found or found.differs is None or "loss" in seen.parts:
-        return ""
-    return f" The losses on record differ from step {found.differs:,} on."
-
-
-def _span(run: RunData) -> str:
-    steps = [step for step, _ in run.curves.get("train/loss", [])]
-    return f"steps {min(steps):,} to {max(steps):,}" if steps else "none"
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+        tell(f"{'No further than that' if told else 'Not replayed'}: {error}")
 
 
 # --- what replays say
@@ -172,6 +73,7 @@ class Walk:
     start: int
     reports: dict[int, StepReport]
     problem: str  # why they are not its record's, or ""
+    broke: str  # why the step after the last was not made, or ""
 
     def words(self) -> str:
         where = f"the state after {self.start:,} steps" if self.start else "its first weights"
@@ -179,50 +81,86 @@ class Walk:
         return said + (self.problem or "equal to its record")
 
 
-def _replayed(both: Both, seen: Recorded) -> Iterator[str]:
-    """Paragraphs about the first difference of the two, made again up to where records differ."""
+def _answer(both: Both, seen: Recorded) -> Iterator[str]:
+    """Paragraphs about the first difference; replays are made where the records do not name it."""
     assert seen.differs is not None
-    first, second = (_walked(kept, _start(kept, seen), seen.differs) for kept in both)
+    if seen.only_batch:
+        yield _batches(both, seen.differs)
+        return
+    first, second = _walks(both, seen, seen.differs)
     yield f"Replayed. {first.words()}. {second.words()}."
-    found = _parting(first, second, _drawn(both))
+    found = _parting(first, second, drawn(both))
     if found is None:
-        last = min(max(first.reports), max(second.reports))
-        yield (
-            f"The replays do not differ, up to step {last:,}: what made the records differ is not "
-            "here: another machine, another version, other code."
-        )
+        yield _no_difference(first, second)
         return
     step, parts = found
+    if _too_late(first, second):
+        yield (
+            f"The weights differ where the replays begin, in step {step:,}: the first difference "
+            "lies before it, and there is no earlier state to begin with."
+        )
+        return
     if "batch" in parts:
-        yield f"First difference: the batch of step {step:,}.\n{_batches(both, step)}"
+        yield _batches(both, step)
         if "weights" not in parts:  # else both are others from the start
             return
     with tempfile.TemporaryDirectory(dir=paths.runs()) as scratch:
         yield _traced((first, second), step, parts, Path(scratch))
 
 
+def _walks(both: Both, seen: Recorded, last: int) -> tuple[Walk, Walk]:
+    """Both replayed up to a step, from states that were equal as far as there are any."""
+    a, b = (_walked(kept, _start(kept, seen), last) for kept in both)
+    begun = [replay.beginning(kept) for kept in both]
+    if _too_late(a, b) and [a.start, b.start] != begun:  # six digits had not shown it
+        a, b = (_walked(kept, step, last) for kept, step in zip(both, begun, strict=True))
+    return a, b
+
+
+def _too_late(a: Walk, b: Walk) -> bool:
+    """Whether the weights of the two differ where they meet first, past a step that made them."""
+    met = max(a.start, b.start)
+    found = _parting(a, b, drawn=False)
+    return met > 0 and found is not None and found[0] == met and "weights" in found[1]
+
+
 def _start(kept: Kept, seen: Recorded) -> int:
-    """The newest state at which both were equal; of a fork it may be its first, a little later."""
-    if seen.equal is None:
-        return replay.beginning(kept)
-    try:
+    """The newest state at which both were equal; of a fork it may be its first, a little later.
+
+    Raises InputError where that is later than the first step that differs.
+    """
+    assert seen.differs is not None
+    begun = replay.beginning(kept)
+    if seen.equal is not None and begun <= seen.equal:
         return replay.newest(kept, seen.equal)
-    except InputError:
-        return replay.newest(kept, seen.differs or seen.equal)
+    replay.check_begun(kept, seen.differs)
+    return begun
 
 
-def _drawn(both: Both) -> bool:
-    return any(kept.params.get("model.dropout") for kept in both)
+def _no_difference(a: Walk, b: Walk) -> str:
+    last = min(max(a.reports), max(b.reports))
+    said = f"The replays do not differ, up to step {last:,}"
+    if a.broke and b.broke:
+        return f"{said}, and then both broke. {a.kept.name}: {a.broke}. {b.kept.name}: {b.broke}."
+    return (
+        f"{said}: what made the records differ is not here, which may be another machine, version "
+        "or code, or chance in a kernel."
+    )
 
 
 def _walked(kept: Kept, start: int, last: int) -> Walk:
-    reports: list[StepReport] = []
-    with replay.opened(kept, start, EVERY) as again, suppress(NumericsError):
-        for report in again.steps(last + 1):
-            reports.append(report)
+    reports, broke = [], ""
+    with replay.opened(kept, start, EVERY) as again:
+        try:
+            for report in again.steps(last + 1):
+                reports.append(report)
+        except NumericsError as error:
+            broke = str(error).partition("\n")[0]
     if not reports:
-        raise InputError(f"{kept.name}: its replay broke in step {start:,}, where it began")
-    return Walk(kept, start, {one.step: one for one in reports}, _problem(again, reports))
+        why = f"broke in step {start:,}, where it began: {broke}"
+        why = why if broke else f"has no step {start:,}: its plan is of {again.planned:,} steps"
+        raise InputError(f"{kept.name}: its replay {why}")
+    return Walk(kept, start, {one.step: one for one in reports}, _problem(again, reports), broke)
 
 
 def _problem(again: Replay, reports: Sequence[StepReport]) -> str:
@@ -266,10 +204,10 @@ def _parting(a: Walk, b: Walk, drawn: bool) -> tuple[int, tuple[str, ...]] | Non
 
 def _batches(both: Both, step: int) -> str:
     """Where the first sequences of a step lie in the tokens of either, and how many both have."""
-    lines, spans = [], []
+    lines, spans = [f"First difference: the batch of step {step:,}."], []
     for kept in both:
-        with replay.opened(kept, replay.newest(kept, step)) as again:
-            own = token_spans.of_sequences(again.tokens, again.config.train, step)
+        config, tokens = replay.inputs(kept)
+        own = token_spans.of_sequences(tokens, config.train, step)
         spans.append(set(own))
         shown = ", ".join(f"{begin}-{end}" for begin, end in own[:3])
         lines.append(f"  {kept.name}: {len(own):,} sequences, tokens {shown}, ...")
@@ -301,7 +239,7 @@ def _traced(walks: tuple[Walk, Walk], step: int, parts: tuple[str, ...], scratch
     made = a.made[name]
     lines = [f"{head}, {trace.PHASES[made.phase]}: {name}"]
     lines += _place(walks, traces, name)
-    lines.append(f"  {_size(values[0], values[1], made.phase, traces)}")
+    lines.append(f"  {rounding.size(values, name, traces, [walk.kept.name for walk in walks])}")
     last = f", the last of them {equal[-1]}" if equal else ""
     lines.append(f"  Equal before it: {len(equal):,} parts of the step{last}.")
     lines += _besides(walks, traces)
@@ -336,29 +274,6 @@ def _place(walks: tuple[Walk, Walk], traces: Sequence[Trace], name: str) -> list
 def _some(names: Sequence[str]) -> str:
     more = len(names) - MOST_OPERATIONS
     return ", ".join([*names[:MOST_OPERATIONS], *([f"and {more} more"] if more > 0 else [])])
-
-
-def _size(
-    a: Mapping[Key, Tensor], b: Mapping[Key, Tensor], phase: int, traces: Sequence[Trace]
-) -> str:
-    """The largest difference, beside the epsilon of the coarser format in use there."""
-    pairs = [(a[key].double(), b[key].double()) for key in a.keys() & b.keys()]
-    if not pairs:
-        return "It is there in one of them alone."
-    if any(one.shape != other.shape for one, other in pairs):
-        shapes = " and ".join(str(tuple(one.shape)) for one in pairs[0])
-        return f"Their shapes are {shapes}."
-    largest = max((one - other).abs().max().item() for one, other in pairs)
-    scale = max(max(one.abs().max().item(), other.abs().max().item()) for one, other in pairs)
-    relative = largest / scale if scale else 0.0
-    low = phase in (trace.FORWARD, trace.BACKWARD, trace.GRADIENTS)
-    name = max((found.precision if low else "fp32" for found in traces), key=EPSILONS.__getitem__)
-    times = relative / EPSILONS[name]
-    verdict = "rounding" if times <= ROUNDING else "more than rounding, another computation"
-    return (
-        f"Largest difference {largest:.3g}, which is {relative:.3g} of the largest number there "
-        f"and {times:,.3g} epsilons of {name} ({EPSILONS[name]:.3g}): {verdict}."
-    )
 
 
 def _besides(walks: tuple[Walk, Walk], traces: Sequence[Trace]) -> list[str]:

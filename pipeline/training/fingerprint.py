@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,26 +28,23 @@ Scratch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Three numbers of 48 bits; equal for equal bits, on every device and by any processes.
+    """Three numbers of 48 bits, each equal for equal bits.
 
-    `weights` are those before the step's update. `batch` is of the sequences of all processes in
-    any order, so that it does not depend on how a step is cut into micro-batches. `random` is of
-    the generator that dropout draws from, of several processes the first one's.
+    `weights` are those before the step's update, and `batch` is of the sequences of all processes
+    in any order: neither depends on the device, the number of processes or how a step is cut into
+    micro-batches, where the bits do not. `random` is of the generator that dropout draws from, of
+    several processes the first one's: another one on another device or by other processes.
+
+    None is chained to those before: a difference in weights stays in all later weights.
     """
 
     weights: int
     batch: int
     random: int
 
-    def metrics(self, chain: int) -> dict[str, float]:
-        """As a record has them, `chain` being that of the fingerprint before, or 0.
-
-        The new chain is of that one and of these three: it is equal where all so far are. It needs
-        no state but the record, and a fork goes on with its parent's.
-        """
-        after = _digest(struct.pack("<4Q", chain, *astuple(self)))
-        values = dict(zip(PARTS, astuple(self), strict=True)) | {"chain": after}
-        return {METRIC + name: float(value) for name, value in values.items()}
+    def metrics(self) -> dict[str, float]:
+        """As a record has them."""
+        return {METRIC + part: float(getattr(self, part)) for part in PARTS}
 
 
 class Taken:
@@ -97,12 +94,11 @@ def _sums(part: Tensor, first: int, whole: int, scratch: Scratch) -> list[Tensor
     """The sums of a tensor of `whole` numbers, of which `part` holds those from `first` on."""
     odd, products = scratch
     bits = part.detach().reshape(-1).view(BITS[part.element_size()])
-    none = torch.zeros((), dtype=torch.int64, device=part.device)
     made = []
     for start in range(0, whole, CHUNK):
         low, high = max(start, first), min(start + CHUNK, first + len(bits))
-        if low >= high:
-            made.append(none)
+        if low >= high:  # a chunk of which this part has nothing
+            made.append(torch.zeros((), dtype=torch.int64, device=part.device))
             continue
         # One for all chunks: of fresh memory the system would clear every page.
         product = products[: high - low].copy_(bits[low - first : high - first])

@@ -15,7 +15,6 @@ from pipeline.compute.runtime import Numbers
 from pipeline.compute.sharding import own
 from pipeline.errors import InputError
 from pipeline.tables import write_csv, write_curve
-from pipeline.training.fingerprint import METRIC
 from pipeline.training.loop import StepReport
 from pipeline.training.time_budget import Budget
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from pipeline.model.gpt import GPT
     from pipeline.records.record_file import Record
     from pipeline.training.training_step import TrainState
-
-CHAIN = f"{METRIC}chain"
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +50,6 @@ class History:
         self._weight = own(blocks[len(blocks) // 2].mlp.c_fc.weight.detach())
         self._before = self._weight.clone()
         self._ratio: Numbers | None = None  # of the step at work
-        self._chain = 0  # of the last fingerprint
 
     def restore(self, checkpoint: Path, facts: Mapping[str, Any], done: int) -> None:
         """Take the steps before a checkpoint from the record, and the rest from its `facts`.
@@ -73,8 +69,6 @@ class History:
                 "checkpoint.resume=never starts it anew"
             )
         self.curve = [self._earlier[step] for step in range(done)]
-        chained = [e for e in metrics if CHAIN in e["values"] and e["step"] < done]
-        self._chain = int(chained[-1]["values"][CHAIN]) if chained else 0
         measured = [e for e in metrics if "train/val_loss" in e["values"]][: facts["validations"]]
         self.validations = [(e["step"] + 1, e["values"]["train/val_loss"]) for e in measured]
         self.best, self.best_step = float(facts["best_loss"]), facts["best_step"]
@@ -122,8 +116,7 @@ class History:
         self.curve.append(replace(earlier, steps=report.steps) if earlier else report)
         values = step_metrics(report)
         if report.fingerprint:
-            values |= report.fingerprint.metrics(self._chain)
-            self._chain = int(values[CHAIN])
+            values |= report.fingerprint.metrics()
         ratio, self._ratio = self._ratio or self._changed(), None
         if not report.skipped:
             (values["train/update_ratio"],) = ratio.read()

@@ -17,8 +17,10 @@ from pipeline import __main__ as cli
 from pipeline import config as configuration
 from pipeline import paths
 from pipeline.compute.runtime import generator
+from pipeline.diagnostics import replay, trace
 from pipeline.errors import InputError
 from pipeline.experiments import divergence
+from pipeline.experiments.record_comparison import circumstances
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.model.model_dir import save_model
@@ -92,7 +94,7 @@ def test_another_kernel_of_attention_is_found_in_the_first_block(trained: Train)
 
 
 def test_another_seed_of_the_data_shows_in_the_batch_first(trained: Train) -> None:
-    *_, by_record, _, found = told(trained("a"), trained("b", train__seed=5))
+    _, by_record, found = told(trained("a"), trained("b", train__seed=5))
     assert by_record.startswith("By fingerprints, which both records have, step 0 is the first")
     assert "that differs, in batch." in by_record
     assert found.startswith("First difference: the batch of step 0.\n  a: 4 sequences, tokens ")
@@ -183,9 +185,114 @@ def test_two_processes_beside_one_differ_in_a_sum_or_in_what_each_draws(
 
 
 def test_equal_runs_are_said_to_be_equal_until_which_step(trained: Train) -> None:
-    said = told(trained("a"), trained("b", train__checkpoint_activations=True))
-    assert len(said) == 2
-    assert said[1].endswith("they do not differ: compared were steps up to 10.")
+    a, b = trained("a"), trained("b", train__checkpoint_activations=True)
+    assert told(a, b)[1:] == [
+        "By fingerprints, which both records have, they do not differ: compared were steps up to "
+        "10. By loss and gradient norm to six digits, which both records have, they do not differ: "
+        "compared were steps up to 11."
+    ]
+    shorter = Log([event for event in b.record if event.get("step", 0) < 11])
+    said = told(a, replace(b, record=shorter))[1]
+    assert said.endswith("up to 10. The record of a ends with step 11, that of b with 10.")
+
+
+def test_losses_are_compared_where_fingerprints_show_nothing_or_show_it_later(
+    trained: Train,
+) -> None:
+    a = trained("a", train__fingerprint_every=12)
+    *_, by_record, replayed, found = told(
+        a, trained("b", train__fingerprint_every=12, train__lr=0.003)
+    )
+    assert "they do not differ: compared were steps up to 0. By loss and gradient" in by_record
+    assert "step 0 is the last that is equal, and step 1 is the first that differs" in by_record
+    assert "b, from its first weights up to step 1: equal to its record" in replayed
+    assert "step 0, the update: the learning rate" in found
+    *_, by_record, replayed, _ = told(trained("c"), trained("d", train__lr=0.003))
+    assert "step 5 is the first that differs, in weights. By loss and" in by_record
+    assert "up to step 1: equal to its record" in replayed
+
+
+def test_a_fork_is_replayed_from_no_state_later_than_the_difference(trained: Train) -> None:
+    own = {"checkpoint__keep_every": 1}
+    a = trained("a", **own)
+    place = fork.export(a, 6)
+    b = trained("b", **own, train__fork=place.as_posix(), train__lr=0.02)
+    *_, replayed, found = told(a, b)
+    assert "a, from the state after 5 steps up to step 7: equal to its record" in replayed
+    assert "b, from the state after 6 steps up to step 7: equal to its record" in replayed
+    assert "step 6, the update: the learning rate" in found
+    wanted = (
+        "Not replayed: b: step {} was made by the training that it is a fork of, before its own"
+    )
+    assert told(trained("c", train__lr=0.003), b)[-1].startswith(wanted.format(1))
+    assert told(begun_with(trained, "d", init__scheme="zero_projections"), b)[-1].startswith(
+        wanted.format(0)
+    )
+
+
+def test_weights_that_differ_where_replays_begin_are_not_taken_for_the_first_difference(
+    trained: Train,
+) -> None:
+    """Of a fork of another training there may be no state from before the difference."""
+    a, other = trained("a"), trained("c", train__lr=0.003)
+    place = fork.export(other, 4)
+    b = trained("b", train__fork=place.as_posix())
+    events = [event for event in b.record if event.get("step", 4) >= 4]
+    assert told(a, replace(b, record=Log(events)))[-1].startswith(
+        "The weights differ where the replays begin, in step 4: the first difference lies before"
+    )
+
+
+def test_states_that_only_six_digits_called_equal_give_way_to_the_first_weights(
+    trained: Train,
+) -> None:
+    a = trained("a", train__fingerprint_every=0)
+    b = trained("b", train__fingerprint_every=0, train__lr=0.003)
+    curves = {e["step"]: e for e in a.record if "train/loss" in e.get("values", {})}
+    alike = [curves[e["step"]] if e.get("step", 9) < 6 else e for e in b.record]
+    *_, by_record, replayed, found = told(a, replace(b, record=Log(alike)))
+    assert "step 5 is the last that is equal" in by_record
+    assert "a, from its first weights up to step 6" in replayed
+    assert "step 0, the update: the learning rate" in found
+
+
+def test_a_plan_by_the_clock_is_not_replayed(trained: Train) -> None:
+    a = trained("a", train__time_budget=60.0, train__fingerprint_every=12)
+    own = {"train__time_budget": 60.0, "train__fingerprint_every": 12, "train__lr": 0.003}
+    *_, by_record, last = told(a, trained("b", **own))
+    assert "By loss, gradient norm and learning rate to six digits" in by_record
+    assert "step 0 is the first that differs, in learning rate." in by_record
+    assert last == divergence.CLOCK
+    with (
+        replay.opened(a, 8) as again,
+        pytest.raises(InputError, match="a: step 8 is not one of its 8 steps"),
+    ):
+        trace.traced(replace(again, planned=8), 8)
+
+
+def test_steps_that_were_not_bit_equal_after_a_resume_are_told(trained: Train) -> None:
+    a = trained("a")
+    tag = {"kind": "tags", "values": {"resume.not_bit_equal_at": "7"}}
+    about = circumstances((a, replace(a, name="b", record=Log([*a.record, tag]))))
+    assert "  resume.not_bit_equal_at: not known in a, 7 in b" in about
+
+
+def test_two_replays_that_break_alike_are_told_with_their_errors(trained: Train) -> None:
+    a = trained("a")
+    with replay.opened(a, 0) as again:
+        report = next(again.steps(1))
+    walks = [divergence.Walk(replace(a, name=n), 0, {0: report}, "", f"of {n}") for n in "ab"]
+    assert divergence._no_difference(*walks) == (
+        "The replays do not differ, up to step 0, and then both broke. a: of a. b: of b."
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_another_dropout_is_no_rounding_in_a_coarse_format(trained: Train, precision: str) -> None:
+    own = {"precision": precision}
+    a, b = trained("a", **own, model__dropout=0.1), trained("b", **own, model__dropout=0.3)
+    found = told(a, b)[-1]
+    assert "epsilons of fp32" in found and "more than rounding, another computation." in found
 
 
 def test_without_fingerprints_losses_are_compared(trained: Train) -> None:
@@ -231,7 +338,7 @@ def test_other_tokens_here_leave_the_records_alone(trained: Train) -> None:
         path.unlink()
     said = told(a, b)
     assert "that differs, in batch." in said[1]
-    assert said[2].startswith("Not replayed, so that nobody can say more: ")
+    assert said[2].startswith("Not replayed: ") and "tokenize first" in said[2]
 
 
 def test_what_cannot_be_compared_is_one_clear_error(trained: Train, caplog) -> None:

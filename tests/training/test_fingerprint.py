@@ -18,7 +18,7 @@ from pipeline.records import record_file
 from pipeline.records.run_data import RunData
 from pipeline.resume import fork
 from pipeline.training import fingerprint, loop, training_step
-from pipeline.training.fingerprint import CHUNK, METRIC, PARTS, Fingerprint
+from pipeline.training.fingerprint import CHUNK, METRIC, PARTS
 from stages import train
 from tests.conftest import recipe
 from tests.helpers.ranks import needs_fork, together
@@ -193,7 +193,7 @@ def test_several_processes_have_the_fingerprint_of_one(
 
 def recorded() -> dict[str, dict[int, float]]:
     curves = RunData({"train": record_file.read(paths.record("train"))}).curves
-    return {name: dict(curves[METRIC + name]) for name in (*PARTS, "chain")}
+    return {name: dict(curves[METRIC + name]) for name in PARTS}
 
 
 @forking
@@ -214,7 +214,7 @@ def test_the_record_has_it_every_n_steps_equal_across_a_kill_and_in_a_fork(
     place = fork.export(kept, 6)
     train.main(settings(**own, train__fork=place.as_posix()))
     forked = recorded()
-    assert forked == unbroken, "the same settings: the same steps, and one chain"
+    assert forked == unbroken, "the same settings: the same steps"
 
     def killed() -> None:
         with at_step(8, kill):
@@ -223,16 +223,3 @@ def test_the_record_has_it_every_n_steps_equal_across_a_kill_and_in_a_fork(
     assert in_a_child(killed) == -9
     train.main(settings(**own, train__val_every=6))
     assert recorded() == unbroken
-
-
-def test_one_other_number_changes_the_chain_from_there_on() -> None:
-    def chain(*prints: Fingerprint) -> list[float]:
-        made = [0.0]
-        for one in prints:
-            made.append(one.metrics(int(made[-1]))["fingerprint/chain"])
-        return made[1:]
-
-    given = [Fingerprint(1, 2, 3), Fingerprint(4, 5, 6), Fingerprint(7, 8, 9)]
-    for name in PARTS:
-        changed = chain(given[0], replace(given[1], **{name: 99}), given[2])
-        assert [a == b for a, b in zip(chain(*given), changed, strict=True)] == [True, False, False]
