@@ -37,6 +37,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+# A fork of a test has none of its threads, and would wait for the compiler's for ever.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 def params(**changes: Any) -> dict[str, Any]:

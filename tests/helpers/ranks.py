@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from pipeline.compute import ranks as places
 from pipeline.compute.ranks import Ranks
 
+GRACE = 60  # seconds beyond the time that a sum may take
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks of a test need fork")
 
 
@@ -28,11 +31,21 @@ def together(
     with tempfile.TemporaryDirectory() as folder:
         each = [Ranks(rank, world, **how) for rank in range(world)]
         children = [_fork(Path(folder), ranks, work, minutes) for ranks in each]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        deadline = time.monotonic() + 60 * minutes + GRACE
+        codes = [_ended(child, deadline) for child in children]
         said = [path.read_text() for path in sorted(Path(folder).glob("*.txt"))]
         assert codes == [0] * world, "\n".join([str(codes), *said])
         texts = [(Path(folder) / f"{rank}.json").read_text() for rank in range(world)]
         return [json.loads(text, object_hook=_tensor) for text in texts]
+
+
+def _ended(child: int, deadline: float) -> int:
+    """Its exit code; that of SIGKILL where it had not ended by then."""
+    while not (found := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(found[1])
 
 
 def _plain(x: torch.Tensor) -> dict[str, Any]:

@@ -117,6 +117,7 @@ def test_compiled_blocks_are_one_graph_and_give_the_losses_of_eager_ones(make_co
     initialize(deep, make_config().init, torch.Generator().manual_seed(0))
 
     def work(ranks: Ranks) -> tuple[list[float], int, list[str]]:
+        torch._dynamo.utils.counters.clear()  # of what other tests have compiled
         found = []
         for compiled in (False, True):
             config = settings(make_config, compile=compiled, steps=3, val_tokens=40)
