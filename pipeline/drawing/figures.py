@@ -288,6 +288,29 @@ def ladder(
     return figure
 
 
+def transfer(found: Sequence[tuple[str, Points, tuple[float, float, float] | None]]) -> Figure:
+    """Losses by learning rate for each width; stars mark the best rates, with their std in log2."""
+    figure, (axis,) = sheet(1, width=8, height=4.8)
+    for n, (name, points, best) in enumerate(found):
+        colour = OTHERS[n % len(OTHERS)]
+        by_rate: dict[float, list[float]] = {}
+        for rate, loss in points:
+            by_rate.setdefault(rate, []).append(loss)
+        means = [(rate, statistics.fmean(losses)) for rate, losses in sorted(by_rate.items())]
+        axis.plot(*_columns(points), ".", color=colour, ms=5, alpha=0.6)
+        axis.plot(*_columns(means), color=colour, lw=1.2, label=name)
+        if best:
+            rate, loss, std = best
+            std = 0.0 if math.isnan(std) else std
+            error = [[rate - rate * 2**-std], [rate * 2**std - rate]]
+            axis.errorbar([rate], [loss], xerr=error, color=colour, marker="*", ms=13, capsize=5)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda rate, _: f"{rate:.3g}")
+    axis.set(xlabel="train.lr", ylabel="validation loss, nats/token")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def distance(losses: Sequence[float], others: Sequence[float]) -> Points:
     """The absolute difference of two curves by step."""
     return [(s, abs(a - b)) for s, (a, b) in enumerate(zip(losses, others, strict=False))]
