@@ -92,7 +92,8 @@ def opened(kept: Kept, step: int, changes: Sequence[str] = ()) -> Iterator[Repla
     ):
         precision = choose_precision(config.precision, device)
         model = GPT(GPTConfig(**asdict(config.model))).to(device)
-        state = training_step.start(model, config.train, precision)
+        narrowing = config.init.narrowing(config.model.n_embd)
+        state = training_step.start(model, config.train, precision, narrowing)
         folder = kept.copy(step, Path(scratch))
         facts = read_facts(folder)
         state.ranks = Ranks(ordered=str(facts["machine"].get("processes")).endswith(ORDERED))
