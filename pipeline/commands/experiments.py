@@ -136,11 +136,9 @@ def transfer(
     widths: Annotated[str, Option(metavar="CHANNELS,...", help="Two or more")] = "32,64,128",
     rates: Annotated[
         str,
-        Option(
-            metavar="RATE,...", help="Three or more; from train.lr / 4 to 4 train.lr if not said"
-        ),
+        Option(metavar="RATE,...", help="Three or more; train.lr / 4 to 8 train.lr if not said"),
     ] = "",
-    steps: Annotated[int, Option(min=1, help="Of each training")] = 150,
+    steps: Annotated[int, Option(min=1, help="Of each training")] = 100,
     seeds: Annotated[str, Option(help="More seeds of every training, for the noise")] = "1",
     layers: Annotated[int, Option(min=1, help="Of every width")] = 2,
     dry_run: Annotated[bool, Option("--dry-run", help="Check and show, run nothing")] = False,

@@ -25,7 +25,7 @@ from pipeline.tracking.mlflow_run import attach
 
 log = logging.getLogger(__name__)
 
-AROUND = (0.25, 0.5, 1, 2, 4)  # times train.lr: the rates where none are given
+AROUND = (0.25, 0.5, 1, 2, 4, 8)  # times train.lr: the rates where none are given
 OWN = (
     *("train.seed", "init.seed", "train.steps", "train.time_budget", "train.val_every", FORK),
     *("checkpoint.keep_every", *(f"model.{name}" for name in SIZES[:3])),

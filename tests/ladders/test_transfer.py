@@ -66,7 +66,7 @@ def test_heads_are_of_one_size_that_divides_every_width() -> None:
 
 
 def test_the_rates_are_around_the_one_of_the_settings() -> None:
-    assert asked(rates=()).rates == [0.0005, 0.001, 0.002, 0.004, 0.008]
+    assert asked(rates=()).rates == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016]
     assert asked(rates=(), changes=["train.lr=0.03"]).rates[0] == 0.0075
 
 
