@@ -25,7 +25,7 @@ from pipeline.resume.snapshot import parts, read_facts, read_tensors, restore, s
 from pipeline.studies import tiny
 from pipeline.training.loop import fit
 from pipeline.training.optimizers import build_optimizer, parameter_groups, set_rate
-from pipeline.training.training_step import TrainState, start
+from pipeline.training.training_step import TrainState, from_folder, start
 
 BASE, HEAD, VOCAB, LAYERS = 32, 16, 64, 2
 WIDTHS = (32, 64, 128, 256)
@@ -176,6 +176,24 @@ def test_a_trained_model_of_the_scheme_is_transformers_gpt2(tmp_path: Path) -> N
 
 
 # --- resume, fork, and what is refused
+
+
+def test_a_training_that_begins_with_a_folder_has_the_rates_of_its_scheme(
+    make_config, tmp_path: Path
+) -> None:
+    sizes = {"n_layer": LAYERS, "n_head": 4, "n_embd": 64}
+    config = make_config(
+        init__scheme="mup",
+        init__mup_base=BASE,
+        **{f"model__{n}": size for n, size in sizes.items()},
+    )
+    save_model(GPT(GPTConfig(**sizes, block_size=config.model.block_size)), tmp_path / "model")
+    precision = choose_precision("fp32", torch.device("cpu"))
+    told = config.model, config.train, precision, config.init
+    state = from_folder(tmp_path / "model", *told)
+    set_rate(state.optimizer, 0.01)
+    rates = [group["lr"] for group in state.optimizer.param_groups]
+    assert rates == [0.005, 0.01, 0.005, 0.01]
 
 
 def test_a_resumed_training_keeps_its_rates(tmp_path: Path) -> None:
