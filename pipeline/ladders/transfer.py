@@ -199,7 +199,7 @@ def page(found: Found) -> str:
         "lowest loss",
         "at",
         "best rate ± std",
-        f"loss at the {widths[0]}'s rate",
+        f"loss at the rate of {widths[0]}",
     )
     said = [head, table, markdown(columns, best), found.verdict.words()]
     return "\n\n".join(part.strip() for part in said)
