@@ -143,7 +143,7 @@ def transfer(
     layers: Annotated[int, Option(min=1, help="Of every width")] = 2,
     dry_run: Annotated[bool, Option("--dry-run", help="Check and show, run nothing")] = False,
 ) -> None:
-    """Find the best learning rate at several widths, and whether it moves.
+    """Find the best learning rate of several widths: does it move?
 
     python -m pipeline transfer --dry-run              what it trains, and how long that takes
     python -m pipeline transfer                        all of it; given again, what is missing
