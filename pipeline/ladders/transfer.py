@@ -188,7 +188,10 @@ def page(found: Found) -> str:
         f"{config.model.n_layer} layers, {config.train.steps} steps, validation losses in "
         f"nats/token, {f'means of {seeds} seeds' if seeds > 1 else 'of one seed'}."
     )
-    rows = [(rate, *(_mean(found, width, rate) for width in widths)) for rate in found.asked.rates]
+    rows = [
+        (f"{rate:g}", *(_mean(found, width, rate) for width in widths))
+        for rate in found.asked.rates
+    ]
     table = markdown(("train.lr", *(f"{width} channels" for width in widths)), rows)
     best = [
         (one.width, one.loss, f"{one.rate:g}", one.words(), _copied(found, one.width))

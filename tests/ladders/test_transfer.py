@@ -129,9 +129,7 @@ def test_the_page_has_losses_best_rates_and_a_verdict(monkeypatch, tmp_path: Pat
     assert (folder / "transfer.png").stat().st_size > 10_000
     assert text.partition("\n\n")[2].strip() in caplog.text and len(attached) == 16
     mean = 6.05 + 0.2 * math.log2(0.002 / 0.003) ** 2
-    shown = [
-        float(line.split("|")[2]) for line in text.splitlines() if line.startswith("|    0.002")
-    ]
+    shown = [float(line.split("|")[2]) for line in text.splitlines() if line.startswith("| 0.002")]
     assert shown == [pytest.approx(mean, abs=0.003)]
     best = [line for line in text.splitlines() if "±" in line and line.startswith("|")][1:]
     assert all(line.split("|")[4].strip().startswith("0.00") for line in best) and len(best) == 2
