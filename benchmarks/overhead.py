@@ -166,7 +166,7 @@ def bare_loop(config: Config) -> tuple[float, Seconds]:
     began = time.perf_counter()
     with clock.watching():
         tokens = token_files.open_tokens(paths.TOKENS, "train")
-        state = train.from_folder(paths.INIT, config.model, config.train, precision)
+        state = train.from_folder(paths.INIT, config.model, config.train, precision, config.init)
         batches = functools.partial(loop.micro_batches, tokens, config.train)
         for _ in loop.fit(state, config.train, batches):
             pass

@@ -27,6 +27,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "sweep": experiments.sweep,
     "fork": experiments.fork,
     "ladder": experiments.ladder,
+    "transfer": experiments.transfer,
     "ls": manage.ls,
     "watch": manage.watch,
     "show": experiments.show,

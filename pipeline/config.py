@@ -119,12 +119,22 @@ class InitConfig:
     hf_model: str = setting("for `hf`: a hub id or a local folder")
     hf_watch: str = setting("the local folder once more, so that DVC notices an edit in it")
     scheme: str = setting(
-        "of fresh weights: GPT-2's, or with projections onto the residual stream at zero",
-        choices=("gpt2", "zero_projections"),
+        "of fresh weights: GPT-2's, the same with projections onto the residual stream at zero, or "
+        "muP's, with its rates while training",
+        choices=("gpt2", "zero_projections", "mup"),
+    )
+    mup_base: int = setting(
+        "for mup: the channels with which it is GPT-2's; others have weights and rates by it",
+        low=1,
+        high=65536,
     )
     std: float = setting("standard deviation of fresh weights", above=0, high=10)
     residual_scale: bool = setting("scale both residual projections by (2 n_layer)^-0.5")
     seed: int = setting("of the fresh weights", low=0)
+
+    def narrowing(self, n_embd: int) -> float:
+        """By scheme mup how much narrower its base is than a model; 1 by the other schemes."""
+        return self.mup_base / n_embd if self.scheme == "mup" else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -511,6 +521,8 @@ def _inconsistencies(config: Config) -> list[str]:
             "train.mask_documents=true: expected false with corpus.source=chat, in which the "
             "token between documents ends an answer, too"
         )
+    if config.init.scheme == "mup":
+        problems += _not_for_mup(config)
     if train.min_lr > train.lr:
         problems.append(f"train.min_lr={train.min_lr}: expected at most train.lr={train.lr}")
     if train.warmup_steps >= train.steps:
@@ -536,3 +548,17 @@ def _inconsistencies(config: Config) -> list[str]:
             f"since corpus.source={corpus.source}"
         )
     return problems + hints.of_files(config)
+
+
+def _not_for_mup(config: Config) -> Iterator[str]:
+    """What has no meaning with rates that belong to fresh weights and to Adam."""
+    if config.init.source != "random":
+        yield (
+            f"init.scheme=mup: expected init.source=random, got {config.init.source}, whose "
+            "weights are not of that scheme; to go on with a model of it, fork its run"
+        )
+    if config.train.optimizer != "adamw":
+        yield (
+            f"init.scheme=mup: expected train.optimizer=adamw, got {config.train.optimizer}; "
+            "the scheme's rates are those of Adam"
+        )

@@ -56,7 +56,7 @@ def train(job: Job, newest: Checkpoint | None, machine: Machine) -> None:
     common.announce("train", precision, record)
     for line in forecast.before_training(config, precision, record, len(job.inputs.train)):
         print(f"train: {line}", flush=True)
-    state = from_folder(paths.INIT, config.model, config.train, precision)
+    state = from_folder(paths.INIT, config.model, config.train, precision, config.init)
     history = History(config.train, record, state.model)
     job.checkpoints.check_room(state.model.parameter_count(), config.train)
     if newest:

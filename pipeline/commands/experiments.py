@@ -129,6 +129,51 @@ def ladder(
     page.conclude(ladder.forecast_and_run(asked, known, register_only))
 
 
+def transfer(
+    changes: Annotated[
+        list[str] | None, Option("-S", metavar="SETTING=VALUE", help="Of all; repeatable")
+    ] = None,
+    widths: Annotated[str, Option(metavar="CHANNELS,...", help="Two or more")] = "32,64,128",
+    rates: Annotated[
+        str,
+        Option(metavar="RATE,...", help="Three or more; train.lr / 4 to 8 train.lr if not said"),
+    ] = "",
+    steps: Annotated[int, Option(min=1, help="Of each training")] = 100,
+    seeds: Annotated[str, Option(help="More seeds of every training, for the noise")] = "1",
+    layers: Annotated[int, Option(min=1, help="Of every width")] = 2,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check and show, run nothing")] = False,
+) -> None:
+    """Find the best learning rate of several widths: does it move?
+
+    python -m pipeline transfer --dry-run              what it trains, and how long that takes
+    python -m pipeline transfer                        all of it; given again, what is missing
+    python -m pipeline transfer -S train.optimizer=muon --rates 0.004,0.008,0.016,0.032
+    """
+    from pipeline.ladders import ladder, transfer
+
+    asked = transfer.plan(
+        _numbers(widths, "--widths", "32,64,128"),
+        _rates(rates),
+        steps,
+        _numbers(seeds, "--seeds", "1,2"),
+        layers,
+        changes or [],
+    )
+    known = ladder.trained()
+    log.info("%s", transfer.planned(asked, known))
+    if not dry_run:
+        done = ladder.run_missing(list(asked.rungs.values()), known)
+        transfer.conclude(transfer.found_of(asked, done))
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",") if word]
+    except ValueError:
+        said = f"{text}: expected numbers, as 0.001,0.002,0.004"
+        raise BadParameter(said, param_hint="--rates") from None
+
+
 def compare(
     setting: Annotated[str, Argument(metavar="SETTING", help="Such as precision or init.std")],
     steps: Annotated[int, Option(min=0, help="The first steps only; 0 for all")] = 0,

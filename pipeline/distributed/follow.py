@@ -36,7 +36,7 @@ def follow(config: Config, tell: Callable[[TrainState, dict[str, Any]], None]) -
     inputs = open_inputs(config.train)
     identity = run_folder.identity("train", config, inputs.digests())
     precision = choose_precision(config.precision, choose_device(config.device))
-    state = from_folder(paths.INIT, config.model, config.train, precision)
+    state = from_folder(paths.INIT, config.model, config.train, precision, config.init)
     ranks = state.ranks
     tell(state, identity)
 

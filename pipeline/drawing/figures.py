@@ -290,6 +290,37 @@ def ladder(
     return figure
 
 
+def transfer(found: Sequence[tuple[str, Points, tuple[float, float, float] | None]]) -> Figure:
+    """Losses by learning rate for each width; stars mark the best rates, with their std in log2.
+
+    Lines of rates far too low leave it at the top: they would hide the differences of the others.
+    """
+    figure, (axis,) = sheet(1, width=8, height=4.8)
+    for n, (name, points, best) in enumerate(found):
+        colour = OTHERS[n % len(OTHERS)]
+        by_rate: dict[float, list[float]] = {}
+        for rate, loss in points:
+            by_rate.setdefault(rate, []).append(loss)
+        means = [(rate, statistics.fmean(losses)) for rate, losses in sorted(by_rate.items())]
+        axis.plot(*_columns(points), ".", color=colour, ms=5, alpha=0.6)
+        axis.plot(*_columns(means), color=colour, lw=1.2, label=name)
+        if best:
+            rate, loss, std = best
+            std = 0.0 if math.isnan(std) else std
+            error = [[rate - rate * 2**-std], [rate * 2**std - rate]]
+            axis.errorbar([rate], [loss], xerr=error, color=colour, marker="*", ms=13, capsize=5)
+    losses = [loss for _, points, _ in found for _, loss in points]
+    lowest, middle = min(losses), statistics.median(losses)
+    if middle > lowest:
+        axis.set_ylim(lowest - 0.2 * (middle - lowest), middle + 3 * (middle - lowest))
+    rates = sorted({rate for _, points, _ in found for rate, _ in points})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axis.set(xlabel="train.lr", ylabel="validation loss, nats/token")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def distance(losses: Sequence[float], others: Sequence[float]) -> Points:
     """The absolute difference of two curves by step."""
     return [(s, abs(a - b)) for s, (a, b) in enumerate(zip(losses, others, strict=False))]

@@ -1,1 +1,1 @@
-"""Small trainings that forecast a larger one: a law, its forecast on record, the outcome."""
+"""Small trainings that tell of larger ones: a law and its forecast, a rate that transfers."""

@@ -141,7 +141,7 @@ def find(rung: Rung, known: Sequence[Trained]) -> Done | None:
     run, loss = one.run, one.run.last("train/val_loss")
     speed = run.last("perf/tokens_per_second")
     if loss is None or not math.isfinite(loss) or not speed:
-        raise InputError(f"{run.name}: its validation loss is {loss}; no law holds such a training")
+        raise InputError(f"{run.name}: its validation loss is {loss}; leave such a training out")
     return Done(rung, run.name, one.head, loss, speed, one.data, run.last("data/train_tokens"))
 
 
@@ -260,13 +260,18 @@ def fitted(ladder: Ladder, known: Sequence[Trained]) -> Found:
     if missing or absent:
         names = ", ".join(rung.name for rung in [*missing, *absent])
         raise InputError(f"not trained yet: {names}; the same command without --ask runs them")
-    if len({one.data for one in [*done, *seeds]}) > 1:
-        raise InputError(
-            "these rungs were trained on different tokens, as the corpus was edited between them: "
-            "no law holds for both; the edit put back, the same command goes on"
-        )
+    check_same_tokens([*done, *seeds])
     noise = statistics.stdev(one.loss for one in seeds) if len(seeds) > 1 else 0.0
     return Found(tuple(done), scaling_law.fit([one.point for one in done], noise), noise)
+
+
+def check_same_tokens(done: Iterable[Done]) -> None:
+    """Raises InputError where not all have seen the same ones."""
+    if len({one.data for one in done}) > 1:
+        raise InputError(
+            "these were trained on different tokens, as the corpus was edited between them: "
+            "no law holds for both; the edit put back, the same command goes on"
+        )
 
 
 def register(own: Rung, found: Found, seen: Sequence[Trained]) -> Forecast:

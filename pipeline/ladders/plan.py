@@ -124,10 +124,15 @@ def _unusable(base: Config, shortest: int) -> Iterator[str]:
             f"horizon of {shortest:,} steps begins to cool down after {first:,}, too soon; "
             "give longer --horizons, or less of either"
         )
+    yield from not_fresh(base, "a ladder")
+
+
+def not_fresh(base: Config, who: str) -> Iterator[str]:
+    """Problems of settings by which no training could begin with fresh weights."""
     if base.init.source != "random":
-        yield f"init.source={base.init.source}: a ladder trains fresh weights, random is expected"
+        yield f"init.source={base.init.source}: {who} trains fresh weights, random is expected"
     if base.checkpoint.resume == "require":
-        yield "checkpoint.resume=require: a ladder begins trainings, auto is expected"
+        yield f"checkpoint.resume=require: {who} begins trainings, auto is expected"
 
 
 def _of_size(

@@ -24,22 +24,32 @@ def initialize(model: GPT, config: InitConfig, generator: torch.Generator) -> No
     With scheme `zero_projections` these two are 0, so that at first every block passes on what it
     gets (Zhang et al. 2019, Fixup); the weights that are drawn are those of scheme `gpt2`.
 
+    Scheme `mup` draws for a model n times as wide as `config.mup_base` what scheme `gpt2` draws,
+    the blocks' matrices times n^-0.5, and has 1 / n for the weight of `ln_f`; with the rates of
+    `optimizers.parameter_groups` that is muP for Adam (Yang et al. 2022, Tensor Programs V,
+    table 8, by which input and output weights may be tied). There the logits have a factor of 1 / n
+    instead. A smaller `ln_f` is the same: as Adam's steps do not depend on the size of a gradient,
+    a parameter times 1 / n, with its rate times 1 / n, goes the same way as the parameter behind a
+    factor. So the model is an exact GPT-2 at every step. Heads are taken to be of one size.
+
     The position embedding takes config.std too: 0.02 is what the published HF configuration
     (`initializer_range`) and most reimplementations use. OpenAI's own code drew `wpe` with 0.01;
     one setting that means the same everywhere is easier to study.
 
     Rows of `wte` beyond the vocabulary are 0, and the others do not depend on how many there are.
     """
-    residual_std = config.std
+    narrowing = config.narrowing(model.config.n_embd)
+    std = config.std * narrowing**0.5
+    residual_std = std
     if config.residual_scale:
         residual_std *= (2 * model.config.n_layer) ** -0.5
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm):
-            module.weight.fill_(1.0)
+            module.weight.fill_(narrowing if name.endswith(".ln_f") else 1.0)
             module.bias.zero_()
         elif isinstance(module, nn.Linear):
             projection = name.endswith(".c_proj")
-            _draw(module.weight, residual_std if projection else config.std, generator)
+            _draw(module.weight, residual_std if projection else std, generator)
             if projection and config.scheme == "zero_projections":
                 module.weight.zero_()
             module.bias.zero_()

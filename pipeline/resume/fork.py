@@ -178,7 +178,21 @@ def problem(config: Config, facts: Mapping[str, Any]) -> str:
             f"train.steps={config.train.steps}: expected more than {facts['step']}, the steps that "
             "the forked state has behind it"
         )
+    mine, theirs = config.init.narrowing(config.model.n_embd), _narrowing(facts["optimizer"])
+    if mine != theirs:
+        said.append(
+            f"init.scheme={config.init.scheme} init.mup_base={config.init.mup_base}: the matrices' "
+            f"rate times {mine:g}, in the forked state times {theirs:g}; a fork keeps the scheme "
+            "of its weights"
+        )
     return "\n".join(said)
+
+
+def _narrowing(optimizer: Mapping[str, Any]) -> float:
+    """`InitConfig.narrowing` of the training that a snapshot's optimizer is of."""
+    options = [group["options"] for group in optimizer["groups"]]
+    by_mup = [one["rate_factor"] for one in options if "rate_factor" in one]
+    return float(by_mup[0]) if by_mup and optimizer["kind"] == "AdamW" else 1.0
 
 
 def begin(run: run_folder.Run, config: Config) -> str:

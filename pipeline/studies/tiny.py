@@ -17,6 +17,7 @@ INIT = InitConfig(
     hf_model="",
     hf_watch="",
     scheme="gpt2",
+    mup_base=16,
     std=0.02,
     residual_scale=True,
     seed=0,

@@ -43,12 +43,17 @@ def model_size(params: Mapping[str, Any]) -> str:
 
 
 def initial_weights(params: Mapping[str, Any]) -> str:
-    """ "std 0.02, scaled", "unscaled" or "zero" (the residual projections), or "hf gpt2"."""
+    """ "std 0.02, scaled", "unscaled" or "zero" (the residual projections), or "hf gpt2".
+
+    By muP also its base width.
+    """
     if params["init.source"] == "hf":
         return f"hf {params['init.hf_model']}"
     scaled = "scaled" if params["init.residual_scale"] else "unscaled"
     if params.get("init.scheme") == "zero_projections":  # records of before have no scheme
         scaled = "zero"
+    if params.get("init.scheme") == "mup":
+        scaled += f", muP from {params['init.mup_base']}"
     return f"std {params['init.std']:g}, {scaled}"
 
 

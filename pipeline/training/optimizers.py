@@ -20,27 +20,41 @@ SKIPPING = ("cpu", "cuda")  # MPS updated in spite of an overflow (pytorch#18636
 QKV = "c_attn.weight"  # three matrices in one parameter
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, narrowing: float = 1.0
+) -> list[dict[str, Any]]:
     """Tensors of two or more dimensions decay, biases and LayerNorm do not (GPT-3, appendix B).
 
     The tied embedding is one parameter and so decays once: 50 and 98 tensors at 124M.
+
+    By muP the blocks' matrices have the rate times `narrowing` (Yang et al. 2022, table 8), and so
+    has `ln_f`, for the reason in `init.initialize`. AdamW shrinks weights by rate * decay at each
+    step: the matrices' decay is divided by it, so that no width changes that (as `MuAdamW` of the
+    authors' package `mup` has it).
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [(name, p) for name, p in named if p.dim() >= 2]
+    vectors = [(name, p) for name, p in named if p.dim() < 2]
+    groups = []
+    for members, decay, part in ((matrices, weight_decay, ".h."), (vectors, 0.0, ".ln_f.")):
+        own = [p for name, p in members if part in name and narrowing != 1.0]
+        scaled = {"weight_decay": decay / narrowing, "rate_factor": narrowing}
+        rest = [p for name, p in members if part not in name or narrowing == 1.0]
+        groups += [{"params": own, **scaled}] if own else []
+        groups.append({"params": rest, "weight_decay": decay})
+    return groups
 
 
 def build_optimizer(
-    model: nn.Module, config: TrainConfig, scaled: bool = False
+    model: nn.Module, config: TrainConfig, scaled: bool = False, narrowing: float = 1.0
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019), its one-kernel form where the device has it; or Muon.
 
     `scaled`: a loss scaler makes the steps, and the kernel must heed it when it says to skip one.
+    `narrowing` is that of `InitConfig`, for AdamW alone.
     """
     device = next(model.parameters()).device.type
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, narrowing)
     matrices = muon_groups(model, config) if config.optimizer == "muon" else []
     taken = {id(p) for group in matrices for p in group["params"]}
     for group in groups:

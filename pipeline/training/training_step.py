@@ -25,7 +25,7 @@ from pipeline.training.optimizers import Update, build_optimizer, set_rate
 
 if TYPE_CHECKING:
     from pipeline.compute.precision import Precision
-    from pipeline.config import ModelConfig, TrainConfig
+    from pipeline.config import InitConfig, ModelConfig, TrainConfig
     from pipeline.model.gpt import GPT
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, each (B, T) int64
@@ -101,9 +101,13 @@ class Launched:
 
 
 def from_folder(
-    folder: Path, shape: ModelConfig, config: TrainConfig, precision: Precision
+    folder: Path,
+    shape: ModelConfig,
+    config: TrainConfig,
+    precision: Precision,
+    init: InitConfig,
 ) -> TrainState:
-    """The state before the first step, with the model in a model directory.
+    """The state before the first step, with the model in a model directory, of `init`'s scheme.
 
     Seeds torch's generators for dropout; a checkpoint that is restored afterwards brings its own.
     """
@@ -115,11 +119,13 @@ def from_folder(
         attention=shape.attention,
         device="cpu" if here().sharded else precision.device,  # which may have no room for it
     )
-    return start(model, config, precision)
+    return start(model, config, precision, init.narrowing(shape.n_embd))
 
 
-def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
-    """The state before the first step."""
+def start(
+    model: GPT, config: TrainConfig, precision: Precision, narrowing: float = 1.0
+) -> TrainState:
+    """The state before the first step; `narrowing` is that of `InitConfig`, which sets rates."""
     precision.prepare(model)
     activations.mark(model, checkpointed=config.checkpoint_activations)
     borders.mark(model, documents_apart=config.mask_documents)
@@ -129,7 +135,7 @@ def start(model: GPT, config: TrainConfig, precision: Precision) -> TrainState:
     eager = loss_of(model, precision)
     return TrainState(
         model=model,
-        optimizer=build_optimizer(model, config, scaled=scaler.is_enabled()),
+        optimizer=build_optimizer(model, config, scaler.is_enabled(), narrowing),
         scaler=scaler,
         precision=precision,
         loss_function=compiled_loss(model, precision, eager) if config.compile else eager,

@@ -17,10 +17,10 @@ from pipeline.ladders.ladder import Trained
 from pipeline.ladders.plan import Ladder, Rung
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.records import record_file
-from pipeline.records.run_data import Experiment
 from pipeline.resume import run_folder
 from pipeline.training.optimizers import learning_rate
 from tests.conftest import ROOT, recipe
+from tests.helpers.rungs import trained
 
 SIZES, HORIZONS = ("1x16", "2x32"), (100, 200, 400)
 
@@ -136,32 +136,6 @@ def test_a_recipe_of_published_weights_makes_no_ladder() -> None:
 
 
 # --- what has been trained already
-
-
-def id_of(name: str) -> str:
-    """Of the record of an experiment."""
-    return name.encode().hex()[:32].ljust(32, "0")
-
-
-def trained(rung: Rung, name: str, loss: float = 6.0, code: str = "", begins: int = 0) -> Trained:
-    """The experiment that a rung's run leaves."""
-    start = {
-        **{"kind": "start", "stage": "train", "id": id_of(name)},
-        **{"time": 1, "name": name},
-        **{"params": configuration.flatten(rung.config)},
-    }
-    tags = {"digest.train": "tokens"}
-    if rung.parent:
-        parent = {"name": "p", "step": begins or rung.begins, "record": id_of(rung.parent.name)}
-        tags["fork.lineage"] = json.dumps([parent])
-    values = {"train/val_loss": loss, "perf/tokens_per_second": 1000.0}
-    events = [
-        {"kind": "tags", "values": tags},
-        {"kind": "metrics", "step": rung.steps, "time": 2, "values": values},
-        {"kind": "end", "status": "FINISHED", "time": 3},
-    ]
-    run = Experiment(name, "rev", {"train": [start, *events]})
-    return Trained(run, code or ladder.code_here())
 
 
 def test_a_ladder_that_was_stopped_runs_only_what_is_missing(monkeypatch, caplog) -> None:

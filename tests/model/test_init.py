@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
+from pipeline.studies import tiny
 
 
 def fresh(
@@ -23,7 +24,7 @@ def fresh(
 ) -> GPT:
     config = GPTConfig(n_layer, n_head=2, n_embd=64, block_size=128, vocab_rows=vocab_rows)
     gpt = GPT(config)
-    settings = SimpleNamespace(std=std, residual_scale=residual_scale, scheme=scheme)
+    settings = replace(tiny.INIT, std=std, residual_scale=residual_scale, scheme=scheme)
     initialize(gpt, settings, torch.Generator().manual_seed(seed))
     return gpt
 
@@ -79,8 +80,7 @@ def test_no_torch_default_survives() -> None:
     with torch.no_grad():
         for parameter in gpt.parameters():
             parameter.fill_(math.nan)
-    settings = SimpleNamespace(std=0.02, residual_scale=True, scheme="gpt2")
-    initialize(gpt, settings, torch.Generator().manual_seed(42))
+    initialize(gpt, tiny.INIT, torch.Generator().manual_seed(42))
     for (name, again), first in zip(gpt.named_parameters(), fresh().parameters(), strict=True):
         assert torch.equal(again, first), name
 
@@ -92,11 +92,7 @@ def test_weights_depend_on_the_seed_and_not_on_global_randomness() -> None:
     before = torch.get_rng_state()
     gpt = GPT(GPTConfig(3, 2, 64, 128))
     after_construction = torch.get_rng_state()
-    initialize(
-        gpt,
-        SimpleNamespace(std=0.02, residual_scale=True, scheme="gpt2"),
-        torch.Generator().manual_seed(5),
-    )
+    initialize(gpt, tiny.INIT, torch.Generator().manual_seed(5))
     assert torch.equal(after_construction, torch.get_rng_state())
     assert not torch.equal(before, after_construction)  # torch's own defaults did draw
     assert all(torch.equal(first[name], value) for name, value in gpt.state_dict().items())

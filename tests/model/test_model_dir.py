@@ -7,8 +7,8 @@ import logging
 import os
 import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from pipeline.model.model_dir import build_model, load_model, save_model
 from pipeline.storage import folders
 from pipeline.storage.digests import tree_digest
 from pipeline.storage.folders import recover
+from pipeline.studies import tiny
 
 FILES = {
     "config.json",
@@ -38,7 +39,7 @@ FILES = {
 
 def fresh(seed: int = 0, **changes: Any) -> GPT:
     gpt = GPT(GPTConfig(**({"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32} | changes)))
-    settings = SimpleNamespace(std=0.1, residual_scale=True, scheme="gpt2")
+    settings = replace(tiny.INIT, std=0.1)
     initialize(gpt, settings, torch.Generator().manual_seed(seed))
     return gpt.eval()
 

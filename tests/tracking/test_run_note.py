@@ -99,4 +99,5 @@ def test_initial_weights_are_told_in_a_few_words(make_config) -> None:
 
     assert words() == "std 0.02, scaled"
     assert words(init__residual_scale=False, init__std=0.1) == "std 0.1, unscaled"
+    assert words(init__scheme="mup", init__mup_base=64) == "std 0.02, scaled, muP from 64"
     assert words(init__source="hf", init__hf_model="me/tiny") == "hf me/tiny"
