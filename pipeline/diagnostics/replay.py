@@ -105,10 +105,12 @@ def opened(kept: Kept, step: int, changes: Sequence[str] = ()) -> Iterator[Repla
         others: tuple[str, ...] = ()
         if folder:
             model = GPT(GPTConfig(**asdict(config.model))).to(device)
-            state = training_step.start(model, config.train, precision)
+            narrowing = config.init.narrowing(config.model.n_embd)
+            state = training_step.start(model, config.train, precision, narrowing)
         else:
             first, others = _first_model(kept, config, Path(scratch))
-            state = training_step.from_folder(first, config.model, config.train, precision)
+            told = config.model, config.train, precision, config.init
+            state = training_step.from_folder(first, *told)
         processes = int(run.tags.get("distributed.processes", 1))
         state.ranks = _ranks(processes, config)
         then = facts.get("machine", {})
