@@ -37,13 +37,15 @@ _ASKED = re.compile(r"([^:]+):(\d+(?:\.\d+)?)(k|M|B|min|h|)")
 
 def planned(asked: Ladder, known: Sequence[Trained], registering: bool) -> str:
     """What is about to be run, and how long that takes here."""
-    missing = ladder.collect(asked, known)[1]
-    own = [] if registering or ladder.find(asked.next, known) else [asked.next]
+    missing = [ladder.possible(rung, known) for rung in ladder.collect(asked, known)[1]]
+    own = [] if registering or ladder.matches(asked.next, known) else [asked.next]
     seconds = ladder.seconds_of([*missing, *own])
+    now = {rung.name: rung for rung in missing}
     rows = [
         (rung.name, rung.parameters, rung.tokens, rung.steps - rung.begins, _of(rung, seconds))
-        for rung in [*asked, asked.next]
+        for rung in (now.get(one.name, one) for one in [*asked, asked.next])
     ]
+    whole_again = [one.name for one in asked if now.get(one.name, one).parent != one.parent]
     columns = ("training", "parameters", "tokens", "steps of its own", "about")
     count, whole = len(list(asked)), duration(sum(seconds.values()))
     states = ladder.state_bytes(missing)
@@ -51,7 +53,16 @@ def planned(asked: Ladder, known: Sequence[Trained], registering: bool) -> str:
     return (
         f"{count} trainings and the forecast one, {count - len(missing)} of the {count} finished; "
         f"the rest takes about {whole} here{kept}\n\n"
-        f"{markdown(columns, rows)}"
+        f"{markdown(columns, rows)}{_from_scratch(whole_again)}"
+    )
+
+
+def _from_scratch(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return (
+        f"\n{', '.join(names)}: from the first step, as the long run of that size is done and kept "
+        "no state where this one begins to cool down."
     )
 
 

@@ -15,13 +15,13 @@ from pipeline import paths
 from pipeline.config import UNSET_PATH, Config, flatten, load
 from pipeline.errors import ConfigError
 from pipeline.experiments import sweep
+from pipeline.ladders.registered import SEEDED
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.published import SIZES, sizes_of
 from pipeline.records import stage_graph
 from pipeline.resume.fork import STEP_TOKENS
 
 FORK = "train.fork"
-SEEDED = ("train.seed", "init.seed")  # a size's noise is that of its data order and its weights
 LARGEST = {"124m": "gpt2", "355m": "gpt2-medium", "774m": "gpt2-large", "1558m": "gpt2-xl"}
 _SIZE = re.compile(r"(\d+)x(\d+)")
 

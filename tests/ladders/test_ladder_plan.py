@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline import config as configuration
 from pipeline.errors import ConfigError, InputError
@@ -16,9 +18,10 @@ from pipeline.ladders import ladder, page, plan, registered
 from pipeline.ladders.ladder import Trained
 from pipeline.ladders.plan import Ladder, Rung
 from pipeline.model.gpt import GPT, GPTConfig
-from pipeline.records import record_file
+from pipeline.records import record_file, stage_graph
 from pipeline.records.run_data import Experiment
-from pipeline.resume import run_folder
+from pipeline.resume import fork, run_folder
+from pipeline.storage.digests import dvc_md5
 from pipeline.training.optimizers import learning_rate
 from tests.conftest import ROOT, recipe
 
@@ -161,7 +164,7 @@ def trained(rung: Rung, name: str, loss: float = 6.0, code: str = "", begins: in
         {"kind": "end", "status": "FINISHED", "time": 3},
     ]
     run = Experiment(name, "rev", {"train": [start, *events]})
-    return Trained(run, code or ladder.code_here())
+    return Trained(run, code or ladder.code_here(rung.config))
 
 
 def test_a_ladder_that_was_stopped_runs_only_what_is_missing(monkeypatch, caplog) -> None:
@@ -209,9 +212,111 @@ def test_a_training_that_was_stopped_has_begun_as_well(monkeypatch) -> None:
         monkeypatch.setenv("DVC_EXP_NAME", "stopped")
         start = record_file.start_event("train", own.config)
         run.journal.write_text(json.dumps(start) + "\n", "utf-8")
-    assert [head["name"] for head in ladder.begun([])] == ["stopped"]
+    assert [(head["name"], here) for head, here in ladder.begun([], "", "")] == [("stopped", True)]
     with pytest.raises(InputError, match="stopped: this very training has begun already"):
-        registered.check_unseen(own.settings, ladder.begun([]))
+        registered.seen_before(own.settings, ladder.begun([], "", ""))
+
+
+def test_a_cool_down_without_its_state_is_trained_from_the_first_step(monkeypatch) -> None:
+    """200, 400 and 800 have been trained, whose states lie 160 apart; 300 needs that at 240."""
+    found = asked(horizons=(200, 300, 400, 800))
+    long, _, short, *_ = found.rungs
+    parent = trained(long, long.name)
+    steps: list[int] = [160, 320, 480, 640]
+    record = parent.run.records["train"]
+    kept = fork.Kept(long.name, record, tuple(steps), None)
+    monkeypatch.setattr(fork, "find", lambda name: replace(kept, steps=tuple(steps)))
+    monkeypatch.setattr(ladder, "seconds_of", lambda rungs: {one.name: 1.0 for one in rungs})
+    monkeypatch.setattr(ladder.dvc_history, "names", set)
+    planned: list[tuple[str, int]] = []
+
+    def forked(state: fork.Kept, step: int, name: str, own: Sequence[str]) -> Member:
+        planned.append((state.name, step))
+        return Member(name, {}, short.config)
+
+    monkeypatch.setattr(ladder.forks, "plan", forked)
+    whole_run = ladder._member(short, [parent])
+    assert "train.fork" not in whole_run.changes and whole_run.changes["train.steps"] == 300
+    assert (planned, whole_run.stage) == ([], "train")
+    said = page.planned(found, [parent], registering=True)
+    (row,) = (line for line in said.splitlines() if line.startswith(f"| {short.name} "))
+    assert row.split("|")[4].strip() == "300"
+    assert f"{short.name}: from the first step" in said
+    steps.append(240)
+    ladder._member(short, [parent])
+    assert planned == [(long.name, 240)]
+    assert "from the first step" not in page.planned(found, [parent], registering=True)
+    assert ladder.possible(short, []) == short, "a long run that is still to come keeps it"
+
+
+def test_an_edited_corpus_makes_another_training(tmp_path: Path) -> None:
+    corpus = tmp_path / "mine.txt"
+    corpus.write_text("one", "utf-8")
+    found = asked(changes=["corpus.source=text", f"corpus.path={corpus}"])
+    before = trained(found.rungs[0], "before")
+    assert ladder.find(found.rungs[0], [before])
+    corpus.write_text("other", "utf-8")
+    assert not ladder.find(found.rungs[0], [before])
+
+
+def test_what_dvc_vouches_for_is_the_code_and_the_corpus(tmp_path: Path) -> None:
+    """A dvc.lock as DVC writes it has the same digest as the files that it was made from."""
+    corpus = tmp_path / "mine"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("one", "utf-8")
+    found = asked(changes=["corpus.source=text", "corpus.path=mine"])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/unset").touch()
+    run = trained(found.rungs[0], "one").run
+    stages = {}
+    for name in (*stage_graph.upstream("train"), "train"):
+        files = [*stage_graph.sources(name), *stage_graph.inputs(name, run.params)]
+        deps = [
+            {"path": path, "md5": dvc_md5(place)}
+            for path in files
+            for place in [(ROOT if path.startswith(("pipeline", "stages")) else tmp_path) / path]
+            if place.exists()
+        ]
+        stages[name] = {"deps": deps}
+    lock = yaml.safe_dump({"stages": stages}).encode()
+    assert ladder._locked_code(run, lock) == ladder.code_here(found.rungs[0].config)
+    (corpus / "a.txt").write_text("two", "utf-8")
+    assert ladder._locked_code(run, lock) != ladder.code_here(found.rungs[0].config)
+
+
+def test_no_run_is_made_for_a_forecast_of_other_tokens(monkeypatch) -> None:
+    monkeypatch.setattr(ladder.scaling_law, "DRAWS", 2)
+    monkeypatch.setattr(ladder.git, "state", lambda: {"commit": "c"})
+    found = asked()
+    known = whole(found)
+    forecast = ladder.forecast_of(found.next, ladder.fitted(found, known))
+    registered.write(replace(forecast, data="others"))
+    monkeypatch.setattr(ladder, "run", lambda member: pytest.fail("it was run"))
+    with pytest.raises(InputError, match="a forecast for other tokens"):
+        ladder.forecast_and_run(found, known, register_only=False)
+
+
+def test_a_plain_run_with_other_validations_is_the_same_training(make_config) -> None:
+    own = asked().next
+    params = own.settings | {"train.val_every": 100, "train.val_tokens": 7, "device": "cpu"}
+    head = {"name": "plain", "id": "p", "params": params}
+    with pytest.raises(InputError, match="plain: this very training has begun already"):
+        registered.seen_before(own.settings, [(head, True)])
+    assert registered.seen_before(own.settings, [(head, False)]) == ["plain"]
+    reseeded = head | {"name": "reseeded", "params": params | {"train.seed": 9, "init.seed": 9}}
+    assert registered.seen_before(own.settings, [(reseeded, True)]) == ["reseeded"]
+    other = head | {"params": params | {"train.lr": 9.0}}
+    assert registered.seen_before(own.settings, [(other, True)]) == []
+
+
+def test_a_finite_training_is_preferred_and_an_infinite_outcome_is_one() -> None:
+    """Each alone would otherwise block the command for good."""
+    found = asked()
+    rung, bad = found.rungs[0], float("nan")
+    done = ladder.find(rung, [trained(rung, "bad", bad), trained(rung, "good")])
+    assert done and done.name == "good"
+    with pytest.raises(InputError, match=r"lower train.lr .*, or remove bad to have it trained"):
+        ladder.find(rung, [trained(rung, "bad", bad)])
 
 
 def whole(found: Ladder) -> list[Trained]:
@@ -232,8 +337,6 @@ def test_a_rung_that_is_missing_or_saw_other_tokens_is_named(monkeypatch) -> Non
     known[2].run.records["train"][1]["values"]["digest.train"] = "others"
     with pytest.raises(InputError, match="trained on different tokens"):
         ladder.fitted(found, known)
-    with pytest.raises(InputError, match="rung-1x16-400: its validation loss is inf"):
-        ladder.find(found.rungs[0], [trained(found.rungs[0], "rung-1x16-400", float("inf"))])
 
 
 def test_a_question_is_answered_with_its_band_and_how_far_out_it_is(monkeypatch) -> None:
