@@ -319,7 +319,8 @@ def fitted(ladder: Ladder, known: Sequence[Trained]) -> Found:
             "no law holds for both; the edit put back, the same command goes on"
         )
     noise = statistics.stdev(one.loss for one in seeds) if len(seeds) > 1 else 0.0
-    return Found(tuple(done), scaling_law.fit([one.point for one in done], noise), noise)
+    law = scaling_law.fit([one.point for one in done], noise, len(seeds))
+    return Found(tuple(done), law, noise)
 
 
 def register(own: Rung, found: Found, seen: Sequence[Trained]) -> Forecast:

@@ -25,7 +25,7 @@ from pipeline.storage.digests import dvc_md5
 from pipeline.training.optimizers import learning_rate
 from tests.conftest import ROOT, recipe
 
-SIZES, HORIZONS = ("1x16", "2x32"), (100, 200, 400)
+SIZES, HORIZONS = ("1x16", "2x32", "2x48"), (100, 200, 400)
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +49,9 @@ def test_each_size_has_a_long_run_that_keeps_what_its_cool_downs_begin_with() ->
         ("rung-2x32-400", 400, 0, None),
         ("rung-2x32-100", 100, 80, "rung-2x32-400"),
         ("rung-2x32-200", 200, 160, "rung-2x32-400"),
+        ("rung-2x48-400", 400, 0, None),
+        ("rung-2x48-100", 100, 80, "rung-2x48-400"),
+        ("rung-2x48-200", 200, 160, "rung-2x48-400"),
     ]
     for rung in (*found, found.next):
         train, model = rung.config.train, rung.config.model
@@ -84,7 +87,7 @@ def test_learning_rates_are_those_of_params_yaml_at_its_width_and_go_with_one_by
 
 
 def test_the_next_size_is_one_up_or_the_one_asked_for() -> None:
-    assert (asked().next.size, asked().next.steps) == ("3x64", 400)
+    assert (asked().next.size, asked().next.steps) == ("3x96", 400)
     other = asked(beyond="4x128:800").next
     assert (other.name, other.steps, other.config.model.n_head) == ("next-4x128-800", 800, 4)
 
@@ -111,8 +114,23 @@ def test_a_size_is_blocks_by_channels_or_a_published_one(make_config) -> None:
     [
         ({"changes": ["train.steps=5"]}, "train.steps=5: the ladder sets it itself"),
         ({"changes": ["model.n_embd=8"]}, "model.n_embd=8: the ladder sets it itself"),
-        ({"sizes": ["1x16"]}, "two --sizes and two --horizons or more"),
-        ({"horizons": [50, 100]}, "train.warmup_steps=60 train.cooldown=0.2: the horizon of 50"),
+        ({"sizes": ["1x16", "2x32"]}, "--sizes 1x16,2x32: a law of size and length takes three"),
+        (
+            {"sizes": ["124m", "gpt2", "12x768"]},
+            "--sizes 124m: a law of size and length takes three different ones or more",
+        ),
+        ({"horizons": [200, 100, 100]}, "--horizons 100,200: a law of size and length takes three"),
+        (
+            {"horizons": [333, 666, 1000]},
+            "have only every 1 steps in common, so 1000 steps would keep 999 of them; expected 64 "
+            "at most, as multiples of the shortest give, such as 334,668,1002",
+        ),
+        ({"seeds": [1, 1337]}, "--seeds 1337: train.seed=1337 is the base's own"),
+        ({"seeds": [42]}, "--seeds 42: init.seed=42 is the base's own"),
+        (
+            {"horizons": [50, 100, 200]},
+            "train.warmup_steps=60 train.cooldown=0.2: the horizon of 50",
+        ),
         (
             {"changes": ["train.cooldown=1", "train.warmup_steps=0"]},
             "train.warmup_steps=0 train.cooldown=1: the horizon of 100 steps begins to cool down "
@@ -135,7 +153,7 @@ def test_a_recipe_of_published_weights_makes_no_ladder() -> None:
     continued = (ROOT / "recipes/gpt2-124m-continue.yaml").read_text("utf-8")
     Path("params.yaml").write_text(continued, "utf-8")
     with pytest.raises(ConfigError, match="init.source=hf: a ladder trains fresh weights"):
-        asked(horizons=(1000, 2000))
+        asked(horizons=(1000, 2000, 4000))
 
 
 # --- what has been trained already
@@ -339,15 +357,50 @@ def test_a_rung_that_is_missing_or_saw_other_tokens_is_named(monkeypatch) -> Non
         ladder.fitted(found, known)
 
 
+def test_rungs_that_saw_tokens_again_are_named_and_not_said_to_have_seen_each_once(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(ladder.scaling_law, "DRAWS", 2)
+    found = asked()
+    law = ladder.fitted(found, whole(found))
+    once, again = (
+        replace(law, done=tuple(replace(one, corpus=size) for one in law.done))
+        for size in (204_800.0, 100_000.0)
+    )
+    assert "saw each token once" in page.answer("2x32:1M", once, ())
+    assert "The rungs saw up to" not in page.law_words(once)
+    for said in (page.answer("2x32:1M", again, ()), page.law_words(again)):
+        assert "The rungs saw up to 2.0 times the corpus" in said and "each token once" not in said
+
+
+def test_a_forecast_on_record_is_told_from_the_law_that_is_asked_for(monkeypatch) -> None:
+    monkeypatch.setattr(ladder.scaling_law, "DRAWS", 2)
+    monkeypatch.setattr(ladder.git, "state", lambda: {"commit": "c"})
+    found = asked()
+    made = ladder.forecast_of(found.next, ladder.fitted(found, whole(found)))
+    said = page.forecast_words(replace(made, time=0, points=made.points[:4]))
+    assert "on record since 1970-01-01 00:00 UTC, made of 4 rungs" in said
+    most = max(point["parameters"] for point in made.points[:4])
+    assert f"({made.parameters / most:.2g} and 1 times the largest rung)" in said
+
+
+def test_what_would_stop_a_training_here_is_named_before_the_first(monkeypatch) -> None:
+    plan.check_here(asked())
+    with pytest.raises(ConfigError, match="device=cuda"):
+        plan.check_here(asked(changes=["device=cuda"]))
+    with pytest.raises(InputError, match="leads out of the repository"):
+        plan.check_here(asked(changes=["corpus.source=text", "corpus.path=../mine"]))
+
+
 def test_a_question_is_answered_with_its_band_and_how_far_out_it_is(monkeypatch) -> None:
     monkeypatch.setattr(ladder.scaling_law, "DRAWS", 20)
     found = asked()
     law = ladder.fitted(found, whole(found))
-    near = page.answer("2x32:100k", law, ())
+    near = page.answer("2x48:100k", law, ())
     assert "1 times the parameters and 0.49 times the tokens" in near and "So far out" not in near
     far = page.answer("124m:3h", law, ())
     assert "So far out the band holds only if the law does" in far
-    assert "The same time on 2x32 is 10,800,000 tokens" in far
+    assert "The same time on 2x48 is 10,800,000 tokens" in far
     for word in ("124m", "124m:", "124m:0", "124m:3d", ":5"):
         with pytest.raises(ConfigError, match="expected SIZE:TOKENS or SIZE:TIME"):
             page.answer(word, law, ())
