@@ -233,6 +233,9 @@ def test_a_training_that_was_stopped_has_begun_as_well(monkeypatch) -> None:
     assert [(head["name"], here) for head, here in ladder.begun([], "", "")] == [("stopped", True)]
     with pytest.raises(InputError, match="stopped: this very training has begun already"):
         registered.seen_before(own.settings, ladder.begun([], "", ""))
+    with run_folder.claim(run_folder.identity("train", own.config, {"train": "theirs"})) as run:
+        run.journal.write_text(json.dumps(start) + "\n", "utf-8")
+    assert sorted(here for _, here in ladder.begun([], "", "ours")) == [False, True]
 
 
 def test_a_cool_down_without_its_state_is_trained_from_the_first_step(monkeypatch) -> None:

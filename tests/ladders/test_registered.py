@@ -155,6 +155,12 @@ def test_the_first_run_decides_and_every_forecast_is_listed() -> None:
     assert kept[1] and kept[1].problem == "", "a verdict outlives a refactoring"
     (blown, _) = ladder.outcomes([run(forecast().name, 2000, float("inf"))])
     assert blown[1] and not blown[1].inside and "inf came of a forecast" in blown[1].words()
+    assert "<svg" in page.section([blown])[0]["image"]
+
+
+def test_a_band_beside_its_forecast_is_drawn_all_the_same() -> None:
+    (shown,) = page.section([(forecast(low=5.55), None)])
+    assert "<svg" in shown["image"]
 
 
 def test_the_report_shows_every_forecast_right_wrong_or_not_run_yet(monkeypatch) -> None:
