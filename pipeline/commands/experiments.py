@@ -122,6 +122,7 @@ def ladder(
         found = ladder.fitted(asked, known)
         log.info("%s", "\n\n".join(page.answer(one, found, asked.changes) for one in ask))
         return
+    plan.check_here(asked)
     log.info("%s", page.planned(asked, known, register_only))
     if dry_run:
         return

@@ -275,7 +275,7 @@ def ladder(
     count = f"{forecast.parameters / 1e6:,.3g} M parameters"
     axis.fill_between(tokens, low, high, color="#dddddd", label=f"band for {count}")
     axis.plot(tokens, losses, "--", color="black", lw=1)
-    error = [[forecast.loss - forecast.low], [forecast.high - forecast.loss]]
+    error = [[max(0.0, forecast.loss - forecast.low)], [max(0.0, forecast.high - forecast.loss)]]
     style = {"color": "black", "capsize": 5, "marker": "_", "ms": 12, "label": "forecast"}
     axis.errorbar([forecast.tokens], [forecast.loss], yerr=error, linestyle="none", **style)
     if outcome:

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from pipeline import paths
 from pipeline.compute.precision import choose_precision
 from pipeline.compute.runtime import choose_device
-from pipeline.config import flatten, load
+from pipeline.config import Config, flatten, load
 from pipeline.errors import InputError
 from pipeline.experiments import forks, sweep
 from pipeline.ladders import registered, scaling_law
@@ -81,7 +82,7 @@ class Trained:
     """An experiment, or the workspace's run, whose training has ended."""
 
     run: Experiment
-    code: str  # digest of the code that DVC vouches for
+    code: str  # digest of the code and the corpus that DVC vouches for
 
     @property
     def head(self) -> Event:
@@ -106,43 +107,75 @@ def trained() -> list[Trained]:
     locks = git.contents("dvc.lock", [one.rev for one in ended if one.rev])
     here = paths.root() / "dvc.lock"
     locks[""] = here.read_bytes() if here.exists() else b""
-    return [
-        Trained(one, digest_of(stage_graph.locked_code(locks.get(one.rev, b""), STAGE)))
-        for one in ended
-    ]
+    return [Trained(one, _locked_code(one, locks.get(one.rev, b""))) for one in ended]
+
+
+def _locked_code(run: Experiment, lock: bytes) -> str:
+    names = stage_graph.own_files(STAGE, run.records[STAGE][0]["params"])
+    known = stage_graph.code_paths(STAGE) | names
+    deps = stage_graph.locked_deps(lock, STAGE)
+    return digest_of({name: md5 for name, md5 in deps.items() if name in known})
+
+
+def code_here(config: Config) -> str:
+    """Digest of the code and the corpus that decide a training's result, as they are now.
+
+    As of `Trained`. Not the record's: after an edit of a later stage DVC gives the same training
+    from its cache. The corpus is told by content: the same path may hold another one tomorrow.
+    """
+    own = {name: paths.root() / name for name in stage_graph.own_files(STAGE, flatten(config))}
+    return digest_of(_code_here() | {name: _md5(path, _stamp(path)) for name, path in own.items()})
 
 
 @functools.cache
-def code_here() -> str:
-    """Digest of the code that decides a training's result, as it is now; as of `Trained`.
+def _code_here() -> dict[str, str]:
+    return {name: dvc_md5(stage_graph.ROOT / name) for name in stage_graph.code_paths(STAGE)}
 
-    Not the record's: after an edit of a later stage DVC gives the same training from its cache.
-    """
-    names = stage_graph.code_paths(STAGE)
-    return digest_of({name: dvc_md5(stage_graph.ROOT / name) for name in names})
+
+@functools.cache
+def _md5(path: Path, stamp: object) -> str:
+    return dvc_md5(path)
+
+
+def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times: a large corpus is read again only where one of them has changed."""
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+    facts = ((str(file), file.stat()) for file in files)
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in facts)
 
 
 def find(rung: Rung, known: Sequence[Trained]) -> Done | None:
-    """The newest finished training of a rung by this very code; None where there is none.
+    """The newest finished training of a rung by this code and corpus; None where there is none.
 
-    Raises InputError for one whose last validation was not finite.
+    Raises InputError where none of them has a finite last validation.
     """
-    code = code_here()
+    mine = matches(rung, known)
+    for one in mine:
+        run, loss = one.run, one.run.last("train/val_loss")
+        speed = run.last("perf/tokens_per_second")
+        if loss is not None and math.isfinite(loss) and speed:
+            corpus = run.last("data/train_tokens")
+            return Done(rung, run.name, one.head, loss, speed, one.data, corpus)
+    if mine:
+        name, loss = mine[0].run.name, mine[0].run.last("train/val_loss")
+        raise InputError(
+            f"{name}: its validation loss is {loss}, and no law holds such a training; lower "
+            f"train.lr (-S train.lr=...), or remove {name} to have it trained anew"
+        )
+    return None
+
+
+def matches(rung: Rung, known: Sequence[Trained]) -> list[Trained]:
+    """The finished trainings of a rung by this code and corpus, the newest first."""
+    code = code_here(rung.config)
     parent = rung.parent and rung.parent.settings
     begun_with = {one.head["id"] for one in known if parent and one.has(parent, code)}
-    mine = [
+    mine = (
         one
         for one in known
         if one.has(rung.settings, code) and _begins_as(rung, one.run, begun_with)
-    ]
-    if not mine:
-        return None
-    one = max(mine, key=lambda one: one.head["time"])
-    run, loss = one.run, one.run.last("train/val_loss")
-    speed = run.last("perf/tokens_per_second")
-    if loss is None or not math.isfinite(loss) or not speed:
-        raise InputError(f"{run.name}: its validation loss is {loss}; leave such a training out")
-    return Done(rung, run.name, one.head, loss, speed, one.data, run.last("data/train_tokens"))
+    )
+    return sorted(mine, key=lambda one: one.head["time"], reverse=True)
 
 
 def _begins_as(rung: Rung, run: Experiment, parents: Set[str]) -> bool:
@@ -157,6 +190,25 @@ def collect(rungs: Iterable[Rung], known: Sequence[Trained]) -> tuple[list[Done]
     """The finished ones, and those that are missing."""
     found = [(rung, find(rung, known)) for rung in rungs]
     return [done for _, done in found if done], [rung for rung, done in found if not done]
+
+
+def possible(rung: Rung, known: Sequence[Trained]) -> Rung:
+    """A cool-down is trained from its beginning where the long run is done and kept no such state.
+
+    That one may have been asked for with other horizons, or as the forecast run.
+    """
+    if rung.parent and matches(rung.parent, known) and not _kept(rung, rung.parent, known):
+        return replace(rung, parent=None)
+    return rung
+
+
+def _kept(rung: Rung, parent: Rung, known: Sequence[Trained]) -> fork.Kept | None:
+    """The finished long run with the state that a cool-down begins with."""
+    for one in matches(parent, known):
+        kept = fork.find(one.run.name)
+        if kept.record[0]["id"] == one.head["id"] and rung.begins in kept.steps:
+            return kept
+    return None
 
 
 # --- run
@@ -228,12 +280,13 @@ def run(member: sweep.Member) -> None:
 
 def _member(rung: Rung, known: Sequence[Trained]) -> sweep.Member:
     """The experiment that trains a rung."""
+    rung = possible(rung, known)
     if rung.parent:
-        parent = find(rung.parent, known)
-        assert parent, "a size's long run comes before its cool-downs"
+        kept = _kept(rung, rung.parent, known)
+        assert kept, "a size's long run comes before its cool-downs"
         steps = rung.steps
         own = [f"train.steps={steps}", f"train.val_every={steps}", "checkpoint.keep_every=0"]
-        member = forks.plan(fork.find(parent.name), rung.begins, rung.name, own)
+        member = forks.plan(kept, rung.begins, rung.name, own)
     else:
         name = sweep.new_name(rung.name, dvc_history.names())
         member = sweep.Member(name, changes(rung), rung.config, inputs(rung))
@@ -262,7 +315,8 @@ def fitted(ladder: Ladder, known: Sequence[Trained]) -> Found:
         raise InputError(f"not trained yet: {names}; the same command without --ask runs them")
     check_same_tokens([*done, *seeds])
     noise = statistics.stdev(one.loss for one in seeds) if len(seeds) > 1 else 0.0
-    return Found(tuple(done), scaling_law.fit([one.point for one in done], noise), noise)
+    law = scaling_law.fit([one.point for one in done], noise, len(seeds))
+    return Found(tuple(done), law, noise)
 
 
 def check_same_tokens(done: Iterable[Done]) -> None:
@@ -279,28 +333,32 @@ def register(own: Rung, found: Found, seen: Sequence[Trained]) -> Forecast:
 
     Raises InputError where that training has begun without one.
     """
-    code, settings = code_here(), own.settings
+    code, settings = code_here(own.config), own.settings
     problems: list[str] = []
     known = registered.of_training(registered.every(problems), settings, code)
     for problem in problems:
         log.warning("%s", problem)
     if known:
         return known
-    registered.check_unseen(settings, begun(seen))
-    forecast = forecast_of(own, found)
+    before = registered.seen_before(settings, begun(seen, code, found.done[0].data))
+    forecast = replace(forecast_of(own, found), seen=before)
     path = registered.write(forecast)
     log.info("\nforecast registered: %s", path.relative_to(paths.root()))
     return forecast
 
 
-def begun(finished: Iterable[Trained]) -> Iterator[Event]:
-    """The first events of all trainings by this code, of those at work and stopped as well."""
-    yield from (one.head for one in finished if one.code == code_here())
+def begun(finished: Iterable[Trained], code: str, data: str) -> Iterator[tuple[Event, bool]]:
+    """The first events of all trainings, and whether by this code and corpus.
+
+    Those at work and stopped as well, which are known by their tokens' digest: `data`, if this.
+    """
+    yield from ((one.head, one.code == code) for one in finished)
     for left in run_folder.every():
         journal = left.folder / run_folder.JOURNAL
-        mine = left.identity.get("stage") == STAGE, left.identity.get("code")
-        if mine == (True, provenance.code_of(STAGE)) and journal.exists():
-            yield from record_reader.ends(journal, STAGE)[:1]
+        if left.identity.get("stage") == STAGE and journal.exists():
+            tokens = left.identity.get("inputs", {}).get("train", data)
+            here = (left.identity.get("code"), tokens) == (provenance.code_of(STAGE), data)
+            yield from ((head, here) for head in record_reader.ends(journal, STAGE)[:1])
 
 
 def forecast_of(own: Rung, found: Found) -> Forecast:
@@ -317,7 +375,7 @@ def forecast_of(own: Rung, found: Found) -> Forecast:
         run=own.name,
         time=registered.now(),
         commit=git.state()["commit"],
-        code=code_here(),
+        code=code_here(own.config),
         data=found.done[0].data,
         settings=own.settings,
         parameters=own.parameters,
@@ -334,7 +392,7 @@ def forecast_of(own: Rung, found: Found) -> Forecast:
 
 def run_next(own: Rung, forecast: Forecast, known: list[Trained]) -> Outcome:
     """Train what was forecast, under the name that shows it, and hold it against the forecast."""
-    if not find(own, known):
+    if not held(forecast, known):
         member = sweep.Member(forecast.name, changes(own), own.config, inputs(own), STAGE)
         log.info("\n%s, the run that was forecast: %s", member.name, member.shown())
         run(member)
@@ -350,14 +408,26 @@ def forecast_and_run(asked: Ladder, known: list[Trained], register_only: bool) -
     forecast = register(asked.next, found, known)
     if register_only:
         return replace(found, forecast=forecast, outcome=held(forecast, known))
+    if found.done[0].data != forecast.data:
+        raise InputError(
+            f"{forecast.name}: a forecast for other tokens than these rungs were trained on, so "
+            "its run would show nothing; the corpus put back as it was, the same command goes on"
+        )
     outcome = run_next(asked.next, forecast, known)
     return replace(found, forecast=forecast, outcome=outcome)
 
 
 def held(forecast: Forecast, known: Iterable[Trained]) -> Outcome | None:
-    """A forecast beside the first training that it is of: no later one counts."""
+    """A forecast beside the first training that it is of: no later one counts.
+
+    One under its name is of it whatever dvc.yaml lists as code by now.
+    """
     asked = forecast.settings, forecast.code
-    runs = [one for one in known if one.has(*asked) and not one.run.lineage]
+    runs = [
+        one
+        for one in known
+        if one.head["name"] == forecast.name or (one.has(*asked) and not one.run.lineage)
+    ]
     one = min(runs, key=lambda one: one.head["time"], default=None)
     loss = one.run.last("train/val_loss") if one else None
     if not one or loss is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from pipeline.ladders import ladder
 from pipeline.ladders.ladder import Found, Trained
 from pipeline.ladders.plan import Ladder, Rung, flops_per_token, parameters, sized
 from pipeline.ladders.registered import Forecast, Outcome
-from pipeline.ladders.scaling_law import INSIDE, Band, Fit
+from pipeline.ladders.scaling_law import INSIDE, Band, beyond
 from pipeline.tables import cell, markdown
 from pipeline.tracking.mlflow_run import attach
 
@@ -37,13 +38,15 @@ _ASKED = re.compile(r"([^:]+):(\d+(?:\.\d+)?)(k|M|B|min|h|)")
 
 def planned(asked: Ladder, known: Sequence[Trained], registering: bool) -> str:
     """What is about to be run, and how long that takes here."""
-    missing = ladder.collect(asked, known)[1]
-    own = [] if registering or ladder.find(asked.next, known) else [asked.next]
+    missing = [ladder.possible(rung, known) for rung in ladder.collect(asked, known)[1]]
+    own = [] if registering or ladder.matches(asked.next, known) else [asked.next]
     seconds = ladder.seconds_of([*missing, *own])
+    now = {rung.name: rung for rung in missing}
     rows = [
         (rung.name, rung.parameters, rung.tokens, rung.steps - rung.begins, _of(rung, seconds))
-        for rung in [*asked, asked.next]
+        for rung in (now.get(one.name, one) for one in [*asked, asked.next])
     ]
+    whole_again = [one.name for one in asked if now.get(one.name, one).parent != one.parent]
     columns = ("training", "parameters", "tokens", "steps of its own", "about")
     count, whole = len(list(asked)), duration(sum(seconds.values()))
     states = ladder.state_bytes(missing)
@@ -51,7 +54,16 @@ def planned(asked: Ladder, known: Sequence[Trained], registering: bool) -> str:
     return (
         f"{count} trainings and the forecast one, {count - len(missing)} of the {count} finished; "
         f"the rest takes about {whole} here{kept}\n\n"
-        f"{markdown(columns, rows)}"
+        f"{markdown(columns, rows)}{_from_scratch(whole_again)}"
+    )
+
+
+def _from_scratch(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return (
+        f"\n{', '.join(names)}: from the first step, as the long run of that size is done and kept "
+        "no state where this one begins to cool down."
     )
 
 
@@ -90,14 +102,20 @@ def law_words(found: Found) -> str:
     ]
     if high - low > UNSURE * least:
         said.append("These points do not tell E, the loss of endless training, from the rest.")
+    if repeated := _repeated(found):
+        said.append(repeated)
     return "\n".join(said)
 
 
-def forecast_words(forecast: Forecast, fit: Fit) -> str:
-    n, d = fit.beyond(forecast.parameters, forecast.tokens)
+def forecast_words(forecast: Forecast) -> str:
+    """The forecast on record; its rungs may be others than those of the ladder asked for now."""
+    _, points = forecast.fitted()
+    n, d = beyond(points, forecast.parameters, forecast.tokens)
+    when = datetime.fromtimestamp(forecast.time / 1000, UTC)
     return (
-        f"{forecast.name}: {forecast.parameters:,} parameters, {forecast.tokens:,} tokens "
-        f"({n:.2g} and {d:.2g} times the largest rung): {forecast.band.words()} nats/token"
+        f"{forecast.name}, on record since {when:%Y-%m-%d %H:%M} UTC, made of {len(points)} rungs: "
+        f"{forecast.parameters:,} parameters, {forecast.tokens:,} tokens ({n:.2g} and {d:.2g} "
+        f"times the largest rung): {forecast.band.words()} nats/token"
     )
 
 
@@ -134,7 +152,7 @@ def answer(asked: str, found: Found, changes: Sequence[str]) -> str:
         f"Expected is {band.words()} nats/token.",
         *_reach(count, tokens, found),
         *([] if count == largest.rung.parameters else [compared]),
-        *_epochs({match[1]: tokens, largest.rung.size: same}, largest.corpus),
+        *_epochs({match[1]: tokens, largest.rung.size: same}, found),
     ]
     return "\n".join(said)
 
@@ -163,13 +181,28 @@ def _better(band: Band, other: Band, name: str, rung: str) -> str:
     return "these rungs do not tell which is ahead"
 
 
-def _epochs(trained: dict[str, float], corpus: float | None) -> Iterator[str]:
+def _epochs(trained: dict[str, float], found: Found) -> Iterator[str]:
+    corpus, repeated = found.largest.corpus, _repeated(found)
+    once = (
+        " The rungs saw each token once; a repeated one is worth less, which the law does not know."
+    )
     for name, tokens in trained.items():
         if corpus and tokens > corpus:
-            yield (
-                f"For {name} that is {tokens / corpus:,.1f} times the corpus. The rungs saw each "
-                "token once; a repeated one is worth less, which the law does not know."
-            )
+            said = f"For {name} that is {tokens / corpus:,.1f} times the corpus."
+            yield f"{said}{'' if repeated else once}"
+    if repeated:
+        yield repeated
+
+
+def _repeated(found: Found) -> str:
+    """That rungs saw tokens again, which bends the law; "" where none did."""
+    times = max((one.rung.tokens / one.corpus for one in found.done if one.corpus), default=0.0)
+    if times <= 1:
+        return ""
+    return (
+        f"The rungs saw up to {times:,.1f} times the corpus: a repeated token is worth less, "
+        "so the law is one of length and repetition, and says less of another corpus or length."
+    )
 
 
 # --- the whole
@@ -179,7 +212,7 @@ def conclude(found: Found) -> None:
     """Everything to the log, and to a folder with the figure."""
     said = [points(found), law_words(found)]
     if found.forecast:
-        said.append(f"Forecast {forecast_words(found.forecast, found.fit)}")
+        said.append(f"Forecast {forecast_words(found.forecast)}")
     if found.outcome:
         said.append(f"Outcome: {found.outcome.words()}")
     text = "\n\n".join(part.strip() for part in said)

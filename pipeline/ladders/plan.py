@@ -15,14 +15,17 @@ from pipeline import paths
 from pipeline.config import UNSET_PATH, Config, flatten, load
 from pipeline.errors import ConfigError
 from pipeline.experiments import sweep
+from pipeline.ladders.registered import SEEDED
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.published import SIZES, sizes_of
-from pipeline.records import stage_graph
+from pipeline.records import git, stage_graph
 from pipeline.resume.fork import STEP_TOKENS
 
 FORK = "train.fork"
-SEEDED = ("train.seed", "init.seed")  # a size's noise is that of its data order and its weights
 LARGEST = {"124m": "gpt2", "355m": "gpt2-medium", "774m": "gpt2-large", "1558m": "gpt2-xl"}
+FEWEST = 3  # sizes, and horizons: of two alone no law bends, and five terms take more than five
+FEW = "a law of size and length takes three different ones or more"
+MOST_STATES = 64  # of a long run, to fork from
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
 
@@ -88,8 +91,9 @@ def plan(
     """
     horizons = sorted(set(horizons))
     problems = [f"{word}: the ladder sets it itself" for word in changes if _sets(word)]
-    if len(set(sizes)) < 2 or len(horizons) < 2:
-        problems.append("a law of size and length takes two --sizes and two --horizons or more")
+    if len(horizons) < FEWEST:
+        given = ",".join(map(str, horizons)) or "none"
+        problems.append(f"--horizons {given}: {FEW}")
     ahead, _, steps = beyond.partition(":")
     if steps and not (steps.isascii() and steps.isdigit()):
         problems.append(f"--next {beyond}: expected SIZE or SIZE:STEPS, as 4x128:400")
@@ -97,10 +101,17 @@ def plan(
         raise ConfigError("\n".join(problems))
     base = load(paths.root() / paths.PARAMS, changes)
     last = int(steps) if steps else horizons[-1]
-    if problems := list(_unusable(base, min(*horizons, last))):
+    if problems := list(_unusable(base, horizons, last)):
         raise ConfigError("\n".join(problems))
+    shapes: dict[tuple[int, int], str] = {}
+    for size in sizes:
+        made = shape(size, base)  # 124m is 12x768, whatever its heads: the law knows parameters
+        shapes.setdefault((made["n_layer"], made["n_embd"]), size)
+    different = list(shapes.values())
+    if len(different) < FEWEST:
+        raise ConfigError(f"--sizes {','.join(different) or 'none'}: {FEW}")
     rungs: list[Rung] = []
-    for size in dict.fromkeys(sizes):
+    for size in different:
         rungs += _of_size(size, base, horizons, changes)
     small = min(rungs, key=lambda one: (one.parameters, one.steps))
     others = tuple(_seeded(small, seed, changes) for seed in dict.fromkeys(seeds))
@@ -110,19 +121,37 @@ def plan(
     return Ladder(tuple(rungs), (small, *others), own, tuple(changes))
 
 
+def check_here(ladder: Ladder) -> None:
+    """Raises ConfigError or InputError naming all that would stop a training on this machine."""
+    configs = [rung.config for rung in (*ladder, ladder.next)]
+    if problems := [said for config in configs for said in sweep.machine_problems(config)]:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    git.to_take_along(ladder.next.config)
+
+
 def _sets(word: str) -> bool:
     name = word.partition("=")[0]
     own = ("train.steps", "train.schedule", "train.time_budget", "train.val_every", FORK)
     return name in (*own, "checkpoint.keep_every", *(f"model.{n}" for n in SIZES[:3]))
 
 
-def _unusable(base: Config, shortest: int) -> Iterator[str]:
-    first, train = stable_steps(base, shortest), base.train
+def _unusable(base: Config, horizons: Sequence[int], last: int) -> Iterator[str]:
+    shortest, train = min(*horizons, last), base.train
+    first = stable_steps(base, shortest)
     if first < max(1, train.warmup_steps):
         yield (
             f"train.warmup_steps={train.warmup_steps} train.cooldown={train.cooldown:g}: the "
             f"horizon of {shortest:,} steps begins to cool down after {first:,}, too soon; "
             "give longer --horizons, or less of either"
+        )
+    if _states(base, horizons) > MOST_STATES:
+        near = _near(base, horizons)
+        example = f", such as {','.join(map(str, near))}" if near else ""
+        yield (
+            f"--horizons {','.join(map(str, horizons))}: the states where they begin to cool down "
+            f"have only every {_every(base, horizons)} steps in common, so {horizons[-1]} steps "
+            f"would keep {_states(base, horizons):,} of them; expected {MOST_STATES} at most, as "
+            f"multiples of the shortest give{example}"
         )
     yield from not_fresh(base, "a ladder")
 
@@ -138,12 +167,32 @@ def not_fresh(base: Config, who: str) -> Iterator[str]:
 def _of_size(
     size: str, base: Config, horizons: Sequence[int], changes: Sequence[str]
 ) -> Iterator[Rung]:
-    starts = [stable_steps(base, steps) for steps in horizons[:-1]]
-    long = _rung(size, base, horizons[-1], changes, math.gcd(*starts))
+    long = _rung(size, base, horizons[-1], changes, _every(base, horizons))
     yield long
     for steps in horizons[:-1]:
         short = _rung(size, base, steps, changes, 0)
         yield Rung(short.name, size, short.config, long)
+
+
+def _every(base: Config, horizons: Sequence[int]) -> int:
+    """Steps between the states of a long run, so that all of its cool-downs find theirs."""
+    return math.gcd(*(stable_steps(base, steps) for steps in horizons[:-1]))
+
+
+def _states(base: Config, horizons: Sequence[int]) -> int:
+    every = _every(base, horizons)
+    return (horizons[-1] - 1) // every if every else 0
+
+
+def _near(base: Config, horizons: Sequence[int]) -> list[int]:
+    """Horizons near these, multiples of the shortest, whose states are not too many; or none."""
+    short = horizons[0]
+    for first in sorted(range(short // 2 + 1, 2 * short), key=lambda steps: abs(steps - short)):
+        near = sorted({first * max(1, round(steps / first)) for steps in horizons})
+        soon = stable_steps(base, first) < max(1, base.train.warmup_steps)
+        if not soon and len(near) == len(horizons) and _states(base, near) <= MOST_STATES:
+            return near
+    return []
 
 
 def _rung(
@@ -161,6 +210,12 @@ def _rung(
 
 
 def _seeded(rung: Rung, seed: int, changes: Sequence[str]) -> Rung:
+    flat = flatten(rung.config)
+    if same := [f"{name}={flat[name]}" for name in SEEDED if flat[name] == seed]:
+        raise ConfigError(
+            f"--seeds {seed}: {same[0]} is the base's own, and would pass for no noise; expected "
+            "another number"
+        )
     words = [f"{name}={seed}" for name in SEEDED]
     own = _rung(rung.size, rung.config, rung.steps, [*changes, *words], 0)
     return Rung(f"{own.name}-seed-{seed}", rung.size, own.config)
@@ -171,9 +226,10 @@ def rates(base: Config, size: str) -> list[str]:
 
     Those of `base` are for its own width. With Adam the best rate of hidden and output matrices
     falls so (Yang et al. 2022, Tensor Programs V, table 3): one rate for all would leave the small
-    sizes behind for another reason than their size.
+    sizes behind for another reason than their size. init.scheme=mup does that by itself.
     """
-    narrower = base.model.n_embd / shape(size, base)["n_embd"]
+    by_width = base.init.scheme != "mup"
+    narrower = base.model.n_embd / shape(size, base)["n_embd"] if by_width else 1.0
     return [f"train.{name}={getattr(base.train, name) * narrower:.6g}" for name in ("lr", "min_lr")]
 
 

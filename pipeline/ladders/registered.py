@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,14 @@ from pipeline.ladders.scaling_law import Band, Law, Point
 from pipeline.records.run_data import Event
 from pipeline.storage.digests import digest_of
 
+SEEDED = ("train.seed", "init.seed")  # a size's noise is that of its data order and its weights
+# Settings with which the outcome is the same but for rounding, or looked at at other times.
+BESIDE = (
+    *("device", "distributed.", "train.val_every", "train.val_tokens", "train.max_skipped"),
+    *("train.compile", "train.deterministic", "train.checkpoint_activations", "model.attention"),
+)
 FOLDER = Path("ladders")  # below the root, for git to keep: a forecast is made to be shown
-DIGITS = 16  # of the digest in a name: 64 bits, so that no other content is found that has it
+DIGITS = 32  # of the digest in a name: with 64 bits two contents that share one could be found
 _NAME = re.compile(rf"[\w.-]+-([0-9a-f]{{{DIGITS}}})\.json")
 
 
@@ -46,6 +52,7 @@ class Forecast:
     law: Mapping[str, float]
     points: Sequence[Mapping[str, Any]]  # that it was fitted to: name, record, size, tokens, loss
     curve: Sequence[Sequence[float]]  # at this size: tokens, then loss, low and high
+    seen: Sequence[str] = field(default_factory=list)  # begun by then, of other code or seeds
 
     @property
     def digest(self) -> str:
@@ -85,9 +92,11 @@ class Outcome:
         noise = f", {abs(off) / f.noise:.1f} times the std of seeds" if f.noise else ""
         where = "inside the band" if self.inside else "outside the band: the forecast was wrong"
         said = f"{self.loss:.3f} came of a forecast of {f.band.words()}: {where}, {off:+.3f}{noise}"
+        seen = f" Seen before it, of other code, corpus or seeds: {', '.join(f.seen)}."
+        seen = seen if f.seen else ""
         how = "Registered before the run" if not self.problem else "NOT registered before the run"
         shown = f", as {f.name} in the training's record shows" if not self.problem else ""
-        return f"{said}. {how}{shown}{f': {self.problem}' if self.problem else ''}."
+        return f"{said}. {how}{shown}{f': {self.problem}' if self.problem else ''}.{seen}"
 
 
 def now() -> int:
@@ -162,15 +171,29 @@ def of_training(
     return min(same, key=lambda one: one.time, default=None)
 
 
-def check_unseen(settings: Mapping[str, Any], heads: Iterable[Event]) -> None:
-    """Raises InputError where such a training has begun, so that a forecast would come after it.
+def seen_before(settings: Mapping[str, Any], begun: Iterable[tuple[Event, bool]]) -> list[str]:
+    """Names of the trainings that differ from this one in code, corpus or seeds alone.
 
-    `heads` are the first events of every training by this code that there is, finished or not.
+    `begun` are the first events of every training that there is, finished or not, and whether by
+    this code and corpus. Raises InputError where this very training is among them, whatever it
+    looked at on its way: a forecast would come after it.
     """
-    for head in heads:
-        if all(head["params"].get(name) == value for name, value in settings.items()):
+    seen: dict[str, None] = {}
+    for head, here in begun:
+        name = head["name"] or head["id"]
+        if here and _alike(settings, head["params"], ()):
             raise InputError(
-                f"{head['name'] or head['id']}: this very training has begun already, without a "
-                "forecast; one made now would come too late. Choose a --next that nobody has seen, "
-                "or another train.seed"
+                f"{name}: this very training has begun already, without a forecast; one made now "
+                "would come too late. Choose a --next that nobody has seen"
             )
+        if _alike(settings, head["params"], SEEDED):
+            seen[name] = None
+    return sorted(seen)
+
+
+def _alike(settings: Mapping[str, Any], params: Mapping[str, Any], but: Sequence[str]) -> bool:
+    return all(
+        params.get(name) == value
+        for name, value in settings.items()
+        if name not in but and not name.startswith(BESIDE)
+    )

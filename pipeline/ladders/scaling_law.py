@@ -80,7 +80,8 @@ class Fit:
             for law, error in zip(self.draws, self.errors, strict=True)
         ]
         low, high = np.quantile(found, [(1 - INSIDE) / 2, (1 + INSIDE) / 2])
-        return Band(self.law(parameters, tokens), float(low), float(high))
+        loss = self.law(parameters, tokens)
+        return Band(loss, min(loss, float(low)), max(loss, float(high)))
 
     def spread(self, name: str) -> tuple[float, float]:
         """Where INSIDE of the draws have a term of the law: e, alpha or beta."""
@@ -90,8 +91,7 @@ class Fit:
 
     def beyond(self, parameters: float, tokens: float) -> tuple[float, float]:
         """By which factors a training has more parameters, and tokens, than any that was fitted."""
-        most = max(p.parameters for p in self.points), max(p.tokens for p in self.points)
-        return parameters / most[0], tokens / most[1]
+        return beyond(self.points, parameters, tokens)
 
     @property
     def residual(self) -> float:
@@ -100,33 +100,72 @@ class Fit:
         return math.sqrt(squares / max(1, len(self.points) - TERMS))
 
 
-def fit(points: Sequence[Point], noise: float = 0.0, draws: int = DRAWS, seed: int = 0) -> Fit:
+def fit(
+    points: Sequence[Point], noise: float = 0.0, seeds: int = 0, draws: int = DRAWS, seed: int = 0
+) -> Fit:
     """The law with the least Huber loss on log L, and its bootstrap; the same points, the same fit.
 
     A draw resamples the errors of the law, not the points: these lie on a grid of few sizes, and a
-    draw that misses a size would say nothing about it. The errors are widened by the degrees of
-    freedom that the law takes, and are at least the `noise`: the std of seeds in nats/token.
+    draw that misses a size would say nothing about it. The lengths of a size are forks of one run,
+    with its weights, data order and first steps: they share one error, and each has one beside it.
+    Both are widened by the degrees of freedom that the law takes of them, and are together at
+    least the `noise`: the std of seeds in nats/token, as uncertain as that of so many `seeds` is
+    (Student's t; 0 or 1: taken as known).
 
     No term is below 0. Where the points do not tell E from the two others, it is one of a range
     (`spread`), and a forecast far from the points gets the width that comes of it.
     """
     law = _best(points, _starts(points))
-    errors = np.array(_errors(law, points))
-    errors = (errors - errors.mean()) * math.sqrt(len(points) / max(1, len(points) - TERMS))
-    beside = math.sqrt(max(0.0, noise**2 - float(np.mean(errors**2))))
+    by_size, by_point = _parts(_errors(law, points), points)
+    size_of = [p.parameters for p in points]
     random = np.random.default_rng(seed)
+    square = float(np.mean(by_size**2) + np.mean(by_point**2))
 
-    def drawn(count: int) -> Any:
-        return random.choice(errors, count) + random.normal(0.0, beside, count)
+    def drawn(sizes: Sequence[int]) -> list[float]:
+        """An error for each point, of so many parameters."""
+        unsure = (seeds - 1) / random.chisquare(seeds - 1) if seeds > 1 else 1.0
+        beside = math.sqrt(max(0.0, noise**2 * unsure - square))
+        shared = {
+            size: random.choice(by_size) + random.normal(0.0, beside)
+            for size in dict.fromkeys(sizes)
+        }
+        return [float(shared[size] + random.choice(by_point)) for size in sizes]
 
     centre, laws = _coordinates(law, points), []
+    errors: list[float] = []  # of a training of a size of its own
     for _ in range(draws):
+        *moves, own = drawn([*size_of, 0])
         moved = [
             Point(p.parameters, p.tokens, max(LEAST, law(p.parameters, p.tokens) + error))
-            for p, error in zip(points, drawn(len(points)), strict=True)
+            for p, error in zip(points, moves, strict=True)
         ]
+        errors.append(own)
         laws.append(_best(moved, [centre, *_starts(moved)[::6]]))
-    return Fit(tuple(points), law, tuple(laws), tuple(map(float, drawn(draws))))
+    return Fit(tuple(points), law, tuple(laws), tuple(errors))
+
+
+def beyond(points: Sequence[Point], parameters: float, tokens: float) -> tuple[float, float]:
+    """By which factors a training has more parameters, and tokens, than any of the points."""
+    most = max(p.parameters for p in points), max(p.tokens for p in points)
+    return parameters / most[0], tokens / most[1]
+
+
+def _parts(errors: Sequence[float], points: Sequence[Point]) -> tuple[Any, Any]:
+    """The errors that sizes share, one a size, and what each point has beside its size's.
+
+    Not centred: a robust fit leaves an outlier where it is. E, A and alpha take degrees of freedom
+    of the sizes, B and beta of the lengths.
+    """
+    sizes: dict[int, list[float]] = {}
+    for point, error in zip(points, errors, strict=True):
+        sizes.setdefault(point.parameters, []).append(error)
+    shared = {size: float(np.mean(found)) for size, found in sizes.items()}
+    beside = [e - shared[p.parameters] for p, e in zip(points, errors, strict=True)]
+    n, s = len(points), len(sizes)
+    return (
+        np.array(list(shared.values())) * math.sqrt(s / max(1, s - 3)),
+        np.array(beside) * math.sqrt(n / max(1, n - s - 2)),
+    )
 
 
 def _errors(law: Law, points: Iterable[Point]) -> list[float]:

@@ -95,16 +95,22 @@ def code_paths(stage: str) -> set[str]:
     return {name for one in (*upstream(stage), stage) for name in sources(one)}
 
 
-@functools.cache
-def locked_code(text: bytes, stage: str) -> dict[str, str]:
-    """DVC's MD5 by path of the `code_paths` that a dvc.lock was made with; empty for a broken one.
+def own_files(stage: str, settings: Mapping[str, Any]) -> set[str]:
+    """The user's files and folders that the stages before `stage` read, such as a corpus."""
+    made = {out for other in stages().values() for out in other.outs}
+    return {path for one in upstream(stage) for path in inputs(one, settings)} - made
 
-    DVC puts them there when it has run a stage, and when it has found the result in its cache.
+
+@functools.cache
+def locked_deps(text: bytes, stage: str) -> dict[str, str]:
+    """DVC's MD5 by path of what a dvc.lock was made with; empty for a broken one.
+
+    Of `stage` and the ones before it. DVC puts them there when it has run a stage, and when it has
+    found the result in its cache.
     """
     try:
         entries = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text).get_single_data()["stages"]
         deps = [dep for one in (*upstream(stage), stage) for dep in entries[one]["deps"]]
-        known = code_paths(stage)
-        return {dep["path"]: str(dep["md5"]) for dep in deps if dep["path"] in known}
+        return {dep["path"]: str(dep["md5"]) for dep in deps}
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return {}

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import tiny_pipeline
 
-ASKED = ("--sizes", "1x8,1x16", "--horizons", "10,20", "--seeds", "", "--next", "1x16:30")
+ASKED = ("--sizes", "1x8,1x16,2x16", "--horizons", "10,20,30", "--seeds", "", "--next", "1x16:40")
 
 
 @pytest.mark.slow
@@ -22,12 +22,12 @@ def test_a_forecast_is_registered_before_its_run_and_at_no_other_time(tmp_path: 
         return done.stdout + done.stderr
 
     said = ladder("--register-only")
-    assert "0 of the 4 finished" in said and "forecast registered: ladders" in said
-    assert said.count("Ran experiment(s): rung-") == 4
-    (kept,) = (tmp_path / "ladders").glob("next-1x16-30-*.json")
+    assert "0 of the 9 finished" in said and "forecast registered: ladders" in said
+    assert said.count("Ran experiment(s): rung-") == 9
+    (kept,) = (tmp_path / "ladders").glob("next-1x16-40-*.json")
     before = kept.read_bytes()
     said = ladder()
-    assert "4 of the 4 finished" in said and "Ran experiment(s): rung-" not in said
+    assert "9 of the 9 finished" in said and "Ran experiment(s): rung-" not in said
     assert f"Registered before the run, as {kept.stem} in the training's record shows" in said
     assert kept.read_bytes() == before
     kept.unlink()  # and a new one, now that the outcome is known

@@ -34,4 +34,4 @@ def trained(rung: Rung, name: str, loss: float = 6.0, code: str = "", begins: in
         {"kind": "end", "status": "FINISHED", "time": 3},
     ]
     run = Experiment(name, "rev", {"train": [start, *events]})
-    return Trained(run, code or ladder.code_here())
+    return Trained(run, code or ladder.code_here(rung.config))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline import config as configuration
 from pipeline.errors import ConfigError, InputError
@@ -16,13 +18,14 @@ from pipeline.ladders import ladder, page, plan, registered
 from pipeline.ladders.ladder import Trained
 from pipeline.ladders.plan import Ladder, Rung
 from pipeline.model.gpt import GPT, GPTConfig
-from pipeline.records import record_file
-from pipeline.resume import run_folder
+from pipeline.records import record_file, stage_graph
+from pipeline.resume import fork, run_folder
+from pipeline.storage.digests import dvc_md5
 from pipeline.training.optimizers import learning_rate
 from tests.conftest import ROOT, recipe
 from tests.helpers.rungs import trained
 
-SIZES, HORIZONS = ("1x16", "2x32"), (100, 200, 400)
+SIZES, HORIZONS = ("1x16", "2x32", "2x48"), (100, 200, 400)
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +49,9 @@ def test_each_size_has_a_long_run_that_keeps_what_its_cool_downs_begin_with() ->
         ("rung-2x32-400", 400, 0, None),
         ("rung-2x32-100", 100, 80, "rung-2x32-400"),
         ("rung-2x32-200", 200, 160, "rung-2x32-400"),
+        ("rung-2x48-400", 400, 0, None),
+        ("rung-2x48-100", 100, 80, "rung-2x48-400"),
+        ("rung-2x48-200", 200, 160, "rung-2x48-400"),
     ]
     for rung in (*found, found.next):
         train, model = rung.config.train, rung.config.model
@@ -78,10 +84,12 @@ def test_learning_rates_are_those_of_params_yaml_at_its_width_and_go_with_one_by
     rungs = [found.rungs[0], found.seeds[1], found.rungs[3], found.next]
     assert [rung.config.train.lr for rung in rungs] == [0.032, 0.032, 0.016, 0.004]
     assert [rung.config.train.min_lr for rung in rungs] == [0.0016, 0.0016, 0.0008, 0.0002]
+    same = asked(changes=["init.scheme=mup", "train.lr=0.004"])
+    assert {rung.config.train.lr for rung in same} == {0.004}
 
 
 def test_the_next_size_is_one_up_or_the_one_asked_for() -> None:
-    assert (asked().next.size, asked().next.steps) == ("3x64", 400)
+    assert (asked().next.size, asked().next.steps) == ("3x96", 400)
     other = asked(beyond="4x128:800").next
     assert (other.name, other.steps, other.config.model.n_head) == ("next-4x128-800", 800, 4)
 
@@ -108,8 +116,23 @@ def test_a_size_is_blocks_by_channels_or_a_published_one(make_config) -> None:
     [
         ({"changes": ["train.steps=5"]}, "train.steps=5: the ladder sets it itself"),
         ({"changes": ["model.n_embd=8"]}, "model.n_embd=8: the ladder sets it itself"),
-        ({"sizes": ["1x16"]}, "two --sizes and two --horizons or more"),
-        ({"horizons": [50, 100]}, "train.warmup_steps=60 train.cooldown=0.2: the horizon of 50"),
+        ({"sizes": ["1x16", "2x32"]}, "--sizes 1x16,2x32: a law of size and length takes three"),
+        (
+            {"sizes": ["124m", "gpt2", "12x768"]},
+            "--sizes 124m: a law of size and length takes three different ones or more",
+        ),
+        ({"horizons": [200, 100, 100]}, "--horizons 100,200: a law of size and length takes three"),
+        (
+            {"horizons": [333, 666, 1000]},
+            "have only every 1 steps in common, so 1000 steps would keep 999 of them; expected 64 "
+            "at most, as multiples of the shortest give, such as 334,668,1002",
+        ),
+        ({"seeds": [1, 1337]}, "--seeds 1337: train.seed=1337 is the base's own"),
+        ({"seeds": [42]}, "--seeds 42: init.seed=42 is the base's own"),
+        (
+            {"horizons": [50, 100, 200]},
+            "train.warmup_steps=60 train.cooldown=0.2: the horizon of 50",
+        ),
         (
             {"changes": ["train.cooldown=1", "train.warmup_steps=0"]},
             "train.warmup_steps=0 train.cooldown=1: the horizon of 100 steps begins to cool down "
@@ -132,7 +155,7 @@ def test_a_recipe_of_published_weights_makes_no_ladder() -> None:
     continued = (ROOT / "recipes/gpt2-124m-continue.yaml").read_text("utf-8")
     Path("params.yaml").write_text(continued, "utf-8")
     with pytest.raises(ConfigError, match="init.source=hf: a ladder trains fresh weights"):
-        asked(horizons=(1000, 2000))
+        asked(horizons=(1000, 2000, 4000))
 
 
 # --- what has been trained already
@@ -183,9 +206,114 @@ def test_a_training_that_was_stopped_has_begun_as_well(monkeypatch) -> None:
         monkeypatch.setenv("DVC_EXP_NAME", "stopped")
         start = record_file.start_event("train", own.config)
         run.journal.write_text(json.dumps(start) + "\n", "utf-8")
-    assert [head["name"] for head in ladder.begun([])] == ["stopped"]
+    assert [(head["name"], here) for head, here in ladder.begun([], "", "")] == [("stopped", True)]
     with pytest.raises(InputError, match="stopped: this very training has begun already"):
-        registered.check_unseen(own.settings, ladder.begun([]))
+        registered.seen_before(own.settings, ladder.begun([], "", ""))
+    with run_folder.claim(run_folder.identity("train", own.config, {"train": "theirs"})) as run:
+        run.journal.write_text(json.dumps(start) + "\n", "utf-8")
+    assert sorted(here for _, here in ladder.begun([], "", "ours")) == [False, True]
+
+
+def test_a_cool_down_without_its_state_is_trained_from_the_first_step(monkeypatch) -> None:
+    """200, 400 and 800 have been trained, whose states lie 160 apart; 300 needs that at 240."""
+    found = asked(horizons=(200, 300, 400, 800))
+    long, _, short, *_ = found.rungs
+    parent = trained(long, long.name)
+    steps: list[int] = [160, 320, 480, 640]
+    record = parent.run.records["train"]
+    kept = fork.Kept(long.name, record, tuple(steps), None)
+    monkeypatch.setattr(fork, "find", lambda name: replace(kept, steps=tuple(steps)))
+    monkeypatch.setattr(ladder, "seconds_of", lambda rungs: {one.name: 1.0 for one in rungs})
+    monkeypatch.setattr(ladder.dvc_history, "names", set)
+    planned: list[tuple[str, int]] = []
+
+    def forked(state: fork.Kept, step: int, name: str, own: Sequence[str]) -> Member:
+        planned.append((state.name, step))
+        return Member(name, {}, short.config)
+
+    monkeypatch.setattr(ladder.forks, "plan", forked)
+    whole_run = ladder._member(short, [parent])
+    assert "train.fork" not in whole_run.changes and whole_run.changes["train.steps"] == 300
+    assert (planned, whole_run.stage) == ([], "train")
+    said = page.planned(found, [parent], registering=True)
+    (row,) = (line for line in said.splitlines() if line.startswith(f"| {short.name} "))
+    assert row.split("|")[4].strip() == "300"
+    assert f"{short.name}: from the first step" in said
+    steps.append(240)
+    ladder._member(short, [parent])
+    assert planned == [(long.name, 240)]
+    assert "from the first step" not in page.planned(found, [parent], registering=True)
+    assert ladder.possible(short, []) == short, "a long run that is still to come keeps it"
+
+
+def test_an_edited_corpus_makes_another_training(tmp_path: Path) -> None:
+    corpus = tmp_path / "mine.txt"
+    corpus.write_text("one", "utf-8")
+    found = asked(changes=["corpus.source=text", f"corpus.path={corpus}"])
+    before = trained(found.rungs[0], "before")
+    assert ladder.find(found.rungs[0], [before])
+    corpus.write_text("other", "utf-8")
+    assert not ladder.find(found.rungs[0], [before])
+
+
+def test_what_dvc_vouches_for_is_the_code_and_the_corpus(tmp_path: Path) -> None:
+    """A dvc.lock as DVC writes it has the same digest as the files that it was made from."""
+    corpus = tmp_path / "mine"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("one", "utf-8")
+    found = asked(changes=["corpus.source=text", "corpus.path=mine"])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/unset").touch()
+    run = trained(found.rungs[0], "one").run
+    stages = {}
+    for name in (*stage_graph.upstream("train"), "train"):
+        files = [*stage_graph.sources(name), *stage_graph.inputs(name, run.params)]
+        deps = [
+            {"path": path, "md5": dvc_md5(place)}
+            for path in files
+            for place in [(ROOT if path.startswith(("pipeline", "stages")) else tmp_path) / path]
+            if place.exists()
+        ]
+        stages[name] = {"deps": deps}
+    lock = yaml.safe_dump({"stages": stages}).encode()
+    assert ladder._locked_code(run, lock) == ladder.code_here(found.rungs[0].config)
+    (corpus / "a.txt").write_text("two", "utf-8")
+    assert ladder._locked_code(run, lock) != ladder.code_here(found.rungs[0].config)
+
+
+def test_no_run_is_made_for_a_forecast_of_other_tokens(monkeypatch) -> None:
+    monkeypatch.setattr(ladder.scaling_law, "DRAWS", 2)
+    monkeypatch.setattr(ladder.git, "state", lambda: {"commit": "c"})
+    found = asked()
+    known = whole(found)
+    forecast = ladder.forecast_of(found.next, ladder.fitted(found, known))
+    registered.write(replace(forecast, data="others"))
+    monkeypatch.setattr(ladder, "run", lambda member: pytest.fail("it was run"))
+    with pytest.raises(InputError, match="a forecast for other tokens"):
+        ladder.forecast_and_run(found, known, register_only=False)
+
+
+def test_a_plain_run_with_other_validations_is_the_same_training(make_config) -> None:
+    own = asked().next
+    params = own.settings | {"train.val_every": 100, "train.val_tokens": 7, "device": "cpu"}
+    head = {"name": "plain", "id": "p", "params": params}
+    with pytest.raises(InputError, match="plain: this very training has begun already"):
+        registered.seen_before(own.settings, [(head, True)])
+    assert registered.seen_before(own.settings, [(head, False)]) == ["plain"]
+    reseeded = head | {"name": "reseeded", "params": params | {"train.seed": 9, "init.seed": 9}}
+    assert registered.seen_before(own.settings, [(reseeded, True)]) == ["reseeded"]
+    other = head | {"params": params | {"train.lr": 9.0}}
+    assert registered.seen_before(own.settings, [(other, True)]) == []
+
+
+def test_a_finite_training_is_preferred_and_an_infinite_outcome_is_one() -> None:
+    """Each alone would otherwise block the command for good."""
+    found = asked()
+    rung, bad = found.rungs[0], float("nan")
+    done = ladder.find(rung, [trained(rung, "bad", bad), trained(rung, "good")])
+    assert done and done.name == "good"
+    with pytest.raises(InputError, match=r"lower train.lr .*, or remove bad to have it trained"):
+        ladder.find(rung, [trained(rung, "bad", bad)])
 
 
 def whole(found: Ladder) -> list[Trained]:
@@ -206,19 +334,52 @@ def test_a_rung_that_is_missing_or_saw_other_tokens_is_named(monkeypatch) -> Non
     known[2].run.records["train"][1]["values"]["digest.train"] = "others"
     with pytest.raises(InputError, match="trained on different tokens"):
         ladder.fitted(found, known)
-    with pytest.raises(InputError, match="rung-1x16-400: its validation loss is inf"):
-        ladder.find(found.rungs[0], [trained(found.rungs[0], "rung-1x16-400", float("inf"))])
+
+
+def test_rungs_that_saw_tokens_again_are_named_and_not_said_to_have_seen_each_once(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(ladder.scaling_law, "DRAWS", 2)
+    found = asked()
+    law = ladder.fitted(found, whole(found))
+    once, again = (
+        replace(law, done=tuple(replace(one, corpus=size) for one in law.done))
+        for size in (204_800.0, 100_000.0)
+    )
+    assert "saw each token once" in page.answer("2x32:1M", once, ())
+    assert "The rungs saw up to" not in page.law_words(once)
+    for said in (page.answer("2x32:1M", again, ()), page.law_words(again)):
+        assert "The rungs saw up to 2.0 times the corpus" in said and "each token once" not in said
+
+
+def test_a_forecast_on_record_is_told_from_the_law_that_is_asked_for(monkeypatch) -> None:
+    monkeypatch.setattr(ladder.scaling_law, "DRAWS", 2)
+    monkeypatch.setattr(ladder.git, "state", lambda: {"commit": "c"})
+    found = asked()
+    made = ladder.forecast_of(found.next, ladder.fitted(found, whole(found)))
+    said = page.forecast_words(replace(made, time=0, points=made.points[:4]))
+    assert "on record since 1970-01-01 00:00 UTC, made of 4 rungs" in said
+    most = max(point["parameters"] for point in made.points[:4])
+    assert f"({made.parameters / most:.2g} and 1 times the largest rung)" in said
+
+
+def test_what_would_stop_a_training_here_is_named_before_the_first(monkeypatch) -> None:
+    plan.check_here(asked())
+    with pytest.raises(ConfigError, match="device=cuda"):
+        plan.check_here(asked(changes=["device=cuda"]))
+    with pytest.raises(InputError, match="leads out of the repository"):
+        plan.check_here(asked(changes=["corpus.source=text", "corpus.path=../mine"]))
 
 
 def test_a_question_is_answered_with_its_band_and_how_far_out_it_is(monkeypatch) -> None:
     monkeypatch.setattr(ladder.scaling_law, "DRAWS", 20)
     found = asked()
     law = ladder.fitted(found, whole(found))
-    near = page.answer("2x32:100k", law, ())
+    near = page.answer("2x48:100k", law, ())
     assert "1 times the parameters and 0.49 times the tokens" in near and "So far out" not in near
     far = page.answer("124m:3h", law, ())
     assert "So far out the band holds only if the law does" in far
-    assert "The same time on 2x32 is 10,800,000 tokens" in far
+    assert "The same time on 2x48 is 10,800,000 tokens" in far
     for word in ("124m", "124m:", "124m:0", "124m:3d", ":5"):
         with pytest.raises(ConfigError, match="expected SIZE:TOKENS or SIZE:TIME"):
             page.answer(word, law, ())

@@ -118,8 +118,15 @@ def test_what_is_no_forecast_is_one_error() -> None:
 def test_no_forecast_is_written_after_its_run() -> None:
     begun = head(name="lr-0.002")
     with pytest.raises(InputError, match=r"lr-0.002: this very training has begun already"):
-        registered.check_unseen(SETTINGS, [head(params={}), begun])
-    registered.check_unseen(SETTINGS | {"train.lr": 0.1}, [begun])
+        registered.seen_before(SETTINGS, [(head(params={}), True), (begun, True)])
+    assert registered.seen_before(SETTINGS | {"train.lr": 0.1}, [(begun, True)]) == []
+
+
+def test_what_was_seen_before_is_on_record_and_in_the_verdict() -> None:
+    told = forecast(seen=["lr-0.002", "older"])
+    assert registered.read(registered.write(told)).seen == ["lr-0.002", "older"]
+    said = registered.outcome(told, head(name=told.name), 5.5, "tokens").words()
+    assert "Seen before it, of other code, corpus or seeds: lr-0.002, older." in said
 
 
 def test_the_first_forecast_of_a_run_is_the_one_that_counts() -> None:
@@ -143,6 +150,17 @@ def test_the_first_run_decides_and_every_forecast_is_listed() -> None:
     one, other = ladder.outcomes(known)
     assert one[1] and one[1].problem == "" and one[1].loss == 5.5
     assert other[1] and "does not end in" in other[1].problem, "the first run was another's"
+    moved = [run(forecast().name, 2000, 5.5, "as dvc.yaml lists it now")]
+    kept, _ = ladder.outcomes(moved)
+    assert kept[1] and kept[1].problem == "", "a verdict outlives a refactoring"
+    (blown, _) = ladder.outcomes([run(forecast().name, 2000, float("inf"))])
+    assert blown[1] and not blown[1].inside and "inf came of a forecast" in blown[1].words()
+    assert "<svg" in page.section([blown])[0]["image"]
+
+
+def test_a_band_beside_its_forecast_is_drawn_all_the_same() -> None:
+    (shown,) = page.section([(forecast(low=5.55), None)])
+    assert "<svg" in shown["image"]
 
 
 def test_the_report_shows_every_forecast_right_wrong_or_not_run_yet(monkeypatch) -> None:
