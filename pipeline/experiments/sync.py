@@ -40,24 +40,25 @@ def sync(problems: list[str] | None = None) -> list[str]:
     name that DVC has for its experiment now.
     """
     problems = [] if problems is None else problems
-    experiments = list(dvc_history.experiments())
-    everything = [*experiments, *dvc_history.commits()]
+    experiments = list(dvc_history.experiments(brief=True))
+    everything = [*experiments, *dvc_history.commits(brief=True)]
     stages = stages_that_ran(everything)
-    problems += dict.fromkeys(f"{one.name}: {why}" for one in everything for why in one.unreadable)
+    problems += [f"{one.name}: {why}" for one in everything for why in one.unreadable]
     known = {stage.head["id"] for stage in stages}
     client = connect()
     arrived = shipped(client)
     sweep(client)
+    missing = [stage for stage in stages if not any(stage.parts <= row for row in arrived)]
     touched: dict[str, tuple[Row, Ran]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for stage in stages:
-            parts = {record[0]["id"] for record in [stage.record, *stage.others]}
-            if any(parts <= row for row in arrived):
+        for stage in _read_whole(missing, problems):
+            if any(stage.parts <= row for row in arrived):  # beside another one meanwhile
                 continue
             with _left_out_if_refused(client, stage, problems):
                 row = _replay(client, stage, Path(folder))
-                arrived.append(parts)
+                arrived.append(stage.parts)
                 touched[row.id] = row, stage
+    problems[:] = dict.fromkeys(problems)
     names = {}
     for row, stage in touched.values():
         with _left_out_if_refused(client, stage, problems):
@@ -78,6 +79,11 @@ class Ran:
     def head(self) -> Event:
         return self.record[0]
 
+    @property
+    def parts(self) -> set[str]:
+        """The ids of all these records."""
+        return {record[0]["id"] for record in [self.record, *self.others]}
+
 
 def stages_that_ran(experiments: Iterable[Experiment]) -> list[Ran]:
     """Each record once, however many experiments share it, in the order in which they started.
@@ -96,6 +102,15 @@ def stages_that_ran(experiments: Iterable[Experiment]) -> list[Ran]:
             if known is None or len(ran.others) > len(known.others):
                 best[ran.head["id"]] = ran
     return sorted(best.values(), key=lambda ran: ran.head["time"])
+
+
+def _read_whole(stages: Sequence[Ran], problems: list[str]) -> list[Ran]:
+    """The same with every point of their records, and without those that have a damaged one."""
+    ids = {stage.head["id"] for stage in stages}
+    places = {(stage.where.name, stage.where.rev): stage.where for stage in stages}
+    found = list(dvc_history.whole(places.values()))
+    problems += [f"{one.name}: {why}" for one in found for why in one.unreadable]
+    return [ran for ran in stages_that_ran(found) if ran.head["id"] in ids]
 
 
 def _before(head: Event, experiment: Experiment) -> list[Sequence[Event]]:

@@ -125,7 +125,7 @@ def _of_folder(left: run_folder.Left) -> Training:
     stage, record = str(left.identity.get("stage")), Log()
     for path in (run_folder.JOURNAL, paths.record(stage)):
         with contextlib.suppress(InputError, OSError):  # none yet, or one of anything
-            record = record or record_reader.ends(left.folder / path, stage)
+            record = record or record_reader.ends(left.folder / path, stage, whole=False)
     name = left.status.get("name") or dvc_history.WORKSPACE
     stopped = left.state not in ("running", "finished")
     return Training(

@@ -358,7 +358,8 @@ def begun(finished: Iterable[Trained], code: str, data: str) -> Iterator[tuple[E
         if left.identity.get("stage") == STAGE and journal.exists():
             tokens = left.identity.get("inputs", {}).get("train", data)
             here = (left.identity.get("code"), tokens) == (provenance.code_of(STAGE), data)
-            yield from ((head, here) for head in record_reader.ends(journal, STAGE)[:1])
+            begun = record_reader.ends(journal, STAGE, whole=False)
+            yield from ((head, here) for head in begun[:1])
 
 
 def forecast_of(own: Rung, found: Found) -> Forecast:

@@ -10,6 +10,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -74,14 +75,11 @@ def of_workspace(
     that is not to be read is left out with a warning.
     """
     here, unreadable = {}, []
+    reader = record_reader.ends if brief else record_reader.read
 
     def read(stage: str, path: Path, whole: bool) -> Log | None:
         try:
-            if not path.exists():
-                return None
-            return (
-                record_reader.ends(path, stage) if brief else record_reader.read(path, stage, whole)
-            )
+            return reader(path, stage, whole) if path.exists() else None
         except (InputError, OSError) as error:
             unreadable.append(f"{path}: {error}")
             log.warning("%s; left out", unreadable[-1])
@@ -154,17 +152,17 @@ def read_file(found: Experiment, path: Path, workspace: Path) -> bytes | None:
         return None
 
 
-def commits() -> Iterator[Experiment]:
+def commits(brief: bool = False) -> Iterator[Experiment]:
     """The records in every commit of every branch and tag, named after the commit.
 
-    Those that are in no cache any more are left out, with one line for all of them; so are those
-    that are not to be read.
+    With `brief`, the `ends` of long ones. Those that are in no cache any more are left out, with
+    one line for all of them; so are those that are not to be read.
     """
     with _repository() as repo:
         if not repo:
             return
         revs = repo.scm.list_all_commits()
-        kept = Kept(repo, revs)
+        kept = Kept(repo, revs, brief)
     gone: set[tuple[str, str]] = set()
     for rev in revs:
         unreadable: list[str] = []
@@ -174,6 +172,37 @@ def commits() -> Iterator[Experiment]:
             yield Experiment(rev[:7], rev, found, unreadable)
     if gone:
         log.info("%d records of earlier commits were made elsewhere or cleared: no rows", len(gone))
+
+
+def whole(found: Iterable[Experiment]) -> Iterator[Experiment]:
+    """The same, read `brief`, with every point of their records.
+
+    One in which such a point is damaged is left out with a warning.
+    """
+    found = list(found)
+    with _repository() as repo:
+        kept = Kept(repo, [one.rev for one in found if one.rev]) if repo else None
+    for one in found:
+        unreadable: list[str] = []
+        if kept and one.rev:
+            records, _ = kept.records(one.rev, one.records, unreadable)
+        else:
+            records = _again(paths.root(), one, unreadable)
+        for problem in unreadable:
+            log.warning("%s: %s; left out", one.name, problem)
+        yield replace(one, records=records, unreadable=unreadable)
+
+
+def _again(root: Path, workspace: Experiment, unreadable: list[str]) -> dict[str, Log]:
+    records = {}
+    for stage, record in workspace.records.items():
+        ended, path = record[-1]["kind"] == "end", root / paths.record(stage)
+        try:
+            file = path if ended and path.exists() else path.with_suffix(".jsonl.part")
+            records[stage] = record_reader.read(file, stage, whole=ended)
+        except (InputError, OSError) as error:
+            unreadable.append(f"{path}: {error}")
+    return records
 
 
 def copy_of(rev: str, path: str, folder: str | Path) -> Path | None:

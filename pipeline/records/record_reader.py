@@ -56,11 +56,11 @@ def read(path: Path, stage: str = "", whole: bool = True) -> Log:
         return parse(iter(functools.partial(file.readline, LONGEST_LINE + 1), b""), stage, whole)
 
 
-def ends(path: Path, stage: str = "") -> Log:
+def ends(path: Path, stage: str = "", whole: bool = True) -> Log:
     """The first and the last events of a record of any length, with points between them left out.
 
-    Enough for its settings, its tags and what its metrics came to. It may still be at work. Raises
-    as `read` does.
+    Enough for its settings, its tags and what its metrics came to. With `whole=False` it may still
+    be at work. Raises as `read` does.
     """
     with regular.opened(path) as file:
         lines = []
@@ -70,7 +70,7 @@ def ends(path: Path, stage: str = "") -> Log:
             file.seek(-ENDS, os.SEEK_END)
             file.readline()  # a line that began before
         lines += file.readlines()
-    return parse(lines, stage, whole=False)
+    return parse(lines, stage, whole)
 
 
 def parse(lines: Iterable[bytes], stage: str = "", whole: bool = True) -> Log:

@@ -18,7 +18,7 @@ from pipeline import paths, tables, terminal
 from pipeline.errors import InputError
 from pipeline.experiments import forks
 from pipeline.experiments.comparison import Pair, Run, pairs, run_of, runs_of
-from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
+from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace, whole
 from pipeline.records.record_file import Event
 from pipeline.records.run_data import Experiment, row_name
 from pipeline.reports.curves import Style, charts, distances, styles
@@ -43,6 +43,10 @@ def report(names: Sequence[str], everyone: bool) -> str:
         may_fork = run.lineage or run.params.get("checkpoint.keep_every")
         others = experiments(("train", "evaluate"), brief=True) if may_fork else ()
         return of_one(run, root, known=list(others))
+    if len(set(names)) == 1 and not everyone:  # the others are known by name and parent alone
+        known = list(experiments(brief=True))
+        (run,) = whole(choose(known, names))
+        return of_one(run, root, known=known)
     known = list(experiments())
     runs = choose(known, (all_of(known) or [WORKSPACE]) if everyone else names)
     return of_several(runs, known, root) if len(runs) > 1 else of_one(runs[0], root, known=known)

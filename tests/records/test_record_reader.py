@@ -303,6 +303,46 @@ def test_a_stage_at_work_has_not_ended_and_may_be_writing_a_line(chain) -> None:
 # --- through the commands
 
 
+@pytest.fixture
+def long(chain, monkeypatch) -> list[bytes]:
+    """The training's record in the workspace, with so many steps that its ends are few of them."""
+    found = lines(chain["train"])
+    at = next(n for n, event in enumerate(chain["train"]) if event["kind"] == "metrics")
+    steps = [chain["train"][at] | {"step": step} for step in range(500)]
+    found[at : at + 3] = lines(steps)
+    paths.record("train").unlink()
+    paths.record("train").write_bytes(b"".join(found))
+    monkeypatch.setattr(record_reader, "ENDS", 5000)
+    return found
+
+
+def shipped_stages() -> set[str]:
+    client = mlflow_store.connect()
+    (row,) = client.search_runs([client.get_experiment_by_name("gpt2").experiment_id])
+    return set(mlflow_run.ids(row.data.tags, mlflow_run.SHIPPED))
+
+
+def test_every_point_is_read_where_the_store_lacks_it_and_none_else(long, monkeypatch) -> None:
+    problems: list[str] = []
+    sync.sync(problems)
+    client = mlflow_store.connect()
+    (row,) = client.search_runs([client.get_experiment_by_name("gpt2").experiment_id])
+    curve = client.get_metric_history(row.info.run_id, "train/loss")
+    assert [point.step for point in curve] == list(range(500)) and not problems
+    assert shipped_stages() == {*STAGES}
+    monkeypatch.setattr(record_reader, "read", lambda *_: pytest.fail("read whole"))
+    assert sync.sync() == []
+
+
+def test_a_damaged_point_between_the_ends_is_told_and_the_record_left_out(long, caplog) -> None:
+    paths.record("train").write_bytes(b"".join([*long[:250], b"{\n", *long[250:]]))
+    problems: list[str] = []
+    sync.sync(problems)
+    assert [problem.partition("jsonl: ")[2][:18] for problem in problems] == ["line 251: not JSON"]
+    assert caplog.text.count("line 251: not JSON") == 1
+    assert "train" not in shipped_stages() and "tokenize" in shipped_stages()
+
+
 def as_experiment(name: str, texts: dict[str, list[bytes]], folder: Path) -> Experiment:
     """As DVC's cache would have it."""
     for stage, text_ in texts.items():
@@ -324,8 +364,10 @@ def hostile(chain, tmp_path: Path, monkeypatch) -> list[str]:
             texts = {"train": texts["train"]}
         made.append(as_experiment(name, texts, tmp_path / "others"))
     for place in (dvc_history, report, doctor):
-        monkeypatch.setattr(place, "experiments", lambda *_: iter(made))
-    monkeypatch.setattr(dvc_history, "commits", lambda: iter(()))
+        monkeypatch.setattr(place, "experiments", lambda *_, **__: iter(made))
+    for place in (dvc_history, report):
+        monkeypatch.setattr(place, "whole", iter)
+    monkeypatch.setattr(dvc_history, "commits", lambda **_: iter(()))
     monkeypatch.setattr(dvc_history, "copy_of", lambda *_: None)
     monkeypatch.setattr(run_page, "read_file", lambda *_: None)
     return bad
