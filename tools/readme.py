@@ -41,7 +41,7 @@ from tools import references  # noqa: E402
 # The first pages run commands, in this order: each builds on what those before it ran.
 WITH_RUNS = ("README", "docs/results", "docs/diagnostics", "docs/precision", "docs/experiments")
 WITHOUT_RUNS = ("install", "settings", "export", "recovery", "performance", "faults")
-WITHOUT_RUNS += ("architecture", "finetuning", "distributed", "gpu", "team", "scale")
+WITHOUT_RUNS += ("architecture", "finetuning", "distributed", "gpu", "team", "scale", "larger")
 PAGES = [ROOT / f"{name}.md" for name in (*WITH_RUNS, "docs/study")]
 PAGES += [ROOT / "docs" / f"{name}.md" for name in WITHOUT_RUNS]
 FIGURES = ROOT / "docs" / "figures"

@@ -52,7 +52,7 @@ def default_ladder(seed: int) -> tuple[list[Point], float]:
 
 
 def test_a_band_holds_trainings_to_come_and_is_no_wider_than_that_takes() -> None:
-    """Of twelve made-up ladders all; docs/experiments.md says so, and how wide they are."""
+    """Of twelve made-up ladders all; docs/larger.md says so, and how wide they are."""
     widths = []
     for seed in range(12):
         seen, outcome = default_ladder(seed)
