@@ -122,7 +122,7 @@ def ladder(
         found = ladder.fitted(asked, known)
         log.info("%s", "\n\n".join(page.answer(one, found, asked.changes) for one in ask))
         return
-    plan.check_here(asked)
+    plan.check_here([*asked, asked.next])
     log.info("%s", page.planned(asked, known, register_only))
     if dry_run:
         return
@@ -150,7 +150,7 @@ def transfer(
     python -m pipeline transfer                        all of it; given again, what is missing
     python -m pipeline transfer -S train.optimizer=muon --rates 0.004,0.008,0.016,0.032
     """
-    from pipeline.ladders import ladder, transfer
+    from pipeline.ladders import ladder, plan, transfer
 
     asked = transfer.plan(
         _numbers(widths, "--widths", "32,64,128"),
@@ -160,11 +160,16 @@ def transfer(
         layers,
         changes or [],
     )
+    rungs = list(asked.rungs.values())
+    plan.check_here(rungs)
     known = ladder.trained()
     log.info("%s", transfer.planned(asked, known))
     if not dry_run:
-        done = ladder.run_missing(list(asked.rungs.values()), known)
+        failed: list[str] = []
+        done = ladder.run_missing(rungs, known, failed)
         transfer.conclude(transfer.found_of(asked, done))
+        if failed:
+            raise InputError("\n".join(failed))
 
 
 def _rates(text: str) -> list[float]:

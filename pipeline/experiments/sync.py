@@ -51,7 +51,7 @@ def sync(problems: list[str] | None = None) -> list[str]:
     missing = [stage for stage in stages if not any(stage.parts <= row for row in arrived)]
     touched: dict[str, tuple[Row, Ran]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for stage in _read_whole(missing, problems):
+        for stage in _read_whole(missing, everything, problems):
             if any(stage.parts <= row for row in arrived):  # beside another one meanwhile
                 continue
             with _left_out_if_refused(client, stage, problems):
@@ -104,11 +104,24 @@ def stages_that_ran(experiments: Iterable[Experiment]) -> list[Ran]:
     return sorted(best.values(), key=lambda ran: ran.head["time"])
 
 
-def _read_whole(stages: Sequence[Ran], problems: list[str]) -> list[Ran]:
-    """The same with every point of their records, and without those that have a damaged one."""
+def _read_whole(
+    stages: Sequence[Ran], everything: Iterable[Experiment], problems: list[str]
+) -> list[Ran]:
+    """The same with every point of their records, and without those that have a damaged one.
+
+    Of a record whose copy is damaged in one place the others are looked at, too.
+    """
     ids = {stage.head["id"] for stage in stages}
     places = {(stage.where.name, stage.where.rev): stage.where for stage in stages}
     found = list(dvc_history.whole(places.values()))
+    lost = ids - {record[0]["id"] for one in found for record in one.records.values()}
+    others = (
+        one
+        for one in everything
+        if (one.name, one.rev) not in places
+        and any(record[0]["id"] in lost for record in one.records.values())
+    )
+    found += dvc_history.whole(others) if lost else ()
     problems += [f"{one.name}: {why}" for one in found for why in one.unreadable]
     return [ran for ran in stages_that_ran(found) if ran.head["id"] in ids]
 

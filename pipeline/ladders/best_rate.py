@@ -15,6 +15,8 @@ Losses = Mapping[float, Sequence[float]]  # by rate, of each seed in the same or
 SURE = 0.95  # of the interval that a verdict rests on
 LITTLE = 0.1  # log2 per doubling: 7%, which is less than anybody tunes a rate to
 UNSURE = 0.5  # log2 per doubling: half of what muP takes from the matrices' rates; see `Verdict`
+FAR = 1.0  # nats/token above the lowest loss: so steep a side is no parabola's
+VAGUE = 2.0  # log2: a std beyond it says nothing of a rate
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,15 @@ class Best:
     loss: float  # its mean loss, nats/token
     log2: float = math.nan  # of the best rate, by the parabola
     std: float = math.nan  # of that, from the seeds; NaN with one seed
-    try_: str = ""  # "lower" or "higher" where `rate` is at the edge
+    try_: str = ""  # "lower" or "higher" where `rate` is at the edge; "closer" beside a FAR one
 
     def words(self) -> str:
+        if self.try_ == "closer":
+            return f"beside a failed or far higher one: try {self.try_}"
         if self.try_:
             return f"at the edge: try {self.try_}"
+        if self.std > VAGUE:
+            return f"{2**self.log2:.3g}, by a factor of more than {2**VAGUE:g}"
         # The std of a logarithm is a factor; for small ones it reads well as a percentage.
         spread = "" if math.isnan(self.std) else f" ± {2**self.std - 1:.0%}"
         return f"{2**self.log2:.3g}{spread}"
@@ -68,7 +74,10 @@ class Verdict:
         """One sentence."""
         if edge := [one for one in self.found if one.try_]:
             named = ", ".join(f"{one.try_} ones for {one.width} channels" for one in edge)
-            return f"No verdict: the lowest loss is at the edge of the rates; give more, {named}."
+            return (
+                "No verdict: a lowest loss is at the edge of the rates, or beside one that failed "
+                f"or is {FAR:g} nat/token higher; give more rates, {named}."
+            )
         by = f"{self.slope:+.2f} log2 per doubling of the channels"
         if not self.freedom:
             return (
@@ -88,7 +97,7 @@ class Verdict:
                 f"is {2 ** abs(self.slope):.2g} times too {way}; multiply it by "
                 f"{2**self.slope:.2g} at each doubling."
             )
-        if self.interval > UNSURE:
+        if not abs(self.slope) + self.interval <= UNSURE:
             return (
                 f"These trainings do not tell whether the best rate moves with the width ({said}): "
                 "give more --seeds, or more steps."
@@ -116,10 +125,13 @@ def judge(losses: Mapping[int, Losses]) -> Verdict:
 
 
 def lowest_three(by_rate: Losses) -> list[float]:
-    """The rate of the lowest mean loss between its neighbours; [] where it has one alone."""
+    """The rate of the lowest mean loss between its neighbours; [] where they make no parabola."""
     rates = sorted(by_rate)
-    at = min(range(len(rates)), key=lambda n: statistics.fmean(by_rate[rates[n]]))
-    return rates[at - 1 : at + 2] if 0 < at < len(rates) - 1 else []
+    means = [statistics.fmean(by_rate[rate]) for rate in rates]
+    at = means.index(min(means))
+    if not 0 < at < len(rates) - 1 or max(means[at - 1], means[at + 1]) > means[at] + FAR:
+        return []
+    return rates[at - 1 : at + 2]
 
 
 def scattered(rows: Sequence[Sequence[float]]) -> tuple[float, int]:
@@ -133,7 +145,8 @@ def _best(width: int, by_rate: Losses, triple: Sequence[float], noise: float) ->
     means = {rate: statistics.fmean(found) for rate, found in by_rate.items()}
     rate = min(means, key=lambda one: (means[one], one))
     if not triple:
-        return Best(width, rate, means[rate], try_="lower" if rate == min(means) else "higher")
+        side = {min(means): "lower", max(means): "higher"}.get(rate, "closer")
+        return Best(width, rate, means[rate], try_=side)
     seeds = len(by_rate[rate])
     log2, pull = vertex([math.log2(one) for one in triple], [means[one] for one in triple])
     return Best(width, rate, means[rate], log2, math.hypot(*pull) * noise / math.sqrt(seeds))

@@ -225,9 +225,8 @@ def seconds_per_step(rung: Rung) -> float:
         size = train.batch_size, train.sequence_length + 1
         ids = torch.randint(VOCAB_SIZE, (train.accumulate, *size))
         batches: list[Batch] = [(one[:, :-1], one[:, 1:]) for one in ids]
-        steps = training(
-            start(model.to(precision.device), train, precision), train, lambda step: batches
-        )
+        state = start(model.to(precision.device), train, precision)
+        steps = training(state, train, lambda step: batches)
         return statistics.median(report.seconds for report in steps)
 
 
@@ -254,16 +253,26 @@ def state_bytes(rungs: Iterable[Rung]) -> int:
     return sum(kept)
 
 
-def run_missing(rungs: Sequence[Rung], known: list[Trained]) -> list[Done]:
+def run_missing(
+    rungs: Sequence[Rung], known: list[Trained], failed: list[str] | None = None
+) -> list[Done]:
     """All of them trained, the missing ones now, one after another.
 
-    Raises InputError for one that fails; KeyboardInterrupt leaves the finished ones finished.
+    What is said of one that fails goes to `failed`, without which it raises InputError.
+    KeyboardInterrupt leaves the finished ones finished.
     """
     missing = collect(rungs, known)[1]
     for number, rung in enumerate(missing, 1):
         member = _member(rung, known)
         log.info("\n%d/%d %s: %s", number, len(missing), member.name, member.shown())
-        run(member)
+        try:
+            run(member)
+        except InputError as error:
+            if failed is None:
+                raise
+            log.warning("%s; the others go on", error)
+            failed.append(str(error))
+            continue
         known[:] = trained()
         if not find(rung, known):
             raise InputError(f"{member.name}: ended, and its record is not there")

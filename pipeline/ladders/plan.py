@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -121,12 +121,12 @@ def plan(
     return Ladder(tuple(rungs), (small, *others), own, tuple(changes))
 
 
-def check_here(ladder: Ladder) -> None:
+def check_here(rungs: Iterable[Rung]) -> None:
     """Raises ConfigError or InputError naming all that would stop a training on this machine."""
-    configs = [rung.config for rung in (*ladder, ladder.next)]
+    configs = [rung.config for rung in rungs]
     if problems := [said for config in configs for said in sweep.machine_problems(config)]:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    git.to_take_along(ladder.next.config)
+    git.to_take_along(configs[0])
 
 
 def _sets(word: str) -> bool:
@@ -210,15 +210,23 @@ def _rung(
 
 
 def _seeded(rung: Rung, seed: int, changes: Sequence[str]) -> Rung:
-    flat = flatten(rung.config)
-    if same := [f"{name}={flat[name]}" for name in SEEDED if flat[name] == seed]:
-        raise ConfigError(
-            f"--seeds {seed}: {same[0]} is the base's own, and would pass for no noise; expected "
-            "another number"
-        )
+    if problem := not_another(seed, rung.config):
+        raise ConfigError(problem)
     words = [f"{name}={seed}" for name in SEEDED]
     own = _rung(rung.size, rung.config, rung.steps, [*changes, *words], 0)
     return Rung(f"{own.name}-seed-{seed}", rung.size, own.config)
+
+
+def not_another(seed: int, base: Config) -> str:
+    """Why a seed is none beside those of the settings; "" where it is one."""
+    flat = flatten(base)
+    same = [f"{name}={flat[name]}" for name in SEEDED if flat[name] == seed]
+    if not same:
+        return ""
+    return (
+        f"--seeds {seed}: {same[0]} is the base's own, and would pass for no noise; expected "
+        "another number"
+    )
 
 
 def rates(base: Config, size: str) -> list[str]:

@@ -16,9 +16,9 @@ from pipeline.drawing import figures
 from pipeline.errors import ConfigError
 from pipeline.experiments import sweep
 from pipeline.ladders import ladder
-from pipeline.ladders.best_rate import Verdict, judge
+from pipeline.ladders.best_rate import VAGUE, Verdict, judge
 from pipeline.ladders.ladder import Done, Trained
-from pipeline.ladders.plan import FORK, SEEDED, Rung, not_fresh
+from pipeline.ladders.plan import FORK, SEEDED, Rung, not_another, not_fresh
 from pipeline.published import SIZES
 from pipeline.tables import markdown
 from pipeline.tracking.mlflow_run import attach
@@ -88,10 +88,18 @@ def plan(
     base = load(paths.root() / paths.PARAMS, changes)
     if problems := list(not_fresh(base, "`transfer`")):
         raise ConfigError("\n".join(problems))
+    problems += filter(None, (not_another(seed, base) for seed in seeds))
+    own = base.model.n_embd // base.model.n_head
+    if (head := head_size(widths, own)) < own / 2:
+        problems.append(
+            f"--widths {','.join(map(str, widths))}: heads of one size in all of them have {head} "
+            f"channels, those of params.yaml {own}; expected widths with more in common"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
     rates = sorted(set(rates)) or [_digits(base.train.lr * factor) for factor in AROUND]
     every = dict.fromkeys([base.train.seed, *seeds])
     places = [Place(w, rate, seed) for w in widths for rate in rates for seed in every]
-    head = head_size(widths, base.model.n_embd // base.model.n_head)
     shape = {"n_layer": layers}
     rungs = {}
     for place in places:
@@ -155,17 +163,18 @@ def planned(asked: Transfer, known: Sequence[Trained]) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """The finished trainings, all of them."""
+    """What came of the trainings; one that failed is not among the finished."""
 
     asked: Transfer
     done: dict[Place, Done]
 
     @functools.cached_property
     def losses(self) -> dict[int, dict[float, list[float]]]:
-        """Validation losses by width, rate and seed, nats/token."""
+        """Validation losses by width, rate and seed, nats/token; infinite where one failed."""
         found: dict[int, dict[float, list[float]]] = {}
-        for place, one in self.done.items():
-            found.setdefault(place.width, {}).setdefault(place.rate, []).append(one.loss)
+        for place in self.asked.rungs:
+            loss = self.done[place].loss if place in self.done else math.inf
+            found.setdefault(place.width, {}).setdefault(place.rate, []).append(loss)
         return found
 
     @functools.cached_property
@@ -174,15 +183,17 @@ class Found:
 
 
 def found_of(asked: Transfer, done: Sequence[Done]) -> Found:
-    """`done` are those of all rungs, in their order; raises InputError for different tokens."""
+    """`done` are those that did not fail; raises InputError for different tokens."""
     ladder.check_same_tokens(done)
-    return Found(asked, dict(zip(asked.rungs, done, strict=True)))
+    by_name = {one.rung.name: one for one in done}
+    places = asked.rungs.items()
+    return Found(asked, {p: by_name[rung.name] for p, rung in places if rung.name in by_name})
 
 
 def page(found: Found) -> str:
     """Markdown: losses by rate, the best rate of each width, the verdict."""
     config, widths = found.asked.config, found.asked.widths
-    seeds = len(found.done) // (len(widths) * len(found.asked.rates))
+    seeds = len(found.asked.rungs) // (len(widths) * len(found.asked.rates))
     head = (
         f"init.scheme={config.init.scheme}, train.optimizer={config.train.optimizer}: "
         f"{config.model.n_layer} layers, {config.train.steps} steps, validation losses in "
@@ -210,7 +221,8 @@ def page(found: Found) -> str:
 
 def _mean(found: Found, width: int, rate: float) -> str:
     losses = found.losses[width][rate]
-    return f"{sum(losses) / len(losses):.3f}"
+    mean = sum(losses) / len(losses)
+    return f"{mean:.3f}" if math.isfinite(mean) else "failed"
 
 
 def _copied(found: Found, width: int) -> str:
@@ -222,7 +234,8 @@ def lines(found: Found) -> Iterator[tuple[str, figures.Points, tuple[float, floa
     """Of each width: its name, (rate, loss) of every training, and the best rate with its std."""
     for one in found.verdict.found:
         points = [(p.rate, d.loss) for p, d in found.done.items() if p.width == one.width]
-        low = None if one.try_ else (2**one.log2, one.loss, one.std)
+        std = one.std if one.std <= VAGUE else math.nan
+        low = None if one.try_ else (2**one.log2, one.loss, std)
         yield f"{one.width} channels", points, low
 
 

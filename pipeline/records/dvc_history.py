@@ -185,7 +185,8 @@ def whole(found: Iterable[Experiment]) -> Iterator[Experiment]:
     for one in found:
         unreadable: list[str] = []
         if kept and one.rev:
-            records, _ = kept.records(one.rev, one.records, unreadable)
+            records, gone = kept.records(one.rev, one.records, unreadable)
+            unreadable += [f"{path}: in no cache any more" for path in gone]
         else:
             records = _again(paths.root(), one, unreadable)
         for problem in unreadable:
@@ -197,8 +198,10 @@ def _again(root: Path, workspace: Experiment, unreadable: list[str]) -> dict[str
     records = {}
     for stage, record in workspace.records.items():
         ended, path = record[-1]["kind"] == "end", root / paths.record(stage)
+        part = path.with_suffix(".jsonl.part")  # of a stage at work, which may have ended meanwhile
+        places = (path, part) if ended else (part, path)
         try:
-            file = path if ended and path.exists() else path.with_suffix(".jsonl.part")
+            file = next(filter(Path.exists, places), path)
             records[stage] = record_reader.read(file, stage, whole=ended)
         except (InputError, OSError) as error:
             unreadable.append(f"{path}: {error}")

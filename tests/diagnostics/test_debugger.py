@@ -53,7 +53,8 @@ def config(make_config):
 def made(config, shape: GPTConfig = SHAPE) -> training_step.TrainState:
     model = GPT(shape)
     initialize(model, config.init, torch.Generator().manual_seed(0))
-    return training_step.start(model, config.train, choose_precision(config.precision, CPU))
+    precision = choose_precision(config.precision, CPU)
+    return training_step.start(model, config.train, precision, config.init.narrowing(shape.n_embd))
 
 
 @pytest.fixture
@@ -93,23 +94,28 @@ def test_the_time_of_a_look_is_not_the_steps(state, config) -> None:
     assert reports[2].seconds < 1.5
 
 
+@pytest.mark.parametrize("scheme", ["gpt2", "mup"])
 def test_an_opened_bundle_makes_the_same_loss_and_gradients(
-    state, config, tmp_path: Path, monkeypatch, caplog
+    make_config, scheme: str, tmp_path: Path, monkeypatch, caplog
 ) -> None:
+    config = make_config(
+        train__steps=3, train__warmup_steps=1, precision="bf16", init__scheme=scheme
+    )
+    state = made(config)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    made = {}
+    seen = {}
 
     def look(at: training_step.TrainState) -> None:
-        made["folder"] = debugger.write_bundle(at, config, "to be looked at")
-        made["gradients"] = {n: g.clone() for n, g in debugger.scope(at)["gradients"].items()}
+        seen["folder"] = debugger.write_bundle(at, config, "to be looked at")
+        seen["gradients"] = {n: g.clone() for n, g in debugger.scope(at)["gradients"].items()}
 
     list(loop.fit(state, config.train, batches, look=look, look_at=2))
-    assert made["folder"].parent == tmp_path / ".runs" / "debug"
-    assert f"python -m pipeline debug {made['folder']}" in caplog.text
-    names, line = debugger.open_bundle(made["folder"])
+    assert seen["folder"].parent == tmp_path / ".runs" / "debug"
+    assert f"python -m pipeline debug {seen['folder']}" in caplog.text
+    names, line = debugger.open_bundle(seen["folder"])
     assert line.startswith("step 2: to be looked at\n") and line.endswith("the same as then")
-    for name, gradient in made["gradients"].items():
+    for name, gradient in seen["gradients"].items():
         assert torch.equal(names["gradients"][name], gradient), name
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from pipeline.experiments import sync
@@ -61,3 +63,24 @@ def test_what_is_at_work_or_has_failed_is_left_to_its_own_process() -> None:
     at_work = record("train", 3)[:1]
     for unfinished in (failed, at_work):
         assert replayed(experiment("x", tokenize, unfinished)) == [("tokenize1", [], "x")]
+
+
+def test_of_a_record_whose_one_copy_is_damaged_another_is_taken(monkeypatch) -> None:
+    tokenize, train = record("tokenize", 1), record("train", 2)
+    kept = [experiment(name, tokenize, train) for name in ("damaged", "good", "more")]
+    asked: list[list[str]] = []
+
+    def whole(found: Iterable[Experiment]) -> list[Experiment]:
+        found = list(found)
+        asked.append([one.name for one in found])
+        bad = [replace(one, records={"tokenize": tokenize}, unreadable=["x"]) for one in found[:1]]
+        return found if "good" in asked[-1] else bad
+
+    monkeypatch.setattr(sync.dvc_history, "whole", whole)
+    problems: list[str] = []
+    found = sync._read_whole(sync.stages_that_ran(kept), kept, problems)
+    assert [(ran.head["id"], ran.where.name) for ran in found] == [
+        ("tokenize1", "damaged"),
+        ("train2", "good"),
+    ]
+    assert asked == [["damaged"], ["good", "more"]] and problems == ["damaged: x"]

@@ -76,9 +76,21 @@ def test_a_rate_at_the_edge_is_no_number_and_gives_no_verdict() -> None:
         "at the edge: try lower"
     ]
     assert verdict.words() == (
-        "No verdict: the lowest loss is at the edge of the rates; give more, higher ones for 64 "
-        "channels, lower ones for 128 channels."
+        "No verdict: a lowest loss is at the edge of the rates, or beside one that failed or is 1 "
+        "nat/token higher; give more rates, higher ones for 64 channels, lower ones for 128 "
+        "channels."
     )
+
+
+@pytest.mark.parametrize("loss", [math.inf, 7.5])
+def test_beside_a_rate_that_failed_or_is_far_higher_there_is_no_parabola(loss: float) -> None:
+    losses = bowls(0, noise=0.004)
+    rate = judge(losses).found[1].rate
+    losses[64][2 * rate] = [loss, loss]
+    verdict = judge(losses)
+    assert verdict.found[1].words() == "beside a failed or far higher one: try closer"
+    assert "give more rates, closer ones for 64 channels." in verdict.words()
+    assert all(one.std < 1 for one in (verdict.found[0], verdict.found[2])), "theirs is untouched"
 
 
 def test_the_verdict_says_what_becomes_of_a_copied_rate() -> None:
@@ -91,6 +103,19 @@ def test_the_verdict_says_what_becomes_of_a_copied_rate() -> None:
     stays = judge(bowls(0, noise=0.004, seed=1)).words()
     assert "does not move with the width by more than the noise" in stays
     assert "can be copied" in stays
+
+
+def test_a_rate_that_may_move_by_half_is_not_said_to_be_good_elsewhere() -> None:
+    drawn = [judge(bowls(-0.45, noise=0.05, seed=seed)) for seed in range(100)]
+    copied = ["can be copied to the others" in one.words() for one in drawn]
+    assert statistics.fmean(copied) < 0.04
+    assert sum(not one.moves and one.interval < 0.5 for one in drawn) > 5
+
+
+def test_a_std_that_says_nothing_is_no_percentage() -> None:
+    drawn = [judge(bowls(0, noise=0.05, bend=0.01, seed=seed)).found for seed in range(100)]
+    vague = [one.words() for found in drawn for one in found if one.std > 2]
+    assert vague and all("by a factor of more than 4" in words for words in vague)
 
 
 def test_too_much_noise_or_one_seed_is_not_taken_for_a_rate_that_stays() -> None:

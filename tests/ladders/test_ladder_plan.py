@@ -364,11 +364,11 @@ def test_a_forecast_on_record_is_told_from_the_law_that_is_asked_for(monkeypatch
 
 
 def test_what_would_stop_a_training_here_is_named_before_the_first(monkeypatch) -> None:
-    plan.check_here(asked())
+    plan.check_here([*asked()])
     with pytest.raises(ConfigError, match="device=cuda"):
-        plan.check_here(asked(changes=["device=cuda"]))
+        plan.check_here([*asked(changes=["device=cuda"])])
     with pytest.raises(InputError, match="leads out of the repository"):
-        plan.check_here(asked(changes=["corpus.source=text", "corpus.path=../mine"]))
+        plan.check_here([*asked(changes=["corpus.source=text", "corpus.path=../mine"])])
 
 
 def test_a_question_is_answered_with_its_band_and_how_far_out_it_is(monkeypatch) -> None:

@@ -75,6 +75,12 @@ def test_the_rates_are_around_the_one_of_the_settings() -> None:
     [
         ({"changes": ["model.n_embd=8"]}, "model.n_embd=8: `transfer` sets it itself"),
         ({"changes": ["train.seed=8"]}, "train.seed=8: `transfer` sets it itself"),
+        (
+            {"widths": (48, 100)},
+            "--widths 48,100: heads of one size in all of them have 4 channels",
+        ),
+        ({"seeds": (7, 1337)}, "--seeds 1337: train.seed=1337 is the base's own, and would pass"),
+        ({"seeds": (42,)}, "--seeds 42: init.seed=42 is the base's own, and would pass for no"),
         ({"widths": (32,)}, "two --widths and 3 --rates or more"),
         ({"rates": (0.1, 0.2)}, "two --widths and 3 --rates or more"),
         ({"rates": (0.1, 0.2, 20.0)}, "train.lr=20.0: expected a number above 0 and at most 10"),
@@ -134,6 +140,32 @@ def test_the_page_has_losses_best_rates_and_a_verdict(monkeypatch, tmp_path: Pat
     best = [line for line in text.splitlines() if "±" in line and line.startswith("|")][1:]
     assert all(line.split("|")[4].strip().startswith("0.00") for line in best) and len(best) == 2
     assert "does not move with the width by more than the noise" in text
+
+
+def test_a_rate_that_fails_is_told_and_the_others_go_on(monkeypatch, caplog) -> None:
+    found = asked()
+    rungs = found.rungs.items()
+    there: list[ladder.Trained] = []
+
+    def run(member) -> None:
+        place, rung = next((p, r) for p, r in rungs if r.name == member.name)
+        if place.rate == 0.008:
+            raise InputError(f"{member.name}: failed (exit code 1), see its output above")
+        there.append(trained(rung, rung.name, loss(place)))
+
+    monkeypatch.setattr(ladder, "run", run)
+    monkeypatch.setattr(ladder, "trained", lambda: list(there))
+    monkeypatch.setattr(ladder.sweep, "new_name", lambda name, taken: name)
+    monkeypatch.setattr(ladder.dvc_history, "names", list)
+    failed: list[str] = []
+    done = ladder.run_missing(list(found.rungs.values()), [], failed)
+    assert len(done) == 12 and len(failed) == 4 and caplog.text.count("the others go on") == 4
+    came = transfer.found_of(found, done)
+    (row,) = [line for line in transfer.page(came).splitlines() if line.startswith("| 0.008")]
+    assert row.count("failed") == 2
+    assert len(list(transfer.lines(came))) == 2
+    with pytest.raises(InputError, match=r"failed \(exit code 1\)"):
+        ladder.run_missing(list(found.rungs.values()), [])
 
 
 def test_trainings_on_other_tokens_make_no_table() -> None:
