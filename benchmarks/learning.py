@@ -172,6 +172,8 @@ def reached(bench: Bench, changes: Changes, target: float) -> str:
     ends = []
     for count in sorted(round(share * steps) for share in (*SHORTER, 1)):
         ends.append((count, statistics.mean(bench.losses({**changes, "train.steps": count}))))
+    if ends[0][1] < target:
+        return f"fewer steps than {ends[0][0]} of {steps}, after which its loss is {ends[0][1]:.4f}"
     for (a, high), (b, low) in pairwise(ends):
         if low <= target <= high:
             at = a + (b - a) * (high - target) / (high - low)
