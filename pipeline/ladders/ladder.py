@@ -98,10 +98,10 @@ class Trained:
 
 
 def trained() -> list[Trained]:
-    """Every one that there is."""
+    """Every one that there is, by the ends of its record: settings, tags and last values."""
     ended = [
         one
-        for one in dvc_history.experiments(("tokenize", STAGE))
+        for one in dvc_history.experiments(("tokenize", STAGE), brief=True)
         if one.records.get(STAGE) and one.records[STAGE][-1].get("status") == "FINISHED"
     ]
     locks = git.contents("dvc.lock", [one.rev for one in ended if one.rev])
