@@ -1,15 +1,16 @@
 """What a setting learns: validation loss of one training after the other, by settings and seed.
 
-    python benchmarks/learning.py [--size nano|micro] [--steps N] [--minutes M]
+    python benchmarks/learning.py [--size micro|nano|mini] [--steps N] [--minutes M]
 
 First AdamW and Muon are tuned alike: the rate by factors of 2 until both neighbours are worse, for
 Muon the matrices' own factor as well. Then both run with three seeds, of the initial weights and
-of the data's order, and Muon with fewer steps, for those at which it ends as low as AdamW. Then
-each lever that leaves an exact GPT-2 is pulled alone from the tuned AdamW, with the same seeds.
+of the data's order. Then each lever that leaves an exact GPT-2 is pulled alone from the tuned Muon,
+the schedule from AdamW as well, with the same seeds; and those that gain all together, which also
+run with fewer steps, for those at which they end as low as AdamW.
 
 It reads the tokens of `data/tokens` (`dvc repro tokenize`). Each training is kept as soon as it is
 made, so that the next call goes on with the rest; `--minutes` ends a call in time. One thread.
-Writes benchmarks/results/learning-SIZE.md.
+Writes benchmarks/results/learning-SIZE-STEPS.md.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
 from pipeline.data import token_files
 from pipeline.errors import NumericsError
+from pipeline.model import borders
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
 from pipeline.tables import markdown
@@ -48,26 +48,37 @@ Changes = dict[str, Any]
 Trained = dict[str, float]  # loss: of validation at the end, nats/token; seconds: of the processor
 
 RESULTS = ROOT / "benchmarks" / "results"
-SIZES: dict[str, Changes] = {  # settings beside the nano recipe's
-    "nano": {},
-    "micro": {"model.n_layer": 2, "model.n_head": 2, "model.n_embd": 64},
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model beside the nano recipe's, and the rates from which its search sets out."""
+
+    settings: Changes
+    rate: float  # of AdamW
+    muon: tuple[float, float]  # rate, and the matrices' factor
+
+
+SIZES = {
+    "micro": Size({"model.n_layer": 2, "model.n_head": 2, "model.n_embd": 64}, 0.004, (0.002, 1.0)),
+    "nano": Size({"precision": "bf16"}, 0.002, (0.032, 0.5)),
+    "mini": Size(
+        {"precision": "bf16", "model.n_layer": 6, "model.n_head": 6, "model.n_embd": 384},
+        0.001,
+        (0.016, 0.5),
+    ),
 }
 SEEDS = (1, 2, 3)
-FIRST_RATE = 0.004
 WARM_UP = 0.12  # share of the steps
-SHORTER = (0.5, 0.65, 0.8)  # of the steps
+SHORTER = (0.25, 0.35, 0.5, 0.7, 1.0)  # of the steps
 MUON = {"train.optimizer": "muon"}
-LEVERS: dict[str, dict[str, Any]] = {
-    "schedule linear": {"train.schedule": "linear", "train.min_lr": 0.0},
+GROWS = "grows"  # the share of the tokens that come in steps of a quarter of the size
+LEVERS: dict[str, Changes] = {
     "schedule wsd": {"train.schedule": "wsd", "train.min_lr": 0.0},
+    "schedule linear": {"train.schedule": "linear", "train.min_lr": 0.0},
     "zero projections": {"init.scheme": "zero_projections"},
-    "Muon": {},
-    "Muon, zero projections": {"init.scheme": "zero_projections"},
-    "Muon, zero projections, linear": {
-        "init.scheme": "zero_projections",
-        "train.schedule": "linear",
-        "train.min_lr": 0.0,
-    },
+    "documents apart": {"train.mask_documents": True},
+    "a batch that grows": {GROWS: 0.3},
 }
 
 
@@ -75,7 +86,7 @@ class Bench:
     """Trainings of one size, each made once."""
 
     def __init__(self, size: str, steps: int, minutes: float, path: Path | None) -> None:
-        self.size, self.steps = size, steps
+        self.size, self.steps = SIZES[size], steps
         self.kept = Kept(path, facts_of(torch.device("cpu")), minutes)
         self.seconds = 0.0  # of the longest yet: what the next may take
         self.tried: dict[str, float] = {}  # losses by settings
@@ -85,7 +96,7 @@ class Bench:
         """A whole training; None where there is no time for it."""
         settings = {"train.steps": self.steps, "train.min_lr": changes["train.lr"] / 10, **changes}
         settings["train.warmup_steps"] = round(WARM_UP * settings["train.steps"])
-        words = said({**SIZES[self.size], **settings, "init.seed": seed, "train.seed": seed})
+        words = said({**self.size.settings, **settings, "init.seed": seed, "train.seed": seed})
         began = time.monotonic()
         found = self.kept.get(words, self.seconds, lambda: train(words.split(), *self.splits))
         self.seconds = max(self.seconds, time.monotonic() - began)
@@ -105,24 +116,41 @@ class Bench:
 def said(changes: Changes) -> str:
     """As on a command line."""
     return " ".join(
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={str(value).lower()}"
         for name, value in changes.items()
     )
 
 
 def train(words: list[str], tokens: Any, validation: Any) -> Trained:
+    """Validated as `evaluate` does it, with what stands before a document in sight."""
+    grows = sum(float(word.partition("=")[2]) for word in words if word.startswith(GROWS))
+    words = [word for word in words if not word.startswith(GROWS)]
     config = configuration.load(ROOT / "recipes" / "nano.yaml", words)
     model = GPT(GPTConfig(**asdict(config.model)))
     initialize(model, config.init, runtime.generator(config.init.seed, "init"))
-    state = training_step.start(model, config.train, choose_precision("fp32", torch.device("cpu")))
+    precision = choose_precision(config.precision, torch.device("cpu"))
+    whole, early = config.train, round(grows * config.train.steps)
+    small = replace(whole, batch_size=max(1, whole.batch_size // 4))
+    more = early * (whole.batch_size // small.batch_size) - early  # steps of the same tokens
+    schedule = replace(whole, steps=whole.steps + more)
+    schedule = replace(schedule, warmup_steps=round(WARM_UP * schedule.steps))
+
+    def batches(step: int) -> list[Any]:
+        small_ones = early + more
+        settings, at = (small, step) if step < small_ones else (whole, step - more)
+        return loop.micro_batches(tokens, settings, at)
+
+    state = training_step.start(model, schedule, precision)
+    borders.mark(model, documents_apart=whole.mask_documents)
     began = time.process_time()
     try:
-        for _ in loop.fit(state, config.train, partial(loop.micro_batches, tokens, config.train)):
+        for _ in loop.fit(state, schedule, batches):
             pass
     except NumericsError:
         return {"loss": math.inf, "seconds": math.nan}
     seconds = time.process_time() - began
-    loss = validate(state, validation, config.train)
+    borders.mark(model, documents_apart=False)
+    loss = validate(state, validation, whole)
     print(f"{loss:.4f} {seconds:.0f} s {' '.join(words)}", flush=True)
     return {"loss": loss, "seconds": seconds}
 
@@ -139,8 +167,8 @@ def best(loss: Callable[[float], float], first: float) -> float:
 
 def tuned(bench: Bench) -> tuple[Changes, Changes]:
     """Settings of AdamW and of Muon, each at its best in the same way."""
-    adamw = best(lambda lr: bench.loss({"train.lr": lr}), FIRST_RATE)
-    rate, factor = adamw, 1.0
+    adamw = best(lambda lr: bench.loss({"train.lr": lr}), bench.size.rate)
+    rate, factor = bench.size.muon
 
     def muon(lr: float, by: float) -> Changes:
         return {**MUON, "train.lr": lr, "train.muon_lr_factor": by}
@@ -159,51 +187,116 @@ def tuned(bench: Bench) -> tuple[Changes, Changes]:
         rate, factor = lr, rate * factor / lr
 
 
-def spread(losses: list[float]) -> str:
-    known = [loss for loss in losses if not math.isnan(loss)]
+def spread(values: list[float]) -> str:
+    known = [value for value in values if not math.isnan(value)]
     if len(known) < 2:
         return "not yet"
     return f"{statistics.mean(known):.4f} ± {statistics.stdev(known):.4f}"
 
 
-def reached(bench: Bench, changes: Changes, target: float) -> str:
-    """At how many steps a training of that length ends at `target`, between two lengths."""
-    steps = bench.steps
-    ends = []
-    for count in sorted(round(share * steps) for share in (*SHORTER, 1)):
-        ends.append((count, statistics.mean(bench.losses({**changes, "train.steps": count}))))
-    if ends[0][1] < target:
-        return f"fewer steps than {ends[0][0]} of {steps}, after which its loss is {ends[0][1]:.4f}"
-    for (a, high), (b, low) in pairwise(ends):
-        if low <= target <= high:
-            at = a + (b - a) * (high - target) / (high - low)
-            return f"{at:.0f} of {steps} ({at / steps:.2f})"
-    shown = ", ".join(f"{count}: {loss:.4f}" for count, loss in ends)
-    return f"a number of steps not between these ({shown})"
+def sure(gains: list[float]) -> bool:
+    """Whether they are above 0 by more than two standard errors; not where one is missing."""
+    error = statistics.stdev(gains) / math.sqrt(len(gains))
+    return statistics.mean(gains) > 2 * error
 
 
-def page(bench: Bench) -> str:
+def share(bench: Bench, changes: Changes, base: list[float]) -> list[float]:
+    """Of the steps after which a training of that length ends as low as `base`, for each seed.
+
+    Between two lengths of SHORTER by a straight line; below the first one, that one: at most that
+    many are needed. NaN where there was no time.
+    """
+    found = []
+    for seed, target in zip(SEEDS, base, strict=True):
+        ends: list[tuple[float, float]] = []
+        for part in SHORTER:
+            loss = bench.loss({**changes, "train.steps": round(part * bench.steps)}, seed)
+            ends.append((part, loss))
+            if not loss > target:
+                break
+        found.append(_crossed(ends, target))
+    return found
+
+
+def _crossed(ends: list[tuple[float, float]], target: float) -> float:
+    """Where the last straight line comes down to `target`; the first length if it starts below."""
+    (b, low) = ends[-1]
+    if math.isnan(low) or low > target:
+        return math.nan if math.isnan(low) else math.inf
+    if len(ends) == 1:
+        return b
+    a, high = ends[-2]
+    return a + (b - a) * (high - target) / (high - low)
+
+
+@dataclass
+class Row:
+    """A lever, or several: the losses with it, by seeds, beside those of another row."""
+
+    name: str
+    changes: Changes
+    losses: list[float]
+    over: Row | None = None
+    shares: list[float] = field(default_factory=list)  # of the steps, to end as low as AdamW
+
+    @property
+    def gains(self) -> list[float]:
+        assert self.over
+        return [b - loss for b, loss in zip(self.over.losses, self.losses, strict=True)]
+
+    def cells(self) -> tuple[str, ...]:
+        gain = f"{spread(self.gains)} over {self.over.name}" if self.over else ""
+        return self.name, spread(self.losses), gain, told(self.shares), said(self.changes)
+
+
+def told(shares: list[float]) -> str:
+    known = [part for part in shares if not math.isnan(part)]
+    low = min(known, default=math.nan)
+    bound = "at most " if low == SHORTER[0] else ""
+    return ", ".join(bound * (part == low) + f"{part:.2f}" for part in known)
+
+
+def rows_of(bench: Bench) -> list[Row]:
     adamw, muon = tuned(bench)
+    base = Row("AdamW", adamw, bench.losses(adamw))
+    matrices = Row("Muon", muon, bench.losses(muon), base)
+    matrices.shares = share(bench, muon, base.losses)
+    rows = [base, matrices]
+
+    def pull(over: Row, names: list[str]) -> Row:
+        changes = dict(over.changes)
+        for name in names:
+            changes |= LEVERS[name]
+        rows.append(Row(", ".join((over.name, *names)), changes, bench.losses(changes), over))
+        return rows[-1]
+
+    gaining = {name: row for name in LEVERS if sure((row := pull(matrices, [name])).gains)}
+    pull(base, ["schedule wsd"])
+    schedules = [name for name in gaining if name.startswith("schedule")]
+    for name in sorted(schedules, key=lambda name: statistics.mean(gaining[name].losses))[1:]:
+        del gaining[name]  # there is one at a time
+    fast = pull(matrices, list(gaining)) if len(gaining) > 1 else next(iter(gaining.values()), None)
+    if fast:
+        fast.shares = share(bench, fast.changes, base.losses)
+    return rows
+
+
+def page(bench: Bench, name: str) -> str:
+    rows = rows_of(bench)
+    ratio = step_ratio(bench, rows[0].changes, rows[1].changes)
     tried = sorted(bench.tried.items(), key=lambda item: item[0])
-    base = bench.losses(adamw)
-    rows: list[tuple[object, ...]] = [("AdamW", spread(base), "", said(adamw))]
-    for name, changes in LEVERS.items():
-        whole = {**(muon if name.startswith("Muon") else adamw), **changes}
-        losses = bench.losses(whole)
-        gains = [b - loss for b, loss in zip(base, losses, strict=True)]
-        rows.append((name, spread(losses), spread(gains), said(whole)))
-    steps = reached(bench, muon, statistics.mean(base))
+    columns = ("lever", "loss", "gain", "share of the steps", "settings")
     parts = [
-        f"# What a setting learns: {bench.size}\n",
+        f"# What a setting learns: {name}\n",
         f"Validation loss in nats/token after {bench.steps} steps of 512 tokens, mean and standard "
-        f"deviation of {len(SEEDS)} seeds; the gain is taken seed by seed.\n",
+        f"deviation of {len(SEEDS)} seeds; gains are taken seed by seed. The share is that of the "
+        "steps after which a whole training ends as low as AdamW's of the same seed.\n",
         f"`{outcomes.command(sys.argv)}` at {outcomes.commit_of(ROOT) or 'no commit'}\n",
         f"{outcomes.machine()}; one thread; torch {torch.__version__}\n",
-        markdown(("lever", "loss", "gain over AdamW", "settings"), rows),
-        f"Muon ends as low as AdamW with {steps}. Its step takes {step_ratio(bench, adamw, muon)} "
-        "of AdamW's processor time.\n",
-        "## The rates tried, with the first seed\n",
-        markdown(("settings", "loss"), tried),
+        markdown(columns, [row.cells() for row in rows]),
+        f"A step with Muon takes {ratio} of AdamW's processor time.\n",
+        "## All trainings\n",
+        markdown(("settings", "loss of the last seed"), tried),
     ]
     if bench.kept.missing:
         parts.append(f"Not made yet: {len(bench.kept.missing)} trainings.\n")
@@ -228,10 +321,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.0, help="end in time; 0: no limit")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    path = RESULTS / "learning.json"
-    bench = Bench(options.size, options.steps, options.minutes, path)
-    text = page(bench)
-    (RESULTS / f"learning-{options.size}.md").write_text(text, "utf-8", newline="\n")
+    name = f"learning-{options.size}-{options.steps}"
+    bench = Bench(options.size, options.steps, options.minutes, RESULTS / f"{name}.json")
+    text = page(bench, options.size)
+    (RESULTS / f"{name}.md").write_text(text, "utf-8", newline="\n")
     print(text)
 
 
