@@ -10,12 +10,13 @@ run with fewer steps, for those at which they end as low as AdamW.
 
 It reads the tokens of `data/tokens` (`dvc repro tokenize`). Each training is kept as soon as it is
 made, so that the next call goes on with the rest; `--minutes` ends a call in time. One thread.
-Writes benchmarks/results/learning-SIZE-STEPS.md.
+Writes benchmarks/results/learning-SIZE-STEPS.md, and for benchmarks/fast.py learning.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -37,6 +38,7 @@ from pipeline.compute import runtime
 from pipeline.compute.precision import choose_precision
 from pipeline.data import token_files
 from pipeline.errors import NumericsError
+from pipeline.ladders import plan
 from pipeline.model import borders
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
@@ -70,7 +72,7 @@ SIZES = {
 }
 SEEDS = (1, 2, 3)
 WARM_UP = 0.12  # share of the steps
-SHORTER = (0.25, 0.35, 0.5, 0.7, 1.0)  # of the steps
+SHORTER = (0.125, 0.25, 0.35, 0.5, 0.7, 1.0)  # of the steps
 MUON = {"train.optimizer": "muon"}
 GROWS = "grows"  # the share of the tokens that come in steps of a quarter of the size
 LEVERS: dict[str, Changes] = {
@@ -214,11 +216,11 @@ def share(bench: Bench, changes: Changes, base: list[float]) -> list[float]:
             ends.append((part, loss))
             if not loss > target:
                 break
-        found.append(_crossed(ends, target))
+        found.append(crossed(ends, target))
     return found
 
 
-def _crossed(ends: list[tuple[float, float]], target: float) -> float:
+def crossed(ends: list[tuple[float, float]], target: float) -> float:
     """Where the last straight line comes down to `target`; the first length if it starts below."""
     (b, low) = ends[-1]
     if math.isnan(low) or low > target:
@@ -281,8 +283,7 @@ def rows_of(bench: Bench) -> list[Row]:
     return rows
 
 
-def page(bench: Bench, name: str) -> str:
-    rows = rows_of(bench)
+def page(bench: Bench, name: str, rows: list[Row]) -> str:
     ratio = step_ratio(bench, rows[0].changes, rows[1].changes)
     tried = sorted(bench.tried.items(), key=lambda item: item[0])
     columns = ("lever", "loss", "gain", "share of the steps", "settings")
@@ -323,9 +324,27 @@ def main() -> None:
     torch.set_num_threads(1)
     name = f"learning-{options.size}-{options.steps}"
     bench = Bench(options.size, options.steps, options.minutes, RESULTS / f"{name}.json")
-    text = page(bench, options.size)
+    rows = rows_of(bench)
+    text = page(bench, options.size, rows)
     (RESULTS / f"{name}.md").write_text(text, "utf-8", newline="\n")
+    summary(RESULTS / "learning.json", name, bench, rows)
     print(text)
+
+
+def summary(path: Path, name: str, bench: Bench, rows: list[Row]) -> None:
+    """Keep what `fast.py` forecasts from: the shares of the steps of the row that learns most."""
+    last = [row for row in rows if row.shares][-1]
+    if any(math.isnan(part) for part in last.shares):
+        return
+    config = configuration.load(ROOT / "recipes" / "nano.yaml", said(bench.size.settings).split())
+    kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    kept[name] = {
+        "parameters": plan.parameters(config),
+        "tokens": bench.steps * plan.tokens_per_step(config),
+        "row": last.name,
+        "shares": last.shares,
+    }
+    path.write_text(json.dumps(kept, indent=1) + "\n", "utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def _next(what: What, folder: Path) -> str:
             f"{len(tables)} files, {sum(pc.sum(count).as_py() for count in counts):,} GPT-2 tokens"
         )
         settings = f"-S corpus.source=parquet -S corpus.path={place}"
-        recipe = "gpt2-124m-fineweb"
+        recipe = "gpt2-124m-fast"
     else:
         found = "whole"
         settings = f"-S init.source=hf -S init.hf_model={place} -S init.hf_watch={place}"

@@ -41,7 +41,7 @@ PARAMETERS = {  # with 50304 rows
     "gpt2-xl": 1_557_686_400,
     "gpt2-124m-continue": 124_475_904,
     "gpt2-124m-finetune": 124_475_904,
-    "gpt2-124m-fineweb": 124_475_904,
+    "gpt2-124m-fast": 124_475_904,
     "gpt2-xl-fsdp": 1_557_686_400,
 }
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
@@ -111,7 +111,7 @@ def test_124m_takes_one_full_step() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "processes"),
-    [("gpt2-124m-fineweb", 1), ("gpt2-124m-finetune", 1), ("gpt2-xl-fsdp", 2)],
+    [("gpt2-124m-fast", 1), ("gpt2-124m-finetune", 1), ("gpt2-xl-fsdp", 2)],
 )
 def test_every_stage_runs_with_a_recipes_settings_on_a_tiny_model(
     name: str, processes: int, tmp_path: Path, monkeypatch
