@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.learning import crossed
 from pipeline import config as configuration
 from pipeline.config import Config
+from pipeline.errors import UserError
 from pipeline.ladders import ladder, plan
 from pipeline.ladders.ladder import Done
 from pipeline.ladders.plan import Rung
@@ -58,6 +59,9 @@ def rungs(steps: int = 0) -> tuple[Rung, list[Rung]]:
     `steps` are the published recipe's, its own if 0. A step has as many tokens in both.
     """
     base, fast = recipe(BASE), recipe(FAST)
+    corpus = replace(fast.corpus, path=str(ROOT / fast.corpus.path))  # each need not copy it
+    base = replace(base, corpus=corpus, distributed=fast.distributed)
+    fast = replace(fast, corpus=corpus, evaluate=base.evaluate)  # which does not run
     steps = steps or base.train.steps
     by = steps / base.train.steps
     tenth = 4 * max(1, round(steps / 40))  # so that the cool-downs begin at few different states
@@ -65,8 +69,7 @@ def rungs(steps: int = 0) -> tuple[Rung, list[Rung]]:
     every = math.gcd(*(plan.stable_steps(fast, length) for length in lengths[:-1]))
     long = rung(fast, by, lengths[-1], every)
     cooled = [replace(rung(fast, by, length), parent=long) for length in lengths[:-1]]
-    alike = replace(base, corpus=fast.corpus, distributed=fast.distributed)
-    return rung(alike, by, steps), [long, *cooled]
+    return rung(base, by, steps), [long, *cooled]
 
 
 def recipe(name: str) -> Config:
@@ -110,8 +113,11 @@ def main() -> None:
         begins = f", from step {one.begins:,} of the longest" if one.parent else ""
         print(f"{one.name}: {one.tokens:,} tokens{begins}")
     if options.run:
-        plan.check_here([base, *fast])
-        done = ladder.run_missing([base, *fast], ladder.trained())
+        try:
+            plan.check_here([base, *fast])
+            done = ladder.run_missing([base, *fast], ladder.trained())
+        except UserError as error:
+            sys.exit(f"error: {error}")
         print(verdict(done[0], done[1:]))
 
 

@@ -21,7 +21,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -190,14 +190,16 @@ def tuned(bench: Bench) -> tuple[Changes, Changes]:
 
 
 def spread(values: list[float]) -> str:
-    known = [value for value in values if not math.isnan(value)]
+    known = [value for value in values if math.isfinite(value)]
     if len(known) < 2:
-        return "not yet"
+        return "broke" if math.inf in values else "not yet"
     return f"{statistics.mean(known):.4f} ± {statistics.stdev(known):.4f}"
 
 
 def sure(gains: list[float]) -> bool:
     """Whether they are above 0 by more than two standard errors; not where one is missing."""
+    if not all(map(math.isfinite, gains)):
+        return False
     error = statistics.stdev(gains) / math.sqrt(len(gains))
     return statistics.mean(gains) > 2 * error
 
@@ -220,15 +222,22 @@ def share(bench: Bench, changes: Changes, base: list[float]) -> list[float]:
     return found
 
 
-def crossed(ends: list[tuple[float, float]], target: float) -> float:
-    """Where the last straight line comes down to `target`; the first length if it starts below."""
-    (b, low) = ends[-1]
-    if math.isnan(low) or low > target:
-        return math.nan if math.isnan(low) else math.inf
-    if len(ends) == 1:
-        return b
-    a, high = ends[-2]
-    return a + (b - a) * (high - target) / (high - low)
+def crossed(ends: Iterable[tuple[float, float]], target: float) -> float:
+    """The first length at which (length, loss) comes down to `target`, by straight lines.
+
+    The first of them where it starts so low; infinite where it does not come down, and NaN where a
+    loss on the way is unknown.
+    """
+    before: tuple[float, float] | None = None
+    for length, loss in ends:
+        if math.isnan(loss):
+            return math.nan
+        if loss <= target and not before:
+            return length
+        if loss <= target and before:
+            return before[0] + (length - before[0]) * (before[1] - target) / (before[1] - loss)
+        before = length, loss
+    return math.inf
 
 
 @dataclass

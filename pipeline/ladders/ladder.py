@@ -107,14 +107,20 @@ def trained() -> list[Trained]:
     locks = git.contents("dvc.lock", [one.rev for one in ended if one.rev])
     here = paths.root() / "dvc.lock"
     locks[""] = here.read_bytes() if here.exists() else b""
-    return [Trained(one, _locked_code(one, locks.get(one.rev, b""))) for one in ended]
+    return [Trained(one, _locked_code(locks.get(one.rev, b""))) for one in ended]
 
 
-def _locked_code(run: Experiment, lock: bytes) -> str:
-    names = stage_graph.own_files(STAGE, run.records[STAGE][0]["params"])
-    known = stage_graph.code_paths(STAGE) | names
-    deps = stage_graph.locked_deps(lock, STAGE)
-    return digest_of({name: md5 for name, md5 in deps.items() if name in known})
+def _locked_code(lock: bytes) -> str:
+    paths_ = stage_graph.code_paths(STAGE)
+    code = {n: md5 for n, md5 in stage_graph.locked_deps(lock, STAGE).items() if n in paths_}
+    before = [stage_graph.locked_deps(lock, one) for one in stage_graph.upstream(STAGE)]
+    made = stage_graph.locked(lock).keys() | paths_
+    return _digest(code, (md5 for deps in before for n, md5 in deps.items() if n not in made))
+
+
+def _digest(code: Mapping[str, str], own: Iterable[str]) -> str:
+    """Of the code by path, and of the user's own files by content: they may lie anywhere."""
+    return digest_of([code, sorted(set(own))])
 
 
 def code_here(config: Config) -> str:
@@ -123,8 +129,8 @@ def code_here(config: Config) -> str:
     As of `Trained`. Not the record's: after an edit of a later stage DVC gives the same training
     from its cache. The corpus is told by content: the same path may hold another one tomorrow.
     """
-    own = {name: paths.root() / name for name in stage_graph.own_files(STAGE, flatten(config))}
-    return digest_of(_code_here() | {name: _md5(path, _stamp(path)) for name, path in own.items()})
+    own = [paths.root() / name for name in stage_graph.own_files(STAGE, flatten(config))]
+    return _digest(_code_here(), (_md5(path, _stamp(path)) for path in own))
 
 
 @functools.cache

@@ -58,9 +58,14 @@ class Rung:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those by which the same training is known again; the state of a fork is its parent's."""
-        flat = flatten(self.config)
-        return {n: v for n, v in flat.items() if stage_graph.changes_training(n) and n != FORK}
+        """Those by which the same training is known again.
+
+        Not where its inputs lie: the corpus is known by its content, a fork's state by its parent.
+        """
+        flat, places = flatten(self.config), stage_graph.places()
+        return {
+            n: v for n, v in flat.items() if stage_graph.changes_training(n) and n not in places
+        }
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from pipeline import paths, regular
 from pipeline.errors import InputError, StorageError
 from pipeline.records import git, record_reader, stage_graph
 from pipeline.records.run_data import Experiment, Log, Unread
+from pipeline.storage.digests import dvc_md5
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -63,7 +64,7 @@ def _of_experiment(
         log.warning("experiment %s: %s is in no cache any more; left out", name, path)
     for problem in unreadable:
         log.warning("experiment %s: %s; left out", name, problem)
-    return _of_one_chain(name, found)
+    return _of_one_chain(name, found, lambda: kept.fitting(rev))
 
 
 def of_workspace(
@@ -95,20 +96,45 @@ def of_workspace(
             continue
         if max(event["time"] for event in part.of_kind("start", "resume")) >= newest:
             here[stage] = part
-    return Experiment(WORKSPACE, "", _of_one_chain(WORKSPACE, here), unreadable)
+    chain = _of_one_chain(WORKSPACE, here, lambda: _fitting(root))
+    return Experiment(WORKSPACE, "", chain, unreadable)
 
 
-def _of_one_chain(name: str, found: dict[str, Log]) -> dict[str, Log]:
+def _fitting(root: Path) -> set[str]:
+    """The stages of the workspace whose records are those that its dvc.lock vouches for."""
+    try:
+        text = (root / "dvc.lock").read_bytes()
+    except OSError:
+        return set()
+    locked = stage_graph.locked(text)
+
+    @functools.cache
+    def own(stage: str) -> bool:
+        path = paths.record(stage)
+        file = root / path
+        return file.is_file() and dvc_md5(file) == locked.get(path.as_posix())
+
+    found = stage_graph.fitting(text)
+    return {one for one in found if all(map(own, (*stage_graph.upstream(one), one)))}
+
+
+def _of_one_chain(
+    name: str, found: dict[str, Log], fitting: Callable[[], set[str]]
+) -> dict[str, Log]:
     """Without what a former run has left.
 
     `dvc repro train`, or a training that fails, leaves the evaluation of the model before.
+    `fitting` gives the stages that DVC vouches for; it is asked where the settings differ.
     """
     kept = {
         stage: record
         for stage, record in found.items()
         if all(_builds_on(record, found[u]) for u in stage_graph.upstream(stage) if u in found)
     }
-    for stage in found.keys() - kept.keys():
+    if former := found.keys() - kept.keys():
+        former -= fitting()
+        kept = {stage: record for stage, record in found.items() if stage not in former}
+    for stage in former:
         log.warning("%s: %s is of a former run; left out", name, paths.record(stage).as_posix())
     return kept
 
@@ -274,10 +300,15 @@ class Kept:
         self._in_cache = repo.cache.local.oid_to_path
         self._has_remotes = bool(repo.config.get("remote"))
         texts = git.contents("dvc.lock", revs)
+        self._locks = {rev: texts.get(rev, b"") for rev in revs}
         # DVC's MD5 by path of what each revision's dvc.lock lists.
-        self.locked = {rev: stage_graph.locked(texts.get(rev, b"")) for rev in revs}
+        self.locked = {rev: stage_graph.locked(text) for rev, text in self._locks.items()}
         # Revisions share most of their records: by stage and MD5, or what is wrong with one.
         self._records: dict[tuple[str, str], Log | str | None] = {}
+
+    def fitting(self, rev: str) -> set[str]:
+        """The stages of a revision that fit together, by its dvc.lock."""
+        return stage_graph.fitting(self._locks[rev])
 
     def records(
         self, rev: str, stages: Iterable[str], unreadable: list[str]

@@ -78,16 +78,56 @@ def inputs(stage: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-@functools.cache  # most commits share their dvc.lock
 def locked(text: bytes) -> dict[str, str]:
     """DVC's MD5 by path of every output in a dvc.lock; empty for a broken one."""
+    return {path: md5 for _, outs in _entries(text).values() for path, md5 in outs.items()}
+
+
+def fitting(text: bytes) -> set[str]:
+    """The stages that a dvc.lock has run on the very outputs that it has of the stages before.
+
+    Equal bytes count, whatever settings they were made with: a corpus that was moved gives the
+    same tokens, and DVC the training of before.
+    """
+    entries, outs = _entries(text), locked(text)
+    found: set[str] = set()
+    for name, stage in stages().items():
+        deps = entries[name][0] if name in entries else {}
+        made = {dep for dep in stage.deps for other in stages().values() if dep in other.outs}
+        alike = all(dep in deps and deps[dep] == outs.get(dep) for dep in made)
+        if name in entries and alike and found.issuperset(upstream(name)):
+            found.add(name)
+    return found
+
+
+def locked_deps(text: bytes, stage: str) -> dict[str, str]:
+    """DVC's MD5 by path of what a dvc.lock was made with; empty for a broken one.
+
+    Of `stage` and the ones before it. DVC puts them there when it has run a stage, and when it has
+    found the result in its cache.
+    """
+    entries = _entries(text)
+    if not {*upstream(stage), stage} <= entries.keys():
+        return {}
+    return {p: md5 for one in (*upstream(stage), stage) for p, md5 in entries[one][0].items()}
+
+
+@functools.cache  # most commits share their dvc.lock
+def _entries(text: bytes) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
+    """By stage, the MD5 by path of what a dvc.lock was made with, and of its outputs."""
     try:
         # The loader in C: the other takes 0.2 s, and a hundred experiments have a lock each.
         lock = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text).get_single_data()
-        outs = [out for stage in lock["stages"].values() for out in stage.get("outs", [])]
-        return {out["path"]: str(out["md5"]) for out in outs if "md5" in out}
+        return {
+            name: (_md5s(entry.get("deps", [])), _md5s(entry.get("outs", [])))
+            for name, entry in lock["stages"].items()
+        }
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return {}
+
+
+def _md5s(listed: list[dict[str, Any]]) -> dict[str, str]:
+    return {one["path"]: str(one["md5"]) for one in listed if "md5" in one}
 
 
 def code_paths(stage: str) -> set[str]:
@@ -95,22 +135,13 @@ def code_paths(stage: str) -> set[str]:
     return {name for one in (*upstream(stage), stage) for name in sources(one)}
 
 
+@functools.cache
+def places() -> set[str]:
+    """The settings that say where an input lies. What it is DVC knows by its content."""
+    return {dep[2:-1] for one in stages().values() for dep in one.deps if dep.startswith("${")}
+
+
 def own_files(stage: str, settings: Mapping[str, Any]) -> set[str]:
     """The user's files and folders that the stages before `stage` read, such as a corpus."""
     made = {out for other in stages().values() for out in other.outs}
     return {path for one in upstream(stage) for path in inputs(one, settings)} - made
-
-
-@functools.cache
-def locked_deps(text: bytes, stage: str) -> dict[str, str]:
-    """DVC's MD5 by path of what a dvc.lock was made with; empty for a broken one.
-
-    Of `stage` and the ones before it. DVC puts them there when it has run a stage, and when it has
-    found the result in its cache.
-    """
-    try:
-        entries = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text).get_single_data()["stages"]
-        deps = [dep for one in (*upstream(stage), stage) for dep in entries[one]["deps"]]
-        return {dep["path"]: str(dep["md5"]) for dep in deps}
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        return {}

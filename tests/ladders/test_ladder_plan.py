@@ -276,9 +276,14 @@ def test_what_dvc_vouches_for_is_the_code_and_the_corpus(tmp_path: Path) -> None
         ]
         stages[name] = {"deps": deps}
     lock = yaml.safe_dump({"stages": stages}).encode()
-    assert ladder._locked_code(run, lock) == ladder.code_here(found.rungs[0].config)
-    (corpus / "a.txt").write_text("two", "utf-8")
-    assert ladder._locked_code(run, lock) != ladder.code_here(found.rungs[0].config)
+    assert ladder._locked_code(lock) == ladder.code_here(found.rungs[0].config)
+    corpus.rename(tmp_path / "moved")
+    (moved, *_) = asked(changes=["corpus.source=text", "corpus.path=moved"]).rungs
+    code = ladder._locked_code(lock)
+    assert code == ladder.code_here(moved.config)
+    assert ladder.find(moved, [Trained(run, code)]), "its record names the folder of before"
+    (tmp_path / "moved/a.txt").write_text("two", "utf-8")
+    assert ladder._locked_code(lock) != ladder.code_here(moved.config)
 
 
 def test_no_run_is_made_for_a_forecast_of_other_tokens(monkeypatch) -> None:

@@ -34,6 +34,7 @@ SETTINGS = {
     for name, value in configuration.flatten(configuration.from_dict(params())).items()
     if not name.startswith(("tracking.", "checkpoint."))
 }
+SAME = "1" * 32  # the MD5 of whatever a dvc.lock lists
 PIXEL = b"\x89PNG\r\n\x1a\n"  # as much of a PNG as the page looks at
 
 
@@ -338,6 +339,45 @@ def test_a_record_that_was_made_under_other_settings_upstream_is_left_out(
     values = {"corpus.pattern": ("*.md", "*.txt")}.get(setting, (3, 4))
     new, old = (chain({setting: v}, at=at) for v, at in zip(values, (100, 0), strict=True))
     keep({s: old[s] if s in gone else new[s] for s in stages_in_order()})
+    assert set(stages_in_order()) - set(of_workspace(workspace).records) == gone
+
+
+def lock_of(workspace: Path, tokens: str) -> dict[str, Any]:
+    """A dvc.lock with the records that lie there, whose `train` read these tokens."""
+
+    def listed(md5s: dict[str, str]) -> list[dict[str, str]]:
+        return [{"path": path, "md5": md5} for path, md5 in md5s.items()]
+
+    locked = {}
+    records = {paths.record(name).as_posix() for name in stages_in_order()}
+    md5s = {path: digests.dvc_md5(workspace / path) for path in records}
+    for name, stage in stages_in_order().items():
+        deps = {dep: md5s.get(dep, SAME) for dep in stage.deps}
+        if name == "train":
+            deps["data/tokens"] = tokens
+        outs = {out: md5s.get(out, SAME) for out in stage.outs}
+        locked[name] = {"deps": listed(deps), "outs": listed(outs)}
+    return {"schema": "2.0", "stages": locked}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "touched", "gone"),
+    [
+        (SAME, "", set()),
+        ("2" * 32, "", {"train", "evaluate", "sample"}),
+        (SAME, "train", {"train", "evaluate", "sample"}),
+    ],
+    ids=["the same tokens", "other tokens", "a record that is not the lock's"],
+)
+def test_a_training_that_dvc_gave_for_the_same_tokens_counts_though_the_corpus_was_moved(
+    workspace: Path, tokens: str, touched: str, gone: set[str]
+) -> None:
+    """Tokenized again from another folder; the record of the training names the one of before."""
+    before, moved = (chain({"corpus.path": path}) for path in ("data/corpus", "/elsewhere"))
+    keep({stage: (moved if stage == "tokenize" else before)[stage] for stage in stages_in_order()})
+    (workspace / "dvc.lock").write_text(json.dumps(lock_of(workspace, tokens)), "utf-8")
+    if touched:  # the same stage once more, by hand
+        keep({touched: [*before[touched][:-1], metrics(1, more=1.0), before[touched][-1]]})
     assert set(stages_in_order()) - set(of_workspace(workspace).records) == gone
 
 
