@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline import paths
+from pipeline import paths, terminal
 from pipeline.errors import InputError
 from pipeline.experiments import screen
 from pipeline.records import dvc_history, record_reader
@@ -38,6 +38,7 @@ class Training:
     saved: int | None = None  # steps that one which was stopped will go on from
     id: str = ""  # its folder's name
     size: int = 0  # bytes in that folder
+    why: str = ""  # it failed
 
     @property
     def done(self) -> int:
@@ -137,6 +138,7 @@ def _of_folder(left: run_folder.Left) -> Training:
         left.status.get("step", 0) if stopped else None,
         left.folder.name,
         left.size,
+        str(left.status.get("message", "")) if left.state == "failed" else "",
     )
 
 
@@ -144,6 +146,9 @@ def page(found: Iterable[Training], none: str = "no training yet: `make repro` m
     """A table of them, at work first, then the newest, and what to do about those stopped."""
     ordered = sorted(found, key=lambda one: (not one.at_work, -one.time))
     said = screen.table(COLUMNS, [one.row() for one in ordered], left=2) if ordered else none
+    for one in ordered:
+        if one.why:
+            said += "\n\n" + terminal.line(f"{one.name} failed: {one.why.splitlines()[0]}")
     if any(one.saved is not None for one in ordered):
         said += "\n\nThe same command as before resumes one that was stopped; "
         said += "`python -m pipeline rm ID` gives its disk space back."

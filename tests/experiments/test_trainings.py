@@ -13,6 +13,7 @@ import pytest
 
 from pipeline import config as configuration
 from pipeline.config import Config
+from pipeline.errors import NumericsError
 from pipeline.experiments import screen, trainings
 from pipeline.records import record_file, record_reader
 from pipeline.records.run_data import Experiment
@@ -99,6 +100,15 @@ def test_a_pause_between_two_processes_is_no_part_of_a_trainings_pace(
         steps(record, clock, 100, 110, 1.0)
         (one,) = trainings.kept()
         assert (one.done, one.left) == (110, pytest.approx(890.0))
+
+
+def test_one_that_failed_says_why_in_a_line(clock: Clock, config: Config) -> None:
+    with pytest.raises(NumericsError), training(config) as record:
+        steps(record, clock, 0, 10, 2.0)
+        raise NumericsError("step 10: the loss is nan\x1b[2J\nand more of it")
+    said = trainings.page(trainings.kept())
+    assert "workspace failed: step 10: the loss is nan\\x1b[2J\n" in said
+    assert "and more of it" not in said
 
 
 def test_a_time_budget_bounds_what_is_left(clock: Clock, make_config) -> None:
