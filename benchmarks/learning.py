@@ -59,6 +59,7 @@ class Size:
     settings: Changes
     rate: float  # of AdamW
     muon: tuple[float, float]  # rate, and the matrices' factor
+    whole: bool = True  # else Muon's rates are not searched, and no other lever is pulled
 
 
 SIZES = {
@@ -68,6 +69,7 @@ SIZES = {
         {"precision": "bf16", "model.n_layer": 6, "model.n_head": 6, "model.n_embd": 384},
         0.001,
         (0.016, 0.5),
+        whole=False,
     ),
 }
 SEEDS = (1, 2, 3)
@@ -181,12 +183,13 @@ def tuned(bench: Bench) -> tuple[Changes, Changes]:
     def by_rate(at: float, own: float) -> float:  # the matrices' own rate stays where it is
         return best(lambda lr: bench.loss(muon(lr, own / lr)), at)
 
-    while True:  # by turns, until neither moves
+    while bench.size.whole:  # by turns, until neither moves
         factor = by_factor(factor, rate)
         lr = by_rate(rate, rate * factor)
         if lr == rate:
-            return {"train.lr": adamw}, muon(rate, factor)
+            break
         rate, factor = lr, rate * factor / lr
+    return {"train.lr": adamw}, muon(rate, factor)
 
 
 def spread(values: list[float]) -> str:
@@ -281,6 +284,8 @@ def rows_of(bench: Bench) -> list[Row]:
         rows.append(Row(", ".join((over.name, *names)), changes, bench.losses(changes), over))
         return rows[-1]
 
+    if not bench.size.whole:
+        return rows
     gaining = {name: row for name in LEVERS if sure((row := pull(matrices, [name])).gains)}
     pull(base, ["schedule wsd"])
     schedules = [name for name in gaining if name.startswith("schedule")]
