@@ -231,7 +231,8 @@ def seconds_per_step(rung: Rung) -> float:
         size = train.batch_size, train.sequence_length + 1
         ids = torch.randint(VOCAB_SIZE, (train.accumulate, *size))
         batches: list[Batch] = [(one[:, :-1], one[:, 1:]) for one in ids]
-        state = start(model.to(precision.device), train, precision)
+        narrowing = config.init.narrowing(config.model.n_embd)
+        state = start(model.to(precision.device), train, precision, narrowing)
         steps = training(state, train, lambda step: batches)
         return statistics.median(report.seconds for report in steps)
 
