@@ -22,18 +22,10 @@ from pipeline.records import record_file, stage_graph
 from pipeline.resume import fork, run_folder
 from pipeline.storage.digests import dvc_md5
 from pipeline.training.optimizers import learning_rate
-from tests.conftest import ROOT, recipe
+from tests.conftest import ROOT
 from tests.helpers.rungs import trained
 
 SIZES, HORIZONS = ("1x16", "2x32", "2x48"), (100, 200, 400)
-
-
-@pytest.fixture(autouse=True)
-def _repository(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / ".dvc").mkdir()
-    (tmp_path / "params.yaml").write_text(recipe(), "utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
 
 
 def asked(**changes: Any) -> Ladder:

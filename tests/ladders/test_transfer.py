@@ -11,18 +11,9 @@ import pytest
 from pipeline.errors import ConfigError, InputError
 from pipeline.ladders import ladder, transfer
 from pipeline.ladders.transfer import Place, Transfer
-from tests.conftest import recipe
 from tests.helpers.rungs import trained
 
 RATES = (0.001, 0.002, 0.004, 0.008)
-
-
-@pytest.fixture(autouse=True)
-def _repository(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / ".dvc").mkdir()
-    (tmp_path / "params.yaml").write_text(recipe(), "utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
 
 
 def asked(**changes: Any) -> Transfer:
