@@ -72,8 +72,8 @@ def test_the_rates_are_around_the_one_of_the_settings() -> None:
         ),
         ({"seeds": (7, 1337)}, "--seeds 1337: train.seed=1337 is the base's own, and would pass"),
         ({"seeds": (42,)}, "--seeds 42: init.seed=42 is the base's own, and would pass for no"),
-        ({"widths": (32,)}, "two --widths and 3 --rates or more"),
-        ({"rates": (0.1, 0.2)}, "two --widths and 3 --rates or more"),
+        ({"widths": (32,)}, "--widths 32: expected two or more"),
+        ({"rates": (0.1, 0.2)}, "--rates 0.1,0.2: expected 3 or more"),
         ({"rates": (0.1, 0.2, 20.0)}, "train.lr=20.0: expected a number above 0 and at most 10"),
         ({"steps": 50}, "train.warmup_steps=60: expected less than train.steps=50"),
         (
@@ -87,6 +87,21 @@ def test_what_makes_no_check_is_refused_before_any_run(changes, problem: str) ->
     with pytest.raises(ConfigError) as error:
         asked(**changes)
     assert problem in str(error.value)
+
+
+def test_one_message_names_all_that_makes_no_check() -> None:
+    words = ["train.seed=8", "init.source=hf", "init.hf_model=my/gpt2"]
+    with pytest.raises(ConfigError) as error:
+        asked(widths=(48,), rates=(20.0, 30.0), seeds=(42,), changes=words)
+    assert [line.partition(": ")[0] for line in str(error.value).splitlines()] == [
+        *("train.seed=8", "--widths 48", "--rates 20.0,30.0", "init.source=hf", "--seeds 42"),
+        *("train.lr=20.0", "train.lr=30.0"),
+    ]
+    with pytest.raises(ConfigError) as error:
+        asked(widths=(), changes=["train.beta1=x", "train.beta2=y"])
+    assert [line.partition(": ")[0] for line in str(error.value).splitlines()] == [
+        *("--widths none", "train.beta1=x", "train.beta2=y")
+    ]
 
 
 def test_the_time_is_told_before_anything_runs_of_what_is_missing(monkeypatch) -> None:
