@@ -150,8 +150,9 @@ def _digits(rate: float) -> float:
 
 def planned(asked: Transfer, known: Sequence[Trained]) -> str:
     """What is about to be run, and how long that takes here."""
-    missing = ladder.collect(asked.rungs.values(), known)[1]
-    seconds = ladder.seconds_of(missing)
+    done, missing = ladder.collect(asked.rungs.values(), known)
+    failed = ladder.diverged(missing, done)
+    seconds = ladder.seconds_of(rung for rung in missing if rung.name not in failed)
     rows = []
     for width in asked.widths:
         rungs = asked.of_width(width)
@@ -159,9 +160,9 @@ def planned(asked: Transfer, known: Sequence[Trained]) -> str:
         about = duration(sum(seconds[rung.name] for rung in left)) if left else "-"
         rows.append((width, rungs[0].parameters, rungs[0].tokens, len(rungs), len(left), about))
     columns = ("channels", "parameters", "tokens each", "trainings", "left", "about")
-    count = len(asked.rungs)
+    before = f", {len(failed)} failed before" if failed else ""
     return (
-        f"{count} trainings, {count - len(missing)} of them finished; the rest takes about "
+        f"{len(asked.rungs)} trainings, {len(done)} of them finished{before}; the rest takes about "
         f"{duration(sum(seconds.values()))} here\n"
         f"train.lr: {', '.join(f'{rate:g}' for rate in asked.rates)}\n\n{markdown(columns, rows)}"
     )
