@@ -16,7 +16,7 @@ from pipeline.records.run_data import Event, Log, RunData, row_name
 from pipeline.storage import digests
 from pipeline.tracking import mlflow_store, mlflow_view, row_facts, run_note
 from pipeline.tracking.mlflow_models import LoggedModels
-from pipeline.tracking.thinning import Thinning, is_sampled
+from pipeline.tracking.thinning import Thinning
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,7 +49,7 @@ class Row:
         self._known: dict[str, str] = dict(tags or {})  # tags that it is known to have
         self._models = LoggedModels(client, run_id, experiment_id)
         self._log = Log()  # what has come of the record that is being written
-        self._thinning = Thinning(0)
+        self._steps = self._load = Thinning()
 
     def write(self, events: Iterable[Event], checkpoints: str, fetch: Fetch) -> None:
         """Ship events; writing the same ones again changes nothing."""
@@ -62,13 +62,14 @@ class Row:
                 self._log = Log()
                 settings = event["params"]  # with a budget nobody knows how many steps there are
                 known = not settings.get("train.time_budget")
-                self._thinning = Thinning(settings.get("train.steps", 0) if known else 0)
+                self._steps = Thinning(settings.get("train.steps", 0) if known else 0)
+                self._load = Thinning()
             self._log.append(event)
             if event["kind"] == "metrics":
                 points += self._thinned(event)
             else:
-                if event["kind"] == "end":
-                    points += self._thinning.rest()
+                if event["kind"] in ("resume", "end"):  # what was an end, once it has been resumed
+                    points += self._steps.rest() + self._load.rest()
                 if event["kind"] == "checkpoint":  # it refers to points, which come first
                     self._send(points, tags)
                     points, tags = [], {}
@@ -81,9 +82,9 @@ class Row:
         """The points to ship now that this event has come."""
         points = self._models.points(event)
         if "train/loss" in event["values"]:
-            return self._thinning.of_step(points)
-        if points and points[0].key.startswith(SYSTEM) and not is_sampled(event["step"]):
-            return []
+            return self._steps.of_step(points)
+        if points and points[0].key.startswith(SYSTEM):
+            return self._load.of_step(points)
         return points
 
     def _send(self, points: Sequence[Metric], tags: Mapping[str, str]) -> None:
