@@ -102,10 +102,15 @@ class Row:
 
     def replay(self, record: Sequence[Event], checkpoints: str, fetch: Fetch) -> None:
         """Write a stage's whole record, unless all of it has arrived before."""
-        if ids(self._known, SHIPPED).get(record[0]["stage"]) != record[0]["id"]:
+        if self.lacks(record[0]):
             # In one request with the record's own.
             last = {"kind": "tags", "values": self.with_record(SHIPPED, record[0])}
             self.write(chain(record, [last]), checkpoints, fetch)
+            self._log = Log()  # whoever keeps the row keeps no points
+
+    def lacks(self, head: Event) -> bool:
+        """Whether a record has not arrived whole."""
+        return ids(self._known, SHIPPED).get(head["stage"]) != head["id"]
 
     def enter(self, head: Event, process: str) -> None:
         """Say that a stage's `process`, as `process.this_process` names it, works on the row."""
@@ -133,14 +138,16 @@ class Row:
         held = ids(self._known, tag) | {head["stage"]: head["id"]}
         return {tag: json.dumps(held, sort_keys=True)}
 
-    def settle(self, head: Event, end: Event, known: set[str]) -> None:
+    def settle(self, record: Sequence[Event], known: set[str]) -> None:
         """End a row that got a finished stage's record late, unless another stage is open in it.
 
-        A stage whose record is not among the `known` finished ones failed, or is running.
+        The ends of the record suffice. A stage whose record is not among the `known` finished ones
+        failed, or is running.
         """
         run = self.client.get_run(self.id)
         if set(ids(run.data.tags).values()) <= known:
-            self.leave(head, end, run)
+            self._log = Log.of(record)
+            self.leave(record[0], record[-1], run)
 
     def _describe(self, head: Event, run: Run, ended: str) -> None:
         """Write the note, unless a person has edited it."""
