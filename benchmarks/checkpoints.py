@@ -45,7 +45,9 @@ def state_of(settings: config.Config) -> training_step.TrainState:
             parameter.normal_(0, 0.02)
             parameter.grad = torch.full_like(parameter, 1e-3)
     device = torch.device("cpu")
-    state = training_step.start(model, settings.train, choose_precision("fp32", device))
+    state = training_step.start(
+        model, settings.train, choose_precision("fp32", device), narrowing=1.0
+    )
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return state

@@ -53,7 +53,12 @@ def trained(config: Config, seed: int, way: str, train: Tokens, val: Tokens) -> 
     c = config.model
     model = GPT(GPTConfig(c.n_layer, c.n_head, c.n_embd, c.block_size))
     initialize(model, config.init, generator(seed, "weights"))
-    state = training_step.start(model, settings, choose_precision("fp32", torch.device("cpu")))
+    state = training_step.start(
+        model,
+        settings,
+        choose_precision("fp32", torch.device("cpu")),
+        config.init.narrowing(c.n_embd),
+    )
     model.layout = WAYS[way]
     batches = partial(loop.micro_batches, train, settings)
     seconds = [report.seconds for report in loop.fit(state, settings, batches)][WARM_UP:]

@@ -46,7 +46,12 @@ def trained(config: Config, every: int) -> list[float]:
     settings = replace(config.train, fingerprint_every=every)
     model = GPT(GPTConfig(**asdict(config.model)))
     initialize(model, config.init, generator(0, "weights"))
-    state = training_step.start(model, settings, choose_precision("fp32", torch.device("cpu")))
+    state = training_step.start(
+        model,
+        settings,
+        choose_precision("fp32", torch.device("cpu")),
+        config.init.narrowing(config.model.n_embd),
+    )
 
     def batches(step: int) -> list[training_step.Batch]:
         shape = settings.batch_size, settings.sequence_length + 1

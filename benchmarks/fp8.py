@@ -84,7 +84,7 @@ def measured(
     )
     throughput.forget_peak(device)
     try:
-        state = training_step.start(model.to(device), config, chosen)
+        state = training_step.start(model.to(device), config, chosen, narrowing=1.0)
         batches = lambda step: batch_of(step, asked.size, asked.batch)  # noqa: E731
         reports = list(loop.fit(state, config, batches))
     except torch.OutOfMemoryError:

@@ -184,8 +184,8 @@ def state_of(rung: Rung, size: str, device: torch.device) -> training_step.Train
     precision, model = choose_precision(rung.precision, device), model_of(rung, size, device)
     settings = settings_of(rung).train
     if rung.settings is not None:
-        return training_step.start(model, settings, precision)
-    state = training_step.start(model, replace(settings, compile=False), precision)
+        return training_step.start(model, settings, precision, narrowing=1.0)
+    state = training_step.start(model, replace(settings, compile=False), precision, narrowing=1.0)
     if not rung.fused:
         groups = parameter_groups(model, settings.weight_decay)
         state.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), fused=False)

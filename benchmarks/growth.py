@@ -88,7 +88,9 @@ def step_of(model: GPTConfig, batch: int, tokens: int, accumulate: int = 1) -> T
     draws = runtime.generator(0, "ids")
     ids = torch.randint(50257, (accumulate, batch, tokens + 1), generator=draws)
     batches = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids]
-    state = training_step.start(GPT(model).to(device), settings, choose_precision("fp32", device))
+    state = training_step.start(
+        GPT(model).to(device), settings, choose_precision("fp32", device), narrowing=1.0
+    )
     steps = loop.fit(state, dataclasses.replace(settings, steps=10**6), lambda _: batches)
     return lambda: next(steps).loss
 

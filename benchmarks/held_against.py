@@ -86,7 +86,9 @@ def trained(checkout: Path, steps: int) -> tuple[GPT, str]:
     """Our model after `steps`, and how its losses compare to build-nanogpt's."""
     task = Unpadded("nano", device="cpu")
     config = task.config()
-    state = training_step.start(task.model(), config.train, choose_precision("fp32", CPU))
+    state = training_step.start(
+        task.model(), config.train, choose_precision("fp32", CPU), narrowing=1.0
+    )
     ours = loop.fit(state, replace(config.train, steps=10_000), lambda step: [task.batch(step)])
     theirs = train.build_nanogpt(task, checkout)
     pairs = [(next(ours).loss, theirs()) for _ in range(steps)]

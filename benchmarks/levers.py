@@ -77,21 +77,24 @@ def plain_loss(state: training_step.TrainState) -> LossFunction:
 
 def contestants(model: GPT, settings: config.TrainConfig, precision) -> dict:
     """{name: (state, patches)}: those that differ in patches alone share one state."""
-    whole = training_step.start(model, settings, precision)
+    whole = training_step.start(model, settings, precision, narrowing=1.0)
     found = {ALL: (whole, [])}
     found |= {f"without {name}": (whole, patches) for name, patches in LEVERS.items()}
-    plain = training_step.start(copy.deepcopy(model), settings, precision)
+    plain = training_step.start(copy.deepcopy(model), settings, precision, narrowing=1.0)
     plain.loss_function = plain_loss(plain)
     found["without linear + cross-entropy in one"] = (plain, [])
     with mock.patch.object(optimizers, "FUSED", ()):
-        found["without fused AdamW"] = (training_step.start(model, settings, precision), [])
-    bare = training_step.start(plain.model, settings, precision)
+        found["without fused AdamW"] = (
+            training_step.start(model, settings, precision, narrowing=1.0),
+            [],
+        )
+    bare = training_step.start(plain.model, settings, precision, narrowing=1.0)
     with mock.patch.object(optimizers, "FUSED", ()):
         bare.optimizer = optimizers.build_optimizer(plain.model, settings)
     bare.loss_function = plain.loss_function
     found["without any"] = (bare, [])
     less = replace(settings, checkpoint_activations=True)
-    checkpointed = training_step.start(copy.deepcopy(model), less, precision)
+    checkpointed = training_step.start(copy.deepcopy(model), less, precision, narrowing=1.0)
     found["with activation checkpointing"] = (checkpointed, [])
     return found
 

@@ -101,7 +101,7 @@ def measured(case: Case, device: torch.device) -> dict[str, Any]:
     with torch.device(device):
         model = GPT(shape)
     throughput.forget_peak(device)
-    state = training_step.start(model, train, precision)
+    state = training_step.start(model, train, precision, narrowing=1.0)
     ids = torch.randint(50257, (case.batch, train.sequence_length + 1))
     batches = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())] * 2
     watch, seconds = throughput.Stopwatch(device), []

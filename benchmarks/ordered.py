@@ -44,7 +44,12 @@ def work(rank: int, world: int, ordered: bool, steps: int, folder: str) -> None:
     shape, train = config.model, config.train
     model = GPT(GPTConfig(shape.n_layer, shape.n_head, shape.n_embd, shape.block_size))
     initialize(model, config.init, torch.Generator().manual_seed(0))
-    state = training_step.start(model, train, choose_precision("fp32", torch.device("cpu")))
+    state = training_step.start(
+        model,
+        train,
+        choose_precision("fp32", torch.device("cpu")),
+        config.init.narrowing(shape.n_embd),
+    )
     each, count = ranks.share(train.batch_size, train.accumulate)
     draws = torch.Generator().manual_seed(0)
     size = train.batch_size * train.accumulate, train.sequence_length + 1

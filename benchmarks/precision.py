@@ -53,7 +53,9 @@ def table(task: Task, rounds: int, compiled: bool) -> tuple[list[str], dict[str,
     batches = [task.batch(step) for step in range(STEPS)]
     states, gradients, ends = {}, {}, {}
     for name in PRECISIONS:
-        state = training_step.start(copy.deepcopy(model), settings, choose_precision(name, device))
+        state = training_step.start(
+            copy.deepcopy(model), settings, choose_precision(name, device), narrowing=1.0
+        )
         gradients[name] = first_gradient(state, *batches[0])
         for batch in batches:
             training_step.train_step(state, [batch], settings.lr, settings)

@@ -48,7 +48,7 @@ def ours(task: Task) -> Turn:
     """The loop that the train stage runs, one step a turn."""
     config, device = task.config(), runtime.choose_device(task.device)
     precision = choose_precision(task.precision, device)
-    state = training_step.start(task.model().to(device), config.train, precision)
+    state = training_step.start(task.model().to(device), config.train, precision, narrowing=1.0)
     steps = loop.fit(state, config.train, lambda step: [task.batch(step)])
     return lambda: next(steps).loss
 

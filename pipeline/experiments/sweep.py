@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,17 +127,24 @@ def split(given: Iterable[str]) -> dict[str, list[str]]:
 
 def checked(choices: Sequence[dict[str, str]]) -> list[Config]:
     """A Config for each set of changes; raises one ConfigError with every problem."""
-    params = paths.root() / paths.PARAMS
     configs, problems = [], []
     for choice in choices:
-        try:
-            configs.append(load(params, overrides(choice)))
+        with noting(problems):
+            configs.append(load(paths.root() / paths.PARAMS, overrides(choice)))
             problems += machine_problems(configs[-1])
-        except ConfigError as error:
-            problems += [line.removeprefix(f"{params}: ") for line in str(error).splitlines()]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return configs
+
+
+@contextlib.contextmanager
+def noting(problems: list[str]) -> Iterator[None]:
+    """What a ConfigError says goes to `problems`, a line each; where params.yaml lies does not."""
+    try:
+        yield
+    except ConfigError as error:
+        where = f"{paths.root() / paths.PARAMS}: "
+        problems += [line.removeprefix(where) for line in str(error).splitlines()]
 
 
 def machine_problems(config: Config) -> list[str]:

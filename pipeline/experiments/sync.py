@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import paths
-from pipeline.errors import StorageError
+from pipeline.errors import InputError, StorageError
 from pipeline.records import dvc_history
 from pipeline.records.record_file import Event
 from pipeline.records.run_data import Experiment
@@ -51,25 +51,26 @@ def sync(problems: list[str] | None = None) -> list[str]:
     missing = [stage for stage in stages if not any(stage.parts <= row for row in arrived)]
     touched: dict[str, tuple[Row, Ran]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for stage in _read_whole(missing, everything, problems):
-            if any(stage.parts <= row for row in arrived):  # beside another one meanwhile
+        copies = Copies(missing, everything, problems) if missing else None
+        for stage in missing:
+            if not copies or any(stage.parts <= row for row in arrived):  # beside another meanwhile
                 continue
             with _left_out_if_refused(client, stage, problems):
-                row = _replay(client, stage, Path(folder))
-                arrived.append(stage.parts)
-                touched[row.id] = row, stage
+                if row := _replay(client, stage, copies, Path(folder)):
+                    arrived.append(stage.parts)
+                    touched[row.id] = row, stage
     problems[:] = dict.fromkeys(problems)
     names = {}
     for row, stage in touched.values():
         with _left_out_if_refused(client, stage, problems):
-            row.settle(stage.head, stage.record[-1], known)
+            row.settle(stage.record, known)
             names[row.id] = client.get_run(row.id).info.run_name
     return list((names | _renamed(client, experiments)).values())
 
 
 @dataclass(frozen=True)
 class Ran:
-    """One stage that ran: its record, and those that were there when it started."""
+    """One stage that ran: its record, and those that were there when it started, by their ends."""
 
     record: Sequence[Event]
     others: list[Sequence[Event]]
@@ -104,26 +105,38 @@ def stages_that_ran(experiments: Iterable[Experiment]) -> list[Ran]:
     return sorted(best.values(), key=lambda ran: ran.head["time"])
 
 
-def _read_whole(
-    stages: Sequence[Ran], everything: Iterable[Experiment], problems: list[str]
-) -> list[Ran]:
-    """The same with every point of their records, and without those that have a damaged one.
+class Copies:
+    """Records with every point, read one at a time from an experiment that has them undamaged."""
 
-    Of a record whose copy is damaged in one place the others are looked at, too.
-    """
-    ids = {stage.head["id"] for stage in stages}
-    places = {(stage.where.name, stage.where.rev): stage.where for stage in stages}
-    found = list(dvc_history.whole(places.values()))
-    lost = ids - {record[0]["id"] for one in found for record in one.records.values()}
-    others = (
-        one
-        for one in everything
-        if (one.name, one.rev) not in places
-        and any(record[0]["id"] in lost for record in one.records.values())
-    )
-    found += dvc_history.whole(others) if lost else ()
-    problems += [f"{one.name}: {why}" for one in found for why in one.unreadable]
-    return [ran for ran in stages_that_ran(found) if ran.head["id"] in ids]
+    def __init__(
+        self, stages: Iterable[Ran], everything: Iterable[Experiment], problems: list[str]
+    ):
+        self._problems = problems
+        self._places: dict[str, list[Experiment]] = {}  # by a record's id, the stage's own first
+        for stage in stages:
+            for id_ in stage.parts:
+                self._places.setdefault(id_, [stage.where])
+        for one in everything:
+            for record in one.records.values():
+                places = self._places.get(record[0]["id"])
+                if places and (one.name, one.rev) not in {(p.name, p.rev) for p in places}:
+                    places.append(one)
+        every = (one for places in self._places.values() for one in places)
+        self._read = dvc_history.reader({(one.name, one.rev): one for one in every}.values())
+
+    def whole(self, head: Event) -> tuple[Sequence[Event], Experiment] | None:
+        """A record and where it was found; None where no copy is whole, as a warning says."""
+        places = self._places[head["id"]]
+        while places:
+            try:
+                record = self._read(places[0], head["stage"])
+                if record[0]["id"] == head["id"] and record[-1].get("status") == "FINISHED":
+                    return record, places[0]
+            except InputError as error:
+                self._problems.append(f"{places[0].name}: {error}")
+                log.warning("%s; left out", self._problems[-1])
+            places.pop(0)  # another stage need not try again
+        return None
 
 
 def _before(head: Event, experiment: Experiment) -> list[Sequence[Event]]:
@@ -136,14 +149,22 @@ def _before(head: Event, experiment: Experiment) -> list[Sequence[Event]]:
     ]
 
 
-def _replay(client: MlflowClient, ran: Ran, folder: Path) -> Row:
+def _replay(client: MlflowClient, ran: Ran, copies: Copies, folder: Path) -> Row | None:
+    """Write the records into their row, one at a time; None where the stage's own is damaged."""
+
     def fetch(path: str, sha256: str) -> Path | None:
-        copy = from_workspace(path, sha256) or dvc_history.copy_of(ran.where.rev, path, folder)
+        copy = from_workspace(path, sha256) or dvc_history.copy_of(where.rev, path, folder)
         return copy if copy and digests.tree_digest(copy) == sha256 else None
 
+    if not (found := copies.whole(ran.head)):
+        return None
     row = open_row(client, ran.head, ran.others, tidy=False)
-    for record in [*ran.others, ran.record]:
-        row.replay(record, ran.head["checkpoints"], fetch)
+    for other in ran.others:
+        if row.lacks(other[0]) and (beside := copies.whole(other[0])):
+            record, where = beside
+            row.replay(record, ran.head["checkpoints"], fetch)
+    record, where = found
+    row.replay(record, ran.head["checkpoints"], fetch)
     return row
 
 

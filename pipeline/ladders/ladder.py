@@ -17,10 +17,10 @@ from pipeline import paths
 from pipeline.compute.precision import choose_precision
 from pipeline.compute.runtime import choose_device
 from pipeline.config import Config, flatten, load
-from pipeline.errors import InputError
+from pipeline.errors import InputError, NumericsError
 from pipeline.experiments import forks, sweep
 from pipeline.ladders import registered, scaling_law
-from pipeline.ladders.plan import Ladder, Rung, same_training
+from pipeline.ladders.plan import FORK, Ladder, Rung, same_training
 from pipeline.ladders.registered import Forecast, Outcome
 from pipeline.ladders.scaling_law import Fit, Point
 from pipeline.model.gpt import GPT, GPTConfig
@@ -220,6 +220,28 @@ def _kept(rung: Rung, parent: Rung, known: Sequence[Trained]) -> fork.Kept | Non
 # --- run
 
 
+def diverged(rungs: Iterable[Rung], done: Sequence[Done]) -> dict[str, str]:
+    """What is said, by name, of those that left the finite numbers before.
+
+    Only that repeats itself: a full disk does not. The `done` ones tell which tokens the corpus
+    makes now; without any of them, nothing on the disk does.
+    """
+    here = {(provenance.code_digest(), one.data) for one in done}
+    found = {}
+    for left, head in _unfinished():
+        by = head["code"], left.identity.get("inputs", {}).get("train")
+        failed = left.state == "failed" and left.status.get("exit_code") == NumericsError.exit_code
+        for rung in rungs if failed and by in here else ():
+            fork = head["params"].get(FORK) == rung.config.train.fork
+            if fork and same_training(rung.settings, head["params"]):
+                why = str(left.status.get("message")).partition("\n")[0]
+                found[rung.name] = (
+                    f"{rung.name}: failed before with these settings, this code and corpus: {why}; "
+                    f"after `python -m pipeline rm {left.folder.name[:7]}` it is trained again"
+                )
+    return found
+
+
 def seconds_per_step(rung: Rung) -> float:
     """Of a few real steps on random tokens, here and now."""
     config = rung.config
@@ -231,7 +253,8 @@ def seconds_per_step(rung: Rung) -> float:
         size = train.batch_size, train.sequence_length + 1
         ids = torch.randint(VOCAB_SIZE, (train.accumulate, *size))
         batches: list[Batch] = [(one[:, :-1], one[:, 1:]) for one in ids]
-        state = start(model.to(precision.device), train, precision)
+        narrowing = config.init.narrowing(config.model.n_embd)
+        state = start(model.to(precision.device), train, precision, narrowing)
         steps = training(state, train, lambda step: batches)
         return statistics.median(report.seconds for report in steps)
 
@@ -264,10 +287,17 @@ def run_missing(
 ) -> list[Done]:
     """All of them trained, the missing ones now, one after another.
 
-    What is said of one that fails goes to `failed`, without which it raises InputError.
-    KeyboardInterrupt leaves the finished ones finished.
+    What is said of one that fails goes to `failed`, without which it raises InputError; there,
+    what is known to diverge is told and not run. KeyboardInterrupt leaves the finished ones
+    finished.
     """
-    missing = collect(rungs, known)[1]
+    done, missing = collect(rungs, known)
+    if failed is not None:
+        before = diverged(missing, done)
+        failed += before.values()
+        missing = [rung for rung in missing if rung.name not in before]
+        for said in before.values():
+            log.warning("%s", said)
     for number, rung in enumerate(missing, 1):
         member = _member(rung, known)
         log.info("\n%d/%d %s: %s", number, len(missing), member.name, member.shown())
@@ -368,13 +398,19 @@ def begun(finished: Iterable[Trained], code: str, data: str) -> Iterator[tuple[E
     Those at work and stopped as well, which are known by their tokens' digest: `data`, if this.
     """
     yield from ((one.head, one.code == code) for one in finished)
+    for left, head in _unfinished():
+        tokens = left.identity.get("inputs", {}).get("train", data)
+        here = (left.identity.get("code"), tokens) == (provenance.code_of(STAGE), data)
+        yield head, here
+
+
+def _unfinished() -> Iterator[tuple[run_folder.Left, Event]]:
+    """Trainings at work or stopped, each with its first event."""
     for left in run_folder.every():
         journal = left.folder / run_folder.JOURNAL
         if left.identity.get("stage") == STAGE and journal.exists():
-            tokens = left.identity.get("inputs", {}).get("train", data)
-            here = (left.identity.get("code"), tokens) == (provenance.code_of(STAGE), data)
             begun = record_reader.ends(journal, STAGE, whole=False)
-            yield from ((head, here) for head in begun[:1])
+            yield from ((left, head) for head in begun[:1])
 
 
 def forecast_of(own: Rung, found: Found) -> Forecast:

@@ -96,34 +96,74 @@ def plan(
     """
     horizons = sorted(set(horizons))
     problems = [f"{word}: the ladder sets it itself" for word in changes if _sets(word)]
+    changes = [word for word in changes if not _sets(word)]
     if len(horizons) < FEWEST:
-        given = ",".join(map(str, horizons)) or "none"
-        problems.append(f"--horizons {given}: {FEW}")
+        problems.append(f"--horizons {listed(horizons)}: {FEW}")
     ahead, _, steps = beyond.partition(":")
     if steps and not (steps.isascii() and steps.isdigit()):
         problems.append(f"--next {beyond}: expected SIZE or SIZE:STEPS, as 4x128:400")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    base = load(paths.root() / paths.PARAMS, changes)
-    last = int(steps) if steps else horizons[-1]
-    if problems := list(_unusable(base, horizons, last)):
-        raise ConfigError("\n".join(problems))
-    shapes: dict[tuple[int, int], str] = {}
-    for size in sizes:
-        made = shape(size, base)  # 124m is 12x768, whatever its heads: the law knows parameters
-        shapes.setdefault((made["n_layer"], made["n_embd"]), size)
-    different = list(shapes.values())
-    if len(different) < FEWEST:
-        raise ConfigError(f"--sizes {','.join(different) or 'none'}: {FEW}")
+        steps = ""
+    base = base_of(changes, problems)
+    problems += not_fresh(base, "a ladder")
+    problems += filter(None, (not_another(seed, base) for seed in seeds))
+    different = _different(sizes, base, problems)
+    known = not ahead or bool(_shape_of("--next", ahead, base, problems))
+    last = int(steps or max(horizons, default=0))
+    unusable = list(_unusable(base, horizons, last)) if horizons else []
+    problems += unusable
     rungs: list[Rung] = []
-    for size in different:
-        rungs += _of_size(size, base, horizons, changes)
+    if horizons and different and known and not unusable:
+        for size in different:
+            with sweep.noting(problems):
+                rungs += _of_size(size, base, horizons, changes)
+        with sweep.noting(problems):
+            beyond = ahead or one_up(sized(base, different[-1]))
+            own = _rung(beyond, base, last, changes, 0, "next")
+            if any(one.settings == own.settings for one in rungs):
+                problems.append(f"--next {beyond}:{last}: a rung already, so nothing to forecast")
+    raise_if(problems)
     small = min(rungs, key=lambda one: (one.parameters, one.steps))
     others = tuple(_seeded(small, seed, changes) for seed in dict.fromkeys(seeds))
-    own = _rung(ahead or one_up(rungs[-1].config), base, last, changes, 0, "next")
-    if any(one.settings == own.settings for one in rungs):
-        raise ConfigError(f"--next {own.size}:{own.steps}: a rung already, so nothing to forecast")
     return Ladder(tuple(rungs), (small, *others), own, tuple(changes))
+
+
+def base_of(changes: Sequence[str], problems: list[str]) -> Config:
+    """params.yaml with the `changes`; raises ConfigError with the `problems` known so far, too."""
+    with sweep.noting(problems):
+        return load(paths.root() / paths.PARAMS, changes)
+    raise ConfigError("\n".join(problems))
+
+
+def raise_if(problems: Iterable[str]) -> None:
+    """Raises one ConfigError with all of them, each once: several trainings may share one."""
+    if said := "\n".join(dict.fromkeys(problems)):
+        raise ConfigError(said)
+
+
+def listed(values: Iterable[object]) -> str:
+    """As an option takes them."""
+    return ",".join(map(str, values)) or "none"
+
+
+def _different(sizes: Sequence[str], base: Config, problems: list[str]) -> list[str]:
+    """One of each shape: 124m is 12x768, whatever its heads, since the law knows parameters."""
+    made = {size: _shape_of("--sizes", size, base, problems) for size in sizes}
+    different: dict[tuple[int, int], str] = {}
+    for size, one in made.items():
+        if one:
+            different.setdefault((one["n_layer"], one["n_embd"]), size)
+    if all(made.values()) and len(different) < FEWEST:
+        problems.append(f"--sizes {listed(different.values())}: {FEW}")
+    return list(different.values())
+
+
+def _shape_of(option: str, size: str, base: Config, problems: list[str]) -> dict[str, int]:
+    """As `shape`; {} where it raises, and `problems` have why."""
+    try:
+        return shape(size, base)
+    except ConfigError as error:
+        problems.append(f"{option} {error}")
+        return {}
 
 
 def check_here(rungs: Iterable[Rung]) -> None:
@@ -158,7 +198,6 @@ def _unusable(base: Config, horizons: Sequence[int], last: int) -> Iterator[str]
             f"would keep {_states(base, horizons):,} of them; expected {MOST_STATES} at most, as "
             f"multiples of the shortest give{example}"
         )
-    yield from not_fresh(base, "a ladder")
 
 
 def not_fresh(base: Config, who: str) -> Iterator[str]:
@@ -215,8 +254,6 @@ def _rung(
 
 
 def _seeded(rung: Rung, seed: int, changes: Sequence[str]) -> Rung:
-    if problem := not_another(seed, rung.config):
-        raise ConfigError(problem)
     words = [f"{name}={seed}" for name in SEEDED]
     own = _rung(rung.size, rung.config, rung.steps, [*changes, *words], 0)
     return Rung(f"{own.name}-seed-{seed}", rung.size, own.config)

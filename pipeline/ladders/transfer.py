@@ -13,12 +13,20 @@ from pipeline import paths
 from pipeline.config import UNSET_PATH, Config, load
 from pipeline.diagnostics.forecast import duration
 from pipeline.drawing import figures
-from pipeline.errors import ConfigError
 from pipeline.experiments import sweep
 from pipeline.ladders import ladder
 from pipeline.ladders.best_rate import VAGUE, Verdict, judge
 from pipeline.ladders.ladder import Done, Trained
-from pipeline.ladders.plan import FORK, SEEDED, Rung, not_another, not_fresh
+from pipeline.ladders.plan import (
+    FORK,
+    SEEDED,
+    Rung,
+    base_of,
+    listed,
+    not_another,
+    not_fresh,
+    raise_if,
+)
 from pipeline.published import SIZES
 from pipeline.tables import markdown
 from pipeline.tracking.mlflow_run import attach
@@ -79,32 +87,33 @@ def plan(
     and weights. All widths have heads of one size, since muP is about widths that differ in the
     number of heads, and train.min_lr stays the share of the rate that it is in params.yaml.
     """
-    widths, problems = sorted(set(widths)), []
-    problems += [f"{w}: `transfer` sets it itself" for w in changes if w.partition("=")[0] in OWN]
-    if len(widths) < 2 or (rates and len(set(rates)) < LEAST):
-        problems.append(f"two --widths and {LEAST} --rates or more are expected")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    base = load(paths.root() / paths.PARAMS, changes)
-    if problems := list(not_fresh(base, "`transfer`")):
-        raise ConfigError("\n".join(problems))
+    widths, rates = sorted(set(widths)), sorted(set(rates))
+    refused = [word for word in changes if word.partition("=")[0] in OWN]
+    problems = [f"{word}: `transfer` sets it itself" for word in refused]
+    changes = [word for word in changes if word not in refused]
+    if len(widths) < 2:
+        problems.append(f"--widths {listed(widths)}: expected two or more")
+    if rates and len(rates) < LEAST:
+        problems.append(f"--rates {listed(rates)}: expected {LEAST} or more")
+    base = base_of(changes, problems)
+    problems += not_fresh(base, "`transfer`")
     problems += filter(None, (not_another(seed, base) for seed in seeds))
     own = base.model.n_embd // base.model.n_head
     if (head := head_size(widths, own)) < own / 2:
         problems.append(
-            f"--widths {','.join(map(str, widths))}: heads of one size in all of them have {head} "
-            f"channels, those of params.yaml {own}; expected widths with more in common"
+            f"--widths {listed(widths)}: heads of one size in all of them have {head} channels, "
+            f"those of params.yaml {own}; expected widths with more in common"
         )
-    if problems:
-        raise ConfigError("\n".join(problems))
-    rates = sorted(set(rates)) or [_digits(base.train.lr * factor) for factor in AROUND]
+    rates = rates or [_digits(base.train.lr * factor) for factor in AROUND]
     every = dict.fromkeys([base.train.seed, *seeds])
     places = [Place(w, rate, seed) for w in widths for rate in rates for seed in every]
     shape = {"n_layer": layers}
     rungs = {}
     for place in places:
         shape |= {"n_head": place.width // head, "n_embd": place.width}
-        rungs[place] = _rung(place, base, steps, [*changes, *_words("model", shape)])
+        with sweep.noting(problems):
+            rungs[place] = _rung(place, base, steps, [*changes, *_words("model", shape)])
+    raise_if(problems)
     return Transfer(rungs)
 
 
@@ -141,8 +150,9 @@ def _digits(rate: float) -> float:
 
 def planned(asked: Transfer, known: Sequence[Trained]) -> str:
     """What is about to be run, and how long that takes here."""
-    missing = ladder.collect(asked.rungs.values(), known)[1]
-    seconds = ladder.seconds_of(missing)
+    done, missing = ladder.collect(asked.rungs.values(), known)
+    failed = ladder.diverged(missing, done)
+    seconds = ladder.seconds_of(rung for rung in missing if rung.name not in failed)
     rows = []
     for width in asked.widths:
         rungs = asked.of_width(width)
@@ -150,9 +160,9 @@ def planned(asked: Transfer, known: Sequence[Trained]) -> str:
         about = duration(sum(seconds[rung.name] for rung in left)) if left else "-"
         rows.append((width, rungs[0].parameters, rungs[0].tokens, len(rungs), len(left), about))
     columns = ("channels", "parameters", "tokens each", "trainings", "left", "about")
-    count = len(asked.rungs)
+    before = f", {len(failed)} failed before" if failed else ""
     return (
-        f"{count} trainings, {count - len(missing)} of them finished; the rest takes about "
+        f"{len(asked.rungs)} trainings, {len(done)} of them finished{before}; the rest takes about "
         f"{duration(sum(seconds.values()))} here\n"
         f"train.lr: {', '.join(f'{rate:g}' for rate in asked.rates)}\n\n{markdown(columns, rows)}"
     )

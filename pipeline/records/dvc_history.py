@@ -200,38 +200,50 @@ def commits(brief: bool = False) -> Iterator[Experiment]:
         log.info("%d records of earlier commits were made elsewhere or cleared: no rows", len(gone))
 
 
-def whole(found: Iterable[Experiment]) -> Iterator[Experiment]:
-    """The same, read `brief`, with every point of their records.
+def whole(found: Experiment) -> Experiment:
+    """The same, read `brief`, with every point of its records.
 
     One in which such a point is damaged is left out with a warning.
     """
-    found = list(found)
+    read, records, unreadable = reader([found]), {}, []
+    for stage in found.records:
+        try:
+            records[stage] = read(found, stage)
+        except InputError as error:
+            unreadable.append(str(error))
+            log.warning("%s: %s; left out", found.name, error)
+    return replace(found, records=records, unreadable=unreadable)
+
+
+def reader(found: Iterable[Experiment]) -> Callable[[Experiment, str], Log]:
+    """A function that reads a stage's record of one of them, known by its ends, with every point.
+
+    It keeps nothing. It raises InputError where the record is damaged, or in no cache any more.
+    """
     with _repository() as repo:
         kept = Kept(repo, [one.rev for one in found if one.rev]) if repo else None
-    for one in found:
-        unreadable: list[str] = []
-        if kept and one.rev:
-            records, gone = kept.records(one.rev, one.records, unreadable)
-            unreadable += [f"{path}: in no cache any more" for path in gone]
-        else:
-            records = _again(paths.root(), one, unreadable)
-        for problem in unreadable:
-            log.warning("%s: %s; left out", one.name, problem)
-        yield replace(one, records=records, unreadable=unreadable)
+
+    def read(one: Experiment, stage: str) -> Log:
+        if not kept or not one.rev:
+            return _again(one, stage)
+        path = paths.record(stage).as_posix()
+        record = kept.read(one.rev, path, stage)
+        if isinstance(record, Log):
+            return record
+        raise InputError(record or f"{path}: in no cache any more")
+
+    return read
 
 
-def _again(root: Path, workspace: Experiment, unreadable: list[str]) -> dict[str, Log]:
-    records = {}
-    for stage, record in workspace.records.items():
-        ended, path = record[-1]["kind"] == "end", root / paths.record(stage)
-        part = path.with_suffix(".jsonl.part")  # of a stage at work, which may have ended meanwhile
-        places = (path, part) if ended else (part, path)
-        try:
-            file = next(filter(Path.exists, places), path)
-            records[stage] = record_reader.read(file, stage, whole=ended)
-        except (InputError, OSError) as error:
-            unreadable.append(f"{path}: {error}")
-    return records
+def _again(workspace: Experiment, stage: str) -> Log:
+    ended = workspace.records[stage][-1]["kind"] == "end"
+    path = paths.root() / paths.record(stage)
+    part = path.with_suffix(".jsonl.part")  # of a stage at work, which may have ended meanwhile
+    file = next(filter(Path.exists, (path, part) if ended else (part, path)), path)
+    try:
+        return record_reader.read(file, stage, whole=ended)
+    except (InputError, OSError) as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def copy_of(rev: str, path: str, folder: str | Path) -> Path | None:
@@ -324,7 +336,7 @@ class Kept:
                 continue
             key = stage, self.locked[rev][path]
             if key not in self._records:
-                self._records[key] = self._read(rev, path, stage)
+                self._records[key] = self.read(rev, path, stage)
             record = self._records[key]
             if record is None:
                 gone.append(path)
@@ -334,7 +346,8 @@ class Kept:
                 found[stage] = record
         return found, gone
 
-    def _read(self, rev: str, path: str, stage: str) -> Log | str | None:
+    def read(self, rev: str, path: str, stage: str) -> Log | str | None:
+        """A record, or what is wrong with it; None where it is in no cache."""
         try:
             file = self.place(rev, path)
             return self._reader(file, stage) if file else None

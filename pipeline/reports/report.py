@@ -45,8 +45,8 @@ def report(names: Sequence[str], everyone: bool) -> str:
         return of_one(run, root, known=list(others))
     if len(set(names)) == 1 and not everyone:  # the others are known by name and parent alone
         known = list(experiments(brief=True))
-        (run,) = whole(choose(known, names))
-        return of_one(run, root, known=known)
+        (run,) = choose(known, names)
+        return of_one(whole(run), root, known=known)
     known = list(experiments())
     runs = choose(known, (all_of(known) or [WORKSPACE]) if everyone else names)
     return of_several(runs, known, root) if len(runs) > 1 else of_one(runs[0], root, known=known)

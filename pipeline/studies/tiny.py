@@ -59,7 +59,9 @@ def state(precision: str, device: torch.device) -> TrainState:
     with torch.random.fork_rng(devices=[]):  # a new module draws weights that nobody uses
         model = GPT(SHAPE)
     initialize(model, INIT, generator(0, "demonstration"))
-    return start(model.to(device), TRAIN, choose_precision(precision, device))
+    return start(
+        model.to(device), TRAIN, choose_precision(precision, device), INIT.narrowing(SHAPE.n_embd)
+    )
 
 
 def batches(step: int) -> list[Batch]:

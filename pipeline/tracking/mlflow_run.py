@@ -16,7 +16,7 @@ from pipeline.records.run_data import Event, Log, RunData, row_name
 from pipeline.storage import digests
 from pipeline.tracking import mlflow_store, mlflow_view, row_facts, run_note
 from pipeline.tracking.mlflow_models import LoggedModels
-from pipeline.tracking.thinning import Thinning, is_sampled
+from pipeline.tracking.thinning import Thinning
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,7 +49,7 @@ class Row:
         self._known: dict[str, str] = dict(tags or {})  # tags that it is known to have
         self._models = LoggedModels(client, run_id, experiment_id)
         self._log = Log()  # what has come of the record that is being written
-        self._thinning = Thinning(0)
+        self._steps = self._load = Thinning()
 
     def write(self, events: Iterable[Event], checkpoints: str, fetch: Fetch) -> None:
         """Ship events; writing the same ones again changes nothing."""
@@ -62,13 +62,14 @@ class Row:
                 self._log = Log()
                 settings = event["params"]  # with a budget nobody knows how many steps there are
                 known = not settings.get("train.time_budget")
-                self._thinning = Thinning(settings.get("train.steps", 0) if known else 0)
+                self._steps = Thinning(settings.get("train.steps", 0) if known else 0)
+                self._load = Thinning()
             self._log.append(event)
             if event["kind"] == "metrics":
                 points += self._thinned(event)
             else:
-                if event["kind"] == "end":
-                    points += self._thinning.rest()
+                if event["kind"] in ("resume", "end"):  # what was an end, once it has been resumed
+                    points += self._steps.rest() + self._load.rest()
                 if event["kind"] == "checkpoint":  # it refers to points, which come first
                     self._send(points, tags)
                     points, tags = [], {}
@@ -81,9 +82,9 @@ class Row:
         """The points to ship now that this event has come."""
         points = self._models.points(event)
         if "train/loss" in event["values"]:
-            return self._thinning.of_step(points)
-        if points and points[0].key.startswith(SYSTEM) and not is_sampled(event["step"]):
-            return []
+            return self._steps.of_step(points)
+        if points and points[0].key.startswith(SYSTEM):
+            return self._load.of_step(points)
         return points
 
     def _send(self, points: Sequence[Metric], tags: Mapping[str, str]) -> None:
@@ -101,10 +102,15 @@ class Row:
 
     def replay(self, record: Sequence[Event], checkpoints: str, fetch: Fetch) -> None:
         """Write a stage's whole record, unless all of it has arrived before."""
-        if ids(self._known, SHIPPED).get(record[0]["stage"]) != record[0]["id"]:
+        if self.lacks(record[0]):
             # In one request with the record's own.
             last = {"kind": "tags", "values": self.with_record(SHIPPED, record[0])}
             self.write(chain(record, [last]), checkpoints, fetch)
+            self._log = Log()  # whoever keeps the row keeps no points
+
+    def lacks(self, head: Event) -> bool:
+        """Whether a record has not arrived whole."""
+        return ids(self._known, SHIPPED).get(head["stage"]) != head["id"]
 
     def enter(self, head: Event, process: str) -> None:
         """Say that a stage's `process`, as `process.this_process` names it, works on the row."""
@@ -132,14 +138,16 @@ class Row:
         held = ids(self._known, tag) | {head["stage"]: head["id"]}
         return {tag: json.dumps(held, sort_keys=True)}
 
-    def settle(self, head: Event, end: Event, known: set[str]) -> None:
+    def settle(self, record: Sequence[Event], known: set[str]) -> None:
         """End a row that got a finished stage's record late, unless another stage is open in it.
 
-        A stage whose record is not among the `known` finished ones failed, or is running.
+        The ends of the record suffice. A stage whose record is not among the `known` finished ones
+        failed, or is running.
         """
         run = self.client.get_run(self.id)
         if set(ids(run.data.tags).values()) <= known:
-            self.leave(head, end, run)
+            self._log = Log.of(record)
+            self.leave(record[0], record[-1], run)
 
     def _describe(self, head: Event, run: Run, ended: str) -> None:
         """Write the note, unless a person has edited it."""

@@ -1,4 +1,4 @@
-"""Which points of a training's curves MLflow gets: a page of many long runs stays quick to open.
+"""Which points of a curve MLflow gets: a page of many long runs stays quick to open.
 
 A record keeps every point. What is left out follows from the record alone, so that shipping it
 again doubles nothing.
@@ -18,25 +18,40 @@ MOST = 1000  # points of a curve, some more where it has none that are numbers
 
 
 class Thinning:
-    """The lowest and the highest of as many steps as MOST asks for, so that no spike is lost."""
+    """The lowest and the highest of every few steps, the window, so that no spike is lost.
 
-    def __init__(self, steps: int) -> None:
-        self._width = 2 * math.ceil(steps / MOST)  # steps of which two points are kept
-        self._held: list[Metric] = []  # of the steps at work, in their order
+    With the number of `steps` known, all windows are as wide as MOST asks for. Else the first MOST
+    steps are whole, and then windows grow with the steps before them: each doubling of the steps
+    adds a quarter of MOST, so a million steps have 3,500 points.
+    """
+
+    def __init__(self, steps: int = 0) -> None:
+        self._width = 1 if 0 < steps <= MOST else 2 * math.ceil(steps / MOST)
+        self._first: int | None = None  # a fork begins where its parent was
+        self._held: list[Metric] = []  # of the window at work, in their order
 
     def of_step(self, points: Sequence[Metric]) -> list[Metric]:
-        """What is to be shipped once these points of the next training step are there."""
-        if self._width <= 2:
-            return list(points)
-        window = points[0].step // self._width
-        over = self._held and self._held[0].step // self._width != window
+        """What is to be shipped once these points of the next step are there."""
+        window = self._window(points[0].step)
+        over = self._held and self._held[0].step not in window
         before = self._taken() if over else []
+        if len(window) == 1:
+            return [*before, *points]
         self._held += points
         return before
 
     def rest(self) -> list[Metric]:
-        """At the end, what is to be shipped of the steps held back, the last of them whole."""
+        """At an end, what is to be shipped of the steps held back, the last of them whole."""
         return self._taken(self._held[-1].step) if self._held else []
+
+    def _window(self, step: int) -> range:
+        """The steps of the window that this one is in."""
+        self._first = step if self._first is None else self._first
+        number = step - self._first
+        doublings = (number // MOST).bit_length()
+        width = self._width or (4 << doublings if doublings else 1)
+        begins = step - number % width
+        return range(begins, begins + width)
 
     def _taken(self, *whole: int) -> list[Metric]:
         curves: dict[str, list[Metric]] = defaultdict(list)
@@ -49,12 +64,3 @@ class Thinning:
             ends = [f(finite, key=lambda point: point.value).step for f in (min, max) if finite]
             kept += [p for p in curve if p.step in (*ends, *whole) or not math.isfinite(p.value)]
         return kept
-
-
-def is_sampled(number: int) -> bool:
-    """Whether a curve without an end keeps its point of this number: ever fewer of the later ones.
-
-    All of the first MOST, then every second of as many again, every fourth of twice as many, ...
-    """
-    stride = 1 << (number // MOST).bit_length()
-    return number % stride == 0

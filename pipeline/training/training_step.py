@@ -122,9 +122,7 @@ def from_folder(
     return start(model, config, precision, init.narrowing(shape.n_embd))
 
 
-def start(
-    model: GPT, config: TrainConfig, precision: Precision, narrowing: float = 1.0
-) -> TrainState:
+def start(model: GPT, config: TrainConfig, precision: Precision, narrowing: float) -> TrainState:
     """The state before the first step; `narrowing` is that of `InitConfig`, which sets rates."""
     precision.prepare(model)
     activations.mark(model, checkpointed=config.checkpoint_activations)

@@ -39,7 +39,7 @@ def losses(name: str, make_config, threads: int = 1, stop: int = 0) -> tuple[lis
     def start() -> training_step.TrainState:
         torch.manual_seed(1)
         model = GPT(GPTConfig(1, 2, 64, 64, vocab_size=1000, vocab_rows=1024, dropout=0.2))
-        return training_step.start(model, config, choose_precision(name, CPU))
+        return training_step.start(model, config, choose_precision(name, CPU), narrowing=1.0)
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -184,7 +184,7 @@ def test_the_linear_layers_of_the_blocks_are_fp8_and_nothing_else_is(
     model, make_config, cpu
 ) -> None:
     config = make_config(train__steps=1, train__warmup_steps=0).train
-    state = training_step.start(model, config, choose_precision("fp8", CPU))
+    state = training_step.start(model, config, choose_precision("fp8", CPU), narrowing=1.0)
     watch = Watch(state)
     ids = torch.randint(97, (2, 17), generator=torch.Generator().manual_seed(7))
     batches = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
@@ -206,7 +206,9 @@ def test_a_tiny_training_learns(model, make_config) -> None:
     batches = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
     ends = {}
     for name in ("fp32", "fp8"):
-        state = training_step.start(copy.deepcopy(model), config, choose_precision(name, CPU))
+        state = training_step.start(
+            copy.deepcopy(model), config, choose_precision(name, CPU), narrowing=1.0
+        )
         losses = [report.loss for report in loop.fit(state, config, lambda step: batches)]
         assert losses[0] == pytest.approx(math.log(97), rel=0.05)
         ends[name] = losses[-1]

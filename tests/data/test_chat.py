@@ -151,7 +151,7 @@ def train_config(make_config) -> Any:
 def state(make_config, train_config) -> training_step.TrainState:
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=24))
     initialize(model, make_config().init, torch.Generator().manual_seed(0))
-    return training_step.start(model, train_config, choose_precision("fp32", CPU))
+    return training_step.start(model, train_config, choose_precision("fp32", CPU), narrowing=1.0)
 
 
 # --- tokens, and which of them are learned

@@ -87,7 +87,7 @@ def test_the_memory_forecast_is_what_tensors_of_real_steps_hold(
     with Held() as held:
         model = GPT(shape)
         initialize(model, make_config().init, torch.Generator().manual_seed(0))
-        state = training_step.start(model, config, mode)
+        state = training_step.start(model, config, mode, narrowing=1.0)
         list(loop.fit(state, config, lambda step: batches))
     release()
     assert held.peak == pytest.approx(expected, rel=0.1)
@@ -106,9 +106,10 @@ torch.set_num_threads(1)
 config = configuration.load("recipes/nano.yaml")
 shape, mode = GPTConfig(4, 4, 256, 128), choose_precision("fp32", torch.device("cpu"))
 needed = forecast.needs(shape, mode, 128).at(8, 1).total / 2**20
-training_step.start(GPT(GPTConfig(1, 1, 8, 8, 97, 97)), config.train, mode)  # imports of its own
+# imports of its own
+training_step.start(GPT(GPTConfig(1, 1, 8, 8, 97, 97)), config.train, mode, narrowing=1.0)
 before = int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 2**10
-state = training_step.start(GPT(shape), config.train, mode)
+state = training_step.start(GPT(shape), config.train, mode, narrowing=1.0)
 ids = torch.randint(50257, (8, 129))
 for report in loop.fit(state, config.train, lambda step: [(ids[:, :-1], ids[:, 1:])]):
     if report.step == 2:
@@ -261,7 +262,7 @@ def test_memory_that_runs_out_in_a_kernel_is_one_error_with_settings_and_numbers
     ids = torch.randint(97, (8, 65))
     with stand_in.gpu(monkeypatch), pytest.raises(StorageError) as told:
         mode = replace(mode, device=CUDA)
-        state = training_step.start(GPT(SHAPE).to(CUDA), config.train, mode)
+        state = training_step.start(GPT(SHAPE).to(CUDA), config.train, mode, narrowing=1.0)
         monkeypatch.setattr(torch.nn.functional, "gelu", full)
         with forecast.explaining(config, mode):
             list(loop.fit(state, config.train, lambda step: [(ids[:, :-1], ids[:, 1:])]))

@@ -42,7 +42,7 @@ def settings(make_config) -> Callable[..., Any]:
 def made(config: Any, precision: str = "fp32", **shape: Any) -> TrainState:
     model = GPT(replace(SHAPE, **shape))
     initialize(model, config.init, torch.Generator().manual_seed(0))
-    return training_step.start(model, config.train, choose_precision(precision, CPU))
+    return training_step.start(model, config.train, choose_precision(precision, CPU), narrowing=1.0)
 
 
 def batches(step: int, count: int = 2) -> list[Batch]:

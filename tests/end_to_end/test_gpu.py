@@ -110,7 +110,7 @@ def start(device: torch.device, precision: str = "fp32", compile: bool = False, 
         )
     ).train
     made = training_step.start(
-        model_of(**changes).to(device), config, choose_precision(precision, device)
+        model_of(**changes).to(device), config, choose_precision(precision, device), narrowing=1.0
     )
     return made, config
 
@@ -327,7 +327,7 @@ def test_the_memory_forecast_is_near_what_the_allocator_held(make_config, name: 
     before = torch.cuda.memory_allocated()
     throughput.forget_peak(CUDA)
     config = make_config(train__steps=3, train__warmup_steps=0).train
-    state = training_step.start(GPT(shape).to(CUDA), config, mode)
+    state = training_step.start(GPT(shape).to(CUDA), config, mode, narrowing=1.0)
     ids = torch.randint(50257, (16, 513))
     list(loop.fit(state, config, lambda step: [(ids[:, :-1], ids[:, 1:])]))
     taken = throughput.peak_memory_mib(CUDA) * 2**20 - before

@@ -29,5 +29,5 @@ def test_a_transfer_check_trains_what_is_missing_and_says_whether_the_rate_moves
     again = transfer("--seeds", "")
     assert "6 trainings, 6 of them finished" in again and "Ran experiment(s)" not in again
     assert said.partition("init.scheme=")[2] == again.partition("init.scheme=")[2]
-    shown = made.run(sys.executable, "-m", "pipeline", "show", COLUMNS="200").stdout
+    shown = made.run(sys.executable, "-m", "pipeline", "show", COLUMNS="80").stdout
     assert "transfer-1x16-0.2" in shown

@@ -52,8 +52,10 @@ def test_each_corpus_has_a_table_of_its_own_with_the_best_first(monkeypatch) -> 
 def test_long_names_and_changes_leave_every_number_whole(columns: int, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     long = {"settings": "s", "changed": {f"model.setting_{n}": [n, n + 1] for n in range(9)}}
-    page = overview.page([trained("a-name-of-some-length-" * 3, 5.2512, parent=long)])
+    names = ["a-name-of-some-length-" * 3, "transfer-2x128-0.0005-seed-1"]
+    page = overview.page([trained(name, 5.2512, parent=long) for name in names])
     assert max(map(len, page.splitlines())) <= columns
+    assert set(names) <= {line.split()[0] for line in page.splitlines() if line}
     for number in ("5.251", "51.2k", "1,660", "628", "01:01"):
         assert number in page.split()
 

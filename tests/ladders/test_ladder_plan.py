@@ -22,18 +22,10 @@ from pipeline.records import record_file, stage_graph
 from pipeline.resume import fork, run_folder
 from pipeline.storage.digests import dvc_md5
 from pipeline.training.optimizers import learning_rate
-from tests.conftest import ROOT, recipe
+from tests.conftest import ROOT
 from tests.helpers.rungs import trained
 
 SIZES, HORIZONS = ("1x16", "2x32", "2x48"), (100, 200, 400)
-
-
-@pytest.fixture(autouse=True)
-def _repository(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / ".dvc").mkdir()
-    (tmp_path / "params.yaml").write_text(recipe(), "utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
 
 
 def asked(**changes: Any) -> Ladder:
@@ -149,6 +141,28 @@ def test_what_makes_no_ladder_is_refused_before_any_run(changes, problem: str) -
     with pytest.raises(ConfigError) as error:
         asked(**changes)
     assert problem in str(error.value)
+
+
+def test_one_message_names_all_that_makes_no_ladder() -> None:
+    with pytest.raises(ConfigError) as error:
+        asked(
+            **{"sizes": ["1x16", "2by32"], "horizons": [50, 100], "beyond": "x:long"},
+            **{"seeds": [42], "changes": ["train.steps=5", "checkpoint.resume=require"]},
+        )
+    assert [line.partition(": ")[0] for line in str(error.value).splitlines()] == [
+        *("train.steps=5", "--horizons 50,100", "--next x:long", "checkpoint.resume=require"),
+        *("--seeds 42", "--sizes 2by32", "--next x", "train.warmup_steps=60 train.cooldown=0.2"),
+    ]
+    with pytest.raises(ConfigError) as error:
+        asked(horizons=[], changes=["train.beta1=x"])
+    assert [line.partition(": ")[0] for line in str(error.value).splitlines()] == [
+        *("--horizons none", "train.beta1=x")
+    ]
+    with pytest.raises(ConfigError) as error:  # by 1 / width
+        asked(beyond="2x8", changes=["train.lr=2", "train.min_lr=1"], seeds=[1337])
+    assert [line.partition(": ")[0] for line in str(error.value).splitlines()] == [
+        *("--seeds 1337", "train.lr=16.0", "train.lr=32.0", "train.min_lr=16.0")
+    ]
 
 
 def test_a_recipe_of_published_weights_makes_no_ladder() -> None:

@@ -21,13 +21,6 @@ EMPTY = dict.fromkeys(("notes", "tree", "curves", "samples"), [])
 SETTINGS = {"model.n_embd": 128, "train.lr": 0.002}
 
 
-@pytest.fixture(autouse=True)
-def _repository(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / ".dvc").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-
-
 def forecast(**changes: Any) -> Forecast:
     point = {
         "name": "rung",

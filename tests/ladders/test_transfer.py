@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, InputError, NumericsError, StorageError
 from pipeline.ladders import ladder, transfer
+from pipeline.ladders.plan import Rung
 from pipeline.ladders.transfer import Place, Transfer
-from tests.conftest import recipe
+from pipeline.records import record_file
+from pipeline.resume import run_folder
 from tests.helpers.rungs import trained
 
 RATES = (0.001, 0.002, 0.004, 0.008)
-
-
-@pytest.fixture(autouse=True)
-def _repository(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / ".dvc").mkdir()
-    (tmp_path / "params.yaml").write_text(recipe(), "utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DVC_ROOT", raising=False)
 
 
 def asked(**changes: Any) -> Transfer:
@@ -81,8 +76,8 @@ def test_the_rates_are_around_the_one_of_the_settings() -> None:
         ),
         ({"seeds": (7, 1337)}, "--seeds 1337: train.seed=1337 is the base's own, and would pass"),
         ({"seeds": (42,)}, "--seeds 42: init.seed=42 is the base's own, and would pass for no"),
-        ({"widths": (32,)}, "two --widths and 3 --rates or more"),
-        ({"rates": (0.1, 0.2)}, "two --widths and 3 --rates or more"),
+        ({"widths": (32,)}, "--widths 32: expected two or more"),
+        ({"rates": (0.1, 0.2)}, "--rates 0.1,0.2: expected 3 or more"),
         ({"rates": (0.1, 0.2, 20.0)}, "train.lr=20.0: expected a number above 0 and at most 10"),
         ({"steps": 50}, "train.warmup_steps=60: expected less than train.steps=50"),
         (
@@ -96,6 +91,21 @@ def test_what_makes_no_check_is_refused_before_any_run(changes, problem: str) ->
     with pytest.raises(ConfigError) as error:
         asked(**changes)
     assert problem in str(error.value)
+
+
+def test_one_message_names_all_that_makes_no_check() -> None:
+    words = ["train.seed=8", "init.source=hf", "init.hf_model=my/gpt2"]
+    with pytest.raises(ConfigError) as error:
+        asked(widths=(48,), rates=(20.0, 30.0), seeds=(42,), changes=words)
+    assert [line.partition(": ")[0] for line in str(error.value).splitlines()] == [
+        *("train.seed=8", "--widths 48", "--rates 20.0,30.0", "init.source=hf", "--seeds 42"),
+        *("train.lr=20.0", "train.lr=30.0"),
+    ]
+    with pytest.raises(ConfigError) as error:
+        asked(widths=(), changes=["train.beta1=x", "train.beta2=y"])
+    assert [line.partition(": ")[0] for line in str(error.value).splitlines()] == [
+        *("--widths none", "train.beta1=x", "train.beta2=y")
+    ]
 
 
 def test_the_time_is_told_before_anything_runs_of_what_is_missing(monkeypatch) -> None:
@@ -166,6 +176,45 @@ def test_a_rate_that_fails_is_told_and_the_others_go_on(monkeypatch, caplog) -> 
     assert len(list(transfer.lines(came))) == 2
     with pytest.raises(InputError, match=r"failed \(exit code 1\)"):
         ladder.run_missing(list(found.rungs.values()), [])
+
+
+def fail(rung: Rung, error: Exception, tokens: str = "tokens") -> None:
+    """Leave what a training leaves that ends with this error."""
+    identity = run_folder.identity("train", rung.config, {"train": tokens})
+    with pytest.raises(type(error)), run_folder.claim(identity) as run:
+        start = record_file.start_event("train", rung.config)
+        run.journal.write_text(json.dumps(start) + "\n", "utf-8")
+        raise error
+
+
+def test_a_rate_that_diverged_is_told_from_its_folder_and_not_trained_again(
+    monkeypatch, caplog
+) -> None:
+    found = asked()
+    low, high, full, other, *rest = found.rungs.values()
+    fail(high, NumericsError("step 7: the loss is nan; no update was made\nmore"))
+    fail(full, StorageError("the disk is full"))
+    fail(other, NumericsError("step 7: the loss is nan"), tokens="of another corpus")
+    known = [trained(rung, rung.name) for rung in (low, *rest)]
+    ran: list[str] = []
+
+    def run(member) -> None:
+        ran.append(member.name)
+        raise InputError(f"{member.name}: failed (exit code 1), see its output above")
+
+    monkeypatch.setattr(ladder, "run", run)
+    monkeypatch.setattr(ladder.sweep, "new_name", lambda name, taken: name)
+    monkeypatch.setattr(ladder.dvc_history, "names", list)
+    monkeypatch.setattr(ladder, "seconds_per_step", lambda rung: 0.1)
+    assert "16 trainings, 13 of them finished, 1 failed before;" in transfer.planned(found, known)
+    failed: list[str] = []
+    done = ladder.run_missing(list(found.rungs.values()), known, failed)
+    assert ran == [full.name, other.name] and len(done) == 13
+    said = f"{high.name}: failed before with these settings, this code and corpus: step 7: the "
+    assert failed[0].startswith(f"{said}loss is nan; no update was made; after `python -m pipe")
+    assert failed[0] in caplog.text and len(failed) == 3
+    monkeypatch.setattr(ladder.provenance, "code_digest", lambda: "edited")
+    assert not ladder.diverged([high], done)
 
 
 def test_trainings_on_other_tokens_make_no_table() -> None:

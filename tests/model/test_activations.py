@@ -31,7 +31,9 @@ def state_of(checkpointed: bool, name: str = "fp32", device=CPU, **settings):
     initialize(model, tiny.INIT, generator(0, "weights"))
     config = replace(tiny.TRAIN, checkpoint_activations=checkpointed, compile=compiled)
     torch.manual_seed(5)
-    return training_step.start(model.to(device), config, choose_precision(name, device))
+    return training_step.start(
+        model.to(device), config, choose_precision(name, device), narrowing=1.0
+    )
 
 
 def gradients(state) -> list[torch.Tensor]:

@@ -39,7 +39,9 @@ def state_of(apart: bool, name: str = "fp32", attention: str = "sdpa", device=CP
     model = GPT(GPTConfig(2, 2, 32, LENGTH, attention=attention))
     initialize(model, replace(tiny.INIT, std=0.2), generator(0, "weights"))
     config = replace(tiny.TRAIN, mask_documents=apart, sequence_length=LENGTH, **settings)
-    return training_step.start(model.to(device), config, choose_precision(name, device))
+    return training_step.start(
+        model.to(device), config, choose_precision(name, device), narrowing=1.0
+    )
 
 
 def alone(model: GPT, ids: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,10 @@ def steps(config: Config, model: GPT, count: int) -> list[loop.StepReport]:
         config.train, batch_size=1, sequence_length=32, accumulate=1, steps=count, warmup_steps=0
     )
     state = training_step.start(
-        model, train, choose_precision(config.precision, torch.device("cpu"))
+        model,
+        train,
+        choose_precision(config.precision, torch.device("cpu")),
+        config.init.narrowing(config.model.n_embd),
     )
     ids = torch.randint(50257, (1, 33), generator=torch.Generator().manual_seed(0))
     return list(loop.fit(state, train, lambda step: [(ids[:, :-1], ids[:, 1:])]))

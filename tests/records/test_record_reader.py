@@ -365,8 +365,8 @@ def hostile(chain, tmp_path: Path, monkeypatch) -> list[str]:
         made.append(as_experiment(name, texts, tmp_path / "others"))
     for place in (dvc_history, report, doctor):
         monkeypatch.setattr(place, "experiments", lambda *_, **__: iter(made))
-    for place in (dvc_history, report):
-        monkeypatch.setattr(place, "whole", iter)
+    monkeypatch.setattr(report, "whole", lambda found: found)
+    monkeypatch.setattr(dvc_history, "reader", lambda _: lambda found, stage: found.records[stage])
     monkeypatch.setattr(dvc_history, "commits", lambda **_: iter(()))
     monkeypatch.setattr(dvc_history, "copy_of", lambda *_: None)
     monkeypatch.setattr(run_page, "read_file", lambda *_: None)

@@ -357,7 +357,7 @@ def test_a_second_signal_during_the_save_ends_at_once_and_harms_nothing(
 def small_state(make_config) -> training_step.TrainState:
     config = make_config(**SMALL)
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
-    return training_step.start(model, config.train, choose_precision("fp32", CPU))
+    return training_step.start(model, config.train, choose_precision("fp32", CPU), narrowing=1.0)
 
 
 def kept(folder: Path, make_config, **changes: Any) -> checkpoints.Checkpoints:
@@ -552,7 +552,7 @@ def test_a_state_would_load_under_other_settings(workspace: Path, settings, make
     path = the_run() / "checkpoints" / saved_steps()[-1]
     other = make_config(**SMALL, train__lr=0.5)
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
-    state = training_step.start(model, other.train, choose_precision("fp32", CPU))
+    state = training_step.start(model, other.train, choose_precision("fp32", CPU), narrowing=1.0)
     checkpoints.Checkpoint(path, snapshot.read_facts(path)).restore(state)
     assert state.step == 8
 
@@ -694,7 +694,7 @@ def test_a_disk_too_small_for_the_checkpoints_ends_before_training(
 def test_saving_takes_less_memory_than_the_model(tmp_path: Path, make_config) -> None:
     config = make_config()
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=64))
-    state = training_step.start(model, config.train, choose_precision("fp32", CPU))
+    state = training_step.start(model, config.train, choose_precision("fp32", CPU), narrowing=1.0)
     x = torch.zeros(1, 8, dtype=torch.int64)
     one_step(state, [(x, x)], 1e-3, 1.0)
 

@@ -33,7 +33,7 @@ def config(make_config):
 def fresh(config, name: str, seed: int = 0) -> training_step.TrainState:
     model = GPT(SHAPE)
     initialize(model, config.init, torch.Generator().manual_seed(seed))
-    return training_step.start(model, config.train, choose_precision(name, CPU))
+    return training_step.start(model, config.train, choose_precision(name, CPU), narrowing=1.0)
 
 
 def batches(step: int) -> list[training_step.Batch]:

@@ -41,7 +41,7 @@ def config(make_config):
 def start(config, name: str, attention: str = "sdpa") -> training_step.TrainState:
     model = GPT(GPTConfig(**SHAPE, vocab_rows=128, attention=attention))
     initialize(model, config.init, torch.Generator().manual_seed(0))
-    return training_step.start(model, config.train, choose_precision(name, CPU))
+    return training_step.start(model, config.train, choose_precision(name, CPU), narrowing=1.0)
 
 
 def batches(step: int) -> list[training_step.Batch]:

@@ -36,7 +36,9 @@ def batch(rows: int, seed: int = 0) -> training_step.Batch:
 
 
 def start(model: GPT, config, name: str = "fp32") -> training_step.TrainState:
-    return training_step.start(copy.deepcopy(model), config, choose_precision(name, CPU))
+    return training_step.start(
+        copy.deepcopy(model), config, choose_precision(name, CPU), narrowing=1.0
+    )
 
 
 def test_compile_where_it_cannot_work_warns_and_trains_eagerly(model, make_config) -> None:
@@ -44,7 +46,7 @@ def test_compile_where_it_cannot_work_warns_and_trains_eagerly(model, make_confi
     mode = choose_precision("tf32", CPU)
     assert mode.emulated
     with pytest.warns(UserWarning, match="train.compile=true runs eagerly: tf32 is emulated"):
-        state = training_step.start(model, config, mode)
+        state = training_step.start(model, config, mode, narrowing=1.0)
     assert len(list(loop.fit(state, config, lambda step: [batch(2)]))) == 1
 
 

@@ -56,7 +56,9 @@ def test_the_ratio_of_an_update_is_measured_whatever_makes_it(make_config, optim
     ).train
     noted: list[float] = []
     record = SimpleNamespace(metrics=lambda values, _: noted.append(values["train/update_ratio"]))
-    state = training_step.start(GPT(SHAPE), config, choose_precision("fp32", torch.device("cpu")))
+    state = training_step.start(
+        GPT(SHAPE), config, choose_precision("fp32", torch.device("cpu")), narrowing=1.0
+    )
     history, weight = History(config, record, state.model), state.model.transformer.h[1].mlp.c_fc
     ids = torch.randint(16, (2, 9), generator=torch.Generator().manual_seed(0))
     before = weight.weight.detach().double()

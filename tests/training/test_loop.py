@@ -47,7 +47,9 @@ def batch(rows: int, seed: int = 0, ignored: int = 0) -> training_step.Batch:
 
 
 def start(model: GPT, config, name: str = "fp32") -> training_step.TrainState:
-    return training_step.start(copy.deepcopy(model), config, choose_precision(name, CPU))
+    return training_step.start(
+        copy.deepcopy(model), config, choose_precision(name, CPU), narrowing=1.0
+    )
 
 
 def weights(state: training_step.TrainState) -> torch.Tensor:

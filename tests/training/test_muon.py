@@ -92,7 +92,7 @@ def test_the_rate_of_the_matrices_is_its_share_of_the_schedules(config) -> None:
         model = GPT(SHAPE)
         initialize(model, config.init, torch.Generator().manual_seed(0))
         settings = replace(config.train, muon_lr_factor=factor, steps=1, warmup_steps=0)
-        state = training_step.start(model, settings, choose_precision("fp32", CPU))
+        state = training_step.start(model, settings, choose_precision("fp32", CPU), narrowing=1.0)
         weights = [model.transformer.h[0].mlp.c_fc.weight, model.transformer.wte.weight]
         before = [w.detach().clone() for w in weights]
         list(loop.fit(state, settings, batches))
@@ -105,7 +105,9 @@ def test_the_rate_of_the_matrices_is_its_share_of_the_schedules(config) -> None:
 def test_a_training_learns_with_it(config, precision: str) -> None:
     model = GPT(SHAPE)
     initialize(model, config.init, torch.Generator().manual_seed(0))
-    state = training_step.start(model, config.train, choose_precision(precision, CPU))
+    state = training_step.start(
+        model, config.train, choose_precision(precision, CPU), narrowing=1.0
+    )
     losses = [report.loss for report in loop.fit(state, config.train, batches)]
     assert losses[0] - losses[-1] > 1
 

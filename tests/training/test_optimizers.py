@@ -45,7 +45,9 @@ def test_a_kernel_that_would_not_heed_the_scaler_is_not_given_its_steps(
     monkeypatch.setattr(optimizers, "SKIPPING", ())  # as if this device were like that
     config = make_config(train__steps=1, train__warmup_steps=0, train__max_skipped=2).train
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=8, vocab_rows=8))
-    state = training_step.start(model, config, choose_precision(precision, torch.device("cpu")))
+    state = training_step.start(
+        model, config, choose_precision(precision, torch.device("cpu")), narrowing=1.0
+    )
     assert state.optimizer.defaults["fused"] == (precision == "fp32")
     if precision == "fp16":
         model.transformer.ln_f.bias.register_hook(lambda g: torch.full_like(g, torch.inf))

@@ -37,7 +37,9 @@ def start(make_config):
     config = make_config(train__steps=30, train__warmup_steps=0, train__skip_spikes=5.0).train
 
     def started(name: str) -> training_step.TrainState:
-        return training_step.start(copy.deepcopy(model), config, choose_precision(name, CPU))
+        return training_step.start(
+            copy.deepcopy(model), config, choose_precision(name, CPU), narrowing=1.0
+        )
 
     return started
 
@@ -165,7 +167,9 @@ def test_a_batch_that_already_lies_on_the_device_is_trained_on_as_it_is(gpu, sta
     def losses(batches_of) -> list[float]:
         state = start("fp32")
         state.model.to(CUDA)
-        on_device = training_step.start(state.model, config, choose_precision("fp32", CUDA))
+        on_device = training_step.start(
+            state.model, config, choose_precision("fp32", CUDA), narrowing=1.0
+        )
         return [report.loss for report in loop.fit(on_device, config, batches_of)]
 
     config = replace(tiny.TRAIN, steps=4)

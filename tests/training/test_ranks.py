@@ -68,7 +68,9 @@ def fit(state: TrainState, config: Any, batches: Any) -> list[loop.StepReport]:
 
 
 def start(model: GPT, config, ranks: Ranks, name: str = "fp32") -> TrainState:
-    state = training_step.start(copy.deepcopy(model), config, choose_precision(name, CPU))
+    state = training_step.start(
+        copy.deepcopy(model), config, choose_precision(name, CPU), narrowing=1.0
+    )
     state.ranks = ranks
     return state
 

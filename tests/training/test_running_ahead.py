@@ -71,7 +71,9 @@ def start(make_config, device):
         settings |= {"train__fingerprint_every": 2} | changes
         config = make_config(**settings)
         mode = choose_precision(precision, device)
-        return training_step.start(copy.deepcopy(model).to(device), config.train, mode), config
+        return training_step.start(
+            copy.deepcopy(model).to(device), config.train, mode, narrowing=1.0
+        ), config
 
     return started
 

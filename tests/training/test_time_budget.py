@@ -88,7 +88,9 @@ def test_a_real_training_ends_with_its_budget_at_the_minimum_rate(make_config) -
     shape = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=97, vocab_rows=97)
     model = GPT(shape)
     initialize(model, make_config().init, torch.Generator().manual_seed(0))
-    state = training_step.start(model, config, choose_precision("fp32", torch.device("cpu")))
+    state = training_step.start(
+        model, config, choose_precision("fp32", torch.device("cpu")), narrowing=1.0
+    )
     ids = torch.randint(97, (1, 9))
     reports = list(
         loop.fit(
