@@ -144,7 +144,8 @@ def train(words: list[str], tokens: Any, validation: Any) -> Trained:
         settings, at = (small, step) if step < small_ones else (whole, step - more)
         return loop.micro_batches(tokens, settings, at)
 
-    state = training_step.start(model, schedule, precision)
+    narrowing = config.init.narrowing(config.model.n_embd)
+    state = training_step.start(model, schedule, precision, narrowing)
     borders.mark(model, documents_apart=whole.mask_documents)
     began = time.process_time()
     try:

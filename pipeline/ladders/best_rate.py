@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy import stats
 
 Losses = Mapping[float, Sequence[float]]  # by rate, of each seed in the same order, nats/token
 
@@ -64,7 +65,7 @@ class Verdict:
     def interval(self) -> float:
         """Half the width of the slope's interval, which the noise of seeds alone makes."""
         std = math.hypot(*(self._weights * [one.std for one in self.found]))
-        return student(self.freedom) * std if self.freedom else math.nan
+        return float(stats.t.ppf((1 + SURE) / 2, self.freedom)) * std if self.freedom else math.nan
 
     @property
     def moves(self) -> bool:
@@ -165,17 +166,3 @@ def vertex(x: Sequence[float], y: Sequence[float]) -> tuple[float, list[float]]:
         part * (total - own - 2 * place) / (2 * bend) for part, own in zip(parts, x, strict=True)
     ]
     return place, pull
-
-
-def student(freedom: int) -> float:
-    """What |t| stays below with a chance of SURE, to 1% from four degrees of freedom on.
-
-    Abramowitz and Stegun 1964, 26.7.5.
-    """
-    z = statistics.NormalDist().inv_cdf((1 + SURE) / 2)
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )

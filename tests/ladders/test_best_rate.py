@@ -7,9 +7,8 @@ import statistics
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from pipeline.ladders.best_rate import judge, student, vertex
+from pipeline.ladders.best_rate import judge, vertex
 
 WIDTHS, RATES = (32, 64, 128), [2.0**k for k in range(-11, -5)]
 
@@ -62,11 +61,6 @@ def test_of_widths_with_one_best_rate_one_in_twenty_seems_to_move() -> None:
     drawn = [judge(bowls(0, noise=0.004, seed=seed)) for seed in range(400)]
     assert {one.freedom for one in drawn} == {6}
     assert 0.02 < statistics.fmean(one.moves for one in drawn) < 0.09
-
-
-@pytest.mark.parametrize("freedom", [4, 6, 12, 40])
-def test_the_quantile_is_students(freedom: int) -> None:
-    assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=0.01)
 
 
 def test_a_rate_at_the_edge_is_no_number_and_gives_no_verdict() -> None:
