@@ -64,7 +64,7 @@ def rungs(steps: int = 0) -> tuple[Rung, list[Rung]]:
     fast = replace(fast, corpus=corpus, evaluate=base.evaluate)  # which does not run
     steps = steps or base.train.steps
     by = steps / base.train.steps
-    tenth = 4 * max(1, round(steps / 40))  # so that the cool-downs begin at few different states
+    tenth = 5 * max(1, round(steps / 50))  # so that few states are kept for the cool-downs
     lengths = [round(10 * part) * tenth for part in LENGTHS]
     every = math.gcd(*(plan.stable_steps(fast, length) for length in lengths[:-1]))
     long = rung(fast, by, lengths[-1], every)

@@ -79,6 +79,7 @@ MUON = {"train.optimizer": "muon"}
 GROWS = "grows"  # the share of the tokens that come in steps of a quarter of the size
 LEVERS: dict[str, Changes] = {
     "schedule wsd": {"train.schedule": "wsd", "train.min_lr": 0.0},
+    "schedule wsd, longer": {"train.schedule": "wsd", "train.min_lr": 0.0, "train.cooldown": 0.4},
     "schedule linear": {"train.schedule": "linear", "train.min_lr": 0.0},
     "zero projections": {"init.scheme": "zero_projections"},
     "documents apart": {"train.mask_documents": True},
