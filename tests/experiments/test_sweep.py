@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from configobj import ConfigObj
 
 from pipeline.__main__ import main as command
 from pipeline.compute import precision
@@ -133,6 +135,22 @@ def test_what_would_not_be_in_effect_on_this_machine_is_not_run(monkeypatch) -> 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="device=cuda: not available here"):
         plan(["device=cpu,cuda"])
+
+
+def test_a_cache_that_dvc_cannot_name_to_its_copies_is_refused_with_the_way_out(
+    monkeypatch,
+) -> None:
+    with pytest.raises(UnicodeEncodeError):  # as DVC writes it; else nothing need be refused
+        ConfigObj({"cache": {"dir": "/home/Jürgen/.dvc/cache"}}).write(io.BytesIO())
+    for home, refused in (("Jürgen", True), ("two words", False)):
+        cache = Path(f"/home/{home}/.dvc/cache")
+        monkeypatch.setattr(dvc_history, "cache_folder", lambda at=cache: at / "files" / "md5")
+        said = sweep.no_copies()
+        assert bool(said) == refused == (str(cache) in said)
+    assert plan(["train.lr=0.001,0.002"]).members
+    monkeypatch.setattr(dvc_history, "cache_folder", lambda: Path("/ü/.dvc/cache/files/md5"))
+    with pytest.raises(ConfigError, match="^/ü/.dvc/cache: DVC makes no .*`dvc cache dir --local"):
+        plan(["train.lr=0.001,0.002"])
 
 
 def test_every_sweep_that_the_documentation_shows_is_valid(monkeypatch, caplog) -> None:
