@@ -26,6 +26,9 @@ from pipeline.records import dvc_history, git, stage_graph
 
 log = logging.getLogger(__name__)
 
+# A text that Hydra takes as it stands: no number, and none of its own words.
+BARE = r"(?!(true|false|null|nan|inf)$)[a-z][\w./-]*"
+
 
 @dataclass(frozen=True)
 class Member:
@@ -212,7 +215,7 @@ def _plain(value: Any) -> str:
 def _quoted(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_quoted, value))}]"
-    if not isinstance(value, str):
+    if not isinstance(value, str) or re.fullmatch(BARE, value, re.ASCII | re.IGNORECASE):
         return _plain(value)
     # In quotes of Hydra's, a backslash is one of two only before a quote.
     doubled = re.sub(r"\\+(?='|$)", lambda found: found[0] * 2, value)

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -76,7 +77,23 @@ def test_names_follow_the_rules_of_git_and_dvc(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["fp32", True, 3e-05, 12, "a b, c", "it's", "C:\\new\\", "back\\'slash", "[x]", "a=b"]
+    "value",
+    [
+        *("fp32", True, 3e-05, 12, "a b, c", "it's", "C:\\new\\", "back\\'slash", "[x]", "a=b"),
+        *(
+            "data/forks/a.b-100-0e1f",
+            "1e5",
+            "nan",
+            "Inf",
+            "True",
+            "null",
+            "-1",
+            "/a",
+            "",
+            "a/",
+            "a.",
+        ),
+    ],
 )
 def test_changes_reach_dvc_as_they_were_checked(value: Any) -> None:
     from dvc.utils.hydra import to_hydra_overrides
@@ -84,6 +101,12 @@ def test_changes_reach_dvc_as_they_were_checked(value: Any) -> None:
     member = sweep.Member("name", {"corpus.path": value}, None)  # type: ignore[arg-type]
     (override,) = to_hydra_overrides(member.words())
     assert override.value() == value and not override.is_sweep_override()
+
+
+def test_the_line_for_dvcs_queue_has_no_more_quotes_than_it_needs() -> None:
+    changes = {"train.schedule": "wsd", "train.fork": "data/forks/long-100-8a8bf7b0"}
+    line = shlex.join(sweep.Member("h", changes, None).command("--queue"))  # type: ignore[arg-type]
+    assert line.endswith("-S train.schedule=wsd -S train.fork=data/forks/long-100-8a8bf7b0")
 
 
 @pytest.mark.parametrize(
