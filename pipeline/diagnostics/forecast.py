@@ -243,7 +243,8 @@ class Forecast:
 
     def _stays(self) -> str:
         each = self.needs.weights + self.needs.moments
-        return f"{self.staying:,} checkpoints stay to fork from: {size(self.staying * each)}"
+        what = f"{self.staying:,} checkpoints stay" if self.staying > 1 else "1 checkpoint stays"
+        return f"{what} to fork from: {size(self.staying * each)}"
 
     def proposal(self, most: int) -> tuple[str, int]:
         """Settings that fit, tokens/step the same, and the bytes then needed; "" where none do.

@@ -233,5 +233,6 @@ def test_the_forecast_of_a_fork_has_its_own_steps_and_checkpoints(
 
     assert "; 6 steps from step 6 on are 384 tokens, 1.00 epochs\n" in told()
     assert "\n2 checkpoints stay to fork from: " in told()  # that which it begins with, and 9
+    assert "\n1 checkpoint stays to fork from: " in told(train__steps=9)
     with pytest.raises(ConfigError, match="train.steps=6: expected more than 6"):
         told(train__steps=6)
