@@ -192,10 +192,11 @@ def spike(run: RunData) -> Finding | None:
     return Finding(
         "loss spike",
         f"The loss jumped at step {step:,} and "
-        + (f"recovered within {back:,} steps." if back else "never recovered."),
+        + (f"recovered within {_steps(back)}." if back else "never recovered."),
         f"{losses[step]:.3f} nats/token after a median of {usual:.3f} in {BEFORE_SPIKE} steps",
-        "a lower train.lr, train.beta2=0.95, a longer train.warmup_steps or a smaller "
-        "train.grad_clip",
+        "a lower train.lr, "
+        + ("train.beta2=0.95, " if run.params["train.beta2"] > 0.95 else "")
+        + "a longer train.warmup_steps or a smaller train.grad_clip",
     )
 
 
@@ -204,16 +205,23 @@ def gradient_spike(run: RunData) -> Finding | None:
     if not norm:
         return None
     skipped = step in {at for at, value in run.curves.get("train/skipped", []) if value}
-    of = f" --of {run.dvc_name}" if run.dvc_name else ""
+    of, every = run.dvc_name, run.params.get("checkpoint.keep_every", 0)
+    look = f"text --step {step}{f' --of {of}' if of else ''} for its text"
+    if every and step >= every:  # a state before it stays
+        look = f"explain {of or 'workspace'}@{step} for its text and the layer that grew"
     return Finding(
         "gradient spike",
         f"The gradient of step {step:,} was {norm / usual:,.0f} times as long as usual; "
         + ("the step was skipped." if skipped else "the step was made."),
         f"norm {norm:,.3g} after a median of {usual:,.3g} in {BEFORE_SPIKE} steps",
-        f"python -m pipeline text --step {step}{of} for its text"
+        f"python -m pipeline {look}"
         + ("" if skipped else f", train.skip_spikes={NORM_LEAP:g}")
         + ", a lower train.lr or a longer train.warmup_steps",
     )
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count:,} steps"
 
 
 def stuck(run: RunData) -> Finding | None:

@@ -381,6 +381,19 @@ def test_a_spike_of_another_run_names_it_where_its_text_is_to_be_read() -> None:
     found.records["train"][0]["name"] = "queued"
     (at_work,) = doctor.examine(found)
     assert "text --step 150 --of queued for" in at_work.advice
+    for every, told in ((100, "explain queued@150 for"), (151, "text --step 150 --of queued")):
+        found.records["train"][0]["params"]["checkpoint.keep_every"] = every
+        (kept,) = doctor.examine(found)  # with a state before it, or without one
+        assert f"python -m pipeline {told}" in kept.advice
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.99])
+def test_a_spike_is_told_in_words_that_fit_it(beta2: float) -> None:
+    losses = [5.0] * 80 + [9.0] + [5.0] * 19
+    found = run(changes={"train__beta2": beta2}, train__loss=losses)
+    (spike,) = (one for one in doctor.examine(found) if one.rule == "loss spike")
+    assert spike.verdict.endswith("recovered within 1 step.")
+    assert ("train.beta2=0.95" in spike.advice) == (beta2 > 0.95)
 
 
 def test_what_is_urgent_is_told_once() -> None:
