@@ -396,6 +396,19 @@ def test_a_spike_is_told_in_words_that_fit_it(beta2: float) -> None:
     assert ("train.beta2=0.95" in spike.advice) == (beta2 > 0.95)
 
 
+def test_one_spike_is_no_rate_too_high_and_a_skipped_one_is_told_once() -> None:
+    losses, leap = falling(100), [1.0] * 80 + [40.0] + [1.0] * 19
+    losses[80] += 20
+    assert named(run(train__loss=losses)) == {"loss spike"}
+    curves = {"train__loss": losses, "train__grad_norm": leap}
+    skipped = [float(step == 80) for step in range(100)]
+    assert named(run(**curves)) == {"loss spike", "gradient spike"}
+    assert named(run(**curves, train__skipped=skipped)) == {"gradient spike"}
+    for step in range(85, 100):  # and a rise that stays is none of a spike
+        losses[step] += 4
+    assert "learning rate too high" in named(run(train__loss=losses))
+
+
 def test_what_is_urgent_is_told_once() -> None:
     calm, wild = [5.0] * 100, [5.0] * 80 + [9.0] + [5.0] * 19
     rounds = doctor.Rounds()
