@@ -26,6 +26,7 @@ from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.loss import MAX_LOGIT_BYTES
 from pipeline.records.record_file import Record
 from pipeline.records.run_data import RunData
+from pipeline.resume import fork
 from pipeline.resume.checkpoints import staying
 from pipeline.tables import markdown
 from pipeline.training.time_budget import validation_seconds
@@ -205,6 +206,7 @@ class Forecast:
     corpus_tokens: int | None  # where known
     staying: int = 0  # checkpoints of checkpoint.keep_every
     ranks: Ranks = field(default_factory=Ranks)  # this process among all
+    before: int = 0  # steps that a fork has from its parent
 
     @property
     def share(self) -> tuple[int, int]:
@@ -222,24 +224,27 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """Lines for the terminal: what is to be trained, its memory, and what stays on the disk."""
-        c, n, own = self.config, self.needed, self.config.checkpoint_activations
-        tokens = c.steps * c.accumulate * c.batch_size * c.sequence_length
+        c, n, checkpointed = self.config, self.needed, self.config.checkpoint_activations
+        own = c.steps - self.before
+        tokens = own * c.accumulate * c.batch_size * c.sequence_length
+        what = f"{own:,} steps" + (f" from step {self.before:,} on" if self.before else "")
         epochs = f", {tokens / self.corpus_tokens:,.2f} epochs" if self.corpus_tokens else ""
         each = f" in each of {self.ranks.world} processes" if self.ranks.world > 1 else ""
         each += ", which share weights and moments" if self.needs.parts > 1 else ""
         return [
-            f"{self.needs.weights // 4:,} parameters; {c.steps:,} steps are {tokens:,} tokens"
-            f"{epochs}",
+            f"{self.needs.weights // 4:,} parameters; {what} are {tokens:,} tokens{epochs}",
             f"memory for micro-batches of {self.share[0]}{each}: {size(n.total)} (weights and "
             f"moments {size(n.weights + n.moments)}, activations {size(n.activations)}, output "
-            f"layer {size(n.head)}); free: {size(self.free)}, enough for {self.fits(own):,}, "
-            f"with {CHECKPOINT}={str(not own).lower()} for {self.fits(not own):,}",
+            f"layer {size(n.head)}); free: {size(self.free)}, enough for "
+            f"{self.fits(checkpointed):,}, with {CHECKPOINT}={str(not checkpointed).lower()} for "
+            f"{self.fits(not checkpointed):,}",
             *([self._stays()] if self.staying else []),
         ]
 
     def _stays(self) -> str:
         each = self.needs.weights + self.needs.moments
-        return f"{self.staying:,} checkpoints stay to fork from: {size(self.staying * each)}"
+        what = f"{self.staying:,} checkpoints stay" if self.staying > 1 else "1 checkpoint stays"
+        return f"{what} to fork from: {size(self.staying * each)}"
 
     def proposal(self, most: int) -> tuple[str, int]:
         """Settings that fit, tokens/step the same, and the bytes then needed; "" where none do.
@@ -293,15 +298,16 @@ def forecast(
     """What a process of a training needs, beside the bytes that are `free` for it: 0 for those of
     this machine now. `ranks` are those at work, None those that the settings ask for.
 
-    Raises ConfigError where so many cannot train so.
+    Raises ConfigError where so many cannot train so, and what `fork.start` does.
     """
     own = ranks or Ranks(0, processes(config), ordered=config.distributed.ordered)
     if own.world > 1:
         check(config, own.world)
     free = free or free_for_each(precision.device, own)
-    kept = staying(config.checkpoint, config.train)
+    before = fork.start(config).get("step", 0)
+    kept = staying(config.checkpoint, config.train, before)
     need = _needs(config, precision, own.world)
-    return Forecast(config.train, need, free, corpus_tokens, kept, own)
+    return Forecast(config.train, need, free, corpus_tokens, kept, own, before)
 
 
 def free_for_each(device: torch.device, ranks: Ranks) -> int:
@@ -393,9 +399,8 @@ def after_first_steps(
 
     A fork has made none of the steps `before`.
     """
-    own = replace(config, steps=config.steps - before)
-    record.metrics({"time/forecast_seconds": run_seconds(step_seconds, own)})
-    return time_words(step_seconds, own)
+    record.metrics({"time/forecast_seconds": run_seconds(step_seconds, config, before)})
+    return time_words(step_seconds, config, before)
 
 
 def table(config: Config, precisions: Iterable[Precision]) -> str:
@@ -407,32 +412,33 @@ def table(config: Config, precisions: Iterable[Precision]) -> str:
     return markdown(("micro-batch", *PRECISIONS), rows)
 
 
-def run_seconds(step_seconds: list[float], config: TrainConfig) -> float:
-    """Seconds of the whole training, validations included, at most train.time_budget."""
-    whole, budget = _seconds_of_all(step_seconds, config), 60 * config.time_budget
+def run_seconds(step_seconds: list[float], config: TrainConfig, before: int = 0) -> float:
+    """Seconds of the whole training, validations included, at most train.time_budget.
+
+    The steps `before` are a fork's parent's.
+    """
+    whole, budget = _seconds_of_all(step_seconds, config, before), 60 * config.time_budget
     return min(whole, budget) if budget else whole
 
 
-def _seconds_of_all(step_seconds: list[float], config: TrainConfig) -> float:
-    """Seconds of all steps and validations, whatever the time budget."""
+def _seconds_of_all(step_seconds: list[float], config: TrainConfig, before: int) -> float:
+    """Seconds of all steps and validations of its own, whatever the time budget."""
     step = statistics.median(step_seconds[WARM_UP_STEPS:] or step_seconds)
-    validations = -(-config.steps // config.val_every)
-    return config.steps * step + validations * validation_seconds(step, config)
+    validations = -(-config.steps // config.val_every) - before // config.val_every
+    return (config.steps - before) * step + validations * validation_seconds(step, config)
 
 
-def time_words(step_seconds: list[float], config: TrainConfig) -> str:
+def time_words(step_seconds: list[float], config: TrainConfig, before: int = 0) -> str:
     """ "5,000 steps need 9 h 10 min; in 1 h you reach step 545": how far a training gets."""
-    whole, budget = _seconds_of_all(step_seconds, config), 60 * config.time_budget
+    own = config.steps - before
+    whole, budget = _seconds_of_all(step_seconds, config, before), 60 * config.time_budget
     if budget and budget < whole:
-        reached, minutes = int(config.steps * budget / whole), config.time_budget
-        return (
-            f"about {reached:,} of {config.steps:,} steps fit into train.time_budget={minutes:g} "
-            "minutes"
-        )
-    words = f"{config.steps:,} steps need {duration(whole)}"
+        reached, minutes = int(own * budget / whole), config.time_budget
+        return f"about {reached:,} of {own:,} steps fit into train.time_budget={minutes:g} minutes"
+    words = f"{own:,} steps need {duration(whole)}"
     for seconds in (86400, 3600, 600, 60):
         if seconds < whole:
-            reached = int(config.steps * seconds / whole)
+            reached = before + int(own * seconds / whole)
             return f"{words}; in {duration(seconds)} you reach step {reached:,}"
     return words
 

@@ -138,7 +138,7 @@ def inputs(kept: Kept, changes: Sequence[str] = ()) -> tuple[Config, Tokens]:
     if tokens.sha256 != theirs:
         raise InputError(
             f"{tokens.path}: not the tokens that {kept.name} was trained on (SHA-256 "
-            f"{tokens.sha256[:12]}..., there {theirs[:12] or 'not known'}...)"
+            f"{tokens.sha256[:12]}..., there {theirs[:12] or 'not known'}...){_way_back(kept)}"
         )
     return config, tokens
 
@@ -196,11 +196,14 @@ def _first_model(kept: Kept, config: Config, scratch: Path) -> tuple[Path, tuple
         save_model(model, drawn := scratch / "init")
         same = tree_digest(drawn) == wanted
         return drawn, () if same else ("its first weights drawn again, not those of its digest",)
-    way = f"; `dvc exp apply {kept.name}` brings them back" if kept.rev else ""
     raise InputError(
         f"{kept.name}: the weights that it began with, init.hf_model={config.init.hf_model}, are "
-        f"neither in {paths.INIT} nor in DVC's cache{way}"
+        f"neither in {paths.INIT} nor in DVC's cache{_way_back(kept)}"
     )
+
+
+def _way_back(kept: Kept) -> str:
+    return f"; `dvc exp apply {kept.name}` brings them back" if kept.rev else ""
 
 
 # --- one process in the place of several

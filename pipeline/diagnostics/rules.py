@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -185,17 +185,17 @@ def dead_scaler(run: RunData) -> Finding | None:
 def spike(run: RunData) -> Finding | None:
     step, _, usual = largest_jump(run)
     losses = run.values("train/loss")
-    if not usual:
+    if not usual or step in _skipped(run):  # its gradient's spike is told
         return None
-    later = losses[step + 1 :]
-    back = next((n for n, loss in enumerate(later, 1) if loss < usual + SPIKE / 2), None)
+    back = _back(losses, step, usual)
     return Finding(
         "loss spike",
         f"The loss jumped at step {step:,} and "
-        + (f"recovered within {back:,} steps." if back else "never recovered."),
+        + (f"recovered within {_steps(back)}." if back else "never recovered."),
         f"{losses[step]:.3f} nats/token after a median of {usual:.3f} in {BEFORE_SPIKE} steps",
-        "a lower train.lr, train.beta2=0.95, a longer train.warmup_steps or a smaller "
-        "train.grad_clip",
+        "a lower train.lr, "
+        + ("train.beta2=0.95, " if run.params["train.beta2"] > 0.95 else "")
+        + "a longer train.warmup_steps or a smaller train.grad_clip",
     )
 
 
@@ -203,17 +203,34 @@ def gradient_spike(run: RunData) -> Finding | None:
     step, norm, usual = largest_leap(run)
     if not norm:
         return None
-    skipped = step in {at for at, value in run.curves.get("train/skipped", []) if value}
-    of = f" --of {run.dvc_name}" if run.dvc_name else ""
+    skipped = step in _skipped(run)
+    of, every = run.dvc_name, run.params.get("checkpoint.keep_every", 0)
+    look = f"text --step {step}{f' --of {of}' if of else ''} for its text"
+    if every and step >= every:  # a state before it stays
+        look = f"explain {of or 'workspace'}@{step} for its text and the layer that grew"
     return Finding(
         "gradient spike",
         f"The gradient of step {step:,} was {norm / usual:,.0f} times as long as usual; "
         + ("the step was skipped." if skipped else "the step was made."),
         f"norm {norm:,.3g} after a median of {usual:,.3g} in {BEFORE_SPIKE} steps",
-        f"python -m pipeline text --step {step}{of} for its text"
+        f"python -m pipeline {look}"
         + ("" if skipped else f", train.skip_spikes={NORM_LEAP:g}")
         + ", a lower train.lr or a longer train.warmup_steps",
     )
+
+
+def _back(losses: Sequence[float], step: int, usual: float) -> int | None:
+    """How many steps after a jump the loss was back; None where it never was."""
+    later = losses[step + 1 :]
+    return next((n for n, loss in enumerate(later, 1) if loss < usual + SPIKE / 2), None)
+
+
+def _skipped(run: RunData) -> set[int]:
+    return {step for step, value in run.curves.get("train/skipped", []) if value}
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count:,} steps"
 
 
 def stuck(run: RunData) -> Finding | None:
@@ -266,7 +283,10 @@ def overfitting(run: RunData) -> Finding | None:
 
 
 def rate_too_high(run: RunData) -> Finding | None:
-    raw, ratios = run.values("train/loss"), run.values("train/update_ratio")
+    raw, ratios = list(run.values("train/loss")), run.values("train/update_ratio")
+    step, _, usual = largest_jump(run)
+    if usual and (back := _back(raw, step, usual) or FEW) < FEW:  # a spike, told as such, no trend
+        raw[step : step + back] = [usual] * back
     losses = smoothed(raw)
     if len(losses) < 2 * FEW:
         return None

@@ -192,7 +192,8 @@ def _documents(again: replay.Replay, step: int, losses: Sequence[float]) -> str:
         return "No sequence of it has a loss that is a number."
     usual = statistics.median(losses[n] for n in known)
     worst = sorted(known, key=lambda n: -losses[n])[:SHOWN]
-    lines = [f"Its {len(losses):,} sequences, loss {usual:.3f} in the median; the largest losses:"]
+    many = f"Its {len(losses):,} sequences, loss {usual:.3f} in the median; the largest losses:"
+    lines = [many if len(losses) > 1 else "Its one sequence, and its loss:"]
     for n in worst:
         said = token_spans.text(again.tokens, *spans[n]).partition("\n")[2]
         shown = terminal.line(cut(" ".join(said.split()), EXCERPT))
@@ -201,7 +202,8 @@ def _documents(again: replay.Replay, step: int, losses: Sequence[float]) -> str:
             f"    {shown}",
         ]
     begin, end = spans[worst[0]]
-    lines.append(f"`python -m pipeline text {begin}-{end}` has all of the first.")
+    of = "of the first" if len(worst) > 1 else "of it"
+    lines.append(f"`python -m pipeline text {begin}-{end}` has all {of}.")
     return "\n".join(lines)
 
 

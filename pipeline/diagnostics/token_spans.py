@@ -202,9 +202,11 @@ def of_run(step: int, name: str | None) -> str:
         config = replace(config, **{key: run.params[f"train.{key}"] for key in deciding})
         whose = f"of {name or WORKSPACE}"
         if (theirs := run.tags.get("digest.train", "")) != tokens.sha256:
+            way = f"; `dvc exp apply {run.name}` brings them back" if run.rev else ""
             raise InputError(
                 f"{tokens.path}: not the tokens that {name or WORKSPACE} was trained on (SHA-256 "
-                f"{tokens.sha256[:SHA_DIGITS]}..., there {theirs[:SHA_DIGITS] or 'not known'}...)"
+                f"{tokens.sha256[:SHA_DIGITS]}..., there "
+                f"{theirs[:SHA_DIGITS] or 'not known'}...){way}"
             )
     check_length(tokens, config.sequence_length)
     lines = _lines(tokens, _by_micro_batch(tokens, config, step))

@@ -22,9 +22,12 @@ from pipeline.config import Config, flatten, load
 from pipeline.errors import ConfigError, InputError, together
 from pipeline.experiments import comparison, screen, trainings
 from pipeline.experiments.comparison import SEED
-from pipeline.records import git, stage_graph
+from pipeline.records import dvc_history, git, stage_graph
 
 log = logging.getLogger(__name__)
+
+# A text that Hydra takes as it stands: no number, and none of its own words.
+BARE = r"(?!(true|false|null|nan|inf)$)[a-z][\w./-]*"
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def noting(problems: list[str]) -> Iterator[None]:
 
 
 def machine_problems(config: Config) -> list[str]:
-    """What is asked for and would not be in effect here: its figures would be another's."""
+    """What is asked for and would not be in effect here, or what stops any experiment in a copy."""
     from pipeline.compute import precision, runtime
     from pipeline.training import compiling  # torch, only once the settings are right
 
@@ -162,7 +165,19 @@ def machine_problems(config: Config) -> list[str]:
         problems.append(f"precision={chosen.asked}: not in effect here, {chosen.reason}")
     if config.train.compile and (reason := compiling.why_not_compile(chosen)):
         problems.append(f"train.compile=true: not in effect here, {reason}")
-    return problems
+    return problems + list(filter(None, [no_copies()]))
+
+
+def no_copies() -> str:
+    """Why DVC cannot make temporary workspaces here; "" where it can."""
+    cache = dvc_history.cache_folder().parents[1]
+    if str(cache).isascii():
+        return ""
+    return (
+        f"{cache}: DVC makes no temporary workspace where the path of its cache has letters beyond "
+        "ASCII. Move the repository, or the cache alone: say `dvc cache dir --local FOLDER`, and "
+        "move what is in the old one there"
+    )
 
 
 def check_different(choices: Sequence[dict[str, str]], configs: Sequence[Config]) -> None:
@@ -200,7 +215,7 @@ def _plain(value: Any) -> str:
 def _quoted(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_quoted, value))}]"
-    if not isinstance(value, str):
+    if not isinstance(value, str) or re.fullmatch(BARE, value, re.ASCII | re.IGNORECASE):
         return _plain(value)
     # In quotes of Hydra's, a backslash is one of two only before a quote.
     doubled = re.sub(r"\\+(?='|$)", lambda found: found[0] * 2, value)

@@ -87,12 +87,13 @@ def thin(points: Points) -> Points:
     return kept
 
 
-def smooth(points: Points) -> Points:
+def smooth(points: Points, steps: int = 0) -> Points:
     """A moving mean over a twentieth of the steps, at some 200 of them; a short curve as it is.
 
-    At the beginning, where a loss falls fast, over fewer. What is not finite is left out.
+    Of a curve that has so many `steps`, if that is said. At the beginning, where a loss falls
+    fast, over fewer. What is not finite is left out.
     """
-    most, found = len(points) // 40, []
+    most, found = max(len(points), steps) // 40, []
     for at in range(0, len(points), max(1, len(points) // 200)):
         near = points[max(0, at - most) : at + min(most, at) + 1]
         finite = [y for _, y in near if math.isfinite(y)]
@@ -100,9 +101,24 @@ def smooth(points: Points) -> Points:
     return found
 
 
+def relatives_steps(runs: Sequence[Experiment]) -> list[int]:
+    """For each run the most steps of those here that are of one tree of forks with it.
+
+    Smoothed as that one, its curve is its parent's where the steps are.
+    """
+    trained = [run.records["train"][0]["id"] if "train" in run.records else "" for run in runs]
+    roots = [
+        run.lineage[0]["record"] if run.lineage else own
+        for run, own in zip(runs, trained, strict=True)
+    ]
+    steps = [len(run.curves.get("train/loss", [])) for run in runs]
+    return [max(n for n, of in zip(steps, roots, strict=True) if of == own) for own in roots]
+
+
 def charts(runs: Sequence[tuple[Experiment, Style]]) -> list[Picture]:
     """What training recorded by step, as far as it is there; of several runs over one another."""
     pictures, alone = [], len(runs) == 1
+    steps = relatives_steps([run for run, _ in runs])
     for title, key, unit, base, noisy in CURVES:
         lines = [(n, run, style) for n, (run, style) in enumerate(runs) if _has(run, key)]
         if not lines or (alone and key == "train/val_loss"):  # it is with the training loss
@@ -115,7 +131,7 @@ def charts(runs: Sequence[tuple[Experiment, Style]]) -> list[Picture]:
                 below = {"gid": f"raw{n}", "label": name if alone else "_"}
                 _line(axis, points, **line | below | {"linestyle": "-", "lw": 0.8, "alpha": 0.35})
                 line |= {"label": "smoothed"} if alone else {}
-            _line(axis, smooth(points) if noisy else points, **line)
+            _line(axis, smooth(points, steps[n]) if noisy else points, **line)
         if alone:
             _mark(axis, runs[0][0], key)
         said = "; ".join(f"{run.name} {_range(run.curves[key])}" for _, run, _ in lines)

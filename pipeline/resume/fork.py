@@ -195,25 +195,35 @@ def _narrowing(optimizer: Mapping[str, Any]) -> float:
     return float(by_mup[0]) if by_mup and optimizer["kind"] == "AdamW" else 1.0
 
 
-def begin(run: run_folder.Run, config: Config) -> str:
-    """Give a fork's run its state and its parents' points, once; what a person is told, if any.
+def start(config: Config) -> Mapping[str, Any]:
+    """The facts of the state that a training begins with; none where it is no fork.
 
-    What follows is a training that resumes. Raises ConfigError where the settings do not fit the
-    state, InputError where that is not whole.
+    Raises ConfigError where the settings do not fit that state, InputError where it is none.
     """
     source = Path(config.train.fork)
     if config.train.fork == UNSET_PATH:
-        return ""
+        return {}
     try:
         facts = read_facts(source)
         if said := problem(config, facts):
             raise ConfigError(said)
-        parent = facts["lineage"][-1]
+        facts["lineage"][-1]["step"]
     except (KeyError, TypeError, AttributeError, IndexError):
         raise InputError(f"train.fork={source}: not a state that `fork` wrote") from None
-    if any(run.folder.glob("checkpoints/step-*")):
+    return facts
+
+
+def begin(run: run_folder.Run, config: Config) -> str:
+    """Give a fork's run its state and its parents' points, once; what a person is told, if any.
+
+    What follows is a training that resumes. Raises what `start` does, and InputError where the
+    state is not whole.
+    """
+    facts, source = start(config), Path(config.train.fork)
+    if not facts or any(run.folder.glob("checkpoints/step-*")):
         return ""
     check(source)
+    parent = facts["lineage"][-1]
     of = f"{parent['name']}@{parent['step']}"
     tags = {"fork": of, "fork.lineage": json.dumps(facts["lineage"])}
     head = [start_event("train", config), {"kind": "tags", "values": tags}]

@@ -381,6 +381,32 @@ def test_a_spike_of_another_run_names_it_where_its_text_is_to_be_read() -> None:
     found.records["train"][0]["name"] = "queued"
     (at_work,) = doctor.examine(found)
     assert "text --step 150 --of queued for" in at_work.advice
+    for every, told in ((100, "explain queued@150 for"), (151, "text --step 150 --of queued")):
+        found.records["train"][0]["params"]["checkpoint.keep_every"] = every
+        (kept,) = doctor.examine(found)  # with a state before it, or without one
+        assert f"python -m pipeline {told}" in kept.advice
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.99])
+def test_a_spike_is_told_in_words_that_fit_it(beta2: float) -> None:
+    losses = [5.0] * 80 + [9.0] + [5.0] * 19
+    found = run(changes={"train__beta2": beta2}, train__loss=losses)
+    (spike,) = (one for one in doctor.examine(found) if one.rule == "loss spike")
+    assert spike.verdict.endswith("recovered within 1 step.")
+    assert ("train.beta2=0.95" in spike.advice) == (beta2 > 0.95)
+
+
+def test_one_spike_is_no_rate_too_high_and_a_skipped_one_is_told_once() -> None:
+    losses, leap = falling(100), [1.0] * 80 + [40.0] + [1.0] * 19
+    losses[80] += 20
+    assert named(run(train__loss=losses)) == {"loss spike"}
+    curves = {"train__loss": losses, "train__grad_norm": leap}
+    skipped = [float(step == 80) for step in range(100)]
+    assert named(run(**curves)) == {"loss spike", "gradient spike"}
+    assert named(run(**curves, train__skipped=skipped)) == {"gradient spike"}
+    for step in range(85, 100):  # and a rise that stays is none of a spike
+        losses[step] += 4
+    assert "learning rate too high" in named(run(train__loss=losses))
 
 
 def test_what_is_urgent_is_told_once() -> None:

@@ -412,6 +412,17 @@ def test_the_time_is_foretold_once_some_steps_are_measured(make_config) -> None:
     assert said == "200 steps need 20 min; in 10 min you reach step 99"
 
 
+def test_a_fork_is_foretold_its_own_steps_and_counts_from_its_parents(make_config) -> None:
+    settings = {"train__steps": 500, "train__val_every": 100, "train__val_tokens": 153_600}
+    record, config = Kept(), make_config(**settings).train
+    # 150 steps of a second, and validations after 400 and 500: as long as 100 steps each.
+    said = forecast.after_first_steps([1.0] * 8, config, record, before=350)
+    assert record.values["time/forecast_seconds"] == pytest.approx(350)
+    assert said == "150 steps need 5 min 50 s; in 1 min you reach step 375"
+    short = replace(config, time_budget=2)
+    assert "about 51 of 150 steps" in forecast.time_words([1.0] * 8, short, 350)
+
+
 def test_the_command_shows_every_precision_and_trains_nothing(tmp_path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", "forecast"], cwd=ROOT, capture_output=True, text=True

@@ -95,3 +95,14 @@ def test_imported_weights_that_are_gone_are_brought_back_by_dvc_where_it_has_the
     monkeypatch.setattr(replay.dvc_history, "copy_of", lambda *_: None)
     with pytest.raises(InputError, match="cache; `dvc exp apply a` brings them back$"):
         elsewhere(replace(trained, rev="abc"))
+
+
+def test_other_tokens_are_refused_with_the_line_that_brings_back_those_of_an_experiment(
+    trained: fork.Kept,
+) -> None:
+    tag = {"kind": "tags", "values": {"digest.train": "d" * 64}}
+    other = replace(trained, record=Log([*trained.record, tag]))
+    with pytest.raises(InputError, match=r"trained on .*, there d{12}\.\.\.\)$"):
+        elsewhere(other)
+    with pytest.raises(InputError, match=r"\.\.\.\); `dvc exp apply a` brings them back$"):
+        elsewhere(replace(other, rev="abc"))

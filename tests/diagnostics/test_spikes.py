@@ -76,6 +76,8 @@ def test_a_spike_is_replayed_to_the_bit_and_its_text_and_ways_are_told(
     assert f"step {step:,}: loss" in opening and "equal to the record" in opening
     assert "NOT" not in opening
     assert f"document {MAD} of" in documents.splitlines()[1]
+    assert documents.startswith("Its one sequence, and its loss:\n")
+    assert documents.endswith("` has all of it.")
     assert [way.name for way in ways] == ["as it was", "skip", "lower rate"]
     as_it_was, skip, lower = table.splitlines()[4:]
     assert "made" in as_it_was and "skipped" in skip and "made" in lower

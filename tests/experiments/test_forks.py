@@ -59,8 +59,13 @@ def test_what_names_no_state_is_refused(text: str) -> None:
 
 
 def test_a_list_of_texts_reaches_dvc_in_hydras_grammar(make_config) -> None:
-    member = sweep.Member("n", {"sample.prompts": ["a, 'b'", "c"]}, make_config())
-    assert member.words() == [r"sample.prompts=['a, \'b\'','c']"]
+    from dvc.utils.hydra import to_hydra_overrides
+
+    texts = ["a, 'b'", "c", "null"]
+    member = sweep.Member("n", {"sample.prompts": texts}, make_config())
+    assert member.words() == [r"sample.prompts=['a, \'b\'',c,'null']"]
+    (override,) = to_hydra_overrides(member.words())
+    assert override.value() == texts
 
 
 def test_a_rows_note_names_and_links_the_parent() -> None:

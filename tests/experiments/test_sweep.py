@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from configobj import ConfigObj
 
 from pipeline.__main__ import main as command
 from pipeline.compute import precision
@@ -74,7 +77,23 @@ def test_names_follow_the_rules_of_git_and_dvc(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["fp32", True, 3e-05, 12, "a b, c", "it's", "C:\\new\\", "back\\'slash", "[x]", "a=b"]
+    "value",
+    [
+        *("fp32", True, 3e-05, 12, "a b, c", "it's", "C:\\new\\", "back\\'slash", "[x]", "a=b"),
+        *(
+            "data/forks/a.b-100-0e1f",
+            "1e5",
+            "nan",
+            "Inf",
+            "True",
+            "null",
+            "-1",
+            "/a",
+            "",
+            "a/",
+            "a.",
+        ),
+    ],
 )
 def test_changes_reach_dvc_as_they_were_checked(value: Any) -> None:
     from dvc.utils.hydra import to_hydra_overrides
@@ -82,6 +101,12 @@ def test_changes_reach_dvc_as_they_were_checked(value: Any) -> None:
     member = sweep.Member("name", {"corpus.path": value}, None)  # type: ignore[arg-type]
     (override,) = to_hydra_overrides(member.words())
     assert override.value() == value and not override.is_sweep_override()
+
+
+def test_the_line_for_dvcs_queue_has_no_more_quotes_than_it_needs() -> None:
+    changes = {"train.schedule": "wsd", "train.fork": "data/forks/long-100-8a8bf7b0"}
+    line = shlex.join(sweep.Member("h", changes, None).command("--queue"))  # type: ignore[arg-type]
+    assert line.endswith("-S train.schedule=wsd -S train.fork=data/forks/long-100-8a8bf7b0")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +158,22 @@ def test_what_would_not_be_in_effect_on_this_machine_is_not_run(monkeypatch) -> 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="device=cuda: not available here"):
         plan(["device=cpu,cuda"])
+
+
+def test_a_cache_that_dvc_cannot_name_to_its_copies_is_refused_with_the_way_out(
+    monkeypatch,
+) -> None:
+    with pytest.raises(UnicodeEncodeError):  # as DVC writes it; else nothing need be refused
+        ConfigObj({"cache": {"dir": "/home/Jürgen/.dvc/cache"}}).write(io.BytesIO())
+    for home, refused in (("Jürgen", True), ("two words", False)):
+        cache = Path(f"/home/{home}/.dvc/cache")
+        monkeypatch.setattr(dvc_history, "cache_folder", lambda at=cache: at / "files" / "md5")
+        said = sweep.no_copies()
+        assert bool(said) == refused == (str(cache) in said)
+    assert plan(["train.lr=0.001,0.002"]).members
+    monkeypatch.setattr(dvc_history, "cache_folder", lambda: Path("/ü/.dvc/cache/files/md5"))
+    with pytest.raises(ConfigError, match="^/ü/.dvc/cache: DVC makes no .*`dvc cache dir --local"):
+        plan(["train.lr=0.001,0.002"])
 
 
 def test_every_sweep_that_the_documentation_shows_is_valid(monkeypatch, caplog) -> None:

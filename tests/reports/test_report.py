@@ -584,3 +584,23 @@ def test_no_value_of_a_metric_stops_a_page_or_a_comparison(value: float | None) 
         one = Experiment("odd", "x", found)
         assert run_page.RunPage(one, Path(), {}, draw=False).name == "odd"
         run_of(one)
+
+
+def test_the_smoothed_curves_of_a_fork_and_its_parent_coincide_where_the_steps_are_shared() -> None:
+    def trained(name: str, own: str, steps: int, *lineage: dict[str, Any]) -> Experiment:
+        head = {"kind": "start", "stage": "train", "id": own * 32, "time": 1, "params": {}}
+        tags = {"kind": "tags", "values": {"fork.lineage": json.dumps(lineage)}}
+        losses = [
+            {"kind": "metrics", "step": n, "values": {"train/loss": math.sin(n)}}
+            for n in range(steps)
+        ]
+        return Experiment(name, "", {"train": [head, tags, *losses]})
+
+    long, alone = trained("long", "a", 600), trained("alone", "c", 90)
+    fork = trained("h125", "b", 125, {"name": "long", "step": 100, "record": "a" * 32})
+    assert curves.relatives_steps([fork, long, alone]) == [600, 600, 90]
+    whole = dict(curves.smooth(long.curves["train/loss"]))
+    part = dict(curves.smooth(fork.curves["train/loss"], 600))
+    shared = [step for step in part if step in whole and step < 100]
+    assert len(shared) > 20 and all(part[step] == whole[step] for step in shared)
+    assert dict(curves.smooth(fork.curves["train/loss"]))[60] != whole[60]

@@ -12,9 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline import config as configuration
 from pipeline import paths
+from pipeline.compute import precision
+from pipeline.diagnostics import forecast
 from pipeline.errors import ConfigError, InputError
 from pipeline.records import record_file
 from pipeline.records.run_data import Log, RunData
@@ -215,3 +218,21 @@ def test_of_two_trainings_of_a_name_the_newest_is_meant(
     monkeypatch.setattr(fork, "_of_folder", lambda name, _: [found.pop()])
     monkeypatch.setattr(fork.dvc_history, "experiments", lambda _: [])
     assert fork.find("workspace").record[0]["time"] == 2
+
+
+def test_the_forecast_of_a_fork_has_its_own_steps_and_checkpoints(
+    workspace: Path,  # noqa: F811
+    settings: Make,  # noqa: F811
+) -> None:
+    place = forked(parent(settings), 6)
+    mode = precision.choose_precision("fp32", torch.device("cpu"))
+
+    def told(**changes: Any) -> str:
+        config = settings(train__fork=place, checkpoint__keep_every=3, **changes)
+        return "\n".join(forecast.forecast(config, mode, corpus_tokens=384).lines())
+
+    assert "; 6 steps from step 6 on are 384 tokens, 1.00 epochs\n" in told()
+    assert "\n2 checkpoints stay to fork from: " in told()  # that which it begins with, and 9
+    assert "\n1 checkpoint stays to fork from: " in told(train__steps=9)
+    with pytest.raises(ConfigError, match="train.steps=6: expected more than 6"):
+        told(train__steps=6)
