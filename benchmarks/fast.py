@@ -96,8 +96,8 @@ def verdict(base: Done, fast: Sequence[Done]) -> str:
     if math.isinf(share):
         return f"{said} More than {ends[-1][0]:.2f} of the steps are needed: the claim was wrong."
     least = "at most " if share == ends[0][0] else ""
-    right = CLAIM.low < share <= CLAIM.high  # at most the first length is below the band
-    where = "inside the band" if right else "outside the band: the claim was wrong"
+    right = CLAIM.low <= share <= CLAIM.high and not least
+    where = "inside the band" if right else "not inside the band: the claim was wrong"
     return f"{said} The share is {least}{share:.2f}, claimed were {CLAIM.words()}: {where}."
 
 

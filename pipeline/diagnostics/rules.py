@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -101,15 +101,19 @@ def largest_leap(run: RunData) -> tuple[int, float, float]:
     return worst
 
 
-def largest_jump(run: RunData) -> tuple[int, float, float]:
-    """(step, loss, usual loss) of the largest jump of the loss; zeros where none stands out."""
+def largest_jump(run: RunData, but: Container[int] = ()) -> tuple[int, float, float]:
+    """(step, loss, usual loss) of the largest jump of the loss; zeros where none stands out.
+
+    The steps in `but` are no jumps.
+    """
     losses, worst = run.values("train/loss"), (0.0, 0, 0.0)
     for step in range(max(BEFORE_SPIKE, run.params["train.warmup_steps"]), len(losses)):
         before = losses[step - BEFORE_SPIKE : step]
         usual = statistics.median(before)
         above = losses[step] - usual
         # In this order: the deviation is exact and slow, and few steps come as far.
-        if above > max(SPIKE, worst[0]) and above > SPIKE_NOISE * statistics.stdev(before):
+        high = above > max(SPIKE, worst[0]) and step not in but
+        if high and above > SPIKE_NOISE * statistics.stdev(before):
             worst = above, step, usual
     above, step, usual = worst
     return (step, losses[step], usual) if above else (0, 0.0, 0.0)
@@ -183,9 +187,9 @@ def dead_scaler(run: RunData) -> Finding | None:
 
 
 def spike(run: RunData) -> Finding | None:
-    step, _, usual = largest_jump(run)
+    step, _, usual = largest_jump(run, _skipped_spikes(run))  # which are told by their gradient
     losses = run.values("train/loss")
-    if not usual or step in _skipped(run):  # its gradient's spike is told
+    if not usual:
         return None
     back = _back(losses, step, usual)
     return Finding(
@@ -203,10 +207,11 @@ def gradient_spike(run: RunData) -> Finding | None:
     step, norm, usual = largest_leap(run)
     if not norm:
         return None
-    skipped = step in _skipped(run)
+    skipped = step in _skipped_spikes(run)
     of, every = run.dvc_name, run.params.get("checkpoint.keep_every", 0)
     look = f"text --step {step}{f' --of {of}' if of else ''} for its text"
-    if every and step >= every:  # a state before it stays
+    begins = run.lineage[-1]["step"] if run.lineage else 0
+    if every and step // every * every >= max(begins, 1):  # a state before it stays
         look = f"explain {of or 'workspace'}@{step} for its text and the layer that grew"
     return Finding(
         "gradient spike",
@@ -225,8 +230,10 @@ def _back(losses: Sequence[float], step: int, usual: float) -> int | None:
     return next((n for n, loss in enumerate(later, 1) if loss < usual + SPIKE / 2), None)
 
 
-def _skipped(run: RunData) -> set[int]:
-    return {step for step, value in run.curves.get("train/skipped", []) if value}
+def _skipped_spikes(run: RunData) -> set[int]:
+    """The steps skipped for their gradient norm; an overflow's is no number, and not recorded."""
+    norms = {step for step, _ in run.curves.get("train/grad_norm", [])}
+    return norms & {step for step, value in run.curves.get("train/skipped", []) if value}
 
 
 def _steps(count: int) -> str:

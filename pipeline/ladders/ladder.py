@@ -105,22 +105,29 @@ def trained() -> list[Trained]:
         if one.records.get(STAGE) and one.records[STAGE][-1].get("status") == "FINISHED"
     ]
     locks = git.contents("dvc.lock", [one.rev for one in ended if one.rev])
-    here = paths.root() / "dvc.lock"
-    locks[""] = here.read_bytes() if here.exists() else b""
+    if any(not one.rev for one in ended) and STAGE in dvc_history.fitting(paths.root()):
+        locks[""] = (paths.root() / "dvc.lock").read_bytes()
     return [Trained(one, _locked_code(locks.get(one.rev, b""))) for one in ended]
 
 
 def _locked_code(lock: bytes) -> str:
-    paths_ = stage_graph.code_paths(STAGE)
-    code = {n: md5 for n, md5 in stage_graph.locked_deps(lock, STAGE).items() if n in paths_}
+    """As `code_here` of the files that a dvc.lock has; "" where its training had other tokens."""
+    if STAGE not in stage_graph.fitting(lock):
+        return ""
+    names = stage_graph.code_paths(STAGE)
+    code = {n: md5 for n, md5 in stage_graph.locked_deps(lock, STAGE).items() if n in names}
     before = [stage_graph.locked_deps(lock, one) for one in stage_graph.upstream(STAGE)]
-    made = stage_graph.locked(lock).keys() | paths_
-    return _digest(code, (md5 for deps in before for n, md5 in deps.items() if n not in made))
+    made = stage_graph.locked(lock).keys() | names
+    return _digest(code, {n: md5 for deps in before for n, md5 in deps.items() if n not in made})
 
 
-def _digest(code: Mapping[str, str], own: Iterable[str]) -> str:
-    """Of the code by path, and of the user's own files by content: they may lie anywhere."""
-    return digest_of([code, sorted(set(own))])
+def _digest(code: Mapping[str, str], own: Mapping[str, str]) -> str:
+    """Of the code by path, and of the user's own files by content: they may lie anywhere.
+
+    A single file has its name as well, which decides the split.
+    """
+    alone = {md5 if md5.endswith(".dir") else f"{Path(n).name} {md5}" for n, md5 in own.items()}
+    return digest_of([code, sorted(alone)])
 
 
 def code_here(config: Config) -> str:
@@ -129,8 +136,8 @@ def code_here(config: Config) -> str:
     As of `Trained`. Not the record's: after an edit of a later stage DVC gives the same training
     from its cache. The corpus is told by content: the same path may hold another one tomorrow.
     """
-    own = [paths.root() / name for name in stage_graph.own_files(STAGE, flatten(config))]
-    return _digest(_code_here(), (_md5(path, _stamp(path)) for path in own))
+    own = {name: paths.root() / name for name in stage_graph.own_files(STAGE, flatten(config))}
+    return _digest(_code_here(), {name: _md5(path, _stamp(path)) for name, path in own.items()})
 
 
 @functools.cache
@@ -409,7 +416,11 @@ def _unfinished() -> Iterator[tuple[run_folder.Left, Event]]:
     for left in run_folder.every():
         journal = left.folder / run_folder.JOURNAL
         if left.identity.get("stage") == STAGE and journal.exists():
-            begun = record_reader.ends(journal, STAGE, whole=False)
+            try:
+                begun = record_reader.ends(journal, STAGE, whole=False)
+            except (InputError, OSError) as error:  # the latter of one that has just ended
+                log.warning("%s: %s; left out", journal, error)
+                continue
             yield from ((left, head) for head in begun[:1])
 
 

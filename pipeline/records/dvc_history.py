@@ -96,12 +96,15 @@ def of_workspace(
             continue
         if max(event["time"] for event in part.of_kind("start", "resume")) >= newest:
             here[stage] = part
-    chain = _of_one_chain(WORKSPACE, here, lambda: _fitting(root))
+    chain = _of_one_chain(WORKSPACE, here, lambda: fitting(root))
     return Experiment(WORKSPACE, "", chain, unreadable)
 
 
-def _fitting(root: Path) -> set[str]:
-    """The stages of the workspace whose records are those that its dvc.lock vouches for."""
+def fitting(root: Path) -> set[str]:
+    """The stages of the workspace whose records are those that its dvc.lock vouches for.
+
+    `stage_graph.fitting` says what a lock vouches for.
+    """
     try:
         text = (root / "dvc.lock").read_bytes()
     except OSError:
@@ -126,27 +129,35 @@ def _of_one_chain(
     `dvc repro train`, or a training that fails, leaves the evaluation of the model before.
     `fitting` gives the stages that DVC vouches for; it is asked where the settings differ.
     """
-    kept = {
-        stage: record
-        for stage, record in found.items()
-        if all(_builds_on(record, found[u]) for u in stage_graph.upstream(stage) if u in found)
-    }
-    if former := found.keys() - kept.keys():
-        former -= fitting()
-        kept = {stage: record for stage, record in found.items() if stage not in former}
+
+    def of_this(stage: str, vouched: bool = False) -> bool:
+        above = (found[one] for one in stage_graph.upstream(stage) if one in found)
+        return all(_builds_on(found[stage], one, vouched) for one in above)
+
+    former = {stage for stage in found if not of_this(stage)}
+    former -= {stage for stage in former and fitting() if stage in found and of_this(stage, True)}
+    kept = {stage: record for stage, record in found.items() if stage not in former}
     for stage in former:
         log.warning("%s: %s is of a former run; left out", name, paths.record(stage).as_posix())
     return kept
 
 
-def _builds_on(record: Log, upstream: Log) -> bool:
+def _builds_on(record: Log, upstream: Log, vouched: bool) -> bool:
     """Whether `upstream` came to its end, with the settings that `record` knows it by.
 
+    Where DVC vouches for its outputs, with those of them that the stage of `record` reads itself.
     A fork of unchanged settings has its parent's model, and DVC gives it that one's evaluation.
     """
     head, here = upstream[0], record[0]["params"]
     read = stage_graph.settings_of(head["stage"], head["params"])
-    deciding = (n for n in read if n != "train.fork" and not n.startswith("checkpoint."))
+    own = stage_graph.stages()[record[0]["stage"]]
+    deciding = (
+        name
+        for name in read
+        if name != "train.fork"
+        and not name.startswith("checkpoint.")
+        and (own.reads(name) or not vouched)
+    )
     finished = upstream[-1].get("status") == "FINISHED"
     return finished and all(here.get(name) == read[name] for name in deciding)
 

@@ -6,6 +6,7 @@ overfitting; so does a healthy run.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -385,6 +386,11 @@ def test_a_spike_of_another_run_names_it_where_its_text_is_to_be_read() -> None:
         found.records["train"][0]["params"]["checkpoint.keep_every"] = every
         (kept,) = doctor.examine(found)  # with a state before it, or without one
         assert f"python -m pipeline {told}" in kept.advice
+    found.records["train"][0]["params"]["checkpoint.keep_every"] = 100
+    forked = {"fork.lineage": json.dumps([{"name": "p", "step": 120, "record": "a" * 32}])}
+    found.records["train"].insert(1, {"kind": "tags", "values": forked})
+    (parents,) = doctor.examine(RunData({"train": list(found.records["train"])}))
+    assert "text --step 150 --of queued" in parents.advice, "a fork keeps no state before its own"
 
 
 @pytest.mark.parametrize("beta2", [0.95, 0.99])
@@ -403,7 +409,15 @@ def test_one_spike_is_no_rate_too_high_and_a_skipped_one_is_told_once() -> None:
     curves = {"train__loss": losses, "train__grad_norm": leap}
     skipped = [float(step == 80) for step in range(100)]
     assert named(run(**curves)) == {"loss spike", "gradient spike"}
-    assert named(run(**curves, train__skipped=skipped)) == {"gradient spike"}
+    told = run(**curves, train__skipped=skipped)
+    assert named(told) == {"gradient spike"}
+    norms = [e for e in told.records["train"] if e.get("values", {}).get("train/grad_norm") == 40]
+    told.records["train"].remove(norms[0])  # as of an overflow, which is no spike of a gradient
+    assert named(RunData({"train": list(told.records["train"])})) == {"loss spike"}
+    twice = [loss + 8 * (step == 60) for step, loss in enumerate(losses)]
+    assert "loss spike" in named(
+        run(train__loss=twice, train__grad_norm=leap, train__skipped=skipped)
+    )
     for step in range(85, 100):  # and a rise that stays is none of a spike
         losses[step] += 4
     assert "learning rate too high" in named(run(train__loss=losses))

@@ -270,6 +270,9 @@ def test_an_edited_corpus_makes_another_training(tmp_path: Path) -> None:
     assert not ladder.find(found.rungs[0], [before])
 
 
+MADE = ("data/tokens", "artifacts/init")  # by the stages before `train`
+
+
 def test_what_dvc_vouches_for_is_the_code_and_the_corpus(tmp_path: Path) -> None:
     """A dvc.lock as DVC writes it has the same digest as the files that it was made from."""
     corpus = tmp_path / "mine"
@@ -288,7 +291,9 @@ def test_what_dvc_vouches_for_is_the_code_and_the_corpus(tmp_path: Path) -> None
             for place in [(ROOT if path.startswith(("pipeline", "stages")) else tmp_path) / path]
             if place.exists()
         ]
-        stages[name] = {"deps": deps}
+        outs = stage_graph.stages()[name].outs
+        deps += [{"path": path, "md5": path} for path in files if path.startswith(MADE)]
+        stages[name] = {"deps": deps, "outs": [{"path": path, "md5": path} for path in outs]}
     lock = yaml.safe_dump({"stages": stages}).encode()
     assert ladder._locked_code(lock) == ladder.code_here(found.rungs[0].config)
     corpus.rename(tmp_path / "moved")
@@ -298,6 +303,20 @@ def test_what_dvc_vouches_for_is_the_code_and_the_corpus(tmp_path: Path) -> None
     assert ladder.find(moved, [Trained(run, code)]), "its record names the folder of before"
     (tmp_path / "moved/a.txt").write_text("two", "utf-8")
     assert ladder._locked_code(lock) != ladder.code_here(moved.config)
+    stages["tokenize"]["outs"][0]["md5"] = "of the edited corpus, which nobody trained on"
+    assert not ladder._locked_code(yaml.safe_dump({"stages": stages}).encode())
+
+
+def test_a_single_file_under_another_name_is_another_corpus(tmp_path: Path) -> None:
+    """The split goes by the names of documents, which hold the file's."""
+    digests = []
+    for name in ("a.jsonl", "sub/a.jsonl", "b.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"text": "one"}', "utf-8")
+        own = asked(changes=["corpus.source=jsonl", f"corpus.path={path}"])
+        digests.append(ladder.code_here(own.rungs[0].config))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_no_run_is_made_for_a_forecast_of_other_tokens(monkeypatch) -> None:

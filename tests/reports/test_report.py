@@ -374,11 +374,21 @@ def test_a_training_that_dvc_gave_for_the_same_tokens_counts_though_the_corpus_w
 ) -> None:
     """Tokenized again from another folder; the record of the training names the one of before."""
     before, moved = (chain({"corpus.path": path}) for path in ("data/corpus", "/elsewhere"))
-    keep({stage: (moved if stage == "tokenize" else before)[stage] for stage in stages_in_order()})
+    keep({**before, "tokenize": moved["tokenize"]})
     (workspace / "dvc.lock").write_text(json.dumps(lock_of(workspace, tokens)), "utf-8")
     if touched:  # the same stage once more, by hand
         keep({touched: [*before[touched][:-1], metrics(1, more=1.0), before[touched][-1]]})
     assert set(stages_in_order()) - set(of_workspace(workspace).records) == gone
+
+
+def test_dvc_vouches_for_no_evaluation_that_was_made_with_another_setting_of_its_own(
+    workspace: Path,
+) -> None:
+    before, now = (chain({"device": device}) for device in ("auto", "cpu"))
+    kept = {stage: before[stage] for stage in ("tokenize", "import_hf_weights", "evaluate")}
+    keep({**now, **kept})
+    (workspace / "dvc.lock").write_text(json.dumps(lock_of(workspace, SAME)), "utf-8")
+    assert "evaluate" not in of_workspace(workspace).records
 
 
 def test_several_runs_show_what_differs_best_first_and_the_noise_in_words(workspace: Path) -> None:
