@@ -90,6 +90,6 @@ def tree(shown: Sequence[Experiment], known: Iterable[Experiment]) -> list[str]:
 
 
 def _said(run: Experiment) -> str:
-    loss = run.last("val/loss") or run.last("train/val_loss")
+    loss = run.last("train/val_loss")  # which one has that was not evaluated, too
     steps = f"{run.params.get('train.steps'):,} steps"
-    return steps if loss is None else f"{steps}, validation loss {loss:.3f}"
+    return steps if loss is None else f"{steps}, validation loss while training {loss:.3f}"

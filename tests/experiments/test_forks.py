@@ -18,7 +18,7 @@ def experiment(name: str, own: str, *parents: tuple[str, int, str]) -> Experimen
     head = {"kind": "start", "stage": "train", "id": own * 32, "time": 1, "name": name}
     head |= {"params": {"train.steps": 400}}
     tags = {"kind": "tags", "values": {"fork.lineage": json.dumps(lineage)}}
-    loss = {"kind": "metrics", "step": 399, "values": {"val/loss": 5.25}}
+    loss = {"kind": "metrics", "step": 399, "values": {"train/val_loss": 5.25}}
     return Experiment(name, "rev", {"train": [head, *([tags] if parents else []), loss]})
 
 
@@ -30,7 +30,7 @@ def test_the_tree_has_ancestors_and_forks_by_the_step_where_they_part() -> None:
     orphan = experiment("orphan", "e", ("gone", 50, "f"))
     alone = experiment("alone", "1")
     known = [late, early, child, base, orphan, alone]
-    tail = ": 400 steps, validation loss 5.250"
+    tail = ": 400 steps, validation loss while training 5.250"
     whole = [
         f"base{tail}",
         f"    @100 early{tail}",
