@@ -39,7 +39,7 @@ OWNERS = {
     "dvc": {"dvc_history"},
     "jinja2": {"report"},
     "markdown_it": {"run_page"},
-    "scipy": {"scaling_law"},
+    "scipy": {"scaling_law", "best_rate"},
     "vl_convert": {"dvc_plots"},
     "pynvml": {"system_metrics"},
 }
