@@ -138,18 +138,17 @@ def train(words: list[str], tokens: Any, validation: Any) -> Trained:
     precision = choose_precision(config.precision, torch.device("cpu"))
     whole, early = config.train, round(grows * config.train.steps)
     small = replace(whole, batch_size=max(1, whole.batch_size // 4))
-    more = early * (whole.batch_size // small.batch_size) - early  # steps of the same tokens
-    schedule = replace(whole, steps=whole.steps + more)
-    schedule = replace(schedule, warmup_steps=round(WARM_UP * schedule.steps))
+    first = early * (whole.batch_size // small.batch_size)  # small steps, of the same tokens
+    steps = whole.steps - early + first
+    schedule = replace(whole, steps=steps, warmup_steps=round(WARM_UP * steps))
 
     def batches(step: int) -> list[Any]:
-        small_ones = early + more
-        settings, at = (small, step) if step < small_ones else (whole, step - more)
-        return loop.micro_batches(tokens, settings, at)
+        if step < first:
+            return loop.micro_batches(tokens, small, step)
+        return loop.micro_batches(tokens, whole, step - first + early)
 
     narrowing = config.init.narrowing(config.model.n_embd)
     state = training_step.start(model, schedule, precision, narrowing)
-    borders.mark(model, documents_apart=whole.mask_documents)
     began = time.process_time()
     try:
         for _ in loop.fit(state, schedule, batches):

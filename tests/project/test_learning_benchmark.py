@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import fast, learning
+from pipeline import config as configuration
+from pipeline.data.token_files import Tokens
 from pipeline.ladders.ladder import Done
 from pipeline.ladders.plan import Rung, stable_steps, tokens_per_step
 
@@ -40,6 +44,33 @@ def test_a_gain_is_one_beyond_the_noise_of_three_seeds() -> None:
 def test_the_rate_is_one_whose_neighbours_are_worse() -> None:
     assert learning.best(lambda at: (math.log2(at) + 9) ** 2, 1 / 64) == 1 / 512
     assert learning.best(lambda at: math.nan, 1 / 64) == 1 / 64
+
+
+@pytest.mark.parametrize("lever", [{}, *learning.LEVERS.values()], ids=["none", *learning.LEVERS])
+def test_a_training_with_each_lever_sees_the_same_tokens(
+    lever: learning.Changes, monkeypatch
+) -> None:
+    small = {"model.n_layer": 1, "model.n_head": 1, "model.n_embd": 16, "model.block_size": 16}
+    sizes = {"train.sequence_length": 16, "train.val_tokens": 64, "train.warmup_steps": 1}
+    rates = {"train.steps": 10, "train.lr": 0.01, "train.min_lr": 0.001, "train.optimizer": "muon"}
+    words = learning.said({**small, **sizes, **rates, **lever}).split()
+    ids = np.random.default_rng(0).integers(0, 50257, 2000).astype(np.uint16)
+    tokens = Tokens(ids, 1, "", 1, Path("made.bin"))
+    seen: list[list[int]] = []
+    real = learning.loop.micro_batches
+
+    def noting(*given) -> list:
+        batches = real(*given)
+        seen.extend(row.tolist() for inputs, _ in batches for row in inputs)
+        return batches
+
+    monkeypatch.setattr(learning.loop, "micro_batches", noting)
+    assert math.isfinite(learning.train(words, tokens, tokens)["loss"])
+    config = configuration.load(
+        fast.ROOT / "recipes" / "nano.yaml", words[: len(words) - len(lever)]
+    )
+    plain = [real(tokens, config.train, step) for step in range(10)]
+    assert seen == [row.tolist() for batches in plain for inputs, _ in batches for row in inputs]
 
 
 @pytest.mark.parametrize("steps", [0, 1907, 400])
