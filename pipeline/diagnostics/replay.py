@@ -16,7 +16,8 @@ from pipeline.compute.determinism import deterministic
 from pipeline.compute.precision import choose_precision
 from pipeline.compute.ranks import Ranks
 from pipeline.config import Config, load
-from pipeline.data.token_files import Tokens, open_tokens
+from pipeline.data.token_files import Tokens
+from pipeline.diagnostics import token_spans
 from pipeline.errors import InputError
 from pipeline.model.gpt import GPT, GPTConfig
 from pipeline.model.init import initialize
@@ -133,14 +134,7 @@ def inputs(kept: Kept, changes: Sequence[str] = ()) -> tuple[Config, Tokens]:
     Raises InputError where those of the workspace are others.
     """
     config = load(paths.root() / paths.PARAMS, changes, kept.settings)
-    tokens = open_tokens(paths.TOKENS, "train", verify=False)
-    theirs = RunData({"train": kept.record}).tags.get("digest.train", "")
-    if tokens.sha256 != theirs:
-        raise InputError(
-            f"{tokens.path}: not the tokens that {kept.name} was trained on (SHA-256 "
-            f"{tokens.sha256[:12]}..., there {theirs[:12] or 'not known'}...){_way_back(kept)}"
-        )
-    return config, tokens
+    return config, token_spans.tokens_of(RunData({"train": kept.record}), kept.name, kept.rev)
 
 
 def beginning(kept: Kept) -> int:
@@ -198,12 +192,8 @@ def _first_model(kept: Kept, config: Config, scratch: Path) -> tuple[Path, tuple
         return drawn, () if same else ("its first weights drawn again, not those of its digest",)
     raise InputError(
         f"{kept.name}: the weights that it began with, init.hf_model={config.init.hf_model}, are "
-        f"neither in {paths.INIT} nor in DVC's cache{_way_back(kept)}"
+        f"neither in {paths.INIT} nor in DVC's cache"
     )
-
-
-def _way_back(kept: Kept) -> str:
-    return f"; `dvc exp apply {kept.name}` brings them back" if kept.rev else ""
 
 
 # --- one process in the place of several

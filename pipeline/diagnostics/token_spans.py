@@ -20,7 +20,7 @@ from pipeline.data.token_files import Tokens
 from pipeline.data.tokenizer import EOT, gpt2
 from pipeline.errors import InputError
 from pipeline.records.dvc_history import WORKSPACE, experiments, of_workspace
-from pipeline.records.run_data import Experiment
+from pipeline.records.run_data import Experiment, RunData
 from pipeline.training import loop, validation
 
 if TYPE_CHECKING:
@@ -188,6 +188,24 @@ def of_spans(spans: list[str], split: str, sha256: str = "") -> str:
     return "\n\n".join(texts)
 
 
+def tokens_of(run: RunData, name: str, rev: str) -> token_files.Tokens:
+    """The workspace's training tokens, which are to be those of a run.
+
+    Raises InputError where they are others or there are none, with what brings those of an
+    experiment of DVC, which has a `rev`.
+    """
+    way = f"; `dvc exp apply {name}` brings those of {name}" if rev else ""
+    if way and not (paths.TOKENS / "meta.json").exists():
+        raise InputError(f"{paths.TOKENS}: no tokens in this workspace{way}")
+    tokens = token_files.open_tokens(paths.TOKENS, "train", verify=False)
+    if (theirs := run.tags.get("digest.train", "")) != tokens.sha256:
+        raise InputError(
+            f"{tokens.path}: not the tokens that {name} was trained on (SHA-256 "
+            f"{tokens.sha256[:SHA_DIGITS]}..., there {theirs[:SHA_DIGITS] or 'not known'}...){way}"
+        )
+    return tokens
+
+
 def of_run(step: int, name: str | None) -> str:
     """Every sequence of a step, by the settings that the run was trained with.
 
@@ -195,19 +213,14 @@ def of_run(step: int, name: str | None) -> str:
     decides. Raises InputError where there is no such run, or it was trained on other tokens.
     """
     run = _run(name)
-    tokens = token_files.open_tokens(paths.TOKENS, "train", verify=False)
     config, whose = configuration.load().train, "by params.yaml, as nothing is trained yet"
-    if run:
+    if not run:
+        tokens = token_files.open_tokens(paths.TOKENS, "train", verify=False)
+    else:
         deciding = ("seed", "batch_size", "accumulate", "sequence_length")  # for micro_batches
         config = replace(config, **{key: run.params[f"train.{key}"] for key in deciding})
         whose = f"of {name or WORKSPACE}"
-        if (theirs := run.tags.get("digest.train", "")) != tokens.sha256:
-            way = f"; `dvc exp apply {run.name}` brings them back" if run.rev else ""
-            raise InputError(
-                f"{tokens.path}: not the tokens that {name or WORKSPACE} was trained on (SHA-256 "
-                f"{tokens.sha256[:SHA_DIGITS]}..., there "
-                f"{theirs[:SHA_DIGITS] or 'not known'}...){way}"
-            )
+        tokens = tokens_of(run, name or WORKSPACE, run.rev)
     check_length(tokens, config.sequence_length)
     lines = _lines(tokens, _by_micro_batch(tokens, config, step))
     return "\n".join([f"{tokens.path}, step {step} {whose}:", *lines])

@@ -93,7 +93,7 @@ def test_imported_weights_that_are_gone_are_brought_back_by_dvc_where_it_has_the
     with pytest.raises(InputError, match="are neither in artifacts/init nor in DVC's cache$"):
         elsewhere(trained)
     monkeypatch.setattr(replay.dvc_history, "copy_of", lambda *_: None)
-    with pytest.raises(InputError, match="cache; `dvc exp apply a` brings them back$"):
+    with pytest.raises(InputError, match="nor in DVC.s cache$"):
         elsewhere(replace(trained, rev="abc"))
 
 
@@ -104,5 +104,10 @@ def test_other_tokens_are_refused_with_the_line_that_brings_back_those_of_an_exp
     other = replace(trained, record=Log([*trained.record, tag]))
     with pytest.raises(InputError, match=r"trained on .*, there d{12}\.\.\.\)$"):
         elsewhere(other)
-    with pytest.raises(InputError, match=r"\.\.\.\); `dvc exp apply a` brings them back$"):
+    with pytest.raises(InputError, match=r"\.\.\.\); `dvc exp apply a` brings those of a$"):
         elsewhere(replace(other, rev="abc"))
+    folders.remove(paths.TOKENS)
+    with pytest.raises(InputError, match="^data/tokens: no tokens .*apply a` brings those of a$"):
+        elsewhere(replace(trained, rev="abc"))
+    with pytest.raises(InputError, match="tokenize first: `dvc repro tokenize`$"):
+        elsewhere(trained)

@@ -171,7 +171,7 @@ def test_a_step_is_that_of_the_run_it_is_asked_of(said, trained, monkeypatch) ->
     [
         (["--step", "3", "--of", "cold"], "--of cold: no trained experiment of that name"),
         (["--step", "3", "--of", "hot"], "not the tokens that hot was trained on"),
-        (["--step", "3", "--of", "hot"], "...); `dvc exp apply hot` brings them back"),
+        (["--step", "3", "--of", "hot"], "...); `dvc exp apply hot` brings those of hot"),
         (["--step", "3"], "not the tokens that workspace was trained on"),
         (["0-5", "--tokens", "abc"], "other tokens than those asked for, abc"),
     ],
