@@ -10,7 +10,7 @@ held against CLAIM, which was written before any of this ran on a card.
 
 The trainings are experiments of DVC up to the stage `train`: rows in MLflow, lines of `show`. Given
 again, the command goes on with what is missing. It needs 10 billion tokens (`python -m pipeline
-fetch fineweb-edu --tokens 10B`) and, at 453,800 tokens/s, 13 hours of one card. `--steps 1910` is a
+fetch fineweb-edu --tokens 10B`) and, at 453,800 tokens/s, 14 hours of one card. `--steps 1910` is a
 tenth of everything, the warm-up too.
 """
 
