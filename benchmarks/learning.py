@@ -59,7 +59,7 @@ class Size:
     settings: Changes
     rate: float  # of AdamW
     muon: tuple[float, float]  # rate, and the matrices' factor
-    whole: bool = True  # else Muon's rates are not searched, and of the levers one is pulled
+    whole: bool = True  # else Muon's rates are not searched, and few levers are pulled
 
 
 SIZES = {
@@ -85,8 +85,7 @@ LEVERS: dict[str, Changes] = {
     "documents apart": {"train.mask_documents": True},
     "a batch that grows": {GROWS: 0.3},
 }
-
-CHEAP = "schedule wsd, longer"  # which lets a fork reach any length: is it worse?
+CHEAPER = ("schedule wsd, longer", "zero projections")  # those of the largest size
 
 
 class Bench:
@@ -293,7 +292,8 @@ def rows_of(bench: Bench) -> list[Row]:
         return rows[-1]
 
     if not bench.size.whole:
-        pull(matrices, [CHEAP])
+        for name in CHEAPER:
+            pull(matrices, [name])
         return rows
     gaining = {name: row for name in LEVERS if sure((row := pull(matrices, [name])).gains)}
     pull(base, ["schedule wsd"])
