@@ -233,14 +233,15 @@ def diverged(rungs: Iterable[Rung], done: Sequence[Done]) -> dict[str, str]:
     Only that repeats itself: a full disk does not. The `done` ones tell which tokens the corpus
     makes now; without any of them, nothing on the disk does.
     """
-    here = {(provenance.code_digest(), one.data) for one in done}
+    here = {one.data for one in done}
     found = {}
     for left, head in _unfinished():
-        by = head["code"], left.identity.get("inputs", {}).get("train")
         failed = left.state == "failed" and left.status.get("exit_code") == NumericsError.exit_code
-        for rung in rungs if failed and by in here else ():
-            fork = head["params"].get(FORK) == rung.config.train.fork
-            if fork and same_training(rung.settings, head["params"]):
+        same = left.identity.get("code") == provenance.code_of(STAGE)
+        same = same and left.identity.get("inputs", {}).get("train") in here
+        for rung in rungs if failed and same else ():
+            alike = head["params"].get(FORK) == rung.config.train.fork
+            if alike and same_training(rung.settings, head["params"]):
                 why = str(left.status.get("message")).partition("\n")[0]
                 found[rung.name] = (
                     f"{rung.name}: failed before with these settings, this code and corpus: {why}; "

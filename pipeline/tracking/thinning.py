@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-MOST = 1000  # points of a curve, some more where it has none that are numbers
+MOST = 1000  # points of a curve of so many steps as are known; steps whose points are all kept
 
 
 class Thinning:

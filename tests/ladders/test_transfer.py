@@ -213,7 +213,7 @@ def test_a_rate_that_diverged_is_told_from_its_folder_and_not_trained_again(
     said = f"{high.name}: failed before with these settings, this code and corpus: step 7: the "
     assert failed[0].startswith(f"{said}loss is nan; no update was made; after `python -m pipe")
     assert failed[0] in caplog.text and len(failed) == 3
-    monkeypatch.setattr(ladder.provenance, "code_digest", lambda: "edited")
+    monkeypatch.setattr(ladder.provenance, "code_of", lambda stage: {"stages/train.py": "edited"})
     assert not ladder.diverged([high], done)
 
 
